@@ -1,0 +1,38 @@
+"""Balanced Knowledge Distillation for long-tailed image classification, for Hugging Face transformers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Loaded when first used, so that `import bkd_hf` stays light.
+_HOMES = {
+    "config": ["BKDConfig"],
+    "data": ["class_counts", "load_image_dataset", "long_tailed_counts", "make_long_tailed"],
+    "errors": ["InputError"],
+    "losses": ["balanced_distillation_loss", "bkd_loss", "cross_entropy_loss", "kd_loss"],
+    "metrics": ["expected_calibration_error", "long_tail_metrics", "shot_groups"],
+    "modeling_cifar_resnet": ["CifarResNetConfig", "CifarResNetForImageClassification"],
+    "models": ["load_classifier", "load_processor"],
+    "plots": ["save_plots"],
+    "results": ["load_results"],
+    "teacher": ["FrozenTeacher", "load_teacher"],
+    "trainer": ["BKDTrainer", "TeacherLogitsError"],
+    "transforms": ["ImageDataset", "default_augmentation"],
+    "weights": ["class_balanced_weights", "deferred_weights"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [*_HOME_OF, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

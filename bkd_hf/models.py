@@ -1,0 +1,123 @@
+"""Models and image processors by name: from the Hub, from a folder, or a fresh CIFAR ResNet."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    ViTImageProcessorPil,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import PILImageResampling
+
+from .errors import InputError
+from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+
+_FRESH_NAME = re.compile(r"cifar-resnet-(\d+)")
+
+
+def cifar_resnet_depth(name: str) -> int | None:
+    """Depth in a name such as `cifar-resnet-32`; `None` for any other name.
+
+    Raises:
+        InputError: If there is no CIFAR ResNet of that depth.
+    """
+    match = _FRESH_NAME.fullmatch(name)
+    if match is None:
+        return None
+    depth = int(match[1])
+    if depth < 8 or (depth - 2) % 6:
+        raise InputError(f"There is no {name}: the depth must be 6n + 2, e.g. cifar-resnet-20, -32, -44, -56 or -110.")
+    return depth
+
+
+def load_classifier(
+    name: str, class_names: list[str], image_size: int = 32, **from_pretrained_kwargs: Any
+) -> PreTrainedModel:
+    """Load a model to be trained, with a head for these classes.
+
+    Args:
+        name: `cifar-resnet-20`, `-32`, `-44`, `-56`, `-110`, … for fresh weights; else a folder or a Hub id, whose
+            head is replaced if it has another number of classes.
+        class_names: Names of the C classes, kept in the model's configuration.
+        image_size: Of a fresh model.
+        from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
+
+    Raises:
+        InputError: If there is no such model, or it takes no RGB images.
+    """
+    labels: dict[str, Any] = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: number for number, name in enumerate(class_names)},
+    }
+    depth = cifar_resnet_depth(name)
+    if depth is not None:
+        return CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **labels))
+    try:
+        model = AutoModelForImageClassification.from_pretrained(
+            name, num_labels=len(class_names), ignore_mismatched_sizes=True, **labels, **from_pretrained_kwargs
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(name, error) from error
+    if getattr(model.config, "num_channels", 3) != 3:
+        raise InputError(f"The model {name} takes images of {model.config.num_channels} channels; RGB is needed.")
+    return model
+
+
+def load_processor(
+    name: str,
+    image_size: int = 32,
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
+    **from_pretrained_kwargs: Any,
+) -> BaseImageProcessor:
+    """Load a model's image processor; a fresh model gets one made of the other arguments.
+
+    Args:
+        name: As for [`load_classifier`].
+        image_size: Height and width in pixels, for a fresh model.
+        image_mean: Mean of each channel in [0, 1], for a fresh model; 0.5 if not given.
+        image_std: Standard deviation of each channel, for a fresh model; 0.5 if not given.
+        from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
+
+    Raises:
+        InputError: If there is no such model, or it comes without an image processor.
+    """
+    if cifar_resnet_depth(name) is not None:
+        return ViTImageProcessorPil(
+            size={"height": image_size, "width": image_size},
+            resample=PILImageResampling.BILINEAR,
+            image_mean=image_mean or [0.5] * 3,
+            image_std=image_std or [0.5] * 3,
+        )
+    try:
+        return AutoImageProcessor.from_pretrained(name, **from_pretrained_kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable(name, error) from error
+
+
+def prefer_channels_last(model: nn.Module) -> bool:
+    """Store the weights of a convolutional model as its kernels like them; whether there were any.
+
+    The results are the same up to rounding; on CPUs and tensor cores convolutions become faster.
+    """
+    if not any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride for module in model.modules()):
+        return False  # none, or patch embeddings only
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return True
+
+
+def _not_loadable(name: str, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    where = "the folder here" if Path(name).is_dir() else "no folder here; on the Hub"
+    return InputError(
+        f"The model {name} cannot be loaded ({where}): {reason} Give a Hub id, a folder written by save_pretrained, or "
+        "cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
+    )

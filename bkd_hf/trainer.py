@@ -1,0 +1,515 @@
+"""`BKDTrainer`: a `transformers.Trainer` that distils from a frozen teacher with class-balanced weights."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
+
+from .config import BKDConfig
+from .data import class_counts as count_classes
+from .losses import IGNORE_INDEX, balanced_distillation_loss, cross_entropy_loss
+from .metrics import long_tail_metrics
+from .sampling import GlobalBatchSampler, IgnoredCopies
+from .schedules import StepDecay
+from .teacher import FrozenTeacher, load_teacher
+from .weights import check_class_counts, class_balanced_weights, deferred_weights
+
+#: Inputs with this prefix go to the teacher, without it.
+TEACHER_PREFIX = "teacher_"
+
+_NO_STEP = torch.iinfo(torch.int64).max
+
+
+class TeacherLogitsError(RuntimeError):
+    """The teacher's logits are not finite; the message names the training step."""
+
+
+class BKDTrainer(Trainer):
+    """Trains a student with Balanced Knowledge Distillation (Zhang et al., 2021, arXiv 2104.10510).
+
+        L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + log w) ‖ softmax(z_s / T) )     mean over the global batch
+
+    In every other respect a [`~transformers.Trainer`]. What it does differently, and why:
+
+    - **One mean.** The loss is the mean over all examples of an optimizer step, however these are cut into
+      accumulation steps and processes, the short last step of an epoch included.
+    - **Resumption** restores every weight (by `from_pretrained`, strictly), whatever names a checkpoint uses.
+    - **Evaluation** counts each example once under several processes; its loss is the plain cross-entropy, without
+      the teacher. Without a `compute_metrics` of your own, [`long_tail_metrics`] are reported.
+
+    The trainer does not look into the inputs: those whose names start with `teacher_` go to the teacher (without the
+    prefix) and all others to the student; if there are none, both models get the same.
+
+    Args:
+        model: The student, a classifier with `.logits` in its output.
+        teacher_model: A module, a folder or a Hub id. It is frozen, kept in evaluation mode, and never saved.
+            `None` trains with cross-entropy alone, on the very same path.
+        args: Options.
+        data_collator: As for `Trainer`.
+        train_dataset: As for `Trainer`; a map-style data set gives the guarantees above.
+        eval_dataset: As for `Trainer`.
+        processing_class: Saved with the model.
+        class_counts: C numbers of training images; counted in `train_dataset` if not given.
+        model_init: As for `Trainer`.
+        compute_metrics: As for `Trainer`.
+        callbacks: As for `Trainer`.
+        optimizers: As for `Trainer`.
+        preprocess_logits_for_metrics: As for `Trainer`.
+
+    Raises:
+        ValueError: If the numbers of classes of student, teacher and class counts differ, labels are out of range, or
+            a class has no image.
+        TeacherLogitsError: While training, if the teacher's logits are not finite.
+    """
+
+    # The loss is a mean over the whole optimizer step: Trainer must not divide it by the accumulation steps again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        teacher_model: nn.Module | str | None = None,
+        args: BKDConfig | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | datasets.Dataset | None = None,
+        eval_dataset: Dataset | datasets.Dataset | dict[str, Any] | None = None,
+        processing_class: Any | None = None,
+        class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ):
+        args = BKDConfig() if args is None else args
+        if not isinstance(args, BKDConfig):
+            raise ValueError(f"args must be a BKDConfig, got {type(args).__name__}.")
+        if teacher_model is not None and teacher_model is model:
+            raise ValueError("teacher_model is the student itself: freezing it would stop all training. Pass a copy.")
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=[_SetEpoch(self), *(callbacks or [])],
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        # Has Trainer count the examples of each optimizer step, over its micro-batches and processes.
+        self.model_accepts_loss_kwargs = True
+
+        # Data
+        self.class_counts: np.ndarray | None = None
+        if class_counts is not None:
+            self.class_counts = check_class_counts(class_counts).astype(np.int64)
+        elif train_dataset is not None:
+            self.class_counts = _count_training_examples(train_dataset, self._num_labels(self.model))
+        if compute_metrics is None and preprocess_logits_for_metrics is None and self.class_counts is not None:
+            self.compute_metrics = functools.partial(_evaluation_metrics, class_counts=self.class_counts)
+
+        # Teacher
+        self.teacher: FrozenTeacher | None = None
+        if teacher_model is not None:
+            self.teacher = self._prepare_teacher(load_teacher(teacher_model))
+        self._check_numbers_of_classes()
+
+        # Loss
+        self._class_weights: torch.Tensor | None = None
+        if self.teacher is not None:
+            if self.class_counts is None:
+                raise ValueError("BKDTrainer needs class_counts, or a train_dataset to count them in.")
+            weights = class_balanced_weights(self.class_counts, args.class_balance_beta)
+            self._class_weights = weights.to(device=args.device, dtype=torch.float32)
+        self._loss_parts: dict[str, torch.Tensor] = {}
+        self._first_step_with_bad_teacher = torch.tensor(_NO_STEP, device=args.device)
+        self._first_batch_checked = False
+        self._train_batch_sampler: GlobalBatchSampler | None = None
+        self._update_steps_per_epoch: int | None = None
+
+    # ---- The loss -------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Cross-entropy plus, while training, α times the class-balanced distillation loss.
+
+        Args:
+            model: The student, as wrapped for training.
+            inputs: A batch with `labels`; examples labelled −100 count for nothing.
+            return_outputs: Whether to return the student's outputs too.
+            num_items_in_batch: Labelled examples in the optimizer step, over all its micro-batches and processes.
+
+        Returns:
+            The batch's share of the loss, scaled so that gradients summed over micro-batches and averaged over
+            processes are those of the mean over the step.
+        """
+        student_inputs, teacher_inputs, labels = self._split_inputs(inputs)
+        outputs = model(**student_inputs)
+        student_logits = outputs.logits
+
+        loss = ce = cross_entropy_loss(student_logits, labels, self.args.label_smoothing_factor, reduction="none")
+        kd = None
+        if model.training and self.teacher is not None and self.args.distillation_weight:
+            teacher_logits = self.teacher(**teacher_inputs)
+            self._watch(student_logits, teacher_logits)
+            kd = balanced_distillation_loss(
+                student_logits, teacher_logits, self.class_weights, self.args.temperature, reduction="none"
+            )
+            loss = ce + self.args.distillation_weight * kd
+
+        counted = labels != IGNORE_INDEX
+        if model.training:
+            self._add_loss_parts(counted, ce_loss=ce, kd_loss=kd)
+        loss = self._share_of_mean(loss * counted, counted, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def class_weights(self) -> torch.Tensor | None:
+        """The C weights in force at this point of training: uniform before a deferred start, then class-balanced."""
+        if self._class_weights is None:
+            return None
+        return deferred_weights(
+            self._class_weights,
+            start=self.args.deferred_reweighting_start,
+            epoch=self._epochs_trained(),
+            num_epochs=self._num_epochs(),
+        )
+
+    def _epochs_trained(self) -> float:
+        """Progress by optimizer steps; `state.epoch` counts micro-batches and depends on how steps are cut."""
+        if self._update_steps_per_epoch:
+            return self.state.global_step / self._update_steps_per_epoch
+        return self.state.epoch or 0.0
+
+    def _num_epochs(self) -> float:
+        if self.args.max_steps > 0 and self._update_steps_per_epoch:
+            return self.args.max_steps / self._update_steps_per_epoch
+        return self.args.num_train_epochs
+
+    def _split_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
+        student_inputs = {key: value for key, value in inputs.items() if not key.startswith(TEACHER_PREFIX)}
+        labels = student_inputs.pop("labels")
+        teacher_inputs = {
+            key.removeprefix(TEACHER_PREFIX): value for key, value in inputs.items() if key.startswith(TEACHER_PREFIX)
+        }
+        return student_inputs, teacher_inputs or student_inputs, labels
+
+    def _share_of_mean(
+        self, losses: torch.Tensor, counted: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        if num_items_in_batch is None:
+            return losses.sum() / counted.sum()
+        # Processes average their gradients; the count is over all of them (unless that was switched off).
+        num_averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return losses.sum() / num_items_in_batch * num_averaged
+
+    # ---- The teacher ----------------------------------------------------------------------------------------------
+
+    def _prepare_teacher(self, teacher: FrozenTeacher) -> FrozenTeacher:
+        """Place the teacher, under the student's autocast, but outside everything that is trained or saved."""
+        prepared = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
+        # Or Trainer.evaluate() before train() would take the student for prepared.
+        self.accelerator._models.remove(prepared)
+        return prepared
+
+    def _watch(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
+        """Note the first step at which the teacher's logits are not finite, without waiting for the device."""
+        bad = ~teacher_logits.isfinite().all()
+        step = torch.where(bad, self.state.global_step + 1, _NO_STEP)
+        self._first_step_with_bad_teacher = torch.minimum(self._first_step_with_bad_teacher, step)
+        if not self._first_batch_checked:
+            self._first_batch_checked = True
+            if len(self.class_counts) != student_logits.shape[-1]:
+                raise ValueError(
+                    f"There are {len(self.class_counts)} class counts, but the logits have "
+                    f"{student_logits.shape[-1]} classes."
+                )
+            self._stop_if_teacher_is_bad()
+
+    def _stop_if_teacher_is_bad(self) -> None:
+        # Over all processes, so that they stop together.
+        step = int(self.accelerator.gather(self._first_step_with_bad_teacher).min())
+        if step != _NO_STEP:
+            raise TeacherLogitsError(
+                f"The teacher's logits are not finite (NaN or Inf) at step {step}. The student was not saved since; "
+                "the last checkpoint is good. Check the teacher's weights and precision (try without --fp16/--bf16), "
+                "and the images of this step."
+            )
+
+    # ---- Logging --------------------------------------------------------------------------------------------------
+
+    def _add_loss_parts(self, counted: torch.Tensor, **losses: torch.Tensor | None) -> None:
+        parts = {name: (loss.detach() * counted).sum() for name, loss in losses.items() if loss is not None}
+        parts["count"] = counted.sum()
+        for name, value in parts.items():
+            self._loss_parts[name] = self._loss_parts.get(name, 0.0) + value.double()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `ce_loss` and `kd_loss` to a training log: means over all examples, in all processes, since the last.
+
+        `kd_loss` includes T² but not α.
+
+        Raises:
+            TeacherLogitsError: If the teacher's logits were not finite since the last log.
+        """
+        if self.is_in_train and self.teacher is not None:
+            self._stop_if_teacher_is_bad()
+        if "loss" in logs and self._loss_parts:
+            totals = self.accelerator.reduce(self._loss_parts, reduction="sum")
+            count = totals.pop("count").item()
+            logs.update({name: total.item() / count for name, total in totals.items()})
+            self._loss_parts = {}
+        super().log(logs, start_time)
+
+    # ---- Training data --------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the training data, cut into global batches (see [`GlobalBatchSampler`]).
+
+        Iterable data sets, other sampling strategies than random and sequential, and accelerate's `split_batches` and
+        `dispatch_batches` take `Trainer`'s own path, without the guarantee for the last step of an epoch.
+        """
+        dataset, args = self.train_dataset, self.args
+        config = args.accelerator_config
+        if (
+            dataset is None
+            or isinstance(dataset, torch.utils.data.IterableDataset)
+            or not has_length(dataset)
+            or args.train_sampling_strategy not in ("random", "sequential")
+            or config.split_batches
+            or config.dispatch_batches
+        ):
+            loader = super().get_train_dataloader()
+            if has_length(loader):
+                self._update_steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
+            return loader
+
+        collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        sampler = GlobalBatchSampler(
+            len(dataset),
+            batch_size=self._train_batch_size,
+            accumulation_steps=args.gradient_accumulation_steps,
+            num_processes=self.accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            IgnoredCopies(dataset),
+            batch_sampler=sampler,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=functools.partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )
+        self._train_batch_sampler = sampler
+        prepared = self.accelerator.prepare(loader)
+        self._update_steps_per_epoch = math.ceil(len(prepared) / args.gradient_accumulation_steps)
+        return prepared
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell sampler and data set which epoch begins: accelerate reaches them in some set-ups only."""
+        for part in (self._train_batch_sampler, self.train_dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        first_time = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if first_time:
+            self._signature_columns += [TEACHER_PREFIX + column for column in self._signature_columns]
+
+    def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:
+        # What `with_transform` makes of the columns is not known; removing them first would take away the images.
+        return dataset if dataset.format["type"] == "custom" else super()._remove_unused_columns(dataset, description)
+
+    # ---- Optimisation ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: BKDConfig, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """Return the optimizer class and its arguments; `momentum` goes to SGD."""
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer_cls is torch.optim.SGD and args.momentum:
+            kwargs["momentum"] = args.momentum
+        return optimizer_cls, kwargs
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that decay: all with `decay_all_parameters`, else as in `Trainer`."""
+        if self.args.decay_all_parameters:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the step-decay schedule if it is chosen, else `Trainer`'s."""
+        if self.args.uses_step_decay and self.lr_scheduler is None:
+            steps_per_epoch = self._update_steps_per_epoch or math.ceil(num_training_steps / self._num_epochs())
+            schedule = StepDecay(
+                steps_per_epoch=steps_per_epoch,
+                warmup_epochs=self.args.lr_warmup_epochs,
+                step_epochs=self.args.lr_step_epochs,
+                step_factors=self.args.lr_step_factors,
+            )
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, schedule)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # ---- Evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as `Trainer`, with a loss that counts each example once."""
+        if prediction_loss_only is None:
+            prediction_loss_only = self.args.prediction_loss_only
+        # The loss is computed from gathered logits: means per process count the padding of the last batch.
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        logits, labels = output.predictions, output.label_ids
+        if self.preprocess_logits_for_metrics is None and isinstance(logits, np.ndarray) and labels is not None:
+            loss = cross_entropy_loss(
+                torch.from_numpy(logits), torch.from_numpy(labels), self.args.label_smoothing_factor
+            )
+            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
+        return output._replace(predictions=None, label_ids=None) if prediction_loss_only else output
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does, also after an `evaluate()`."""
+        if self.model_wrapped is self.model:
+            # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        self._loss_parts = {}
+        return super().train(*args, **kwargs)
+
+    # ---- Checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.teacher is not None:
+            self._stop_if_teacher_is_bad()
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_pretrained_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_pretrained_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_pretrained_weights(self, checkpoint: str) -> bool:
+        """Load a checkpoint as users will; False if the model is of a kind that only `Trainer` knows to load.
+
+        Trainer loads with `strict=False`, which silently skips all weights that `save_pretrained` renamed (ViT's).
+        """
+        if type(self.model).__module__.startswith("peft.") or not isinstance(self.model, PreTrainedModel):
+            return False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        saved, info = type(self.model).from_pretrained(
+            checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
+        )
+        problems = {name: keys for name, keys in info.items() if keys and name.endswith("_keys")}
+        if problems:
+            raise ValueError(f"The checkpoint {checkpoint} does not fit the model: {problems}.")
+        self.model.load_state_dict(saved.state_dict(), strict=True)
+        return True
+
+    # ---- Checks ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _num_labels(model: nn.Module) -> int | None:
+        return getattr(getattr(model, "config", None), "num_labels", None)
+
+    def _check_numbers_of_classes(self) -> None:
+        numbers = {
+            "student": self._num_labels(self.model),
+            "teacher": self._num_labels(self.teacher.model) if self.teacher is not None else None,
+            "class counts": None if self.class_counts is None else len(self.class_counts),
+        }
+        known = {name: number for name, number in numbers.items() if number is not None}
+        if len(set(known.values())) > 1:
+            raise ValueError(
+                "Student, teacher and data must have the same classes; their numbers are "
+                + ", ".join(f"{name}: {number}" for name, number in known.items())
+                + ". Load the models with num_labels set to the number of classes of the data."
+            )
+
+
+class _SetEpoch(TrainerCallback):
+    def __init__(self, trainer: BKDTrainer):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.set_epoch(int(state.epoch or 0))
+
+
+def _evaluation_metrics(prediction: EvalPrediction, class_counts: np.ndarray) -> dict[str, float]:
+    """Scalars only: they are logged at every evaluation."""
+    metrics = long_tail_metrics(prediction.predictions, prediction.label_ids, class_counts)
+    del metrics["per_class_accuracy"]
+    return metrics
+
+
+def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray | None:
+    """Class counts of a training set, where they can be had without reading its inputs.
+
+    Looks, in this order, for: a `class_counts` attribute, a label column of a `datasets.Dataset`, `targets` as in
+    torchvision, and the items themselves of a plain list.
+    """
+    if hasattr(dataset, "class_counts"):
+        counts = np.asarray(dataset.class_counts, dtype=np.int64)
+    elif isinstance(dataset, datasets.Dataset):
+        column = next((name for name in ("labels", "label") if name in dataset.column_names), None)
+        if column is None:
+            return None
+        counts = np.asarray(count_classes(dataset, column))
+    else:
+        labels = getattr(dataset, "targets", None)
+        if labels is None and isinstance(dataset, (list, tuple)):
+            labels = [int(example["labels" if "labels" in example else "label"]) for example in dataset]
+        if labels is None:
+            return None
+        labels = np.asarray(labels)
+        if labels.min(initial=0) < 0:
+            raise ValueError(f"Label {labels.min()} of the training set is negative.")
+        counts = np.bincount(labels)
+    if num_classes is not None and len(counts) > num_classes:
+        raise ValueError(
+            f"The training set has the label {len(counts) - 1}, outside the range of the model's {num_classes} "
+            "classes. Load the model with num_labels set to the number of classes of the data."
+        )
+    return np.pad(counts, (0, (num_classes or len(counts)) - len(counts)))

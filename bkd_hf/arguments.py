@@ -1,0 +1,392 @@
+"""The command line of `scripts/run_bkd.py`: three groups of options, and a YAML file below them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from .config import BKDConfig
+from .data import PROFILES
+from .errors import InputError
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
+from .transforms import AUGMENTATIONS
+
+
+@dataclass
+class ModelArguments:
+    """Which models are trained, and from what."""
+
+    _argument_group_name: ClassVar[str] = "models"
+
+    model_name_or_path: str = field(
+        default="cifar-resnet-32",
+        metadata={
+            "help": "Student: a Hub id, a folder, or cifar-resnet-20|32|44|56|110 for fresh weights.",
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Teacher, trained on the same classes: a Hub id or a folder. Not given, or cifar-resnet-…: a "
+            "vanilla teacher (as the student, or of that depth) is trained first and kept in OUTPUT_DIR/teacher."
+        },
+    )
+    image_size: int = field(default=32, metadata={"help": "Height and width in pixels for cifar-resnet-… models."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the student on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token, if not stored by `hf auth login`."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub model."})
+    num_threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads per process; by default the machine's cores divided among local processes."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.image_size < 8:
+            raise InputError(f"--image_size must be at least 8, got {self.image_size}.")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InputError(f"--num_threads must be at least 1, got {self.num_threads}.")
+
+    def from_pretrained_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained` of teacher and student."""
+        return {"cache_dir": self.cache_dir, "token": self.token, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass
+class DataArguments:
+    """Which images are trained on, and how they are seen."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset_name: str = field(
+        default="digits",
+        metadata={
+            "help": "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network)."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Found by its type or a usual name if not given."}
+    )
+    train_split_name: str | None = field(default=None, metadata={"help": "train, or the only split, if not given."})
+    eval_split_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Not given: the first of validation, val, test, …; without any, a fifth of each class is set aside."
+        },
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on about so many images, in proportion to the class counts."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on about so many images, in proportion to the class counts."}
+    )
+    imbalance_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cut a long tail: images of the largest class per image of the smallest. Not given: the data set "
+            "is used as it is."
+        },
+    )
+    imbalance_profile: str = field(
+        default="exp", metadata={"help": "Shape of the tail: exponential, or half head and half tail."}
+    )
+    max_class_count: int | None = field(
+        default=None, metadata={"help": "Images of the largest class of a cut tail; by default as many as possible."}
+    )
+    split_seed: int = field(
+        default=0, metadata={"help": "Which images are kept; independent of --seed, so that seeds share a split."}
+    )
+    train_augmentation: str = field(
+        default="auto",
+        metadata={
+            "help": f"{', '.join(AUGMENTATIONS)}; auto: pad_crop up to 64 pixels, random_resized_crop above.",
+        },
+    )
+    horizontal_flip: bool = field(
+        default=True, metadata={"help": "Mirror half of the training images; not for digits or letters."}
+    )
+    cache_images: str = field(
+        default="auto", metadata={"help": "Keep decoded images in memory: auto (if they fit), memory, none."}
+    )
+    many_shot_threshold: int = field(
+        default=MANY_SHOT_THRESHOLD, metadata={"help": "Classes with more training images are many-shot."}
+    )
+    few_shot_threshold: int = field(
+        default=FEW_SHOT_THRESHOLD, metadata={"help": "Classes with fewer training images are few-shot."}
+    )
+
+    def __post_init__(self) -> None:
+        ratio = self.imbalance_ratio
+        if ratio is not None and not 1 <= ratio < float("inf"):
+            raise InputError(f"--imbalance_ratio must be a finite number ≥ 1, got {ratio}.")
+        _check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
+        _check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
+        _check_choice("cache_images", self.cache_images, ("auto", "memory", "none"))
+        for name in ("max_train_samples", "max_eval_samples", "max_class_count"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} must be at least 1, got {value}.")
+        check_shot_thresholds(self.many_shot_threshold, self.few_shot_threshold)
+
+
+@dataclass
+class RunArguments:
+    """Everything that a run is told.
+
+    Attributes:
+        model: Models.
+        data: Data.
+        training: Training of the student.
+        teacher_training: Training of the teacher, where one is trained.
+        overwrite: Whether an earlier run in the output folder is deleted.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: BKDConfig
+    teacher_training: BKDConfig
+    overwrite: bool = False
+
+
+_TEACHER_PREFIX = "--teacher_"
+_NOT_FOR_TEACHER = {
+    "output_dir", "bf16", "fp16", "use_cpu", "push_to_hub", "temperature", "distillation_weight",
+    "class_balance_beta", "deferred_reweighting_start",
+}  # fmt: skip
+#: Options of `TrainingArguments` that --help shows; --help_all shows the rest too.
+_COMMON_TRAINING_OPTIONS = {
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
+    "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "torch_compile", "activation_checkpointing", "seed",
+    "data_seed", "logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
+    "save_total_limit", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu",
+}  # fmt: skip
+_EPILOG = """\
+Options for the teacher's training alone are written --teacher_OPTION, for any training option above, e.g.
+--teacher_num_train_epochs 100 --teacher_learning_rate 0.05; not given, the teacher is trained as the student.
+
+A YAML file given by --config holds the same options, one `name: value` a line, and those of the teacher in a section
+`teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs.
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | None = None) -> RunArguments:
+    """Parse a command line, and the YAML file that it names.
+
+    Args:
+        argv: The command line without the program; `sys.argv[1:]` if not given.
+        digits_recipe: YAML file to use for the embedded digits where `--config` is not given.
+
+    Raises:
+        InputError: If an option is unknown, or a value has the wrong type or is out of its range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _build_parser(show_all="--help_all" in argv)
+    if "--help_all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    command_line, command_line_teacher = _split_off_teacher(parser, argv)
+    first_look = parser.parse_known_args(command_line)[0]
+    config = first_look.config or (digits_recipe if first_look.dataset_name == "digits" else None)
+    from_file, from_file_teacher = _read_config(parser, config) if config else ([], [])
+
+    student = [*from_file, *command_line]
+    namespace = parser.parse_args(student)
+    teacher_namespace = parser.parse_args([*student, *from_file_teacher, *command_line_teacher])
+    if namespace.output_dir is None:
+        model, dataset = (Path(name).name for name in (namespace.model_name_or_path, namespace.dataset_name))
+        namespace.output_dir = f"outputs/{dataset}_{model}_seed{namespace.seed}"
+    teacher_namespace.output_dir = f"{namespace.output_dir}/teacher"
+    for name in ("distillation_weight", "deferred_reweighting_start", "push_to_hub", "hub_model_id"):
+        setattr(teacher_namespace, name, parser.get_default(name))
+    try:
+        return RunArguments(
+            model=_build(ModelArguments, namespace),
+            data=_build(DataArguments, namespace),
+            training=_build(BKDConfig, namespace),
+            teacher_training=_build(BKDConfig, teacher_namespace),
+            overwrite=namespace.overwrite,
+        )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=40, width=118)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, argparse.SUPPRESS) or action.nargs == 0:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # One spelling and the type; argparse would repeat both for --a_b, --a-b and each alias.
+        options = [option for option in action.option_strings if "-" not in option.lstrip("-")]
+        metavar = "" if action.nargs == 0 else " " + self._format_args(action, self._metavar(action))
+        return ", ".join(options or action.option_strings) + metavar
+
+    @staticmethod
+    def _metavar(action: argparse.Action) -> str:
+        if action.choices is not None:
+            return "{" + ",".join(map(str, action.choices)) + "}"
+        name = getattr(action.type, "__name__", "str")
+        return {"string_to_bool": "bool"}.get(name, name).upper()
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message} (--help lists the options)")
+
+
+def _build_parser(show_all: bool = False) -> _Parser:
+    parser = _Parser(
+        [ModelArguments, DataArguments, BKDConfig],
+        description="Train a balanced student on long-tailed images by Balanced Knowledge Distillation.",
+        epilog=_EPILOG,
+        usage="accelerate launch scripts/run_bkd.py [--config FILE] [--OPTION VALUE …]",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--config", help="YAML file with options.")
+    run.add_argument("--overwrite", action="store_true", help="Delete an earlier run in OUTPUT_DIR and start anew.")
+    run.add_argument("-h", "--help", action="help", help="Show the usual options.")
+    run.add_argument(
+        "--help_all", action="store_true", help="Show all options of transformers' TrainingArguments too."
+    )
+    # Where the script's policy differs from TrainingArguments' defaults: a run can be continued, and says what it does.
+    parser.set_defaults(
+        output_dir=None,
+        use_cpu=not torch.accelerator.is_available(),
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,
+        save_strategy="epoch",
+        save_total_limit=1,
+    )
+    inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
+    own_group = parser.add_argument_group("distillation and optimisation")
+    training_group = parser.add_argument_group("training (transformers.TrainingArguments)")
+    own_fields = {f.name for f in dataclasses.fields(BKDConfig)} - inherited
+    for action in parser._optionals._group_actions:
+        if action.dest in own_fields:
+            own_group._group_actions.append(action)
+        elif action.dest in inherited:
+            if not (show_all or action.dest in _COMMON_TRAINING_OPTIONS):
+                action.help = argparse.SUPPRESS
+            training_group._group_actions.append(action)
+    parser._optionals._group_actions.clear()
+    return parser
+
+
+def _build(cls: type, namespace: argparse.Namespace) -> Any:
+    names = {f.name for f in dataclasses.fields(cls) if f.init}
+    return cls(**{name: value for name, value in vars(namespace).items() if name in names})
+
+
+def _split_off_teacher(parser: _Parser, argv: list[str]) -> tuple[list[str], list[str]]:
+    """Separate `--teacher_OPTION value…` from the rest, as `--OPTION value…`."""
+    rest: list[str] = []
+    teacher: list[str] = []
+    target = rest
+    for token in argv:
+        if token.startswith("--"):
+            option = token.split("=")[0]
+            is_teacher = (
+                option.replace("-", "_").startswith(_TEACHER_PREFIX.replace("-", "_"))
+                and option not in parser._option_string_actions
+            )
+            target = teacher if is_teacher else rest
+            if is_teacher:
+                _check_teacher_option(parser, option[len(_TEACHER_PREFIX) :], option)
+                token = "--" + token[len(_TEACHER_PREFIX) :]
+        target.append(token)
+    return rest, teacher
+
+
+def _check_teacher_option(parser: _Parser, name: str, shown: str) -> None:
+    action = parser._option_string_actions.get(f"--{name}")
+    training_options = {f.name for f in dataclasses.fields(BKDConfig)}
+    if action is None or action.dest not in training_options:
+        raise InputError(
+            f"{shown}: there is no training option --{name}.{_suggestion(name, sorted(training_options))}"
+        )
+    if action.dest in _NOT_FOR_TEACHER:
+        raise InputError(f"{shown}: --{name} cannot be set for the teacher alone.")
+
+
+def _read_config(parser: _Parser, path: str | Path) -> tuple[list[str], list[str]]:
+    """Return the options in a YAML file as command-line tokens, of the student and of the teacher.
+
+    So one parser gives every value its type, whether it was written in a file (where PyYAML takes 2e-4 for a string)
+    or on the command line.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"--config {path} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config {path}: expected lines of the form `option: value`.")
+    content = dict(content)
+    teacher = content.pop("teacher", None) or {}
+    if not isinstance(teacher, dict):
+        raise InputError(f"--config {path}: the section `teacher:` must hold lines of the form `option: value`.")
+    model = teacher.pop("model_name_or_path", None)
+    if model is not None:
+        content["teacher_model_name_or_path"] = model
+    for name in teacher:
+        _check_teacher_option(parser, name, f"--config {path}, section teacher, {name}")
+    return (
+        [token for name, value in content.items() for token in _tokens(parser, path, name, value)],
+        [token for name, value in teacher.items() for token in _tokens(parser, path, name, value)],
+    )
+
+
+def _tokens(parser: _Parser, path: str | Path, name: Any, value: Any) -> list[str]:
+    action = parser._option_string_actions.get(f"--{name}")
+    if action is None or name in ("config", "help", "help_all", "overwrite"):
+        known = [option.removeprefix("--") for option in parser._option_string_actions]
+        raise InputError(f"--config {path}: unknown option {name!r}.{_suggestion(str(name), known)}")
+    if value is None:
+        return []
+    is_list_option = action.nargs in ("+", "*")
+    if isinstance(value, (list, dict)) and not (isinstance(value, list) and is_list_option):
+        if not (isinstance(value, dict) and name in BKDConfig._VALID_DICT_FIELDS):
+            raise InputError(f"--config {path}: {name} takes a single value, got {value!r}.")
+        value = json.dumps(value)
+    values = value if isinstance(value, list) else [value]
+    tokens = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+    try:
+        # "--name=value", so that a value may begin with a dash.
+        parser.parse_known_args([f"--{name}", *tokens] if is_list_option else [f"--{name}={tokens[0]}"])
+    except InputError as error:
+        raise InputError(f"--config {path}: {name}: {value!r} is not valid there: {error}") from error
+    return [f"--{name}", *tokens] if is_list_option else [f"--{name}={tokens[0]}"]
+
+
+def _suggestion(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {value!r}.")

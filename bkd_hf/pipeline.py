@@ -1,0 +1,527 @@
+"""The whole path of `scripts/run_bkd.py`: data, teacher, student, results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from .arguments import DataArguments, ModelArguments, RunArguments
+from .config import BKDConfig
+from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
+from .errors import InputError
+from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
+from .plots import save_plots
+from .results import (
+    RESULTS_NAME,
+    SCHEMA_VERSION,
+    describe_data,
+    describe_hardware,
+    describe_predictions,
+    describe_training,
+    describe_versions,
+    load_results,
+    recordable,
+    save_json,
+    without_folders,
+)
+from .teacher import load_teacher
+from .trainer import BKDTrainer
+from .transforms import ImageDataset, channel_statistics, default_augmentation
+
+#: Marks an output folder as ours and records what the run in it was told.
+RUN_NAME = "bkd_run.json"
+#: Marks a trained teacher and records what it was trained on.
+TEACHER_NAME = "bkd_teacher.json"
+
+# Options that change nothing in what a run computes; they may differ when it is continued.
+_WITHOUT_INFLUENCE = {
+    "output_dir", "overwrite", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "report_to",
+    "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub",
+    "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "token",
+    "cache_dir", "num_threads", "cache_images", "dataloader_num_workers", "dataloader_pin_memory",
+    "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context",
+    "save_total_limit", "local_rank", "ddp_backend", "ddp_timeout", "resume_from_checkpoint", "do_train", "do_eval",
+    "do_predict", "skip_memory_metrics", "debug",
+}  # fmt: skip
+
+_TABLE_ROWS = (
+    ("overall", "accuracy"),
+    ("many-shot", "many_shot_accuracy"),
+    ("medium-shot", "medium_shot_accuracy"),
+    ("few-shot", "few_shot_accuracy"),
+    ("worst class", "worst_class_accuracy"),
+)
+
+
+def run(arguments: RunArguments) -> dict[str, Any]:
+    """Train a teacher (unless one is given) and a balanced student, evaluate both, and leave everything on disk.
+
+    The output folder holds the student as `transformers` saves it, `results.json`, the figures, and, if it was trained
+    here, the teacher. A run that was interrupted is continued; one that is finished is reported again.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        InputError: If something that the user gave cannot work.
+    """
+    started = time.perf_counter()
+    output_dir = Path(arguments.training.output_dir)
+    say = _Announcer(arguments.training)
+    threads = set_num_threads(arguments.model.num_threads)
+    if arguments.training.disable_tqdm:
+        logging.disable_progress_bar()
+    _warn_of_options_without_effect(arguments)
+
+    with PartialState().main_process_first():
+        if _claim_output_dir(output_dir, arguments):
+            results = load_results(output_dir)
+            say(f"This run is finished: its results are in {output_dir}. To start anew, use --overwrite.")
+            say.table(results)
+            return results
+
+    say.stage("Data")
+    with PartialState().main_process_first():
+        splits = _load_splits(arguments.data, arguments.model)
+    data = describe_data(
+        arguments.data.dataset_name,
+        splits["train"],
+        splits["eval"],
+        arguments.data.many_shot_threshold,
+        arguments.data.few_shot_threshold,
+    )
+    counts = data["class_counts"]
+    say(
+        f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
+        f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. {_device_name(arguments.training, threads)}"
+    )
+
+    say.stage("Teacher")
+    teacher, teacher_results = _get_teacher(arguments, splits, data, say)
+
+    say.stage("Student")
+    student = _Stage(
+        name=arguments.model.model_name_or_path,
+        args=arguments.training,
+        arguments=arguments,
+        splits=splits,
+        data=data,
+        revision=arguments.model.model_revision,
+    )
+    student_results = student.train(teacher, say)
+
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "options": {
+            "model": recordable(dataclasses.asdict(arguments.model)),
+            "data": recordable(dataclasses.asdict(arguments.data)),
+            "training": describe_training(arguments.training),
+            "teacher_training": describe_training(arguments.teacher_training, relative_to=arguments.training),
+        },
+        "seed": arguments.training.seed,
+        "data": data,
+        "teacher": teacher_results,
+        "student": student_results,
+        "versions": describe_versions(),
+        "hardware": describe_hardware(arguments.training),
+    }
+    if PartialState().is_main_process:
+        save_json(results, output_dir / RESULTS_NAME)
+        figures = save_plots(results, output_dir / "figures")
+        say.stage("Results")
+        say.table(results)
+        say(
+            f"Student, {RESULTS_NAME} and {len(figures)} figures: {output_dir}  ({time.perf_counter() - started:.0f} s)"
+        )
+    return results
+
+
+def set_num_threads(num_threads: int | None = None) -> int:
+    """Give torch the cores of this process: `accelerate launch` leaves it one thread on a CPU machine.
+
+    Args:
+        num_threads: How many; by default the available cores divided among the processes of this machine.
+    """
+    if num_threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(num_threads)
+    return num_threads
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return the latest checkpoint that was written to its end, `None` without one.
+
+    Trainer writes `trainer_state.json` last: a process killed while saving leaves a checkpoint without it, or half.
+    """
+    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_checkpoint_step, reverse=True):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            continue
+        return str(folder)
+    return None
+
+
+# ---- The stages ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stage:
+    """One model trained on the run's data: the teacher or the student."""
+
+    name: str
+    args: BKDConfig
+    arguments: RunArguments
+    splits: Any
+    data: dict[str, Any]
+    revision: str | None = None
+
+    def train(self, teacher: nn.Module | None, say: _Announcer) -> dict[str, Any]:
+        """Train, save and evaluate; continue from the last checkpoint if there is one."""
+        model, processor = self._load()
+        clock = _StageClock()
+        trainer = BKDTrainer(
+            model=model,
+            teacher_model=teacher,
+            args=self.args,
+            train_dataset=self._training_images(processor),
+            eval_dataset=self._evaluation_images(processor),
+            processing_class=processor,
+            callbacks=[clock],
+        )
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if checkpoint is not None:
+            say(f"Continuing from {Path(checkpoint).name}.")
+        say(
+            f"{self.name}: {model.num_parameters():,} parameters, {self.args.num_train_epochs:g} epochs"
+            if self.args.max_steps <= 0
+            else f"{self.name}: {model.num_parameters():,} parameters, {self.args.max_steps:,} steps"
+        )
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", outcome.metrics)
+        trainer.save_metrics("train", outcome.metrics)
+        evaluation = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        trainer.save_metrics("eval", evaluation.metrics)
+        return {
+            "model": without_folders(self.name),
+            "num_parameters": model.num_parameters(),
+            **describe_predictions(evaluation.predictions, evaluation.label_ids, self.data),
+            "training": clock.summary(trainer, len(self.splits["train"])),
+            "history": _history(trainer.state.log_history),
+        }
+
+    def evaluate(self, model: nn.Module, processor: BaseImageProcessor) -> dict[str, Any]:
+        """Evaluate a model that was trained elsewhere."""
+        trainer = BKDTrainer(model=model, args=self.args, class_counts=self.data["class_counts"])
+        evaluation = trainer.predict(self._evaluation_images(processor))
+        return {
+            "model": without_folders(self.name),
+            "num_parameters": sum(p.numel() for p in model.parameters()),
+            **describe_predictions(evaluation.predictions, evaluation.label_ids, self.data),
+        }
+
+    def _load(self) -> tuple[PreTrainedModel, BaseImageProcessor]:
+        options = self.arguments.model
+        kwargs = options.from_pretrained_kwargs()
+        if self.revision is not None:
+            kwargs["revision"] = self.revision
+        mean = std = None
+        if cifar_resnet_depth(self.name) is not None:
+            mean, std = channel_statistics(self.splits["train"])
+        processor = load_processor(self.name, options.image_size, mean, std, **kwargs)
+        torch.manual_seed(self.args.seed)  # fresh weights, and fresh heads of pretrained models
+        model = load_classifier(self.name, self.data["class_names"], options.image_size, **kwargs)
+        prefer_channels_last(model)
+        return model, processor
+
+    def _training_images(self, processor: BaseImageProcessor) -> ImageDataset:
+        options = self.arguments.data
+        augmentation = options.train_augmentation
+        return ImageDataset(
+            self.splits["train"],
+            processor,
+            augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,  # type: ignore[arg-type]
+            horizontal_flip=options.horizontal_flip,
+            data_seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            cache_images=options.cache_images,  # type: ignore[arg-type]
+        )
+
+    def _evaluation_images(self, processor: BaseImageProcessor) -> ImageDataset:
+        return ImageDataset(self.splits["eval"], processor, cache_images=self.arguments.data.cache_images)  # type: ignore[arg-type]
+
+
+def _get_teacher(
+    arguments: RunArguments, splits: Any, data: dict[str, Any], say: _Announcer
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the teacher that was given, or train a vanilla one; with its results."""
+    given = arguments.model.teacher_model_name_or_path
+    args = arguments.teacher_training
+    if given is not None and cifar_resnet_depth(given) is None:
+        return _load_given_teacher(given, arguments, splits, data)
+
+    name = given or arguments.model.model_name_or_path
+    revision = arguments.model.model_revision if given is None else None
+    folder = Path(args.output_dir)
+    told = {
+        "model": name,
+        "image_size": arguments.model.image_size,
+        "fingerprint": data["fingerprint"],
+        "augmentation": [arguments.data.train_augmentation, arguments.data.horizontal_flip],
+        "training": _influential(args.to_dict()),
+    }
+    record = _read_json(folder / TEACHER_NAME)
+    if record is not None and (differences := _differences(record["told"], told)):
+        raise InputError(
+            f"The teacher in {folder} was trained otherwise: {differences}. Use --overwrite to train it anew, another "
+            "--output_dir, or --teacher_model_name_or_path to use it all the same."
+        )
+    if record is not None and "results" in record:
+        say(f"Using the teacher in {folder}, trained on the same data with the same options.")
+    else:
+        if PartialState().is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_json({"told": told}, folder / TEACHER_NAME)
+        stage = _Stage(name, args, arguments, splits, data, revision)
+        record = {"told": told, "results": stage.train(None, say)}
+        if PartialState().is_main_process:
+            save_json(record, folder / TEACHER_NAME)
+    PartialState().wait_for_everyone()
+    teacher = load_teacher(str(folder), **arguments.model.from_pretrained_kwargs())
+    prefer_channels_last(teacher)
+    return teacher, record["results"]
+
+
+def _load_given_teacher(
+    name: str, arguments: RunArguments, splits: Any, data: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    kwargs = arguments.model.from_pretrained_kwargs()
+    teacher = load_teacher(name, **kwargs)
+    num_labels = teacher.model.config.num_labels
+    if num_labels != len(data["class_names"]):
+        raise InputError(
+            f"--teacher_model_name_or_path {name} has {num_labels} classes, {data['name']} has "
+            f"{len(data['class_names'])}: the teacher must have been trained on the same classes."
+        )
+    record = _read_json(Path(name) / TEACHER_NAME)
+    if record is not None and record["told"]["fingerprint"] != data["fingerprint"]:
+        warnings.warn(
+            f"--teacher_model_name_or_path {name} was trained on other images (another data set, ratio or split) than "
+            "the student will be.",
+            stacklevel=2,
+        )
+    prefer_channels_last(teacher)
+    stage = _Stage(name, arguments.teacher_training, arguments, splits, data)
+    return teacher, stage.evaluate(teacher.model, load_processor(name, **kwargs))
+
+
+def _load_splits(options: DataArguments, model_options: ModelArguments) -> Any:
+    splits = load_image_dataset(
+        options.dataset_name,
+        config_name=options.dataset_config_name,
+        image_column=options.image_column_name,
+        label_column=options.label_column_name,
+        train_split=options.train_split_name,
+        eval_split=options.eval_split_name,
+        split_seed=options.split_seed,
+        cache_dir=model_options.cache_dir,
+        token=model_options.token,
+    )
+    if options.imbalance_ratio is not None:
+        splits["train"] = make_long_tailed(
+            splits["train"],
+            LABEL_COLUMN,
+            options.imbalance_ratio,
+            options.imbalance_profile,  # type: ignore[arg-type]
+            options.split_seed,
+            options.max_class_count,
+        )
+    splits["train"] = limit_examples(splits["train"], options.max_train_samples, "max_train_samples")
+    splits["eval"] = limit_examples(splits["eval"], options.max_eval_samples, "max_eval_samples")
+    return splits
+
+
+# ---- The output folder --------------------------------------------------------------------------------------------
+
+
+def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
+    """Make the output folder ours; True if it holds the finished results of this very run.
+
+    Raises:
+        InputError: If it holds something else, or a run with other options.
+    """
+    told = {
+        "model": _influential(dataclasses.asdict(arguments.model)),
+        "data": _influential(dataclasses.asdict(arguments.data)),
+        "training": _influential(arguments.training.to_dict()),
+        "teacher_training": _influential(arguments.teacher_training.to_dict()),
+    }
+    told = json.loads(json.dumps(told))  # as it will be read back
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: name a folder.")
+    content = list(output_dir.iterdir()) if output_dir.exists() else []
+    record = _read_json(output_dir / RUN_NAME)
+    if content and record is None:
+        raise InputError(
+            f"--output_dir {output_dir} is not empty and was not made by run_bkd.py: name a new or an empty folder."
+        )
+    is_main = PartialState().is_main_process
+    if record is not None and arguments.overwrite and is_main:
+        shutil.rmtree(output_dir)
+        record = None
+    if record is not None and (differences := _differences(record, told)):
+        raise InputError(
+            f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder, or "
+            "--overwrite to delete that run and start anew."
+        )
+    if record is None and is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_json(told, output_dir / RUN_NAME)
+    return (output_dir / RESULTS_NAME).exists()
+
+
+def _influential(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in _WITHOUT_INFLUENCE}
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
+    """E.g. "--temperature is 2.0 there, 4.0 here"; empty if nothing differs."""
+    found = []
+    for name in sorted({*there, *here}):
+        old, new = there.get(name), here.get(name)
+        if isinstance(old, dict) and isinstance(new, dict) and not prefix:
+            inner = _differences(old, new, "--teacher_" if name == "teacher_training" else "--")
+            found += [inner] if inner else []
+        elif old != new:
+            found.append(f"{prefix}{name} is {old} there, {new} here")
+    return "; ".join(found)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _checkpoint_step(folder: Path) -> int:
+    suffix = folder.name.rpartition("-")[2]
+    return int(suffix) if suffix.isdigit() else -1
+
+
+# ---- What is said and measured ------------------------------------------------------------------------------------
+
+
+class _Announcer:
+    """Speaks for the main process."""
+
+    def __init__(self, args: BKDConfig):
+        self.console = Console(quiet=not PartialState().is_main_process, highlight=False, soft_wrap=True)
+
+    def __call__(self, message: str) -> None:
+        self.console.print(message, markup=False)
+
+    def stage(self, name: str) -> None:
+        self.console.rule(f"[bold]{name}", align="left")
+
+    def table(self, results: dict[str, Any]) -> None:
+        """Teacher | student | difference, in percent."""
+        table = Table(
+            title=f"{results['data']['name']}, accuracy in % ({results['data']['num_eval_images']:,} images)"
+        )
+        table.add_column("")
+        for name in ("teacher", "student", "difference"):
+            table.add_column(name, justify="right")
+        teacher, student = results["teacher"]["metrics"], results["student"]["metrics"]
+        for title, key in _TABLE_ROWS:
+            if key in student:
+                before, after = 100 * teacher[key], 100 * student[key]
+                table.add_row(title, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+        self.console.print(table)
+
+
+class _StageClock(TrainerCallback):
+    """Measures training time over all sessions of a run that was interrupted: each log carries what has passed."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.started = 0.0
+
+    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.started = time.perf_counter()
+
+    def on_log(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.log_history and self.started:
+            state.log_history[-1]["elapsed_seconds"] = round(self.before + time.perf_counter() - self.started, 3)
+
+    def summary(self, trainer: BKDTrainer, num_images: int) -> dict[str, float]:
+        """Time and speed of the training itself; evaluations in between are taken off."""
+        history, state = trainer.state.log_history, trainer.state
+        elapsed = next(e["elapsed_seconds"] for e in reversed(history) if "train_runtime" in e)
+        evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history if "train_runtime" not in entry)
+        seconds = max(elapsed - evaluating, 1e-9)
+        return {
+            "seconds": round(seconds, 2),
+            "images_per_second": round(num_images * (state.epoch or 0) / seconds, 1),
+            "seconds_per_step": round(seconds / max(state.global_step, 1), 4),
+            "steps": state.global_step,
+            "epochs": round(state.epoch or 0, 3),
+        }
+
+
+def _history(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Return what was logged while training, without the summary at the end."""
+    return [entry for entry in log_history if "loss" in entry or ("eval_loss" in entry and "step" in entry)]
+
+
+def _device_name(args: BKDConfig, threads: int) -> str:
+    device = f"{threads} CPU threads" if args.device.type == "cpu" else str(args.device)
+    return f"{args.world_size} process{'es' if args.world_size > 1 else ''}, {device} each."
+
+
+def _warn_of_options_without_effect(arguments: RunArguments) -> None:
+    def given(options: Any, name: str) -> bool:
+        default = next(f.default for f in dataclasses.fields(options) if f.name == name)
+        return getattr(options, name) != default
+
+    def warn(option: str, reason: str) -> None:
+        warnings.warn(f"--{option} has no effect: {reason}.", stacklevel=3)
+
+    model, data = arguments.model, arguments.data
+    if data.imbalance_ratio is None:
+        for name in ("imbalance_profile", "max_class_count"):
+            if given(data, name):
+                warn(name, "it shapes a tail that is cut by --imbalance_ratio, which is not given")
+    if given(model, "image_size") and cifar_resnet_depth(model.model_name_or_path) is None:
+        warn("image_size", f"the size of {model.model_name_or_path} is fixed by its image processor")
+    if given(data, "horizontal_flip") and data.train_augmentation == "none":
+        warn("horizontal_flip", "--train_augmentation is none")
+    teacher = model.teacher_model_name_or_path
+    if teacher is not None and cifar_resnet_depth(teacher) is None:
+        for name in _differences(
+            _influential(arguments.training.to_dict()),
+            _influential(arguments.teacher_training.to_dict()),
+            "--teacher_",
+        ).split("; "):
+            option = name.split(" ")[0].removeprefix("--")
+            if option and option.removeprefix("teacher_") not in ("distillation_weight", "deferred_reweighting_start"):
+                warn(option, f"the teacher {teacher} is not trained here")

@@ -84,7 +84,7 @@ class DataArguments:
     eval_split_name: str | None = field(
         default=None,
         metadata={
-            "help": "Not given: the first of validation, val, test, …; without any, a fifth of each class is set aside."
+            "help": "Not given: the first of validation, val, test, …; without any, a fifth of each class is taken."
         },
     )
     max_train_samples: int | None = field(
@@ -268,10 +268,8 @@ def _build_parser(show_all: bool = False) -> _Parser:
     run.add_argument("--config", help="YAML file with options.")
     run.add_argument("--overwrite", action="store_true", help="Delete an earlier run in OUTPUT_DIR and start anew.")
     run.add_argument("-h", "--help", action="help", help="Show the usual options.")
-    run.add_argument(
-        "--help_all", action="store_true", help="Show all options of transformers' TrainingArguments too."
-    )
-    # Where the script's policy differs from TrainingArguments' defaults: a run can be continued, and says what it does.
+    run.add_argument("--help_all", action="store_true", help="Show all options of TrainingArguments too.")
+    # Where the script's policy differs from TrainingArguments' defaults: a run says what it does and can be continued.
     parser.set_defaults(
         output_dir=None,
         use_cpu=not torch.accelerator.is_available(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from transformers import TrainingArguments
@@ -106,7 +107,7 @@ class BKDConfig(TrainingArguments):
             require(self.lr_warmup_epochs == 0, "lr_warmup_epochs", "given together with --lr_step_epochs")
         else:
             epochs, factors = self.lr_step_epochs, self.lr_step_factors or []
-            increasing = all(a < b for a, b in zip(epochs, epochs[1:], strict=False))
+            increasing = all(a < b for a, b in pairwise(epochs))
             require(increasing and all(e >= 0 for e in epochs), "lr_step_epochs", "increasing numbers ≥ 0")
             require(len(factors) == len(epochs), "lr_step_factors", f"{len(epochs)} numbers, as lr_step_epochs has")
             require(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")

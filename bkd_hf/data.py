@@ -288,7 +288,7 @@ def load_image_dataset(
         if missing:
             raise InputError(f"{name}: split {split_name!r} has no column {sorted(missing)[0]!r}.")
         if len(data[split_name]) == 0:
-            raise InputError(f"{name}: split {split_name!r} is empty.")
+            raise InputError(f"{name}: split {split_name!r} is empty; name another by --{split}_split_name.")
         splits[split] = _standard_columns(data[split_name], image_column, label_column)
 
     splits = _to_class_labels(name, splits, label_column)
@@ -345,13 +345,15 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
             data = datasets.load_dataset(source, config_name, cache_dir=cache_dir, token=token)
     except InputError:
         raise
-    except (FileNotFoundError, ValueError, ConnectionError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, IndexError) as error:  # what `datasets` raises for what it cannot read
         where = (
             "It is a folder here, but holds no data set that `datasets` can read"
             if path.is_dir()
             else "It is no file or folder here, and the Hub does not give it"
         )
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, IndexError):  # how `load_from_disk` fails on a split without rows
+            reason = "one of its splits is empty."
         raise InputError(
             f"--dataset_name {name} cannot be loaded. {where}: {reason} Give a Hub id, a folder with one folder per "
             'class, a saved data set, a parquet file, or "digits".'
@@ -391,6 +393,12 @@ def _find_columns(
                 f"{', '.join(features)}."
             )
         image_column = found[0]
+    elif not isinstance(features[image_column], datasets.Image) and getattr(
+        features[image_column], "dtype", ""
+    ) not in ("string", "binary"):  # paths or encoded images
+        raise InputError(
+            f"--image_column_name {image_column}: the column holds {features[image_column]}, not images."
+        )
     if label_column is None:
         found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         usual = [column for column in _LABEL_COLUMN_NAMES if column in features]
@@ -409,12 +417,7 @@ def _find_columns(
 def _standard_columns(dataset: datasets.Dataset, image_column: str, label_column: str) -> datasets.Dataset:
     dataset = dataset.select_columns([image_column, label_column])
     if not isinstance(dataset.features[image_column], datasets.Image):
-        try:
-            dataset = dataset.cast_column(image_column, datasets.Image())
-        except (TypeError, ValueError, datasets.table.CastError) as error:
-            raise InputError(
-                f"--image_column_name {image_column}: the column holds {dataset.features[image_column]}, not images."
-            ) from error
+        dataset = dataset.cast_column(image_column, datasets.Image())
     names = {image_column: IMAGE_COLUMN, label_column: LABEL_COLUMN}
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
@@ -439,7 +442,7 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
 
     values = {split: _column_values(dataset, LABEL_COLUMN) for split, dataset in splits.items()}
     for split, column in values.items():
-        if column.dtype == object and any(value is None for value in column) or column.dtype.kind == "f":
+        if column.dtype.kind == "f" or (column.dtype == object and any(value is None for value in column)):
             raise InputError(f"{name}: column {label_column!r} of the {split} split has examples without a label.")
     known = np.unique(values["train"])
     if known.dtype.kind in "iu" and not np.array_equal(known, np.arange(known.size)):

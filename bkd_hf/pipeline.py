@@ -109,7 +109,8 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     counts = data["class_counts"]
     say(
         f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
-        f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. {_device_name(arguments.training, threads)}"
+        f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
+        f"{_device_name(arguments.training, threads)}"
     )
 
     say.stage("Teacher")
@@ -146,9 +147,8 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         figures = save_plots(results, output_dir / "figures")
         say.stage("Results")
         say.table(results)
-        say(
-            f"Student, {RESULTS_NAME} and {len(figures)} figures: {output_dir}  ({time.perf_counter() - started:.0f} s)"
-        )
+        seconds = time.perf_counter() - started
+        say(f"Student, {RESULTS_NAME} and {len(figures)} figures: {output_dir}  ({seconds:.0f} s)")
     return results
 
 
@@ -315,7 +315,7 @@ def _load_given_teacher(
 ) -> tuple[nn.Module, dict[str, Any]]:
     kwargs = arguments.model.from_pretrained_kwargs()
     teacher = load_teacher(name, **kwargs)
-    num_labels = teacher.model.config.num_labels
+    num_labels = teacher.num_labels
     if num_labels != len(data["class_names"]):
         raise InputError(
             f"--teacher_model_name_or_path {name} has {num_labels} classes, {data['name']} has "

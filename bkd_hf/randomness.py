@@ -22,12 +22,13 @@ def hash_uniform(*counters: npt.ArrayLike) -> np.ndarray:
     Returns:
         float64, of the broadcast shape.
     """
-    state = np.uint64(0)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        state = np.zeros((), dtype=np.uint64)
         for counter in counters:
-            bits = np.asarray(counter, dtype=np.int64).view(np.uint64)
+            bits = np.asarray(counter, dtype=np.int64).astype(np.uint64)
             state = _mix(state ^ _mix(bits + _WEYL)) + _WEYL
-    return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        state = _mix(state)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:

@@ -3,9 +3,9 @@
 Schema, version 1 (fractions for metrics, seconds for times; `null` where something is not known):
 
     schema_version      1
-    options             {"model": {…}, "data": {…}, "training": {…}, "teacher_training": {…}}: of `training` what differs
-                        from the defaults of `transformers`, and all options of distillation; of `teacher_training`
-                        what differs from `training`
+    options             {"model": {…}, "data": {…}, "training": {…}, "teacher_training": {…}}: of `training` what
+                        differs from the defaults of `transformers`, and all options of distillation; of
+                        `teacher_training` what differs from `training`
     seed                seed of the training
     data                name, fingerprint and eval_fingerprint (hashes of labels and images), num_train_images,
                         num_eval_images, class_names, class_counts (training), eval_class_counts,

@@ -31,6 +31,11 @@ class FrozenTeacher(nn.Module):
         super().train(False)
         return self
 
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes, where the model's configuration tells."""
+        return getattr(getattr(self.model, "config", None), "num_labels", None)
+
     @torch.no_grad()
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Return the logits, B×C."""

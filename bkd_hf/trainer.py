@@ -124,14 +124,14 @@ class BKDTrainer(Trainer):
             self.compute_metrics = functools.partial(_evaluation_metrics, class_counts=self.class_counts)
 
         # Teacher
-        self.teacher: FrozenTeacher | None = None
+        self.teacher_model: FrozenTeacher | None = None
         if teacher_model is not None:
-            self.teacher = self._prepare_teacher(load_teacher(teacher_model))
+            self.teacher_model = self._prepare_teacher(load_teacher(teacher_model))
         self._check_numbers_of_classes()
 
         # Loss
         self._class_weights: torch.Tensor | None = None
-        if self.teacher is not None:
+        if self.teacher_model is not None:
             if self.class_counts is None:
                 raise ValueError("BKDTrainer needs class_counts, or a train_dataset to count them in.")
             weights = class_balanced_weights(self.class_counts, args.class_balance_beta)
@@ -169,9 +169,9 @@ class BKDTrainer(Trainer):
 
         loss = ce = cross_entropy_loss(student_logits, labels, self.args.label_smoothing_factor, reduction="none")
         kd = None
-        if model.training and self.teacher is not None and self.args.distillation_weight:
-            teacher_logits = self.teacher(**teacher_inputs)
-            self._watch(student_logits, teacher_logits)
+        if model.training and self.teacher_model is not None and self.args.distillation_weight:
+            teacher_logits = self.teacher_model(**teacher_inputs)
+            self._watch(teacher_logits)
             kd = balanced_distillation_loss(
                 student_logits, teacher_logits, self.class_weights, self.args.temperature, reduction="none"
             )
@@ -232,18 +232,13 @@ class BKDTrainer(Trainer):
         self.accelerator._models.remove(prepared)
         return prepared
 
-    def _watch(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
+    def _watch(self, teacher_logits: torch.Tensor) -> None:
         """Note the first step at which the teacher's logits are not finite, without waiting for the device."""
         bad = ~teacher_logits.isfinite().all()
         step = torch.where(bad, self.state.global_step + 1, _NO_STEP)
         self._first_step_with_bad_teacher = torch.minimum(self._first_step_with_bad_teacher, step)
         if not self._first_batch_checked:
             self._first_batch_checked = True
-            if len(self.class_counts) != student_logits.shape[-1]:
-                raise ValueError(
-                    f"There are {len(self.class_counts)} class counts, but the logits have "
-                    f"{student_logits.shape[-1]} classes."
-                )
             self._stop_if_teacher_is_bad()
 
     def _stop_if_teacher_is_bad(self) -> None:
@@ -272,7 +267,7 @@ class BKDTrainer(Trainer):
         Raises:
             TeacherLogitsError: If the teacher's logits were not finite since the last log.
         """
-        if self.is_in_train and self.teacher is not None:
+        if self.is_in_train and self.teacher_model is not None:
             self._stop_if_teacher_is_bad()
         if "loss" in logs and self._loss_parts:
             totals = self.accelerator.reduce(self._loss_parts, reduction="sum")
@@ -339,7 +334,7 @@ class BKDTrainer(Trainer):
     def set_epoch(self, epoch: int) -> None:
         """Tell sampler and data set which epoch begins: accelerate reaches them in some set-ups only."""
         for part in (self._train_batch_sampler, self.train_dataset):
-            if hasattr(part, "set_epoch"):
+            if part is not None and hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -372,7 +367,7 @@ class BKDTrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """Create the step-decay schedule if it is chosen, else `Trainer`'s."""
-        if self.args.uses_step_decay and self.lr_scheduler is None:
+        if self.args.uses_step_decay and self.lr_scheduler is None:  # type: ignore[has-type]
             steps_per_epoch = self._update_steps_per_epoch or math.ceil(num_training_steps / self._num_epochs())
             schedule = StepDecay(
                 steps_per_epoch=steps_per_epoch,
@@ -411,14 +406,14 @@ class BKDTrainer(Trainer):
         """Train as `Trainer` does, also after an `evaluate()`."""
         if self.model_wrapped is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
-            vars(self.model).pop("_is_accelerate_prepared", None)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._loss_parts = {}
         return super().train(*args, **kwargs)
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.teacher is not None:
+        if self.teacher_model is not None:
             self._stop_if_teacher_is_bad()
         super()._save_checkpoint(model, trial)
 
@@ -457,7 +452,7 @@ class BKDTrainer(Trainer):
     def _check_numbers_of_classes(self) -> None:
         numbers = {
             "student": self._num_labels(self.model),
-            "teacher": self._num_labels(self.teacher.model) if self.teacher is not None else None,
+            "teacher": self.teacher_model.num_labels if self.teacher_model is not None else None,
             "class counts": None if self.class_counts is None else len(self.class_counts),
         }
         known = {name: number for name, number in numbers.items() if number is not None}
@@ -485,24 +480,22 @@ def _evaluation_metrics(prediction: EvalPrediction, class_counts: np.ndarray) ->
 
 
 def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray | None:
-    """Class counts of a training set, where they can be had without reading its inputs.
+    """Class counts of a training set; `None` if it can be read only once.
 
     Looks, in this order, for: a `class_counts` attribute, a label column of a `datasets.Dataset`, `targets` as in
-    torchvision, and the items themselves of a plain list.
+    torchvision, and the labels in the examples themselves, which may take as long as reading all of them.
     """
     if hasattr(dataset, "class_counts"):
         counts = np.asarray(dataset.class_counts, dtype=np.int64)
-    elif isinstance(dataset, datasets.Dataset):
-        column = next((name for name in ("labels", "label") if name in dataset.column_names), None)
-        if column is None:
-            return None
+    elif isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
         counts = np.asarray(count_classes(dataset, column))
     else:
         labels = getattr(dataset, "targets", None)
-        if labels is None and isinstance(dataset, (list, tuple)):
-            labels = [int(example["labels" if "labels" in example else "label"]) for example in dataset]
         if labels is None:
-            return None
+            if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
+                return None
+            examples = (dataset[i] for i in range(len(dataset)))
+            labels = [int(example["labels" if "labels" in example else "label"]) for example in examples]
         labels = np.asarray(labels)
         if labels.min(initial=0) < 0:
             raise ValueError(f"Label {labels.min()} of the training set is negative.")
@@ -513,3 +506,9 @@ def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarra
             "classes. Load the model with num_labels set to the number of classes of the data."
         )
     return np.pad(counts, (0, (num_classes or len(counts)) - len(counts)))
+
+
+def _label_column(dataset: datasets.Dataset) -> str | None:
+    named = [name for name in ("labels", "label") if name in dataset.column_names]
+    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return next(iter(named or (typed if len(typed) == 1 else [])), None)

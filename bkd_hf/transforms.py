@@ -181,7 +181,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _should_cache(self, cache_images: CacheImages) -> bool:
         if cache_images != "auto":
             return cache_images == "memory"
-        bytes_per_image = 3 * self.height * self.width
+        bytes_per_image = 3.0 * self.height * self.width
         if self._needs_originals:
             sample = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int)
             bytes_per_image = 3 * float(np.mean([math.prod(self._decode(int(index)).size) for index in sample]))

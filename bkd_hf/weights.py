@@ -53,7 +53,7 @@ def class_balanced_weights(
 def deferred_weights(
     class_weights: torch.Tensor, start: float | None, epoch: float, num_epochs: float
 ) -> torch.Tensor:
-    """Deferred re-weighting (Cao et al., 2019, arXiv 1906.07413): uniform weights first, `class_weights` from `start` on.
+    """Deferred re-weighting (Cao et al., 2019, arXiv 1906.07413): uniform weights, then `class_weights`.
 
     A function of training progress alone, so it is right after a resume as well.
 

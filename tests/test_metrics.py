@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
+
+from bkd_hf import expected_calibration_error, long_tail_metrics, shot_groups
+
+
+def one_hot(predictions: list[int], classes: int) -> np.ndarray:
+    return 5.0 * np.eye(classes)[predictions]
+
+
+def test_by_hand():
+    labels = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+    predictions = [0, 0, 0, 1, 1, 1, 2, 0]
+    metrics = long_tail_metrics(one_hot(predictions, 3), labels, class_counts=[500, 50, 5])
+    assert metrics["accuracy"] == 6 / 8
+    assert metrics["per_class_accuracy"] == [0.75, 1.0, 0.5]
+    assert metrics["balanced_accuracy"] == pytest.approx(0.75)
+    assert (metrics["many_shot_accuracy"], metrics["medium_shot_accuracy"]) == (0.75, 1.0)
+    assert metrics["few_shot_accuracy"] == metrics["worst_class_accuracy"] == 0.5
+    assert metrics["harmonic_mean_accuracy"] == pytest.approx(3 / (1 / 0.75 + 1 + 2))
+    assert metrics["geometric_mean_accuracy"] == pytest.approx(0.375 ** (1 / 3))
+    confidence = math.exp(5) / (math.exp(5) + 2)
+    assert metrics["expected_calibration_error"] == pytest.approx(confidence - 0.75)
+    assert "top5_accuracy" not in metrics
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 1000), classes=st.integers(6, 20))
+def test_agrees_with_scikit_learn(seed, classes):
+    generator = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), generator.integers(0, classes, 100)])
+    logits = generator.normal(size=(labels.size, classes)) + 2 * np.eye(classes)[labels]
+    metrics = long_tail_metrics(logits, labels, [10] * classes)
+    predictions = logits.argmax(1)
+    assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predictions))
+    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predictions, average="macro"))
+    assert metrics["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5))
+
+
+def test_groups_by_training_counts_with_the_published_borders():
+    groups = shot_groups([101, 100, 20, 19])
+    assert [mask.tolist() for mask in groups.values()] == [
+        [True, False, False, False],
+        [False, True, True, False],
+        [False, False, False, True],
+    ]
+    moved = shot_groups([101, 100, 20, 19], many_shot_threshold=50, few_shot_threshold=5)
+    assert moved["many_shot"].tolist() == [True, True, False, False]
+
+
+def test_group_accuracy_is_the_mean_over_its_classes():
+    labels = np.array([0] * 8 + [1] * 2)
+    metrics = long_tail_metrics(one_hot([0] * 8 + [0, 0], 2), labels, [500, 200])
+    assert metrics["many_shot_accuracy"] == 0.5
+
+
+def test_what_is_missing_is_absent_not_zero():
+    metrics = long_tail_metrics(one_hot([0, 1], 3), np.array([0, 1]), class_counts=[500, 50, 5])
+    assert "few_shot_accuracy" not in metrics  # class 2 has no test image
+    assert metrics["per_class_accuracy"] == [1.0, 1.0, None]
+    assert metrics["balanced_accuracy"] == metrics["worst_class_accuracy"] == 1.0
+    assert "medium_shot_accuracy" not in long_tail_metrics(one_hot([0, 1], 2), np.array([0, 1]), [500, 5])
+
+
+def test_calibration():
+    # Sure and right: no error. Sure (in the limit) and right half of the time: 0.5.
+    assert expected_calibration_error(100 * np.eye(2)[[0, 1]], np.array([0, 1])) == pytest.approx(0)
+    assert expected_calibration_error(100 * np.eye(2)[[0, 1]], np.array([0, 0])) == pytest.approx(0.5)
+    # Unsure, and right as often as it says.
+    assert expected_calibration_error(np.zeros((4, 2)), np.array([0, 1, 0, 1])) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((2, 3)), np.array([0, 1]), [1, 2]), "2 class counts, but the logits have 3"),
+        ((np.zeros((2, 3)), np.array([0, 3]), [1, 2, 3]), "Labels must be in 0 to 2"),
+        ((np.zeros((0, 3)), np.array([], dtype=int), [1, 2, 3]), "N ≥ 1"),
+        ((np.zeros((2, 3)), np.array([0]), [1, 2, 3]), "N×C"),
+        ((np.zeros((1, 2)), np.array([0]), [1, 2], 10, 20), "few_shot_threshold"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        long_tail_metrics(*arguments)

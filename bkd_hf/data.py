@@ -396,9 +396,7 @@ def _find_columns(
     elif not isinstance(features[image_column], datasets.Image) and getattr(
         features[image_column], "dtype", ""
     ) not in ("string", "binary"):  # paths or encoded images
-        raise InputError(
-            f"--image_column_name {image_column}: the column holds {features[image_column]}, not images."
-        )
+        raise InputError(f"--image_column_name {image_column}: the column holds {features[image_column]}, not images.")
     if label_column is None:
         found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         usual = [column for column in _LABEL_COLUMN_NAMES if column in features]

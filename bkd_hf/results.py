@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from dataclasses import fields
@@ -77,10 +78,14 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_json(content: Any, path: str | os.PathLike[str]) -> None:
-    """Write JSON so that a reader finds the old file or the whole new one, never a part."""
+    """Write JSON so that a reader finds the old file or the whole new one, never a part.
+
+    NaN and infinity, which JSON does not have, are written as `null`.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -159,6 +164,14 @@ def without_folders(name: str) -> str:
     """Return the last part of a name that is a path on this machine; a Hub id as it is."""
     path = Path(name).expanduser()
     return path.resolve().name if path.is_absolute() or name.startswith((".", "~")) or path.exists() else name
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _cpu_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -113,6 +114,8 @@ class BKDTrainer(Trainer):
         )
         # Has Trainer count the examples of each optimizer step, over its micro-batches and processes.
         self.model_accepts_loss_kwargs = True
+        # The loss is computed here: a model need not take labels itself.
+        self.label_names = self.label_names or ["labels"]  # type: ignore[has-type]
 
         # Data
         self.class_counts: np.ndarray | None = None
@@ -208,7 +211,9 @@ class BKDTrainer(Trainer):
 
     def _split_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
         student_inputs = {key: value for key, value in inputs.items() if not key.startswith(TEACHER_PREFIX)}
-        labels = student_inputs.pop("labels")
+        labels = student_inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError(f'The batch has no "labels", only {", ".join(inputs)}.')
         teacher_inputs = {
             key.removeprefix(TEACHER_PREFIX): value for key, value in inputs.items() if key.startswith(TEACHER_PREFIX)
         }
@@ -227,9 +232,10 @@ class BKDTrainer(Trainer):
 
     def _prepare_teacher(self, teacher: FrozenTeacher) -> FrozenTeacher:
         """Place the teacher, under the student's autocast, but outside everything that is trained or saved."""
+        num_known = len(self.accelerator._models)
         prepared = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         # Or Trainer.evaluate() before train() would take the student for prepared.
-        self.accelerator._models.remove(prepared)
+        del self.accelerator._models[num_known:]
         return prepared
 
     def _watch(self, teacher_logits: torch.Tensor) -> None:
@@ -338,10 +344,13 @@ class BKDTrainer(Trainer):
                 part.set_epoch(epoch)
 
     def _set_signature_columns_if_needed(self) -> None:
-        first_time = self._signature_columns is None
-        super()._set_signature_columns_if_needed()
-        if first_time:
-            self._signature_columns += [TEACHER_PREFIX + column for column in self._signature_columns]
+        if self._signature_columns is None:  # type: ignore[has-type]
+            super()._set_signature_columns_if_needed()
+            columns: list[str] = [*self._signature_columns, "labels"]  # type: ignore[has-type]
+            if self.teacher_model is not None:
+                names = inspect.signature(self.teacher_model.model.forward).parameters
+                columns += [TEACHER_PREFIX + name for name in names]
+            self._signature_columns = columns
 
     def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:
         # What `with_transform` makes of the columns is not known; removing them first would take away the images.
@@ -434,9 +443,12 @@ class BKDTrainer(Trainer):
             return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
-        saved, info = type(self.model).from_pretrained(
-            checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
-        )
+        try:
+            saved, info = type(self.model).from_pretrained(
+                checkpoint, config=self.model.config, dtype=self.model.dtype, output_loading_info=True
+            )
+        except RuntimeError as error:  # other shapes
+            raise ValueError(f"The checkpoint {checkpoint} does not fit the model: {error}") from error
         problems = {name: keys for name, keys in info.items() if keys and name.endswith("_keys")}
         if problems:
             raise ValueError(f"The checkpoint {checkpoint} does not fit the model: {problems}.")

@@ -244,7 +244,7 @@ def test_empty_splits(tmp_path):
     (tmp_path / "parquet").mkdir()
     full.to_parquet(tmp_path / "parquet" / "train.parquet")
     empty.to_parquet(tmp_path / "parquet" / "test.parquet")
-    with pytest.raises(InputError, match="test.* corresponds to no data"):
+    with pytest.raises(InputError, match=r"test.* corresponds to no data"):
         load_image_dataset(str(tmp_path / "parquet"))
 
 

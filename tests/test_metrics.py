@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import doctest
 import math
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
 
+import bkd_hf
 from bkd_hf import expected_calibration_error, long_tail_metrics, shot_groups
 
 
@@ -90,3 +94,17 @@ def test_calibration():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         long_tail_metrics(*arguments)
+
+
+def test_evaluate_metric_loads_from_its_folder_offline():
+    metric = evaluate.load(str(Path(bkd_hf.__file__).parent / "long_tail"))
+    generator = np.random.default_rng(0)
+    logits, labels = generator.normal(size=(50, 6)).astype(np.float32), generator.integers(0, 6, 50)
+    counts = [500, 200, 50, 30, 10, 5]
+    assert metric.compute(predictions=logits, references=labels, class_counts=counts) == long_tail_metrics(
+        logits, labels, counts
+    )
+    # The example in its documentation runs.
+    parsed = doctest.DocTestParser().get_doctest(metric.inputs_description, {}, "long_tail", None, 0)
+    assert doctest.DocTestRunner().run(parsed).failed == 0
+    assert parsed.examples

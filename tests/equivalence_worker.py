@@ -1,0 +1,115 @@
+"""Trains the same models in several ways and saves the outcomes; run by test_equivalence.py, with 1 or 2 processes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
+
+from bkd_hf import BKDConfig, BKDTrainer
+
+NUM_CLASSES = 5
+NUM_EVAL_EXAMPLES = 37
+#: (batch size, accumulation steps) that make global batches of 32, by number of processes.
+CUTS = {1: [(32, 1), (8, 4)], 2: [(16, 1), (8, 2)]}
+#: Model, with a teacher or without, training examples: the last step has 12 examples, or 1.
+CASES = [
+    ("vit", True, 76),
+    ("vit", False, 76),
+    ("convnext", True, 76),
+    ("convnext", False, 76),
+    ("convnext", True, 65),
+]
+
+
+def tiny_model(kind: str, seed: int) -> torch.nn.Module:
+    """A model without BatchNorm, which sees micro-batches whatever the trainer does."""
+    torch.manual_seed(seed)
+    if kind == "vit":
+        return ViTForImageClassification(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                image_size=8,
+                patch_size=4,
+                num_labels=NUM_CLASSES,
+            )
+        )
+    # Takes **kwargs and drops num_items_in_batch.
+    return ConvNextForImageClassification(
+        ConvNextConfig(
+            hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2, image_size=8, num_labels=NUM_CLASSES
+        )
+    )
+
+
+def examples(number: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(number, 3, 8, 8, generator=generator)
+    return [{"pixel_values": image, "labels": i % 7 % NUM_CLASSES} for i, image in enumerate(images)]
+
+
+def train(kind: str, with_teacher: bool, num_examples: int, cut: tuple[int, int], evaluate_first: bool) -> dict:
+    batch_size, accumulation = cut
+    args = BKDConfig(
+        output_dir="unused",
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=8,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=2,
+        deferred_reweighting_start=0.4,
+        learning_rate=0.05,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        logging_steps=2,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
+    data = examples(num_examples)
+    trainer = BKDTrainer(
+        model=tiny_model(kind, seed=1),
+        teacher_model=tiny_model(kind, seed=2) if with_teacher else None,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data[:NUM_EVAL_EXAMPLES],
+        class_counts=[30, 20, 10, 5, 2],
+    )
+    if evaluate_first:
+        trainer.evaluate()
+    trainer.train()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    # Every process ends with the same weights.
+    gathered = trainer.accelerator.gather(weights[None])
+    assert torch.equal(gathered, weights.expand_as(gathered))
+    return {
+        "weights": weights,
+        "metrics": trainer.evaluate(),
+        "num_predictions": len(trainer.predict(data[:NUM_EVAL_EXAMPLES]).predictions),
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--expected_processes", type=int)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    num_processes = BKDConfig(output_dir="unused", use_cpu=True).world_size
+    assert num_processes == options.expected_processes, f"{num_processes} processes"
+    outcomes = {
+        (*case, cut): train(*case, cut, evaluate_first=cut == (8, 2)) for case in CASES for cut in CUTS[num_processes]
+    }
+    if BKDConfig(output_dir="unused", use_cpu=True).process_index == 0:
+        torch.save(outcomes, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Trains a few epochs, perhaps until it is killed or from where it was killed; run by test_resume.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+
+from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
+from bkd_hf.pipeline import last_complete_checkpoint
+
+STEPS_PER_EPOCH = 5
+
+
+class KillAt(TrainerCallback):
+    """Dies as by power failure."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def model(kind: str, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    names = [str(n) for n in range(10)]
+    if kind == "resnet":
+        return load_classifier("cifar-resnet-8", names, image_size=16)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=16,
+            patch_size=8,
+            hidden_dropout_prob=0.1,
+            num_labels=10,
+        )
+    )
+
+
+def train(kind: str, workers: int, output_dir: Path, kill_at: int | None, resume: bool) -> None:
+    images = load_image_dataset("digits")["train"].select(range(70))
+    processor = load_processor("cifar-resnet-8", image_size=16)
+    trainer = BKDTrainer(
+        model=model(kind, seed=1),
+        teacher_model=model(kind, seed=2),
+        args=BKDConfig(
+            output_dir=str(output_dir),
+            per_device_train_batch_size=16,
+            num_train_epochs=4,
+            learning_rate=0.05,
+            optim="sgd",
+            momentum=0.9,
+            lr_step_epochs=[2],
+            lr_step_factors=[0.1],
+            lr_warmup_epochs=1,
+            deferred_reweighting_start=2,
+            logging_steps=3,
+            save_steps=4,
+            dataloader_num_workers=workers,
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=ImageDataset(images, processor, "pad_crop"),
+        class_counts=range(1, 11),
+        callbacks=[KillAt(kill_at)] if kill_at else [],
+    )
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(output_dir) if resume else None)
+    trainer.save_model()
+    torch.save(trainer.model.state_dict(), output_dir / "weights.pt")
+    trainer.save_state()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kind")
+    parser.add_argument("--workers", type=int, nargs="+")
+    parser.add_argument("--output_dir", type=Path)
+    parser.add_argument("--kill_at", type=int)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for workers in options.workers:
+        train(options.kind, workers, options.output_dir / str(workers), options.kill_at, options.resume)
+
+
+if __name__ == "__main__":
+    main()

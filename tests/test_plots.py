@@ -1,0 +1,419 @@
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from bkd_hf import long_tail_metrics, shot_groups
+from bkd_hf.plots import plot_class_accuracy, plot_confusion, plot_training_curves, save_plots
+
+ADJECTIVES = ["sweet", "wild", "aquarium", "yellow-crowned", "great", "small", "pickup", "dwarf", "red", "grey"]
+NOUNS = [
+    "pepper",
+    "fish",
+    "tractor",
+    "spotted_woodpecker",
+    "cup",
+    "wolf",
+    "lawn_mower",
+    "bowl",
+    "shrew",
+    "willow_tree",
+]
+FILES = ["class_accuracy.png", "training_curves.png", "confusion_student.png", "confusion_teacher.png"]
+
+
+def make_results(
+    num_classes: int, largest: int, smallest: int, num_tests: int = 20, epochs: int = 30
+) -> dict[str, Any]:
+    """A made-up run: the fewer images a class has, the worse it is learned, above all by the teacher."""
+    rng = np.random.default_rng(0)
+    counts = np.geomspace(largest, smallest, num_classes).round().astype(int)
+    counts = rng.permutation(counts)
+    names = [
+        f"{ADJECTIVES[i // 10 % 10]}_{NOUNS[i % 10]}" + (f"_{i // 100}" if i > 99 else "") for i in range(num_classes)
+    ]
+    data = {
+        "name": "made-up",
+        "num_train_images": int(counts.sum()),
+        "num_eval_images": num_tests * num_classes,
+        "class_names": names,
+        "class_counts": counts.tolist(),
+        "eval_class_counts": [num_tests] * num_classes,
+        "many_shot_threshold": 100,
+        "few_shot_threshold": 20,
+    }
+    results: dict[str, Any] = {"schema_version": 1, "seed": 0, "data": data}
+    labels = np.repeat(np.arange(num_classes), num_tests)
+    for model, slope in (("teacher", 0.35), ("student", 0.2)):
+        learned = 0.95 - slope * np.log10(counts.max() / counts)
+        # Wrong answers are classes with many images.
+        others = rng.choice(num_classes, size=labels.size, p=counts / counts.sum())
+        predictions = np.where(rng.random(labels.size) < learned[labels], labels, others)
+        results[model] = {
+            "model": "microsoft/resnet-50",
+            "num_parameters": 1_000_000,
+            **describe(predictions, labels, data),
+            "history": make_history(model, epochs),
+        }
+    return results
+
+
+def describe(predictions: np.ndarray, labels: np.ndarray, data: dict[str, Any]) -> dict[str, Any]:
+    """The `metrics` (those that are drawn) and `confusions`, without the logits, which are large for many classes."""
+    numbers, correct = np.bincount(labels), np.bincount(labels, predictions == labels)
+    accuracies = correct / numbers
+    groups = shot_groups(data["class_counts"])
+    metrics = {"accuracy": float(np.mean(predictions == labels)), "per_class_accuracy": accuracies.tolist()}
+    metrics |= {f"{name}_accuracy": float(accuracies[group].mean()) for name, group in groups.items() if group.any()}
+    wrong = np.stack([labels, predictions], axis=1)[predictions != labels]
+    pairs, sizes = np.unique(wrong, axis=0, return_counts=True)
+    order = np.argsort(-sizes, kind="stable")[:2000]
+    return {"metrics": metrics, "confusions": np.column_stack([pairs, sizes])[order].tolist()}
+
+
+def make_history(model: str, epochs: int) -> list[dict[str, Any]]:
+    history = []
+    for epoch in range(1, epochs + 1):
+        part = 3 / epoch
+        entry = {"loss": part, "learning_rate": 0.1 * 0.1 ** (3 * epoch // (epochs + 1)), "ce_loss": part}
+        if model == "student":
+            entry |= {"loss": 1.4 * part, "kd_loss": 0.4 * part}
+        history.append(entry | {"epoch": float(epoch), "step": 10 * epoch})
+        few_shot = (0.3 if model == "teacher" else 0.5) * (1 - 1 / epoch)
+        metrics = {"eval_loss": part, "eval_accuracy": 0.8 - 0.7 / epoch, "eval_few_shot_accuracy": few_shot}
+        history.append(metrics | {"epoch": float(epoch), "step": 10 * epoch})
+    return history
+
+
+@pytest.fixture
+def ten() -> dict[str, Any]:
+    return make_results(10, largest=130, smallest=2)
+
+
+@pytest.fixture(scope="module")
+def hundred() -> dict[str, Any]:
+    return make_results(100, largest=500, smallest=5)
+
+
+@pytest.fixture(scope="module")
+def inaturalist() -> dict[str, Any]:
+    return make_results(8142, largest=1000, smallest=2, num_tests=3)
+
+
+def largest_first(results: dict[str, Any]) -> list[int]:
+    counts = results["data"]["class_counts"]
+    return sorted(range(len(counts)), key=lambda index: -counts[index])
+
+
+def percents(results: dict[str, Any], model: str) -> np.ndarray:
+    accuracies = results[model]["metrics"]["per_class_accuracy"]
+    return 100 * np.array([accuracies[index] for index in largest_first(results)], dtype=float)
+
+
+def line(axes: Axes, label: str) -> tuple[np.ndarray, np.ndarray]:
+    (found,) = [line for line in axes.get_lines() if line.get_label() == label]
+    return np.asarray(found.get_xdata(), dtype=float), np.asarray(found.get_ydata(), dtype=float)
+
+
+def tick_names(axis: Any) -> list[str]:
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def shortened(name: str) -> str:
+    return name if len(name) <= 24 else name[:23] + "…"
+
+
+def panels(figure: Figure) -> dict[str, Axes]:
+    return {axes.get_ylabel().split("\n")[0]: axes for axes in figure.axes}
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["two", "hundred", "inaturalist"])
+def test_files(name, request, tmp_path):
+    results = make_results(2, 900, 15, epochs=1) if name == "two" else request.getfixturevalue(name)
+    before = copy.deepcopy(results)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as of a layout without room for the axes
+        paths = save_plots(results, tmp_path / "new" / "figures")
+    assert results == before
+    assert paths == [tmp_path / "new" / "figures" / file for file in FILES]
+    for path in paths:
+        image = imread(path)[..., :3]
+        assert image.shape[0] > 400
+        assert image.shape[1] == 1200
+        assert 0.01 < np.mean(image.min(axis=2) < 0.9) < 0.9
+        # Nothing is cut off: the outermost pixels are background.
+        assert all((edge == 1).all() for edge in (image[0], image[-1], image[:, 0], image[:, -1]))
+
+
+def test_results_as_they_are_written(tmp_path):
+    """What `long_tail_metrics` makes of a test set without one of the classes, through JSON; and without a history."""
+    counts, labels = [30, 10, 200], np.array([0, 0, 2, 2])
+    logits = np.eye(3)[[0, 1, 2, 2]]
+    model = {"model": "m", "metrics": long_tail_metrics(logits, labels, counts), "confusions": [[0, 1, 1]]}
+    data = {"name": "d", "class_names": ["a$_x$", "b$", "c"], "class_counts": counts, "eval_class_counts": [2, 0, 2]}
+    data |= {"many_shot_threshold": 100, "few_shot_threshold": 20}
+    results = json.loads(json.dumps({"data": data, "teacher": model, "student": model | {"history": []}}))
+    assert [path.name for path in save_plots(results, tmp_path)] == [FILES[0], *FILES[2:]]
+
+
+# ---- Classes --------------------------------------------------------------------------------------------------------
+
+
+def test_few_classes(ten):
+    images, classes, _, _ = plot_class_accuracy(ten).axes
+    order = largest_first(ten)
+    assert [bar.get_height() for bar in images.containers[0]] == [ten["data"]["class_counts"][i] for i in order]
+    assert [text.get_text() for text in images.texts] == [str(ten["data"]["class_counts"][i]) for i in order]
+    assert images.get_yscale() == "log"
+    assert images.get_ylim()[0] < 2
+    assert tick_names(classes.xaxis) == [ten["data"]["class_names"][index] for index in order]
+    assert images.get_xlim() == classes.get_xlim()
+    for model in ("teacher", "student"):
+        ranks, values = line(classes, model)
+        np.testing.assert_array_equal(ranks, range(1, 11))
+        np.testing.assert_allclose(values, percents(ten, model))
+        assert len(line(classes, model)[0]) == 10
+
+
+def test_groups(ten):
+    ten["data"]["class_counts"] = [130, 120, 100, 50, 20, 19, 10, 5, 3, 2]
+    _, classes, groups, _ = plot_class_accuracy(ten).axes
+    places = {text.get_text(): text.get_position()[0] for text in classes.texts}
+    assert places == {"many": 1.5, "medium": 4.0, "few": 8.0}
+    assert tick_names(groups.xaxis) == ["all", "many\n> 100", "medium\n20–100", "few\n< 20"]
+    for model in ("teacher", "student"):
+        metrics = ten[model]["metrics"]
+        keys = ["accuracy", "many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy"]
+        np.testing.assert_allclose(line(groups, model)[1], [100 * metrics[key] for key in keys])
+
+
+def test_groups_without_classes_or_test_images(ten):
+    ten["data"]["class_counts"] = [100] * 5 + [19] * 5
+    for model in ("teacher", "student"):
+        del ten[model]["metrics"]["few_shot_accuracy"]
+    _, classes, groups, _ = plot_class_accuracy(ten).axes
+    assert [text.get_text() for text in classes.texts] == ["medium", "few"]
+    assert tick_names(groups.xaxis) == ["all", "medium\n20–100", "few\n< 20"]
+    assert np.isnan(line(groups, "student")[1]).tolist() == [False, False, True]
+
+
+def test_classes_without_test_images_leave_a_gap(ten):
+    for model in ("teacher", "student"):
+        ten[model]["metrics"]["per_class_accuracy"][3] = None
+    ten["data"]["eval_class_counts"][3] = 0
+    _, classes, _, _ = plot_class_accuracy(ten).axes
+    gap = largest_first(ten).index(3)
+    for model in ("teacher", "student"):
+        assert np.flatnonzero(np.isnan(line(classes, model)[1])).tolist() == [gap]
+    assert "1 without test images" in classes.get_xlabel()
+
+
+def test_many_classes(hundred):
+    images, classes, _, legend = plot_class_accuracy(hundred).axes
+    outline = images.collections[0].get_paths()[0].vertices
+    assert set(hundred["data"]["class_counts"]) <= set(outline[:, 1])
+    for model in ("teacher", "student"):
+        expected = percents(hundred, model)
+        np.testing.assert_allclose(line(classes, model)[1], expected)
+        trend = [expected[max(0, rank - 4) : rank + 5].mean() for rank in range(100)]
+        np.testing.assert_allclose(line(classes, f"{model} trend")[1], trend)
+    texts = [text.get_text() for text in legend.get_legend().get_texts()]
+    assert texts == ["teacher", "student", "one class", "moving average,\n9 classes"]
+
+
+def test_gaps_among_many_classes(hundred):
+    results = copy.deepcopy(hundred)
+    untested = largest_first(results)[40:60]
+    for index in untested:
+        results["student"]["metrics"]["per_class_accuracy"][index] = None
+    _, classes, _, _ = plot_class_accuracy(results).axes
+    expected = percents(results, "student")
+    np.testing.assert_allclose(line(classes, "student")[1], expected)
+    trend = [np.nanmean(np.append(expected[max(0, rank - 4) : rank + 5], np.nan)) for rank in range(44)]
+    np.testing.assert_allclose(line(classes, "student trend")[1][:44], trend)
+    assert np.isnan(line(classes, "student trend")[1][44:56]).all()
+
+
+def test_very_many_classes(inaturalist):
+    _, classes, _, legend = plot_class_accuracy(inaturalist).axes
+    expected = percents(inaturalist, "student")
+    ranks, values = line(classes, "student")
+    assert len(ranks) == 199
+    np.testing.assert_allclose(ranks[:2], [21, 62])
+    np.testing.assert_allclose(values[:2], [expected[:41].mean(), expected[41:82].mean()])
+    np.testing.assert_allclose(values[-1], expected[198 * 41 :].mean())
+    # The trend is where the points are, with less scatter.
+    trend = line(classes, "student trend")[1]
+    assert np.abs(trend - values).mean() < 8
+    assert np.abs(np.diff(trend)).mean() < np.abs(np.diff(values)).mean() / 4
+    assert "mean of 41 classes" in [text.get_text() for text in legend.get_legend().get_texts()]
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def test_training_curves(ten):
+    axes = panels(plot_training_curves(ten))
+    assert list(axes) == ["training loss", "test accuracy (%)", "learning rate"]
+    drawn = {
+        "training loss": [
+            ("teacher", "teacher", "loss", 1),
+            ("student: total", "student", "loss", 1),
+            ("student: cross-entropy", "student", "ce_loss", 1),
+            ("student: distillation", "student", "kd_loss", 1),
+        ],
+        "test accuracy (%)": [
+            ("teacher: all classes", "teacher", "eval_accuracy", 100),
+            ("teacher: few-shot", "teacher", "eval_few_shot_accuracy", 100),
+            ("student: all classes", "student", "eval_accuracy", 100),
+            ("student: few-shot", "student", "eval_few_shot_accuracy", 100),
+        ],
+        "learning rate": [("teacher", "teacher", "learning_rate", 1), ("student", "student", "learning_rate", 1)],
+    }
+    for name, curves in drawn.items():
+        assert len(axes[name].get_lines()) == len(curves)
+        for label, model, key, scale in curves:
+            epochs, values = line(axes[name], label)
+            np.testing.assert_array_equal(epochs, range(1, 31))
+            expected = [scale * entry[key] for entry in ten[model]["history"] if key in entry]
+            np.testing.assert_allclose(values, expected)
+
+
+def test_scales_of_training_curves(ten):
+    assert {name: axes.get_yscale() for name, axes in panels(plot_training_curves(ten)).items()} == {
+        "training loss": "log",
+        "test accuracy (%)": "linear",
+        "learning rate": "log",
+    }
+    for model in ("teacher", "student"):
+        ten[model]["history"] = [
+            {"epoch": 1, "loss": 2.0, "learning_rate": 0.1},
+            {"epoch": 2, "loss": 1, "learning_rate": 0},
+        ]
+    figure = plot_training_curves(ten)
+    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear"]
+
+
+def test_a_given_teacher_has_no_curves(ten):
+    del ten["teacher"]["history"]
+    axes = panels(plot_training_curves(ten))
+    labels = [line.get_label() for panel in axes.values() for line in panel.get_lines()]
+    assert labels
+    assert all(label.startswith("student") for label in labels)
+
+
+def test_panels_without_data_are_left_out(ten):
+    for model in ("teacher", "student"):
+        ten[model]["history"] = [entry for entry in ten[model]["history"] if "loss" in entry]
+    assert list(panels(plot_training_curves(ten))) == ["training loss", "learning rate"]
+    # A student that was trained without a teacher's help has no parts; a loss that is no number leaves a gap.
+    ten["student"]["history"] = [{"epoch": epoch, "loss": loss} for epoch, loss in ((1, 2.0), (2, None), (3, 1.0))]
+    del ten["teacher"]["history"]
+    ((name, axes),) = panels(plot_training_curves(ten)).items()
+    assert name == "training loss"
+    np.testing.assert_array_equal(line(axes, "student: total")[1], [2, np.nan, 1])
+    assert len(axes.get_lines()) == 1
+
+
+@pytest.mark.parametrize("history", [None, [], [{"epoch": 1.0, "loss": None}]])
+def test_no_history(ten, history):
+    ten["teacher"]["history"] = ten["student"]["history"] = history
+    with pytest.raises(ValueError, match="neither teacher nor student has a history"):
+        plot_training_curves(ten)
+
+
+def test_a_weight_of_distillation_is_told(ten):
+    ten["options"] = {"training": {"distillation_weight": 0.5}}
+    axes = panels(plot_training_curves(ten))["training loss"]
+    line(axes, "student: distillation\n(× 0.5 in the total)")
+
+
+# ---- Confusions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_confusion_matrix(ten, model):
+    axes = plot_confusion(ten, model).axes[0]
+    shares = axes.get_images()[0].get_array()
+    assert shares.shape == (10, 10)
+    np.testing.assert_allclose(shares.sum(axis=1), 100)
+    np.testing.assert_allclose(np.diag(shares), percents(ten, model))
+    place = {index: rank for rank, index in enumerate(largest_first(ten))}
+    for true, predicted, number in ten[model]["confusions"]:
+        assert shares[place[true], place[predicted]] == pytest.approx(100 * number / 20)
+    data = ten["data"]
+    names = [data["class_names"][index] for index in place]
+    assert tick_names(axes.xaxis) == names
+    assert tick_names(axes.yaxis) == [f"{n} ({data['class_counts'][i]})" for n, i in zip(names, place, strict=True)]
+    written = {text.get_position()[::-1]: float(text.get_text()) for text in axes.texts}
+    assert written == {(row, column): shares[row, column] for row, column in zip(*shares.nonzero(), strict=True)}
+    assert model in axes.figure.get_suptitle()
+
+
+def test_confusion_matrix_without_test_images_of_a_class(ten):
+    true = largest_first(ten)[2]
+    ten["data"]["eval_class_counts"][true] = 0
+    ten["student"]["metrics"]["per_class_accuracy"][true] = None
+    ten["student"]["confusions"] = [c for c in ten["student"]["confusions"] if c[0] != true]
+    axes = plot_confusion(ten).axes[0]
+    shares = axes.get_images()[0].get_array()
+    assert np.flatnonzero(shares.mask.all(axis=1)).tolist() == [2]
+    np.testing.assert_allclose(np.delete(shares, 2, axis=0).sum(axis=1), 100)
+    assert [text.get_position()[1] for text in axes.texts if text.get_text() == "no test images"] == [2]
+
+
+def test_numbers_only_where_they_can_be_read():
+    axes = plot_confusion(make_results(13, 130, 2)).axes[0]
+    np.testing.assert_allclose(axes.get_images()[0].get_array().sum(axis=1), 100)
+    assert not axes.texts
+
+
+def test_largest_confusions(hundred):
+    (axes,) = plot_confusion(hundred).axes
+    data, confusions = hundred["data"], hundred["student"]["confusions"]
+    bars = axes.containers[0]
+    expected = sorted((100 * c[2] / 20 for c in confusions), reverse=True)[:20]
+    np.testing.assert_allclose([bar.get_width() for bar in bars], expected)
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the largest on top
+    names = [f"{shortened(n)} ({count})" for n, count in zip(data["class_names"], data["class_counts"], strict=True)]
+    shares = {f"{names[true]} → {names[predicted]}": 100 * number / 20 for true, predicted, number in confusions}
+    for name, bar, text in zip(tick_names(axes.yaxis), bars, axes.texts, strict=True):
+        assert shares[name] == pytest.approx(bar.get_width())
+        assert text.get_text() == f"{bar.get_width() / 5:.0f} of 20"
+
+
+def test_largest_confusions_of_an_unbalanced_test_set(ten):
+    ten["data"]["eval_class_counts"] = [1, 100, 10, *[20] * 7]
+    ten["student"]["confusions"] = [[1, 0, 8], [2, 0, 8], [0, 1, 1]]
+    (axes,) = plot_confusion(ten, max_classes=9).axes
+    assert [text.get_text() for text in axes.texts] == ["1 of 1", "8 of 10", "8 of 100"]
+    # Chosen by the number of images: that of the single test image is the first to go.
+    ten["student"]["confusions"] = [[1, p, 2] for p in range(2, 10)] + [[2, p, 2] for p in range(3, 10)]
+    ten["student"]["confusions"] += [[3, p, 2] for p in range(4, 9)] + [[0, 1, 1]]
+    (axes,) = plot_confusion(ten, max_classes=9).axes
+    assert len(axes.texts) == 20
+    assert "1 of 1" not in [text.get_text() for text in axes.texts]
+    assert "not drawn" not in axes.get_xlabel()
+    # What is left out though it is as frequent is told.
+    ten["student"]["confusions"].insert(0, [4, 5, 2])
+    (axes,) = plot_confusion(ten, max_classes=9).axes
+    assert "not drawn: other confusions of 2 test images each" in axes.get_xlabel()
+
+
+def test_no_confusions(hundred):
+    results = copy.deepcopy(hundred)
+    results["student"]["confusions"] = []
+    (axes,) = plot_confusion(results).axes
+    assert not axes.containers[0]
+    assert "every test image is classified correctly" in [text.get_text() for text in axes.texts]

@@ -1,0 +1,516 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from bkd_hf import (
+    BKDConfig,
+    BKDTrainer,
+    FrozenTeacher,
+    InputError,
+    TeacherLogitsError,
+    bkd_loss,
+    class_balanced_weights,
+    load_classifier,
+    load_teacher,
+)
+
+COUNTS = [20, 10, 5, 3, 2]
+NAMES = [str(n) for n in range(5)]
+
+
+def images(number: int = 40, size: int = 8) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.repeat(np.arange(5), COUNTS)[:number]
+    pixels = torch.randn(number, 3, size, size, generator=generator)
+    return [{"pixel_values": image, "labels": int(label)} for image, label in zip(pixels, labels, strict=True)]
+
+
+def resnet(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return load_classifier("cifar-resnet-8", NAMES, image_size=8)
+
+
+def vit(seed: int = 0, **kwargs) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=8,
+            patch_size=4,
+            num_labels=5,
+            **kwargs,
+        )
+    )
+
+
+def config(tmp_path: Path, **kwargs) -> BKDConfig:
+    defaults = {
+        "per_device_train_batch_size": 20,
+        "num_train_epochs": 2,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return BKDConfig(output_dir=str(tmp_path / "out"), **{**defaults, **kwargs})
+
+
+def trainer_for(tmp_path: Path, model=None, teacher="resnet", data=None, **kwargs) -> BKDTrainer:
+    init = {name: kwargs.pop(name) for name in ("callbacks", "compute_metrics", "class_counts") if name in kwargs}
+    data = images() if data is None else data
+    return BKDTrainer(
+        model=resnet(1) if model is None else model,
+        teacher_model=resnet(2) if teacher == "resnet" else teacher,
+        args=config(tmp_path, **kwargs),
+        train_dataset=data,
+        eval_dataset=data,
+        **init,
+    )
+
+
+class Linear(nn.Module):
+    """A classifier of vectors called "features"."""
+
+    def __init__(self, inputs: int, bias_for_class_0: float = 0.0):
+        super().__init__()
+        torch.manual_seed(inputs)
+        self.linear = nn.Linear(inputs, 5)
+        self.seen: list[torch.Size] = []
+        with torch.no_grad():
+            self.linear.bias[0] += bias_for_class_0
+
+    def forward(self, features: torch.Tensor) -> ImageClassifierOutput:
+        self.seen.append(features.shape)
+        return ImageClassifierOutput(logits=self.linear(features))
+
+
+# ---- The loss
+
+
+def test_logged_loss_is_the_formula(tmp_path):
+    student, teacher = resnet(1), resnet(2)
+    # One step over all examples, with BatchNorm in training mode as in the trainer.
+    student.train()
+    teacher.eval()
+    batch = torch.stack([example["pixel_values"] for example in images()])
+    labels = torch.tensor([example["labels"] for example in images()])
+    arguments = (student(batch).logits, teacher(batch).logits, labels, class_balanced_weights(COUNTS, 0.99))
+    expected = bkd_loss(*arguments, temperature=3.0, alpha=0.5).item()
+    plain = nn.functional.cross_entropy(arguments[0], labels).item()
+
+    trainer = trainer_for(
+        tmp_path,
+        per_device_train_batch_size=40,
+        max_steps=1,
+        temperature=3.0,
+        distillation_weight=0.5,
+        class_balance_beta=0.99,
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(expected, rel=1e-5)
+    assert log["ce_loss"] == pytest.approx(plain, rel=1e-5)
+    assert log["kd_loss"] == pytest.approx((expected - plain) / 0.5, rel=1e-4)
+
+
+def test_inputs_with_the_teachers_prefix_go_to_the_teacher(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "features": torch.randn(4, generator=generator),
+            "teacher_features": torch.randn(7, generator=generator),
+            "labels": i % 5,
+        }
+        for i in range(20)
+    ]
+    student, teacher = Linear(4), Linear(7)
+    trainer = trainer_for(tmp_path, student, teacher, data)
+    trainer.train()
+    assert set(student.seen) == {torch.Size([20, 4])}
+    assert set(teacher.seen) == {torch.Size([20, 7])}
+    trainer.evaluate()
+    assert len(teacher.seen) == 2  # two epochs of one step; none for the evaluation
+
+    both = [{name: value for name, value in example.items() if name != "teacher_features"} for example in data]
+    student, teacher = Linear(4), Linear(4)
+    trainer_for(tmp_path, student, teacher, both).train()
+    assert set(teacher.seen) == {torch.Size([20, 4])}
+
+
+def test_without_a_teacher_it_is_cross_entropy_on_the_same_path(tmp_path):
+    alone, ignoring = (
+        trainer_for(tmp_path, resnet(1), teacher, distillation_weight=weight)
+        for teacher, weight in ((None, 1.0), ("resnet", 0.0))
+    )
+    for trainer in (alone, ignoring):
+        trainer.train()
+    for name, value in alone.model.state_dict().items():
+        assert torch.equal(value, ignoring.model.state_dict()[name])
+    assert "kd_loss" not in alone.state.log_history[0]
+
+
+def test_label_smoothing_is_honoured(tmp_path):
+    trainer = trainer_for(tmp_path, teacher=None, label_smoothing_factor=0.1)
+    logits = torch.from_numpy(trainer.predict(images()).predictions)
+    labels = torch.tensor([example["labels"] for example in images()])
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_is_plain_cross_entropy_with_long_tail_metrics(tmp_path):
+    trainer = trainer_for(tmp_path, per_device_eval_batch_size=16)  # 40 = 16 + 16 + 8
+    metrics = trainer.evaluate()
+    predictions = trainer.predict(images())
+    expected = nn.functional.cross_entropy(
+        torch.from_numpy(predictions.predictions), torch.from_numpy(predictions.label_ids)
+    )
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert {"eval_accuracy", "eval_medium_shot_accuracy", "eval_few_shot_accuracy"} < set(metrics)
+    mine = trainer_for(tmp_path, compute_metrics=lambda prediction: {"mine": 1.0}).evaluate()
+    assert mine["eval_mine"] == 1.0
+    assert "eval_accuracy" not in mine
+    assert trainer.predict(images()).predictions.shape == (40, 5)
+
+
+@pytest.mark.parametrize("start", [None, 1, 0.5])
+def test_weights_in_force_are_deferred(tmp_path, start):
+    class Note(TrainerCallback):
+        weights: list = []  # noqa: RUF012
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            Note.weights.append(trainer.class_weights.clone())
+
+    Note.weights = []
+    trainer = trainer_for(tmp_path, callbacks=[Note()], deferred_reweighting_start=start)
+    trainer.train()
+    balanced = class_balanced_weights(COUNTS).float()
+    uniform = torch.ones(5)
+    expected = [balanced] * 4 if start is None else [uniform, uniform, balanced, balanced]
+    assert all(torch.equal(a, b) for a, b in zip(Note.weights, expected, strict=True))
+
+
+# ---- The teacher
+
+
+def test_teacher_is_frozen_in_evaluation_mode_and_kept_out_of_everything(tmp_path):
+    teacher = resnet(2)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    trainer = trainer_for(tmp_path, teacher=teacher, save_strategy="epoch", momentum=0.9)
+    trainer.model.train()
+    trainer.teacher_model.train()
+    trainer.train()
+    assert not any(module.training for module in teacher.modules())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert not trained & {id(p) for p in teacher.parameters()}
+    assert trainer.model.state_dict().keys() == resnet().state_dict().keys()
+    saved = sum(file.stat().st_size for file in Path(trainer.args.output_dir).rglob("*.safetensors"))
+    size = sum(value.numel() * value.element_size() for value in resnet().state_dict().values())
+    assert saved < 2 * size * 1.2  # two checkpoints of the student alone
+
+
+def test_teacher_by_folder(tmp_path):
+    resnet(2).save_pretrained(tmp_path / "teacher")
+    by_folder = trainer_for(tmp_path, teacher=str(tmp_path / "teacher"))
+    by_module = trainer_for(tmp_path, teacher=resnet(2))
+    for trainer in (by_folder, by_module):
+        trainer.train()
+    assert by_folder.state.log_history[0]["loss"] == by_module.state.log_history[0]["loss"]
+
+
+def test_teacher_without_trained_head_is_refused(tmp_path):
+    model = resnet(2)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("classifier")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(InputError, match=r"lacks trained weights for classifier\.bias"):
+        load_teacher(str(tmp_path))
+    with pytest.raises(InputError, match="nobody/nothing' cannot be loaded"):
+        load_teacher("nobody/nothing")
+
+
+class BadFrom(nn.Module):
+    """A teacher whose logits are NaN from some call on."""
+
+    def __init__(self, call: int):
+        super().__init__()
+        self.inner, self.call, self.calls = resnet(2), call, 0
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        logits = self.inner(pixel_values).logits
+        return logits * float("nan") if self.calls >= self.call else logits
+
+
+def test_bad_teacher_is_found_in_the_first_batch(tmp_path):
+    trainer = trainer_for(tmp_path, teacher=BadFrom(1), logging_steps=500)
+    with pytest.raises(TeacherLogitsError, match="at step 1"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_bad_teacher_is_found_before_the_next_save(tmp_path):
+    trainer = trainer_for(
+        tmp_path, teacher=BadFrom(4), num_train_epochs=4, logging_steps=500, save_strategy="steps", save_steps=3
+    )
+    with pytest.raises(TeacherLogitsError, match="at step 4"):
+        trainer.train()
+    checkpoints = sorted(path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-3"]
+    good = load_classifier(f"{trainer.args.output_dir}/checkpoint-3", NAMES)
+    assert all(value.isfinite().all() for value in good.state_dict().values())
+
+
+def test_bad_teacher_is_found_at_the_next_log(tmp_path):
+    trainer = trainer_for(tmp_path, teacher=BadFrom(2), num_train_epochs=4, logging_steps=3)
+    with pytest.raises(TeacherLogitsError, match="at step 2"):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+# ---- Class counts
+
+
+def test_class_counts_of_any_training_set(tmp_path):
+    data = images()
+
+    class Opaque(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, index):
+            return data[index]
+
+    class WithTargets(Opaque):
+        targets = [example["labels"] for example in data]  # noqa: RUF012
+
+    table = datasets.Dataset.from_list(
+        [{"pixel_values": e["pixel_values"].numpy(), "label": e["labels"]} for e in data]
+    )
+    for dataset in (data, Opaque(), WithTargets(), table.with_format("torch")):
+        assert trainer_for(tmp_path, data=dataset).class_counts.tolist() == COUNTS
+    assert trainer_for(tmp_path, class_counts=[9, 8, 7, 6, 5]).class_counts.tolist() == [9, 8, 7, 6, 5]
+    trainer_for(tmp_path, data=table.with_format("torch"), max_steps=1).train()
+
+
+def test_data_set_with_transform(tmp_path):
+    table = datasets.Dataset.from_dict({"value": list(range(20)), "label": [i % 5 for i in range(20)]})
+
+    def transform(batch: dict) -> dict:
+        return {
+            "pixel_values": [torch.full((3, 8, 8), float(value)) for value in batch["value"]],
+            "labels": batch["label"],
+        }
+
+    trainer = trainer_for(tmp_path, data=table.with_transform(transform))
+    assert trainer.class_counts.tolist() == [4] * 5
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_counts": [1, 2, 3]}, "student: 5, teacher: 5, class counts: 3"),
+        ({"class_counts": [1, 2, 3, 4, 0]}, r"no training image \(first: class 4\)"),
+        ({"data": [{**e, "labels": e["labels"] + 1} for e in images()]}, "has the label 5, outside the range"),
+        ({"data": [{**e, "labels": e["labels"] - 1} for e in images()]}, "Label -1 of the training set is negative"),
+        ({"teacher": load_classifier("cifar-resnet-8", NAMES[:4])}, "student: 5, teacher: 4"),
+        ({"teacher": load_classifier("cifar-resnet-8", NAMES), "model": "same"}, "the student itself"),
+    ],
+)
+def test_bad_input(tmp_path, arguments, message):
+    if arguments.get("model") == "same":
+        arguments = {**arguments, "model": arguments["teacher"]}
+    with pytest.raises(ValueError, match=message):
+        trainer_for(tmp_path, **arguments)
+
+
+def test_args_must_be_a_bkd_config(tmp_path):
+    with pytest.raises(ValueError, match="BKDConfig"):
+        BKDTrainer(model=resnet(), args={"learning_rate": 1})
+
+
+# ---- Optimisation
+
+
+def test_step_decay_follows_the_recipe(tmp_path):
+    trainer = trainer_for(
+        tmp_path,
+        num_train_epochs=8,
+        learning_rate=0.1,
+        lr_warmup_epochs=2,
+        lr_step_epochs=[4, 6],
+        lr_step_factors=[0.01, 0.0001],
+        lr_scheduler_type="linear",
+    )
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates[::2] == rates[1::2]  # two steps an epoch at the same rate
+    assert rates[::2] == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.001, 0.001, 0.00001, 0.00001])
+
+
+def test_momentum_and_decay_on_all_parameters(tmp_path):
+    trainer = trainer_for(tmp_path, momentum=0.9, weight_decay=0.1, decay_all_parameters=True)
+    optimizer = trainer.create_optimizer()
+    assert [(len(g["params"]) > 0, g["momentum"], g["nesterov"]) for g in optimizer.param_groups if g["params"]] == [
+        (True, 0.9, False)
+    ]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert len(optimizer.param_groups[0]["params"]) == len(list(trainer.model.parameters()))
+    default = trainer_for(tmp_path, weight_decay=0.1).create_optimizer()
+    assert len(default.param_groups[1]["params"]) > 0
+
+
+def test_inherited_defaults_are_those_of_transformers():
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    ours = {f.name: f.default for f in fields(BKDConfig)}
+    for f in fields(TrainingArguments):
+        assert ours[f.name] == f.default, f.name
+
+
+# ---- In every other respect a Trainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 5},
+        {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "warmup_steps": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_features_of_trainer(tmp_path, options):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision is a property of the process
+    trainer = trainer_for(tmp_path, vit(1), vit(2), **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == trainer.state.max_steps
+    assert all(math.isfinite(loss) for loss in losses)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("model", [vit, resnet])
+def test_load_best_model_at_end_loads_the_best(tmp_path, model):
+    best: dict[str, torch.Tensor] = {}
+
+    class KeepFirst(TrainerCallback):
+        def on_save(self, args, state, control, model, **kwargs):
+            if state.global_step == state.best_global_step:
+                best.update({name: value.clone() for name, value in model.state_dict().items()})
+
+    trainer = trainer_for(
+        tmp_path,
+        model(1),
+        None,
+        callbacks=[KeepFirst()],
+        num_train_epochs=3,
+        learning_rate=5.0,  # diverges, so the first checkpoint is the best
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.global_step
+    assert best.keys() == trainer.model.state_dict().keys()
+    assert all(torch.equal(value, best[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path):
+    trainer = trainer_for(tmp_path, save_strategy="epoch", num_train_epochs=1)
+    trainer.train()
+    other = trainer_for(tmp_path, vit(1), None)
+    with pytest.raises(ValueError, match="checkpoint-2 does not fit the model"):
+        other.train(resume_from_checkpoint=f"{trainer.args.output_dir}/checkpoint-2")
+
+
+def test_token_is_never_saved(tmp_path):
+    trainer = trainer_for(tmp_path, hub_token="hf_planted", save_strategy="epoch")
+    trainer.train()
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_planted"
+    files = [file for file in Path(trainer.args.output_dir).rglob("*") if file.is_file()]
+    assert any(file.name == "training_args.bin" for file in files)
+    assert not [file for file in files if b"hf_planted" in file.read_bytes()]
+
+
+def test_drop_last_and_sequential_order(tmp_path):
+    seen = []
+
+    class Student(Linear):
+        def forward(self, features):
+            seen.append(features[:, 0].tolist())
+            return super().forward(features)
+
+    data = [{"features": torch.tensor([float(i)]), "labels": i % 5} for i in range(10)]
+    trainer_for(
+        tmp_path,
+        Student(1),
+        None,
+        data,
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        dataloader_drop_last=True,
+        train_sampling_strategy="sequential",
+    ).train()
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_iterable_data_set_takes_trainers_own_path(tmp_path):
+    table = datasets.Dataset.from_list([{"features": [float(i)], "labels": i % 5} for i in range(20)])
+    data = table.to_iterable_dataset().with_format("torch")
+    trainer = BKDTrainer(
+        model=Linear(1),
+        teacher_model=Linear(1),
+        args=config(tmp_path, max_steps=2),
+        train_dataset=data,
+        class_counts=COUNTS,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    with pytest.raises(ValueError, match="needs class_counts"):
+        BKDTrainer(model=Linear(1), teacher_model=Linear(1), args=config(tmp_path, max_steps=2), train_dataset=data)
+
+
+def test_frozen_teacher_answers_with_logits_of_any_model():
+    logits = torch.randn(2, 5)
+    for answer in (logits, (logits,), ImageClassifierOutput(logits=logits)):
+
+        class Answers(nn.Module):
+            def forward(self, answer=answer):
+                return answer
+
+        assert torch.equal(FrozenTeacher(Answers())(), logits)
+
+
+def test_trainer_state_is_as_users_know_it(tmp_path):
+    trainer = trainer_for(tmp_path)
+    trainer.train()
+    trainer.save_state()
+    state = json.loads((Path(trainer.args.output_dir) / "trainer_state.json").read_text())
+    assert {"loss", "ce_loss", "kd_loss", "learning_rate", "epoch", "step"} <= set(state["log_history"][0])

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -243,8 +244,9 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     @staticmethod
     def _metavar(action: argparse.Action) -> str:
-        if action.choices is not None:
-            return "{" + ",".join(map(str, action.choices)) + "}"
+        choices = "{" + ",".join(map(str, action.choices or ())) + "}"
+        if 2 < len(choices) <= 40:
+            return choices
         name = getattr(action.type, "__name__", "str")
         return {"string_to_bool": "bool"}.get(name, name).upper()
 
@@ -252,6 +254,15 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
         raise InputError(f"{message} (--help lists the options)")
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Reads 2e-4 as a number, which PyYAML, by the rules of YAML 1.1, takes for a string."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _build_parser(show_all: bool = False) -> _Parser:
@@ -332,11 +343,10 @@ def _check_teacher_option(parser: _Parser, name: str, shown: str) -> None:
 def _read_config(parser: _Parser, path: str | Path) -> tuple[list[str], list[str]]:
     """Return the options in a YAML file as command-line tokens, of the student and of the teacher.
 
-    So one parser gives every value its type, whether it was written in a file (where PyYAML takes 2e-4 for a string)
-    or on the command line.
+    So one parser gives every value its type, whether it was written in a file or on the command line.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_YamlLoader)
     except OSError as error:
         raise InputError(f"--config {path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:

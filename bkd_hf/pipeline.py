@@ -231,8 +231,9 @@ class _Stage:
 
     def evaluate(self, model: nn.Module, processor: BaseImageProcessor) -> dict[str, Any]:
         """Evaluate a model that was trained elsewhere."""
-        trainer = BKDTrainer(model=model, args=self.args, class_counts=self.data["class_counts"])
-        evaluation = trainer.predict(self._evaluation_images(processor))
+        images = self._evaluation_images(processor)
+        trainer = BKDTrainer(model=model, args=self.args, eval_dataset=images, class_counts=self.data["class_counts"])
+        evaluation = trainer.predict(images)
         return {
             "model": without_folders(self.name),
             "num_parameters": sum(p.numel() for p in model.parameters()),

@@ -346,10 +346,10 @@ class BKDTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # type: ignore[has-type]
             super()._set_signature_columns_if_needed()
-            columns: list[str] = [*self._signature_columns, "labels"]  # type: ignore[has-type]
+            columns = ["labels", *(self._signature_columns or [])]  # type: ignore[has-type]
             if self.teacher_model is not None:
                 names = inspect.signature(self.teacher_model.model.forward).parameters
-                columns += [TEACHER_PREFIX + name for name in names]
+                columns += [f"{TEACHER_PREFIX}{name}" for name in names]
             self._signature_columns = columns
 
     def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:

@@ -96,7 +96,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if len(self) and self._should_cache(cache_images):
             indices = logging.tqdm(range(len(self)), desc="Decoding images", leave=False)
             if self._needs_originals:
-                self._cache = [np.asarray(self._decode(index)) for index in indices]
+                self._cache = [np.asarray(_decode_example(self._encoded, index)) for index in indices]
             else:
                 self._cache = np.empty((len(self), self.height, self.width, 3), dtype=np.uint8)
                 for index in indices:
@@ -157,10 +157,14 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _fixed_size_view(self, index: int) -> np.ndarray:
         """H×W×3 bytes: what the processor makes of the image, before its arithmetic."""
-        return _geometry(self._processor, self._decode(index))
+        return _geometry(self._processor, _decode_example(self._encoded, index))
 
     def _original(self, index: int) -> Image.Image:
-        return Image.fromarray(self._cache[index]) if isinstance(self._cache, list) else self._decode(index)
+        return (
+            Image.fromarray(self._cache[index])
+            if isinstance(self._cache, list)
+            else _decode_example(self._encoded, index)
+        )
 
     def _normalise(self, views: np.ndarray) -> torch.Tensor:
         pixels = torch.from_numpy(np.ascontiguousarray(views)).to(torch.float32)
@@ -168,23 +172,15 @@ class ImageDataset(torch.utils.data.Dataset):
 
     # ---- Storage --------------------------------------------------------------------------------------------------
 
-    def _decode(self, index: int) -> Image.Image:
-        stored = self._encoded[index][IMAGE_COLUMN]
-        try:
-            return decode_image(stored)
-        except Exception as error:  # PIL raises whatever its many decoders raise
-            where = f" ({stored['path']})" if stored and stored.get("path") else ""
-            raise InputError(
-                f"Image {index}{where} cannot be decoded: {error}. Repair or remove it from the data set."
-            ) from error
-
     def _should_cache(self, cache_images: CacheImages) -> bool:
         if cache_images != "auto":
             return cache_images == "memory"
         bytes_per_image = 3.0 * self.height * self.width
         if self._needs_originals:
             sample = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int)
-            bytes_per_image = 3 * float(np.mean([math.prod(self._decode(int(index)).size) for index in sample]))
+            bytes_per_image = 3 * float(
+                np.mean([math.prod(_decode_example(self._encoded, int(index)).size) for index in sample])
+            )
         copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return bytes_per_image * len(self) * copies <= _CACHE_SHARE_OF_MEMORY * psutil.virtual_memory().available
 
@@ -219,13 +215,28 @@ def decode_image(stored: dict[str, Any]) -> Image.Image:
         return image.convert("RGB")
 
 
+def _decode_example(encoded: datasets.Dataset, index: int) -> Image.Image:
+    stored = encoded[index][IMAGE_COLUMN]
+    try:
+        return decode_image(stored)
+    except Exception as error:  # PIL raises whatever its many decoders raise
+        where = f" ({stored['path']})" if stored and stored.get("path") else ""
+        raise InputError(
+            f"Image {index}{where} cannot be decoded: {error}. Repair or remove it from the data set."
+        ) from error
+
+
 def channel_statistics(dataset: datasets.Dataset, max_images: int = 4096) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the red, green and blue values, in [0, 1], of (up to `max_images`) images."""
+    """Mean and standard deviation of the red, green and blue values, in [0, 1], of (up to `max_images`) images.
+
+    Raises:
+        InputError: If an image cannot be decoded.
+    """
     encoded = dataset.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
     indices = np.linspace(0, len(dataset) - 1, num=min(max_images, len(dataset)), dtype=int)
     count, total, total_squares = 0, np.zeros(3), np.zeros(3)
     for index in indices.tolist():
-        pixels = np.asarray(decode_image(encoded[index][IMAGE_COLUMN])).reshape(-1, 3) / 255
+        pixels = np.asarray(_decode_example(encoded, index)).reshape(-1, 3) / 255
         count += len(pixels)
         total += pixels.sum(axis=0)
         total_squares += (pixels**2).sum(axis=0)

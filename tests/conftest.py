@@ -25,10 +25,12 @@ def golden() -> dict:
     return json.loads((TESTS / "golden.json").read_text())
 
 
-def free_port() -> int:
-    """A port for the processes of a launcher to meet at."""
+def launch_two_processes() -> tuple[str, ...]:
+    """A launcher of two processes on the CPU (`accelerate launch --cpu --num_processes 2` would start one)."""
     import socket
 
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+        port = sock.getsockname()[1]
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    return ("accelerate", "launch", *options.split(), "--main_process_port", str(port))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import TESTS, free_port
+from tests.conftest import TESTS, launch_two_processes
 from tests.equivalence_worker import CASES, CUTS, NUM_EVAL_EXAMPLES
 
 
@@ -19,10 +19,8 @@ def outcomes(tmp_path_factory) -> dict:
     found = {}
     launchers = {
         1: [sys.executable],
-        # `accelerate launch --cpu --num_processes 2` would start one process only.
-        2: ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())],
-    }  # fmt: skip
+        2: launch_two_processes(),
+    }
     for num_processes, launcher in launchers.items():
         output = folder / f"{num_processes}.pt"
         worker = [str(TESTS / "equivalence_worker.py"), "--expected_processes", str(num_processes)]

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bkd_hf import InputError
+from bkd_hf.arguments import parse_arguments
+from tests.conftest import REPOSITORY
+
+RECIPES = REPOSITORY / "scripts" / "recipes"
+DIGITS = RECIPES / "digits.yaml"
+
+
+def parse(line: str, tmp_path: Path | None = None, yaml_text: str | None = None):
+    if yaml_text is not None:
+        (tmp_path / "recipe.yaml").write_text(yaml_text)
+        line += f" --config {tmp_path / 'recipe.yaml'}"
+    return parse_arguments(line.split(), digits_recipe=DIGITS)
+
+
+def test_nothing_given_is_the_digits_recipe():
+    arguments = parse("")
+    recipe = yaml.safe_load(DIGITS.read_text())
+    assert arguments.data.dataset_name == "digits"
+    assert arguments.data.imbalance_ratio == recipe["imbalance_ratio"]
+    assert arguments.training.lr_step_epochs == recipe["lr_step_epochs"]
+    assert arguments.training.output_dir == "outputs/digits_cifar-resnet-8_seed42"
+    assert arguments.teacher_training.output_dir == arguments.training.output_dir + "/teacher"
+
+
+def test_another_data_set_does_not_get_the_digits_recipe():
+    arguments = parse("--dataset_name some/data --output_dir out")
+    assert arguments.data.imbalance_ratio is None
+    assert arguments.training.learning_rate == 5e-5
+
+
+@pytest.mark.parametrize("name", ["cifar100_lt", "cifar10_lt"])
+def test_recipes_are_the_papers(name):
+    arguments = parse(f"--config {RECIPES / name}.yaml")
+    training, data = arguments.training, arguments.data
+    assert (training.num_train_epochs, training.per_device_train_batch_size) == (200, 128)
+    assert (training.optim, training.learning_rate, training.momentum) == ("sgd", 0.1, 0.9)
+    assert (training.weight_decay, training.decay_all_parameters, training.max_grad_norm) == (2e-4, True, 0)
+    assert (training.lr_warmup_epochs, training.lr_step_epochs) == (5, [160, 180])
+    assert training.lr_step_factors == [0.01, 0.0001]
+    assert (training.temperature, training.distillation_weight, training.class_balance_beta) == (2, 1, 0.9999)
+    assert training.deferred_reweighting_start == (160 if name == "cifar10_lt" else None)
+    assert not training.load_best_model_at_end
+    assert (data.imbalance_ratio, data.imbalance_profile) == (100, "exp")
+    assert arguments.model.model_name_or_path == "cifar-resnet-32"
+    assert arguments.teacher_training.num_train_epochs == 200
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    text = (
+        "temperature: 3\nlearning_rate: 2e-4\nhorizontal_flip: false\n"
+        "lr_step_epochs: [1, 2]\nlr_step_factors: [.1, .01]\n"
+    )
+    arguments = parse("--temperature 4 --alpha 0.5 --beta 0.99", tmp_path, text)
+    assert arguments.training.temperature == 4
+    assert arguments.training.learning_rate == 2e-4  # which PyYAML reads as a string
+    assert arguments.data.horizontal_flip is False
+    assert arguments.training.lr_step_factors == [0.1, 0.01]
+    assert (arguments.training.distillation_weight, arguments.training.class_balance_beta) == (0.5, 0.99)
+
+
+def test_teacher_has_its_own_options(tmp_path):
+    text = (
+        "learning_rate: 0.1\n"
+        "teacher:\n  model_name_or_path: cifar-resnet-56\n  learning_rate: 2e-2\n  weight_decay: 1e-4\n"
+    )
+    arguments = parse("--teacher_num_train_epochs 7 --teacher-weight-decay=1e-3", tmp_path, text)
+    assert arguments.model.teacher_model_name_or_path == "cifar-resnet-56"
+    assert (arguments.training.learning_rate, arguments.training.num_train_epochs) == (0.1, 3)
+    teacher = arguments.teacher_training
+    assert (teacher.learning_rate, teacher.num_train_epochs, teacher.weight_decay) == (0.02, 7, 1e-3)
+
+
+def test_dictionaries_in_yaml(tmp_path):
+    arguments = parse("", tmp_path, "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}\n")
+    assert arguments.training.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+def test_the_script_sets_what_differs_from_transformers():
+    training = parse("--dataset_name some/data").training
+    assert (training.save_strategy, training.save_total_limit, training.logging_strategy) == ("epoch", 1, "epoch")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("temperatur: 3\n", "unknown option 'temperatur'. Did you mean temperature?"),
+        ("temperature: hot\n", "temperature: 'hot' is not valid there: .*invalid float"),
+        ("temperature: [1, 2]\n", "temperature takes a single value"),
+        ("num_train_epochs: {a: 1}\n", "num_train_epochs takes a single value"),
+        ("per_device_train_batch_size: 1.5\n", "per_device_train_batch_size: 1.5 is not valid there"),
+        ("horizontal_flip: perhaps\n", "horizontal_flip: 'perhaps' is not valid there"),
+        ("teacher:\n  learnin_rate: 1\n", "there is no training option --learnin_rate. Did you mean learning_rate?"),
+        ("teacher:\n  temperature: 1\n", "--temperature cannot be set for the teacher alone"),
+        ("teacher: cifar-resnet-56\n", "section `teacher:` must hold lines"),
+        ("- temperature\n", "expected lines of the form"),
+        ("a: b: c\n", "is no YAML"),
+        ("temperature: 0\n", "--temperature must be a finite number > 0, got 0.0"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        parse("", tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--config nowhere.yaml", "--config nowhere.yaml cannot be read"),
+        ("--temprature 3", "unrecognized arguments: --temprature"),
+        ("--temperature 0", "--temperature must be"),
+        ("--alpha -1", "--distillation_weight must be"),
+        ("--beta 1", "--class_balance_beta must be"),
+        ("--imbalance_ratio 0.5", "--imbalance_ratio must be a finite number ≥ 1, got 0.5"),
+        ("--imbalance_ratio inf", "--imbalance_ratio"),
+        ("--imbalance_profile pareto", "--imbalance_profile must be one of exp, step, got 'pareto'"),
+        ("--train_augmentation mixup", "--train_augmentation must be one of"),
+        ("--cache_images disk", "--cache_images must be one of"),
+        ("--max_train_samples 0", "--max_train_samples must be at least 1"),
+        ("--image_size 4", "--image_size must be at least 8"),
+        ("--num_threads 0", "--num_threads must be at least 1"),
+        ("--few_shot_threshold 200", "--few_shot_threshold"),
+        ("--teacher_foo 1", "--teacher_foo: there is no training option --foo"),
+        ("--teacher_output_dir x", "cannot be set for the teacher alone"),
+        ("--fp16 --bf16", "At most one of fp16 and bf16"),
+    ],
+)
+def test_bad_command_line(line, message):
+    with pytest.raises(InputError, match=message):
+        parse(line)

@@ -1,0 +1,306 @@
+"""The real command line, in real processes."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bkd_hf import load_classifier, load_processor, load_results
+from tests.conftest import REPOSITORY, launch_two_processes
+
+SCRIPT = str(REPOSITORY / "scripts" / "run_bkd.py")
+QUICK = ["--num_train_epochs", "4", "--lr_step_epochs", "2", "3", "--save_strategy", "epoch", "--disable_tqdm", "true"]
+ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
+
+
+def run(*options: str, launcher: tuple[str, ...] = (sys.executable,), code: int = 0) -> str:
+    process = subprocess.run(
+        [*launcher, SCRIPT, *options], capture_output=True, text=True, env=ENVIRONMENT, timeout=280
+    )
+    output = process.stdout + process.stderr
+    assert process.returncode == code, output
+    if code == 2:
+        assert "Traceback" not in output
+        assert process.stderr.count("error:") == 1, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run; tests that change it work on a copy."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    output = run(*QUICK, "--output_dir", str(folder), launcher=("accelerate", "launch", "--num_processes", "1"))
+    for expected in ("Data", "Teacher", "Student", "Results", "few-shot", "worst class"):
+        assert expected in output
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# ---- What a run leaves
+
+
+def test_results(finished):
+    results = load_results(finished)
+    counts = results["data"]["class_counts"]
+    assert counts == [130, 81, 51, 32, 20, 12, 8, 5, 3, 2]
+    assert results["data"]["eval_class_counts"] == [40] * 10
+    for model in ("teacher", "student"):
+        metrics = results[model]["metrics"]
+        assert len(metrics["per_class_accuracy"]) == 10
+        assert metrics["accuracy"] == pytest.approx(np.mean(metrics["per_class_accuracy"]))
+        assert metrics["few_shot_accuracy"] == pytest.approx(np.mean(metrics["per_class_accuracy"][5:]))
+        wrong = sum(count for _, _, count in results[model]["confusions"])
+        assert wrong == round((1 - metrics["accuracy"]) * 400)
+        assert results[model]["training"]["steps"] == 4 * 11
+        assert results[model]["training"]["images_per_second"] > 0
+        assert [entry["epoch"] for entry in results[model]["history"] if "loss" in entry] == [1, 2, 3, 4]
+    assert "kd_loss" in results["student"]["history"][0]
+    assert "kd_loss" not in results["teacher"]["history"][0]
+    assert results["options"]["training"]["temperature"] == 2.0
+    assert results["seed"] == 42
+    assert results["hardware"]["num_processes"] == 1
+    assert results["hardware"]["cpu_threads"] == len(os.sched_getaffinity(0))  # accelerate launch alone leaves 1
+
+
+def test_results_tell_nothing_of_the_machine(finished):
+    text = (finished / "results.json").read_text()
+    assert str(finished.parent) not in text
+    assert str(Path.home()) + "/" not in text
+    assert getpass.getuser() not in json.loads(text)["options"]["data"].values()
+    assert '"/' not in text  # no value begins like an absolute path
+
+
+def test_folder_is_one_that_transformers_understands(finished, tmp_path):
+    for file in ("model.safetensors", "config.json", "preprocessor_config.json", "trainer_state.json",
+                 "all_results.json", "train_results.json", "eval_results.json"):  # fmt: skip
+        assert (finished / file).exists(), file
+    for figure in ("class_accuracy", "training_curves", "confusion_student"):
+        assert Image.open(finished / "figures" / f"{figure}.png").size[0] >= 900
+    code = f"""
+import sys
+sys.modules["bkd_hf"] = None
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import pipeline
+classify = pipeline("image-classification", {str(finished)!r}, trust_remote_code=True)
+image = Image.fromarray((load_digits().images[0] * 255 / 16).astype(np.uint8))
+assert {{answer["label"] for answer in classify(image, top_k=10)}} == set("0123456789")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_reported_accuracy_is_that_of_the_saved_model(finished):
+    from bkd_hf import ImageDataset, load_image_dataset
+
+    data = ImageDataset(load_image_dataset("digits")["eval"], load_processor(str(finished)))
+    model = load_classifier(str(finished), data.class_names).eval()
+    with torch.no_grad():
+        images = torch.stack([example["pixel_values"] for example in data.__getitems__(list(range(400)))])
+        accuracy = (model(images).logits.argmax(-1).numpy() == data.labels).mean()
+    assert accuracy == pytest.approx(load_results(finished)["student"]["metrics"]["accuracy"], abs=0.0051)
+
+
+# ---- Running again
+
+
+def test_finished_run_says_so(finished):
+    before = (finished / "results.json").read_bytes()
+    output = run(*QUICK, "--output_dir", str(finished), "--num_threads", "1")
+    assert "This run is finished" in output
+    assert "worst class" in output
+    assert (finished / "results.json").read_bytes() == before
+
+
+def test_other_options_are_refused_naming_what_differs(finished):
+    output = run(*QUICK, "--output_dir", str(finished), "--temperature", "4", "--split_seed", "1", code=2)
+    assert "--temperature is 2.0 there, 4.0 here" in output
+    assert "--split_seed is 0 there, 1 here" in output
+    assert "--overwrite" in output
+
+
+def test_overwrite_starts_anew(copy):
+    (copy / "results.json").write_text("{}")
+    output = run(*QUICK, "--num_train_epochs", "1", "--output_dir", str(copy), "--overwrite")
+    assert "are never reached" in output  # the steps of the learning rate
+    assert load_results(copy)["student"]["training"]["epochs"] == 1
+
+
+def test_folder_of_somebody_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    output = run(*QUICK, "--output_dir", str(tmp_path), "--overwrite", code=2)
+    assert "is not empty and was not made by run_bkd.py" in output
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def kill_when(condition, *options: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_run_continues_in_either_stage(tmp_path):
+    # One thread: sums over threads may be rounded in another order.
+    options = (*QUICK, "--num_train_epochs", "12", "--num_threads", "1", "--eval_strategy", "no")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(*options, "--output_dir", str(whole))
+    arguments = (*options, "--output_dir", str(killed))
+    kill_when(lambda: list(killed.glob("teacher/checkpoint-*/trainer_state.json")), *arguments)
+    assert not (killed / "teacher" / "model.safetensors").exists()
+    kill_when(lambda: list(killed.glob("checkpoint-*/trainer_state.json")), *arguments)
+    assert not (killed / "results.json").exists()
+    output = run(*arguments)
+    assert "Using the teacher in" in output
+    assert "Continuing from checkpoint-" in output
+    for model in ("model.safetensors", "teacher/model.safetensors"):
+        assert (killed / model).read_bytes() == (whole / model).read_bytes()
+    whole_results, killed_results = load_results(whole), load_results(killed)
+    for model in ("teacher", "student"):
+        assert killed_results[model]["metrics"] == whole_results[model]["metrics"]
+        assert len(killed_results[model]["history"]) == len(whole_results[model]["history"]) == 12
+
+
+# ---- Teachers
+
+
+def test_teacher_trained_otherwise_is_refused(copy):
+    (copy / "results.json").unlink()
+    record = json.loads((copy / "teacher" / "bkd_teacher.json").read_text())
+    record["told"]["fingerprint"] = "another split"
+    (copy / "teacher" / "bkd_teacher.json").write_text(json.dumps(record))
+    output = run(*QUICK, "--output_dir", str(copy), code=2)
+    assert "was trained otherwise: fingerprint is another split there" in output
+
+
+def test_given_teacher_is_used_as_it_is(finished, tmp_path):
+    output = run(
+        *QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(finished / "teacher"),
+        "--teacher_learning_rate", "0.7", "--model_name_or_path", "cifar-resnet-14",
+    )  # fmt: skip
+    assert "--teacher_learning_rate has no effect" in output
+    results = load_results(tmp_path / "run")
+    assert results["teacher"]["metrics"] == load_results(finished)["teacher"]["metrics"]
+    assert results["teacher"]["model"] == "teacher"
+    assert "training" not in results["teacher"]
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_teacher_of_other_classes_is_refused(tmp_path):
+    load_classifier("cifar-resnet-8", ["cat", "dog"]).save_pretrained(tmp_path / "pets")
+    load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "pets")
+    output = run(
+        *QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(tmp_path / "pets"), code=2
+    )
+    assert "has 2 classes, digits has 10" in output
+
+
+# ---- Launchers and data
+
+
+def test_two_processes(finished, tmp_path):
+    launcher = launch_two_processes()
+    output = run(
+        *QUICK, "--output_dir", str(tmp_path / "run"), "--use_cpu", "--per_device_train_batch_size", "16",
+        launcher=launcher,
+    )  # fmt: skip
+    assert output.count("worst class") == 1  # the main process speaks
+    results, alone = load_results(tmp_path / "run"), load_results(finished)
+    assert results["hardware"]["num_processes"] == 2
+    assert results["student"]["training"]["steps"] == alone["student"]["training"]["steps"]
+    # The same examples in each step; BatchNorm sees halves of them.
+    first, first_alone = results["teacher"]["history"][0], alone["teacher"]["history"][0]
+    assert first["loss"] == pytest.approx(first_alone["loss"], rel=0.2)
+    assert "This run is finished" in run(
+        *QUICK, "--output_dir", str(tmp_path / "run"), "--use_cpu", "--per_device_train_batch_size", "16"
+    )
+
+
+def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
+    generator = np.random.default_rng(0)
+    for name, number, colour in (("red", 12, 0), ("green", 6, 1), ("blue", 3, 2)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(number):
+            pixels = generator.integers(0, 100, (20 + i, 24, 3), dtype=np.uint8)
+            pixels[:, :, colour] += 150
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
+    output = run(
+        "--dataset_name", str(tmp_path / "data"), "--model_name_or_path", "cifar-resnet-8", "--output_dir",
+        str(tmp_path / "run"), "--num_train_epochs", "1", "--disable_tqdm", "true", "--max_class_count", "5",
+    )  # fmt: skip
+    assert "--max_class_count has no effect" in output
+    assert "has no evaluation split" in output
+    results = load_results(tmp_path / "run")
+    assert results["data"]["name"] == "data"
+    assert results["data"]["class_names"] == ["blue", "green", "red"]
+    assert results["data"]["class_counts"] == [2, 5, 10]
+    assert "many_shot_accuracy" not in results["student"]["metrics"]
+
+
+# ---- Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset_name", "./nowhere"], "--dataset_name ./nowhere: there is no such file or folder"),
+        (["--model_name_or_path", "cifar-resnet-33"], "There is no cifar-resnet-33"),
+        (["--temperature", "0"], "--temperature must be a finite number > 0"),
+        (["--imbalance_ratio", "1000"], "without images, as the largest class has 130"),
+        (["--max_class_count", "5000"], "Lower max_count"),
+        (["--max_train_samples", "3"], "--max_train_samples 3 is fewer than one example for each of the 10 classes"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_clear_line(tmp_path, options, message):
+    assert message in run(*options, "--output_dir", str(tmp_path / "run"), code=2)
+    assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_corrupt_image_is_named_before_training(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "data" / name / f"{i}.png")
+    broken = tmp_path / "data" / "b" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    output = run("--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), code=2)
+    assert "b/2.png) cannot be decoded" in output
+
+
+def test_help_is_readable():
+    output = run("--help")
+    assert max(map(len, output.splitlines())) <= 120
+    for option in ("--temperature", "--alpha", "--imbalance_ratio", "--teacher_model_name_or_path", "--output_dir"):
+        assert option in output
+    assert "--fsdp" not in output
+    assert "--fsdp" in run("--help_all")
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, bkd_hf; assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import bkd_hf; [getattr(bkd_hf, name) for name in bkd_hf.__all__]"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,7 +13,7 @@ _HOMES = {
     "data": ["class_counts", "load_image_dataset", "long_tailed_counts", "make_long_tailed"],
     "errors": ["InputError"],
     "losses": ["balanced_distillation_loss", "bkd_loss", "cross_entropy_loss", "kd_loss"],
-    "metrics": ["expected_calibration_error", "long_tail_metrics", "shot_groups"],
+    "metrics": ["LongTailEvaluation", "expected_calibration_error", "long_tail_metrics", "shot_groups"],
     "modeling_cifar_resnet": ["CifarResNetConfig", "CifarResNetForImageClassification"],
     "models": ["load_classifier", "load_processor"],
     "plots": ["save_plots"],

@@ -237,18 +237,15 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        # One spelling and the type; argparse would repeat both for --a_b, --a-b and each alias.
+        # One spelling; argparse would repeat the type for --a_b, --a-b and each alias.
         options = [option for option in action.option_strings if "-" not in option.lstrip("-")]
-        metavar = "" if action.nargs == 0 else " " + self._format_args(action, self._metavar(action))
-        return ", ".join(options or action.option_strings) + metavar
+        value = "" if action.nargs == 0 else " " + self._format_args(action, _type_name(action))
+        return ", ".join(options or action.option_strings) + value
 
-    @staticmethod
-    def _metavar(action: argparse.Action) -> str:
-        choices = "{" + ",".join(map(str, action.choices or ())) + "}"
-        if 2 < len(choices) <= 40:
-            return choices
-        name = getattr(action.type, "__name__", "str")
-        return {"string_to_bool": "bool"}.get(name, name).upper()
+
+def _type_name(action: argparse.Action) -> str:
+    name = getattr(action.type, "__name__", "str")
+    return {"string_to_bool": "BOOL", "<lambda>": "NAME"}.get(name, name.upper())
 
 
 class _Parser(HfArgumentParser):
@@ -294,6 +291,8 @@ def _build_parser(show_all: bool = False) -> _Parser:
     training_group = parser.add_argument_group("training (transformers.TrainingArguments)")
     own_fields = {f.name for f in dataclasses.fields(BKDConfig)} - inherited
     for action in parser._optionals._group_actions:
+        if action.choices is not None and len(",".join(map(str, action.choices))) > 40:
+            action.metavar = "NAME"
         if action.dest in own_fields:
             own_group._group_actions.append(action)
         elif action.dest in inherited:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .weights import check_class_counts
+
+if TYPE_CHECKING:
+    from transformers import EvalPrediction
 
 #: More training images than this: many-shot (Liu et al., 2019, arXiv 1904.05160).
 MANY_SHOT_THRESHOLD = 100
@@ -83,6 +87,32 @@ def long_tail_metrics(
     per_class = np.divide(num_correct, num_labelled, where=tested, out=np.full(num_classes, np.nan))
     metrics["per_class_accuracy"] = [float(value) if ok else None for value, ok in zip(per_class, tested, strict=True)]
     return metrics
+
+
+@dataclass(frozen=True)
+class LongTailEvaluation:
+    """[`long_tail_metrics`] as `compute_metrics` of a `Trainer`: the scalars, which it logs at every evaluation.
+
+    Args:
+        class_counts: C numbers of *training* images.
+        many_shot_threshold: As for [`long_tail_metrics`].
+        few_shot_threshold: As for [`long_tail_metrics`].
+    """
+
+    class_counts: Sequence[int] | np.ndarray
+    many_shot_threshold: int = MANY_SHOT_THRESHOLD
+    few_shot_threshold: int = FEW_SHOT_THRESHOLD
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        metrics = long_tail_metrics(
+            prediction.predictions,
+            prediction.label_ids,
+            self.class_counts,
+            self.many_shot_threshold,
+            self.few_shot_threshold,
+        )
+        del metrics["per_class_accuracy"]
+        return metrics
 
 
 def shot_groups(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
 from rich.console import Console
@@ -19,12 +20,14 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from .arguments import DataArguments, ModelArguments, RunArguments
 from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
+from .metrics import LongTailEvaluation
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .plots import save_plots
 from .results import (
@@ -42,7 +45,7 @@ from .results import (
 )
 from .teacher import load_teacher
 from .trainer import BKDTrainer
-from .transforms import ImageDataset, channel_statistics, default_augmentation
+from .transforms import ImageDataset, channel_statistics, default_augmentation, same_pixels
 
 #: Marks an output folder as ours and records what the run in it was told.
 RUN_NAME = "bkd_run.json"
@@ -59,6 +62,12 @@ _WITHOUT_INFLUENCE = {
     "save_total_limit", "local_rank", "ddp_backend", "ddp_timeout", "resume_from_checkpoint", "do_train", "do_eval",
     "do_predict", "skip_memory_metrics", "debug",
 }  # fmt: skip
+
+_LEFT_BY_A_RUN = (
+    RUN_NAME, RESULTS_NAME, "figures", "teacher", "checkpoint-*", "model*.safetensors*", "config.json",
+    "preprocessor_config.json", "modeling_cifar_resnet.py", "training_args.bin", "trainer_state.json",
+    "*_results.json",
+)  # fmt: skip
 
 _TABLE_ROWS = (
     ("overall", "accuracy"),
@@ -113,19 +122,17 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         f"{_device_name(arguments.training, threads)}"
     )
 
+    processor = _load_processor(arguments.model, splits["train"])
+    images = _decode(splits, processor, arguments.data)
+    student = _Stage(arguments.model.model_name_or_path, arguments.training, processor, images, data)
+    # Before the teacher is trained: a student that cannot be loaded should not cost that time.
+    student_model = student.load_model(arguments.model, arguments.model.model_revision)
+
     say.stage("Teacher")
-    teacher, teacher_results = _get_teacher(arguments, splits, data, say)
+    teacher, teacher_results = _get_teacher(arguments, processor, images, data, say)
 
     say.stage("Student")
-    student = _Stage(
-        name=arguments.model.model_name_or_path,
-        args=arguments.training,
-        arguments=arguments,
-        splits=splits,
-        data=data,
-        revision=arguments.model.model_revision,
-    )
-    student_results = student.train(teacher, say)
+    student_results = student.train(student_model, teacher, say)
 
     results = {
         "schema_version": SCHEMA_VERSION,
@@ -188,105 +195,89 @@ class _Stage:
 
     name: str
     args: BKDConfig
-    arguments: RunArguments
-    splits: Any
+    processor: BaseImageProcessor
+    images: dict[str, ImageDataset]
     data: dict[str, Any]
-    revision: str | None = None
 
-    def train(self, teacher: nn.Module | None, say: _Announcer) -> dict[str, Any]:
+    def load_model(self, options: ModelArguments, revision: str | None = None) -> PreTrainedModel:
+        """Load the model that is to be trained, with a head for the data's classes."""
+        kwargs = options.from_pretrained_kwargs()
+        if revision is not None:
+            kwargs["revision"] = revision
+        torch.manual_seed(self.args.seed)  # fresh weights, and fresh heads of pretrained models
+        model = load_classifier(self.name, self.data["class_names"], options.image_size, **kwargs)
+        prefer_channels_last(model)
+        return model
+
+    def train(self, model: PreTrainedModel, teacher: nn.Module | None, say: _Announcer) -> dict[str, Any]:
         """Train, save and evaluate; continue from the last checkpoint if there is one."""
-        model, processor = self._load()
-        clock = _StageClock()
+        args, clock = self.args, _StageClock()
+        self.images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
         trainer = BKDTrainer(
             model=model,
             teacher_model=teacher,
-            args=self.args,
-            train_dataset=self._training_images(processor),
-            eval_dataset=self._evaluation_images(processor),
-            processing_class=processor,
+            args=args,
+            train_dataset=self.images["train"],
+            eval_dataset=self.images["eval"],
+            processing_class=self.processor,
+            compute_metrics=LongTailEvaluation(
+                self.data["class_counts"], self.data["many_shot_threshold"], self.data["few_shot_threshold"]
+            ),
             callbacks=[clock],
         )
-        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        say(f"{self.name}: {model.num_parameters():,} parameters, {length}")
+        checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is not None:
             say(f"Continuing from {Path(checkpoint).name}.")
-        say(
-            f"{self.name}: {model.num_parameters():,} parameters, {self.args.num_train_epochs:g} epochs"
-            if self.args.max_steps <= 0
-            else f"{self.name}: {model.num_parameters():,} parameters, {self.args.max_steps:,} steps"
-        )
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
         trainer.log_metrics("train", outcome.metrics)
         trainer.save_metrics("train", outcome.metrics)
-        evaluation = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        evaluation = trainer.predict(self.images["eval"], metric_key_prefix="eval")
         trainer.save_metrics("eval", evaluation.metrics)
         return {
-            "model": without_folders(self.name),
-            "num_parameters": model.num_parameters(),
-            **describe_predictions(evaluation.predictions, evaluation.label_ids, self.data),
-            "training": clock.summary(trainer, len(self.splits["train"])),
+            **self._describe(model, evaluation),
+            "training": clock.summary(trainer, len(self.images["train"])),
             "history": _history(trainer.state.log_history),
         }
 
-    def evaluate(self, model: nn.Module, processor: BaseImageProcessor) -> dict[str, Any]:
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
         """Evaluate a model that was trained elsewhere."""
-        images = self._evaluation_images(processor)
-        trainer = BKDTrainer(model=model, args=self.args, eval_dataset=images, class_counts=self.data["class_counts"])
-        evaluation = trainer.predict(images)
+        trainer = BKDTrainer(
+            model=model, args=self.args, eval_dataset=self.images["eval"], class_counts=self.data["class_counts"]
+        )
+        return self._describe(model, trainer.predict(self.images["eval"]))
+
+    def _describe(self, model: nn.Module, evaluation: PredictionOutput) -> dict[str, Any]:
         return {
             "model": without_folders(self.name),
-            "num_parameters": sum(p.numel() for p in model.parameters()),
+            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
             **describe_predictions(evaluation.predictions, evaluation.label_ids, self.data),
         }
 
-    def _load(self) -> tuple[PreTrainedModel, BaseImageProcessor]:
-        options = self.arguments.model
-        kwargs = options.from_pretrained_kwargs()
-        if self.revision is not None:
-            kwargs["revision"] = self.revision
-        mean = std = None
-        if cifar_resnet_depth(self.name) is not None:
-            mean, std = channel_statistics(self.splits["train"])
-        processor = load_processor(self.name, options.image_size, mean, std, **kwargs)
-        torch.manual_seed(self.args.seed)  # fresh weights, and fresh heads of pretrained models
-        model = load_classifier(self.name, self.data["class_names"], options.image_size, **kwargs)
-        prefer_channels_last(model)
-        return model, processor
-
-    def _training_images(self, processor: BaseImageProcessor) -> ImageDataset:
-        options = self.arguments.data
-        augmentation = options.train_augmentation
-        return ImageDataset(
-            self.splits["train"],
-            processor,
-            augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,  # type: ignore[arg-type]
-            horizontal_flip=options.horizontal_flip,
-            data_seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            cache_images=options.cache_images,  # type: ignore[arg-type]
-        )
-
-    def _evaluation_images(self, processor: BaseImageProcessor) -> ImageDataset:
-        return ImageDataset(self.splits["eval"], processor, cache_images=self.arguments.data.cache_images)  # type: ignore[arg-type]
-
 
 def _get_teacher(
-    arguments: RunArguments, splits: Any, data: dict[str, Any], say: _Announcer
+    arguments: RunArguments,
+    processor: BaseImageProcessor,
+    images: dict[str, ImageDataset],
+    data: dict[str, Any],
+    say: _Announcer,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load the teacher that was given, or train a vanilla one; with its results."""
     given = arguments.model.teacher_model_name_or_path
-    args = arguments.teacher_training
     if given is not None and cifar_resnet_depth(given) is None:
-        return _load_given_teacher(given, arguments, splits, data)
+        return _load_given_teacher(given, arguments, processor, images, data)
 
     name = given or arguments.model.model_name_or_path
-    revision = arguments.model.model_revision if given is None else None
+    args = arguments.teacher_training
     folder = Path(args.output_dir)
     told = {
         "model": name,
         "image_size": arguments.model.image_size,
         "fingerprint": data["fingerprint"],
-        "augmentation": [arguments.data.train_augmentation, arguments.data.horizontal_flip],
+        "augmentation": [images["train"].augmentation, images["train"].horizontal_flip],
         "training": _influential(args.to_dict()),
     }
     record = _read_json(folder / TEACHER_NAME)
@@ -301,8 +292,9 @@ def _get_teacher(
         if PartialState().is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             save_json({"told": told}, folder / TEACHER_NAME)
-        stage = _Stage(name, args, arguments, splits, data, revision)
-        record = {"told": told, "results": stage.train(None, say)}
+        stage = _Stage(name, args, processor, images, data)
+        model = stage.load_model(arguments.model, arguments.model.model_revision if given is None else None)
+        record = {"told": told, "results": stage.train(model, None, say)}
         if PartialState().is_main_process:
             save_json(record, folder / TEACHER_NAME)
     PartialState().wait_for_everyone()
@@ -312,29 +304,62 @@ def _get_teacher(
 
 
 def _load_given_teacher(
-    name: str, arguments: RunArguments, splits: Any, data: dict[str, Any]
+    name: str,
+    arguments: RunArguments,
+    processor: BaseImageProcessor,
+    images: dict[str, ImageDataset],
+    data: dict[str, Any],
 ) -> tuple[nn.Module, dict[str, Any]]:
     kwargs = arguments.model.from_pretrained_kwargs()
+    option = f"--teacher_model_name_or_path {name}"
     teacher = load_teacher(name, **kwargs)
-    num_labels = teacher.num_labels
-    if num_labels != len(data["class_names"]):
+    if teacher.num_labels != len(data["class_names"]):
         raise InputError(
-            f"--teacher_model_name_or_path {name} has {num_labels} classes, {data['name']} has "
-            f"{len(data['class_names'])}: the teacher must have been trained on the same classes."
+            f"{option} has {teacher.num_labels} classes, {data['name']} has {len(data['class_names'])}: the teacher "
+            "must have been trained on the same classes."
+        )
+    if not same_pixels(processor, load_processor(name, **kwargs)):
+        raise InputError(
+            f"{option} takes images of another size, mean or standard deviation than the student "
+            f"{arguments.model.model_name_or_path} does, which would be fed to it: choose models with the same image "
+            "processor, or let a teacher be trained (--teacher_model_name_or_path not given, or cifar-resnet-…)."
         )
     record = _read_json(Path(name) / TEACHER_NAME)
     if record is not None and record["told"]["fingerprint"] != data["fingerprint"]:
         warnings.warn(
-            f"--teacher_model_name_or_path {name} was trained on other images (another data set, ratio or split) than "
-            "the student will be.",
+            f"{option} was trained on other images (another data set, ratio or split) than the student will be.",
             stacklevel=2,
         )
     prefer_channels_last(teacher)
-    stage = _Stage(name, arguments.teacher_training, arguments, splits, data)
-    return teacher, stage.evaluate(teacher.model, load_processor(name, **kwargs))
+    return teacher, _Stage(name, arguments.training, processor, images, data).evaluate(teacher.model)
 
 
-def _load_splits(options: DataArguments, model_options: ModelArguments) -> Any:
+def _load_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
+    """Load the student's image processor; teacher and student see the same pixels."""
+    name = options.model_name_or_path
+    if cifar_resnet_depth(name) is not None:
+        mean, std = channel_statistics(train)
+        return load_processor(name, options.image_size, mean, std)
+    return load_processor(name, **options.from_pretrained_kwargs(), revision=options.model_revision)
+
+
+def _decode(
+    splits: datasets.DatasetDict, processor: BaseImageProcessor, options: DataArguments
+) -> dict[str, ImageDataset]:
+    augmentation = options.train_augmentation
+    return {
+        "train": ImageDataset(
+            splits["train"],
+            processor,
+            augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,  # type: ignore[arg-type]
+            horizontal_flip=options.horizontal_flip,
+            cache_images=options.cache_images,  # type: ignore[arg-type]
+        ),
+        "eval": ImageDataset(splits["eval"], processor, cache_images=options.cache_images),  # type: ignore[arg-type]
+    }
+
+
+def _load_splits(options: DataArguments, model_options: ModelArguments) -> datasets.DatasetDict:
     splits = load_image_dataset(
         options.dataset_name,
         config_name=options.dataset_config_name,
@@ -386,7 +411,7 @@ def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
         )
     is_main = PartialState().is_main_process
     if record is not None and arguments.overwrite and is_main:
-        shutil.rmtree(output_dir)
+        _delete_run(output_dir)
         record = None
     if record is not None and (differences := _differences(record, told)):
         raise InputError(
@@ -397,6 +422,13 @@ def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_json(told, output_dir / RUN_NAME)
     return (output_dir / RESULTS_NAME).exists()
+
+
+def _delete_run(output_dir: Path) -> None:
+    """Delete what a run leaves, and nothing that somebody put beside it."""
+    for pattern in _LEFT_BY_A_RUN:
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _influential(options: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
 from .config import BKDConfig
 from .data import class_counts as count_classes
 from .losses import IGNORE_INDEX, balanced_distillation_loss, cross_entropy_loss
-from .metrics import long_tail_metrics
+from .metrics import LongTailEvaluation
 from .sampling import GlobalBatchSampler, IgnoredCopies
 from .schedules import StepDecay
 from .teacher import FrozenTeacher, load_teacher
@@ -124,7 +124,7 @@ class BKDTrainer(Trainer):
         elif train_dataset is not None:
             self.class_counts = _count_training_examples(train_dataset, self._num_labels(self.model))
         if compute_metrics is None and preprocess_logits_for_metrics is None and self.class_counts is not None:
-            self.compute_metrics = functools.partial(_evaluation_metrics, class_counts=self.class_counts)
+            self.compute_metrics = LongTailEvaluation(self.class_counts)
 
         # Teacher
         self.teacher_model: FrozenTeacher | None = None
@@ -263,7 +263,9 @@ class BKDTrainer(Trainer):
         parts = {name: (loss.detach() * counted).sum() for name, loss in losses.items() if loss is not None}
         parts["count"] = counted.sum()
         for name, value in parts.items():
-            self._loss_parts[name] = self._loss_parts.get(name, 0.0) + value.double()
+            # In float64 where the device has it: sums may run over a whole epoch.
+            value = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+            self._loss_parts[name] = self._loss_parts.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `ce_loss` and `kd_loss` to a training log: means over all examples, in all processes, since the last.
@@ -328,6 +330,7 @@ class BKDTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
             worker_init_fn=functools.partial(
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),
@@ -411,13 +414,28 @@ class BKDTrainer(Trainer):
             output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
         return output._replace(predictions=None, label_ids=None) if prediction_loss_only else output
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Predict logits; hidden states and other outputs, which some models add, are not gathered."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does, also after an `evaluate()`."""
         if self.model_wrapped is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._loss_parts = {}
-        return super().train(*args, **kwargs)
+        self._first_step_with_bad_teacher.fill_(_NO_STEP)
+        outcome = super().train(*args, **kwargs)
+        if self.teacher_model is not None:
+            self._stop_if_teacher_is_bad()
+        return outcome
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
@@ -482,13 +500,6 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.set_epoch(int(state.epoch or 0))
-
-
-def _evaluation_metrics(prediction: EvalPrediction, class_counts: np.ndarray) -> dict[str, float]:
-    """Scalars only: they are logged at every evaluation."""
-    metrics = long_tail_metrics(prediction.predictions, prediction.label_ids, class_counts)
-    del metrics["per_class_accuracy"]
-    return metrics
 
 
 def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray | None:

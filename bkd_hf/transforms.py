@@ -205,6 +205,12 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     return sizes.pop()
 
 
+def same_pixels(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
+    """Whether two processors make images of the same size, normalised in the same way."""
+    arithmetic = (torch.cat(_normalisation(first)), torch.cat(_normalisation(second)))
+    return output_size(first) == output_size(second) and torch.allclose(*arithmetic, rtol=1e-4, atol=1e-6)
+
+
 def decode_image(stored: dict[str, Any]) -> Image.Image:
     """Decode an image as `datasets` stores it (`{"bytes", "path"}`) to RGB, upright as its EXIF data says."""
     source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]

@@ -10,18 +10,19 @@ from pathlib import Path
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.errors import InputError
 from bkd_hf.pipeline import run
+from bkd_hf.trainer import TeacherLogitsError
 
 
 def main() -> int:
-    """Run; exit code 2 and one line for bad input."""
+    """Run; one line and exit code 2 for bad input, 1 for a teacher that fails while training."""
     warnings.formatwarning = lambda message, category, *_: (
         f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
     )
     try:
         run(parse_arguments(digits_recipe=Path(__file__).parent / "recipes" / "digits.yaml"))
-    except InputError as error:
+    except (InputError, TeacherLogitsError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 

@@ -1,0 +1,69 @@
+"""What README says is true: its code runs, its commands are those that CI runs, its options and files exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from bkd_hf import load_results
+from bkd_hf.arguments import _build_parser
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def block_after(marker: str) -> str:
+    found = re.search(rf"<!-- {marker} -->\n```\w+\n(.*?)```", README, flags=re.DOTALL)
+    assert found, marker
+    return found[1]
+
+
+def test_quick_start_and_inference_run(tmp_path):
+    image = (load_digits().images[0] * 255 / 16).astype(np.uint8)
+    Image.fromarray(image).save(tmp_path / "digit.png")
+    code = block_after("test: quick start") + "\n" + block_after("test: inference")
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"'label': '\d'", process.stdout.splitlines()[-1])
+
+
+def test_two_commands_do_all_the_set_up():
+    assert block_after("ci: main-job").startswith("pip install -e . && accelerate launch scripts/run_bkd.py")
+    assert block_after("ci: tests").startswith('pip install -e ".[test]" && ')
+
+
+def test_every_option_in_it_exists():
+    known = set(_build_parser()._option_string_actions) | {"--num_processes"}
+    named = set(re.findall(r"(?<![\w-])--[a-z_]+(?:_[a-z]+)*\b", README)) - {"--index-url", "--index"}
+    assert named
+    teacher_options = {f"--teacher_{option.removeprefix('--')}" for option in known}
+    assert named - known - teacher_options == set()
+
+
+def test_every_file_in_it_exists():
+    files = set(re.findall(r"(?:scripts|bkd_hf|tests|model_cards)/[\w./-]*\w", README))
+    assert files
+    assert [file for file in files if not (REPOSITORY / file).exists()] == []
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in (REPOSITORY / "model_cards").glob("*/results.json")))
+def test_measured_runs_are_real_results(folder: Path):
+    results = load_results(folder)
+    assert results["student"]["metrics"]["accuracy"] > results["teacher"]["metrics"]["accuracy"]
+    for figure in (folder / "figures").glob("*.png"):
+        assert Image.open(figure).size[0] >= 900

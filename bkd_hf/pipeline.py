@@ -413,6 +413,8 @@ def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
     if record is not None and arguments.overwrite and is_main:
         _delete_run(output_dir)
         record = None
+    if {path.name for path in content} == {RUN_NAME}:
+        record = None  # stopped by an error before anything was computed: nothing to protect
     if record is not None and (differences := _differences(record, told)):
         raise InputError(
             f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder, or "
@@ -540,6 +542,9 @@ def _warn_of_options_without_effect(arguments: RunArguments) -> None:
         warnings.warn(f"--{option} has no effect: {reason}.", stacklevel=3)
 
     model, data = arguments.model, arguments.data
+    for name in ("resume_from_checkpoint", "do_train", "do_predict"):
+        if getattr(arguments.training, name):
+            warn(name, "a run trains and evaluates, and continues from its last checkpoint, by itself")
     if data.imbalance_ratio is None:
         for name in ("imbalance_profile", "max_class_count"):
             if given(data, name):

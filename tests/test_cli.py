@@ -151,6 +151,13 @@ def test_overwrite_starts_anew(copy):
     assert (copy / "notes.txt").read_text() == "mine"
 
 
+def test_a_mistake_at_the_start_does_not_block_the_folder(tmp_path):
+    for _ in range(2):  # the second time the folder is not empty
+        for name in ("./nowhere", "./nowhere/else"):
+            message = refused("--output_dir", str(tmp_path / "run"), "--dataset_name", name)
+            assert f"--dataset_name {name}: there is no such" in message
+
+
 def test_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     output = refused(*QUICK, "--output_dir", str(tmp_path), "--overwrite")

@@ -514,3 +514,38 @@ def test_trainer_state_is_as_users_know_it(tmp_path):
     trainer.save_state()
     state = json.loads((Path(trainer.args.output_dir) / "trainer_state.json").read_text())
     assert {"loss", "ce_loss", "kd_loss", "learning_rate", "epoch", "step"} <= set(state["log_history"][0])
+
+
+def test_equals_a_loop_written_by_hand(tmp_path):
+    data = images()
+    options = {
+        "momentum": 0.9,
+        "weight_decay": 0.01,
+        "decay_all_parameters": True,
+        "learning_rate": 0.1,
+        "num_train_epochs": 4,
+        "lr_warmup_epochs": 2,
+        "lr_step_epochs": [3],
+        "lr_step_factors": [0.01],
+        "lr_scheduler_type": "linear",
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": 16,  # 16 + 16 + 8
+    }
+    trainer = trainer_for(tmp_path, resnet(1), resnet(2), data, **options)
+    trainer.train()
+
+    student, teacher, weights = resnet(1).train(), resnet(2).eval(), class_balanced_weights(COUNTS)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    for rate in (0.05, 0.1, 0.1, 0.001):
+        optimizer.param_groups[0]["lr"] = rate
+        for start in (0, 16, 32):
+            pixels = torch.stack([example["pixel_values"] for example in data[start : start + 16]])
+            labels = torch.tensor([example["labels"] for example in data[start : start + 16]])
+            with torch.no_grad():
+                teacher_logits = teacher(pixels).logits
+            loss = bkd_loss(student(pixels).logits, teacher_logits, labels, weights)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)

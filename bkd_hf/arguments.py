@@ -21,6 +21,7 @@ from .config import BKDConfig
 from .data import PROFILES
 from .errors import InputError
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
+from .models import cifar_resnet_depth
 from .transforms import AUGMENTATIONS
 
 
@@ -175,12 +176,19 @@ _COMMON_TRAINING_OPTIONS = {
     "data_seed", "logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
     "save_total_limit", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu",
 }  # fmt: skip
+#: transformers' defaults are made for fine-tuning; from fresh weights they learn next to nothing.
+_FRESH_WEIGHTS_DEFAULTS = {
+    "optim": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4, "decay_all_parameters": True,
+    "max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.025, "num_train_epochs": 200.0,
+    "per_device_train_batch_size": 128, "per_device_eval_batch_size": 500,
+}  # fmt: skip
 _EPILOG = """\
 Options for the teacher's training alone are written --teacher_OPTION, for any training option above, e.g.
 --teacher_num_train_epochs 100 --teacher_learning_rate 0.05; not given, the teacher is trained as the student.
 
 A YAML file given by --config holds the same options, one `name: value` a line, and those of the teacher in a section
-`teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs.
+`teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs. Without
+--config and --optim, cifar-resnet-… models are trained by SGD (rate 0.1, cosine, 200 epochs, batch 128).
 """
 
 
@@ -203,6 +211,12 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     first_look = parser.parse_known_args(command_line)[0]
     config = first_look.config or (digits_recipe if first_look.dataset_name == "digits" else None)
     from_file, from_file_teacher = _read_config(parser, config) if config else ([], [])
+    if (
+        not config
+        and first_look.optim == parser.get_default("optim")
+        and cifar_resnet_depth(first_look.model_name_or_path)
+    ):
+        parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS)
 
     student = [*from_file, *command_line]
     namespace = parser.parse_args(student)

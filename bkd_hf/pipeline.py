@@ -124,6 +124,10 @@ def run(arguments: RunArguments) -> dict[str, Any]:
 
     processor = _load_processor(arguments.model, splits["train"])
     images = _decode(splits, processor, arguments.data)
+    if not images["train"].in_memory and not arguments.training.dataloader_num_workers:
+        for args in (arguments.training, arguments.teacher_training):
+            args.dataloader_num_workers = threads
+        say(f"Images are decoded when they are seen, by {threads} workers a process: they do not stay in memory.")
     student = _Stage(arguments.model.model_name_or_path, arguments.training, processor, images, data)
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.
     student_model = student.load_model(arguments.model, arguments.model.model_revision)

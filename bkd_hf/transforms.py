@@ -102,6 +102,11 @@ class ImageDataset(torch.utils.data.Dataset):
                 for index in indices:
                     self._cache[index] = self._fixed_size_view(index)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are decoded; if not, they are each time they are seen."""
+        return self._cache is not None
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation the next examples get."""
         self._epoch[0] = epoch

@@ -31,9 +31,18 @@ def test_nothing_given_is_the_digits_recipe():
 
 
 def test_another_data_set_does_not_get_the_digits_recipe():
-    arguments = parse("--dataset_name some/data --output_dir out")
+    arguments = parse("--dataset_name some/data --model_name_or_path some/vit --output_dir out")
     assert arguments.data.imbalance_ratio is None
     assert arguments.training.learning_rate == 5e-5
+
+
+def test_fresh_weights_are_not_trained_with_fine_tuning_defaults(tmp_path):
+    line = "--dataset_name some/data --model_name_or_path cifar-resnet-32"
+    training = parse(f"{line} --num_train_epochs 30").training
+    assert (training.optim, training.learning_rate, training.momentum) == ("sgd", 0.1, 0.9)
+    assert (training.lr_scheduler_type, training.num_train_epochs) == ("cosine", 30)
+    assert parse(f"{line} --optim adamw_torch").training.learning_rate == 5e-5
+    assert parse(line, tmp_path, "temperature: 3\n").training.learning_rate == 5e-5
 
 
 @pytest.mark.parametrize("name", ["cifar100_lt", "cifar10_lt"])

@@ -271,10 +271,12 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
     output = run(
         "--dataset_name", str(tmp_path / "data"), "--model_name_or_path", "cifar-resnet-8", "--output_dir",
-        str(tmp_path / "run"), "--num_train_epochs", "1", "--disable_tqdm", "true", "--max_class_count", "5",
+        str(tmp_path / "run"), "--cache_images", "none", "--num_train_epochs", "1", "--disable_tqdm", "true",
+        "--max_class_count", "5",
     )  # fmt: skip
     assert "--max_class_count has no effect" in output
     assert "has no evaluation split" in output
+    assert "Images are decoded when they are seen, by" in output
     results = load_results(tmp_path / "run")
     assert results["data"]["name"] == "data"
     assert results["data"]["class_names"] == ["blue", "green", "red"]

@@ -103,7 +103,7 @@ class DataArguments:
         },
     )
     imbalance_profile: str = field(
-        default="exp", metadata={"help": "Shape of the tail: exponential, or half head and half tail."}
+        default="exp", metadata={"help": "Shape of the tail: exp (exponential) or step (half head, half tail)."}
     )
     max_class_count: int | None = field(
         default=None, metadata={"help": "Images of the largest class of a cut tail; by default as many as possible."}
@@ -164,7 +164,8 @@ class RunArguments:
 
 
 _TEACHER_PREFIX = "--teacher_"
-_NOT_FOR_TEACHER = {
+#: Options that the teacher's training shares with the student's, or that mean nothing to it.
+NOT_FOR_TEACHER = {
     "output_dir", "bf16", "fp16", "use_cpu", "push_to_hub", "temperature", "distillation_weight",
     "class_balance_beta", "deferred_reweighting_start",
 }  # fmt: skip
@@ -182,6 +183,10 @@ _FRESH_WEIGHTS_DEFAULTS = {
     "max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.025, "num_train_epochs": 200.0,
     "per_device_train_batch_size": 128, "per_device_eval_batch_size": 500,
 }  # fmt: skip
+_OWN_HELP = {
+    "output_dir": "Where everything is written; outputs/DATASET_MODEL_seedSEED if not given.",
+    "use_cpu": "Use the CPU even if there is a GPU; set where there is none.",
+}
 _EPILOG = """\
 Options for the teacher's training alone are written --teacher_OPTION, for any training option above, e.g.
 --teacher_num_train_epochs 100 --teacher_learning_rate 0.05; not given, the teacher is trained as the student.
@@ -264,7 +269,11 @@ def _type_name(action: argparse.Action) -> str:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
-        raise InputError(f"{message} (--help lists the options)")
+        suggestion = ""
+        if match := re.search(r"unrecognized arguments: --(\w+)", message):
+            known = [option.removeprefix("--") for option in self._option_string_actions]
+            suggestion = _suggestion(match[1], known).replace("mean ", "mean --")
+        raise InputError(f"{message} (--help lists the options).{suggestion}")
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -307,6 +316,7 @@ def _build_parser(show_all: bool = False) -> _Parser:
     for action in parser._optionals._group_actions:
         if action.choices is not None and len(",".join(map(str, action.choices))) > 40:
             action.metavar = "NAME"
+        action.help = _OWN_HELP.get(action.dest, action.help)
         if action.dest in own_fields:
             own_group._group_actions.append(action)
         elif action.dest in inherited:
@@ -349,7 +359,7 @@ def _check_teacher_option(parser: _Parser, name: str, shown: str) -> None:
         raise InputError(
             f"{shown}: there is no training option --{name}.{_suggestion(name, sorted(training_options))}"
         )
-    if action.dest in _NOT_FOR_TEACHER:
+    if action.dest in NOT_FOR_TEACHER:
         raise InputError(f"{shown}: --{name} cannot be set for the teacher alone.")
 
 

@@ -352,6 +352,7 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
             else "It is no file or folder here, and the Hub does not give it"
         )
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason.rstrip(".") + "."
         if isinstance(error, IndexError):  # how `load_from_disk` fails on a split without rows
             reason = "one of its splits is empty."
         raise InputError(

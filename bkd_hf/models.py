@@ -116,6 +116,7 @@ def prefer_channels_last(model: nn.Module) -> bool:
 
 def _not_loadable(name: str, error: Exception) -> InputError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = reason.rstrip(".") + "."
     where = "a folder here" if Path(name).is_dir() else "no folder here; on the Hub"
     return InputError(
         f"The model {name} cannot be loaded ({where}): {reason} Give a Hub id, a folder written by save_pretrained, "

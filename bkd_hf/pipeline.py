@@ -23,7 +23,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from .arguments import DataArguments, ModelArguments, RunArguments
+from .arguments import NOT_FOR_TEACHER, DataArguments, ModelArguments, RunArguments
 from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
@@ -43,7 +43,7 @@ from .results import (
     save_json,
     without_folders,
 )
-from .teacher import load_teacher
+from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
 from .transforms import ImageDataset, channel_statistics, default_augmentation, same_pixels
 
@@ -116,6 +116,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         arguments.data.few_shot_threshold,
     )
     counts = data["class_counts"]
+    _warn_of_untested_classes(data)
     say(
         f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
         f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
@@ -229,7 +230,7 @@ class _Stage:
             ),
             callbacks=[clock],
         )
-        length = f"{args.max_steps:,} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+        length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
         say(f"{self.name}: {model.num_parameters():,} parameters, {length}")
         checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is not None:
@@ -282,7 +283,7 @@ def _get_teacher(
         "image_size": arguments.model.image_size,
         "fingerprint": data["fingerprint"],
         "augmentation": [images["train"].augmentation, images["train"].horizontal_flip],
-        "training": _influential(args.to_dict()),
+        "training": _influential_for_teacher(args),
     }
     record = _read_json(folder / TEACHER_NAME)
     if record is not None and (differences := _differences(record["told"], told)):
@@ -322,6 +323,7 @@ def _load_given_teacher(
             f"{option} has {teacher.num_labels} classes, {data['name']} has {len(data['class_names'])}: the teacher "
             "must have been trained on the same classes."
         )
+    _check_class_names(option, teacher, data["class_names"])
     if not same_pixels(processor, load_processor(name, **kwargs)):
         raise InputError(
             f"{option} takes images of another size, mean or standard deviation than the student "
@@ -336,6 +338,22 @@ def _load_given_teacher(
         )
     prefer_channels_last(teacher)
     return teacher, _Stage(name, arguments.training, processor, images, data).evaluate(teacher.model)
+
+
+def _check_class_names(option: str, teacher: FrozenTeacher, class_names: list[str]) -> None:
+    """Refuse a teacher whose classes are others, or in another order: its answers would be taken for wrong classes."""
+    id2label = getattr(teacher.model.config, "id2label", {})
+    names = [str(id2label[number]) for number in range(len(class_names))]
+    if names == [f"LABEL_{number}" for number in range(len(names))]:
+        warnings.warn(
+            f"{option} has no class names: its classes are taken to be in the order of the data.", stacklevel=3
+        )
+    elif names != class_names:
+        number = next(i for i, (theirs, ours) in enumerate(zip(names, class_names, strict=True)) if theirs != ours)
+        raise InputError(
+            f"{option} was trained on other classes, or in another order: class {number} is {names[number]!r} there, "
+            f"{class_names[number]!r} in the data. Give a teacher with the same classes in the same order (id2label)."
+        )
 
 
 def _load_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
@@ -398,11 +416,16 @@ def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
     Raises:
         InputError: If it holds something else, or a run with other options.
     """
+    training = _influential_for_teacher(arguments.training)
     told = {
         "model": _influential(dataclasses.asdict(arguments.model)),
         "data": _influential(dataclasses.asdict(arguments.data)),
         "training": _influential(arguments.training.to_dict()),
-        "teacher_training": _influential(arguments.teacher_training.to_dict()),
+        "teacher_training": {
+            name: value
+            for name, value in _influential_for_teacher(arguments.teacher_training).items()
+            if value != training[name]
+        },
     }
     told = json.loads(json.dumps(told))  # as it will be read back
     if output_dir.exists() and not output_dir.is_dir():
@@ -421,8 +444,9 @@ def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
         record = None  # stopped by an error before anything was computed: nothing to protect
     if record is not None and (differences := _differences(record, told)):
         raise InputError(
-            f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder, or "
-            "--overwrite to delete that run and start anew."
+            f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder (and that "
+            f"run's teacher, by --teacher_model_name_or_path {output_dir}/teacher), or --overwrite to delete that run "
+            "and start anew."
         )
     if record is None and is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -439,6 +463,10 @@ def _delete_run(output_dir: Path) -> None:
 
 def _influential(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _WITHOUT_INFLUENCE}
+
+
+def _influential_for_teacher(args: BKDConfig) -> dict[str, Any]:
+    return {name: value for name, value in _influential(args.to_dict()).items() if name not in NOT_FOR_TEACHER}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
@@ -535,6 +563,18 @@ def _history(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
 def _device_name(args: BKDConfig, threads: int) -> str:
     device = f"{threads} CPU threads" if args.device.type == "cpu" else str(args.device)
     return f"{args.world_size} process{'es' if args.world_size > 1 else ''}, {device} each."
+
+
+def _warn_of_untested_classes(data: dict[str, Any]) -> None:
+    counts = data["eval_class_counts"]
+    untested = [name for name, count in zip(data["class_names"], counts, strict=True) if not count]
+    if untested:
+        shown = ", ".join(untested[:5]) + (", …" if len(untested) > 5 else "")
+        warnings.warn(
+            f"{len(untested)} of {len(counts)} classes ({shown}) have no evaluation image: they are in no accuracy "
+            "and cannot be the worst class.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_options_without_effect(arguments: RunArguments) -> None:

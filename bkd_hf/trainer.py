@@ -518,7 +518,7 @@ def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarra
             if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
                 return None
             examples = (dataset[i] for i in range(len(dataset)))
-            labels = [int(example["labels" if "labels" in example else "label"]) for example in examples]
+            labels = [int(_label_of(example)) for example in examples]
         labels = np.asarray(labels)
         if labels.min(initial=0) < 0:
             raise ValueError(f"Label {labels.min()} of the training set is negative.")
@@ -529,6 +529,13 @@ def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarra
             "classes. Load the model with num_labels set to the number of classes of the data."
         )
     return np.pad(counts, (0, (num_classes or len(counts)) - len(counts)))
+
+
+def _label_of(example: Any) -> Any:
+    for name in ("labels", "label"):
+        if name in example:
+            return example[name]
+    raise ValueError(f'The training examples have no "labels" to count, only {", ".join(example)}: pass class_counts.')
 
 
 def _label_column(dataset: datasets.Dataset) -> str | None:

@@ -23,6 +23,9 @@ def main() -> int:
     except (InputError, TeacherLogitsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -123,7 +123,7 @@ def test_bad_yaml(tmp_path, text, message):
     ("line", "message"),
     [
         ("--config nowhere.yaml", "--config nowhere.yaml cannot be read"),
-        ("--temprature 3", "unrecognized arguments: --temprature"),
+        ("--temprature 3", "unrecognized arguments: --temprature 3 .* Did you mean --temperature"),
         ("--temperature 0", "--temperature must be"),
         ("--alpha -1", "--distillation_weight must be"),
         ("--beta 1", "--class_balance_beta must be"),

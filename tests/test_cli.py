@@ -140,6 +140,7 @@ def test_other_options_are_refused_naming_what_differs(finished):
     assert "--temperature is 2.0 there, 4.0 here" in output
     assert "--split_seed is 0 there, 1 here" in output
     assert "--overwrite" in output
+    assert "--teacher_" not in output.split("Use another folder")[0]  # the teacher's options are not concerned
 
 
 def test_overwrite_starts_anew(copy):
@@ -233,6 +234,15 @@ def test_teacher_of_other_classes_is_refused(tmp_path):
     assert "has 2 classes, digits has 10" in output
 
 
+def test_teacher_with_its_classes_in_another_order_is_refused(finished, tmp_path):
+    teacher = Path(shutil.copytree(finished / "teacher", tmp_path / "teacher"))
+    settings = json.loads((teacher / "config.json").read_text())
+    settings["id2label"]["0"], settings["id2label"]["1"] = settings["id2label"]["1"], settings["id2label"]["0"]
+    (teacher / "config.json").write_text(json.dumps(settings))
+    output = refused(*QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(teacher))
+    assert "class 0 is '1' there, '0' in the data" in output
+
+
 def test_teacher_with_another_preprocessing_is_refused(finished, tmp_path):
     teacher = Path(shutil.copytree(finished / "teacher", tmp_path / "teacher"))
     load_processor("cifar-resnet-8", image_size=16, image_mean=[0.9] * 3).save_pretrained(teacher)
@@ -263,7 +273,7 @@ def test_two_processes(finished, tmp_path):
 
 def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     generator = np.random.default_rng(0)
-    for name, number, colour in (("red", 12, 0), ("green", 6, 1), ("blue", 3, 2)):
+    for name, number, colour in (("red", 12, 0), ("green", 6, 1), ("blue", 3, 2), ("grey", 1, 0)):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(number):
             pixels = generator.integers(0, 100, (20 + i, 24, 3), dtype=np.uint8)
@@ -279,8 +289,10 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     assert "Images are decoded when they are seen, by" in output
     results = load_results(tmp_path / "run")
     assert results["data"]["name"] == "data"
-    assert results["data"]["class_names"] == ["blue", "green", "red"]
-    assert results["data"]["class_counts"] == [2, 5, 10]
+    assert "1 of 4 classes (grey) have no evaluation image" in output
+    assert results["data"]["class_names"] == ["blue", "green", "grey", "red"]
+    assert results["data"]["class_counts"] == [2, 5, 1, 10]
+    assert results["student"]["metrics"]["per_class_accuracy"][2] is None
     assert "many_shot_accuracy" not in results["student"]["metrics"]
 
 

@@ -43,7 +43,7 @@ from .results import (
     save_json,
     without_folders,
 )
-from .teacher import FrozenTeacher, load_teacher
+from .teacher import FrozenTeacher, load_teacher, num_labels
 from .trainer import BKDTrainer
 from .transforms import ImageDataset, channel_statistics, default_augmentation, same_pixels
 
@@ -92,7 +92,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     """
     started = time.perf_counter()
     output_dir = Path(arguments.training.output_dir)
-    say = _Announcer(arguments.training)
+    say = _Announcer()
     threads = set_num_threads(arguments.model.num_threads)
     if arguments.training.disable_tqdm:
         logging.disable_progress_bar()
@@ -318,9 +318,10 @@ def _load_given_teacher(
     kwargs = arguments.model.from_pretrained_kwargs()
     option = f"--teacher_model_name_or_path {name}"
     teacher = load_teacher(name, **kwargs)
-    if teacher.num_labels != len(data["class_names"]):
+    num_classes = num_labels(teacher.model)
+    if num_classes != len(data["class_names"]):
         raise InputError(
-            f"{option} has {teacher.num_labels} classes, {data['name']} has {len(data['class_names'])}: the teacher "
+            f"{option} has {num_classes} classes, {data['name']} has {len(data['class_names'])}: the teacher "
             "must have been trained on the same classes."
         )
     _check_class_names(option, teacher, data["class_names"])
@@ -416,16 +417,11 @@ def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
     Raises:
         InputError: If it holds something else, or a run with other options.
     """
-    training = _influential_for_teacher(arguments.training)
     told = {
         "model": _influential(dataclasses.asdict(arguments.model)),
         "data": _influential(dataclasses.asdict(arguments.data)),
         "training": _influential(arguments.training.to_dict()),
-        "teacher_training": {
-            name: value
-            for name, value in _influential_for_teacher(arguments.teacher_training).items()
-            if value != training[name]
-        },
+        "teacher_training": _options_of_teacher_alone(arguments),
     }
     told = json.loads(json.dumps(told))  # as it will be read back
     if output_dir.exists() and not output_dir.is_dir():
@@ -469,6 +465,13 @@ def _influential_for_teacher(args: BKDConfig) -> dict[str, Any]:
     return {name: value for name, value in _influential(args.to_dict()).items() if name not in NOT_FOR_TEACHER}
 
 
+def _options_of_teacher_alone(arguments: RunArguments) -> dict[str, Any]:
+    """Options in which the teacher's training differs from the student's."""
+    student = _influential_for_teacher(arguments.training)
+    teacher = _influential_for_teacher(arguments.teacher_training)
+    return {name: value for name, value in teacher.items() if value != student[name]}
+
+
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
     """E.g. "--temperature is 2.0 there, 4.0 here"; empty if nothing differs."""
     found = []
@@ -500,7 +503,7 @@ def _checkpoint_step(folder: Path) -> int:
 class _Announcer:
     """Speaks for the main process."""
 
-    def __init__(self, args: BKDConfig):
+    def __init__(self) -> None:
         self.console = Console(quiet=not PartialState().is_main_process, highlight=False, soft_wrap=True)
 
     def __call__(self, message: str) -> None:
@@ -557,7 +560,7 @@ class _StageClock(TrainerCallback):
 
 def _history(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
     """Return what was logged while training, without the summary at the end."""
-    return [entry for entry in log_history if "loss" in entry or ("eval_loss" in entry and "step" in entry)]
+    return [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
 
 
 def _device_name(args: BKDConfig, threads: int) -> str:
@@ -599,11 +602,5 @@ def _warn_of_options_without_effect(arguments: RunArguments) -> None:
         warn("horizontal_flip", "--train_augmentation is none")
     teacher = model.teacher_model_name_or_path
     if teacher is not None and cifar_resnet_depth(teacher) is None:
-        for name in _differences(
-            _influential(arguments.training.to_dict()),
-            _influential(arguments.teacher_training.to_dict()),
-            "--teacher_",
-        ).split("; "):
-            option = name.split(" ")[0].removeprefix("--")
-            if option and option.removeprefix("teacher_") not in ("distillation_weight", "deferred_reweighting_start"):
-                warn(option, f"the teacher {teacher} is not trained here")
+        for name in _options_of_teacher_alone(arguments):
+            warn(f"teacher_{name}", f"the teacher {teacher} is not trained here")

@@ -31,11 +31,6 @@ class FrozenTeacher(nn.Module):
         super().train(False)
         return self
 
-    @property
-    def num_labels(self) -> int | None:
-        """Number of classes, where the model's configuration tells."""
-        return getattr(getattr(self.model, "config", None), "num_labels", None)
-
     @torch.no_grad()
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Return the logits, B×C."""
@@ -43,6 +38,11 @@ class FrozenTeacher(nn.Module):
         if isinstance(outputs, torch.Tensor):
             return outputs
         return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+
+
+def num_labels(model: nn.Module) -> int | None:
+    """Return a model's number of classes, where its configuration tells."""
+    return getattr(getattr(model, "config", None), "num_labels", None)
 
 
 def load_teacher(teacher: str | nn.Module, **from_pretrained_kwargs: Any) -> FrozenTeacher:

@@ -23,7 +23,7 @@ from .losses import IGNORE_INDEX, balanced_distillation_loss, cross_entropy_loss
 from .metrics import LongTailEvaluation
 from .sampling import GlobalBatchSampler, IgnoredCopies
 from .schedules import StepDecay
-from .teacher import FrozenTeacher, load_teacher
+from .teacher import FrozenTeacher, load_teacher, num_labels
 from .weights import check_class_counts, class_balanced_weights, deferred_weights
 
 #: Inputs with this prefix go to the teacher, without it.
@@ -122,7 +122,7 @@ class BKDTrainer(Trainer):
         if class_counts is not None:
             self.class_counts = check_class_counts(class_counts).astype(np.int64)
         elif train_dataset is not None:
-            self.class_counts = _count_training_examples(train_dataset, self._num_labels(self.model))
+            self.class_counts = _count_training_examples(train_dataset, num_labels(self.model))
         if compute_metrics is None and preprocess_logits_for_metrics is None and self.class_counts is not None:
             self.compute_metrics = LongTailEvaluation(self.class_counts)
 
@@ -475,14 +475,10 @@ class BKDTrainer(Trainer):
 
     # ---- Checks ---------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _num_labels(model: nn.Module) -> int | None:
-        return getattr(getattr(model, "config", None), "num_labels", None)
-
     def _check_numbers_of_classes(self) -> None:
         numbers = {
-            "student": self._num_labels(self.model),
-            "teacher": self.teacher_model.num_labels if self.teacher_model is not None else None,
+            "student": num_labels(self.model),
+            "teacher": num_labels(self.teacher_model.model) if self.teacher_model is not None else None,
             "class counts": None if self.class_counts is None else len(self.class_counts),
         }
         known = {name: number for name, number in numbers.items() if number is not None}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -33,6 +35,12 @@ CacheImages = Literal["auto", "memory", "none"]
 SMALL_IMAGE_SIZE = 64
 #: `cache_images="auto"` keeps decoded images in memory up to this share of what is free.
 _CACHE_SHARE_OF_MEMORY = 0.25
+
+# What PIL's many decoders raise for broken files, and what a missing image gives.
+_DECODING_ERRORS = (
+    OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 
 _CROP_AREA = (0.08, 1.0)
 _CROP_ASPECT_RATIO = (3 / 4, 4 / 3)
@@ -230,7 +238,7 @@ def _decode_example(encoded: datasets.Dataset, index: int) -> Image.Image:
     stored = encoded[index][IMAGE_COLUMN]
     try:
         return decode_image(stored)
-    except Exception as error:  # PIL raises whatever its many decoders raise
+    except _DECODING_ERRORS as error:
         where = f" ({stored['path']})" if stored and stored.get("path") else ""
         raise InputError(
             f"Image {index}{where} cannot be decoded: {error}. Repair or remove it from the data set."

@@ -17,6 +17,8 @@ torch.set_num_threads(1)
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
+#: For scripts in this folder, which import from it.
+WORKER_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import ConvNextConfig, ConvNextForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from bkd_hf import BKDConfig, BKDTrainer
+from tests.tiny_models import tiny_vit
 
 NUM_CLASSES = 5
 NUM_EVAL_EXAMPLES = 37
@@ -26,19 +27,9 @@ CASES = [
 
 def tiny_model(kind: str, seed: int) -> torch.nn.Module:
     """A model without BatchNorm, which sees micro-batches whatever the trainer does."""
-    torch.manual_seed(seed)
     if kind == "vit":
-        return ViTForImageClassification(
-            ViTConfig(
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=32,
-                image_size=8,
-                patch_size=4,
-                num_labels=NUM_CLASSES,
-            )
-        )
+        return tiny_vit(seed, NUM_CLASSES)
+    torch.manual_seed(seed)
     # Takes **kwargs and drops num_items_in_batch.
     return ConvNextForImageClassification(
         ConvNextConfig(

@@ -8,10 +8,11 @@ import signal
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
 from bkd_hf.pipeline import last_complete_checkpoint
+from tests.tiny_models import tiny_vit
 
 STEPS_PER_EPOCH = 5
 
@@ -28,22 +29,10 @@ class KillAt(TrainerCallback):
 
 
 def model(kind: str, seed: int) -> torch.nn.Module:
+    if kind == "vit":
+        return tiny_vit(seed, num_labels=10, image_size=16, hidden_dropout_prob=0.1)
     torch.manual_seed(seed)
-    names = [str(n) for n in range(10)]
-    if kind == "resnet":
-        return load_classifier("cifar-resnet-8", names, image_size=16)
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            image_size=16,
-            patch_size=8,
-            hidden_dropout_prob=0.1,
-            num_labels=10,
-        )
-    )
+    return load_classifier("cifar-resnet-8", [str(n) for n in range(10)], image_size=16)
 
 
 def train(kind: str, workers: int, output_dir: Path, kill_at: int | None, resume: bool) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import TESTS, launch_two_processes
+from tests.conftest import TESTS, WORKER_ENVIRONMENT, launch_two_processes
 from tests.equivalence_worker import CASES, CUTS, NUM_EVAL_EXAMPLES
 
 
@@ -24,7 +24,7 @@ def outcomes(tmp_path_factory) -> dict:
     for num_processes, launcher in launchers.items():
         output = folder / f"{num_processes}.pt"
         worker = [str(TESTS / "equivalence_worker.py"), "--expected_processes", str(num_processes)]
-        subprocess.run([*launcher, *worker, "--output", str(output)], check=True, cwd=folder)
+        subprocess.run([*launcher, *worker, "--output", str(output)], check=True, cwd=folder, env=WORKER_ENVIRONMENT)
         found.update(torch.load(output, weights_only=False))
     return found
 

@@ -10,14 +10,16 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import TESTS
+from tests.conftest import TESTS, WORKER_ENVIRONMENT
 from tests.resume_worker import STEPS_PER_EPOCH
 
 KILLED_AT = 10 + 3  # in the middle of the third epoch; the last checkpoint, at 12, is within it too
 
 
 def run(*options: object) -> int:
-    return subprocess.run([sys.executable, str(TESTS / "resume_worker.py"), *map(str, options)]).returncode
+    return subprocess.run(
+        [sys.executable, str(TESTS / "resume_worker.py"), *map(str, options)], env=WORKER_ENVIRONMENT
+    ).returncode
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])

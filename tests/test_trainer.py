@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from bkd_hf import (
@@ -23,6 +23,7 @@ from bkd_hf import (
     load_classifier,
     load_teacher,
 )
+from tests.tiny_models import tiny_vit
 
 COUNTS = [20, 10, 5, 3, 2]
 NAMES = [str(n) for n in range(5)]
@@ -40,20 +41,8 @@ def resnet(seed: int = 0) -> nn.Module:
     return load_classifier("cifar-resnet-8", NAMES, image_size=8)
 
 
-def vit(seed: int = 0, **kwargs) -> ViTForImageClassification:
-    torch.manual_seed(seed)
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            image_size=8,
-            patch_size=4,
-            num_labels=5,
-            **kwargs,
-        )
-    )
+def vit(seed: int = 0) -> nn.Module:
+    return tiny_vit(seed, num_labels=5)
 
 
 def config(tmp_path: Path, **kwargs) -> BKDConfig:

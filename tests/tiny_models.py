@@ -1,0 +1,25 @@
+"""Models small enough to train in a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+
+def tiny_vit(seed: int, num_labels: int, image_size: int = 8, **kwargs: Any) -> ViTForImageClassification:
+    """A ViT of two layers that sees four patches."""
+    torch.manual_seed(seed)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=image_size,
+            patch_size=image_size // 2,
+            num_labels=num_labels,
+            **kwargs,
+        )
+    )

@@ -7,10 +7,14 @@ works in float32 at least (float64 for float64 inputs), and sends no gradient to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+
+from .weights import check_class_counts
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -86,16 +90,20 @@ def cross_entropy_loss(
     labels: torch.Tensor,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
+    class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Instance-balanced cross-entropy: every example counts once, whatever its class.
+    """Cross-entropy: instance-balanced, every example counting once whatever its class, unless weights are given.
 
-        CE = −log softmax(z)_y
+        CE = −w_y · log softmax(z)_y
+
+    With weights the mean divides by the sum of the labels' weights (Cui et al., 2019, arXiv 1901.05555).
 
     Args:
         logits: B×C.
         labels: B integers in [0, C); examples labelled −100 are ignored.
         label_smoothing: Share of the target spread evenly over the classes.
         reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+        class_weights: C positive weights, e.g. of [`class_balanced_weights`]; `None` for 1.
 
     Raises:
         ValueError: If shapes do not fit, a label is out of range (looked at on the CPU only), or the reduction is
@@ -106,7 +114,221 @@ def cross_entropy_loss(
     losses = F.cross_entropy(
         logits, labels.long(), ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="none"
     )
-    return _reduce(losses, reduction, counted=labels != IGNORE_INDEX)
+    mass = example_weights(labels, class_weights, like=losses)
+    return _reduce(losses * mass, reduction, mass)
+
+
+def focal_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    gamma: float = 1.0,
+    reduction: Reduction = "mean",
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Focal loss (Lin et al., 2017, arXiv 1708.02002, eq. 4), class-balanced with weights (Cui et al., 2019).
+
+        FL = (1 − p)^γ · ce,    ce = −w_y · log softmax(z)_y,    p = exp(−ce)
+
+    The weights enter before p is taken, and the mean divides by the number of examples, as in the code of Cao et al.
+    (2019) and of the paper.
+
+    Args:
+        logits: B×C.
+        labels: B integers in [0, C); examples labelled −100 are ignored.
+        gamma: γ ≥ 0; 0 gives the cross-entropy.
+        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+        class_weights: C positive weights; `None` for 1.
+
+    Raises:
+        ValueError: As [`cross_entropy_loss`], and if γ is negative or not finite.
+    """
+    _require(0 <= gamma < float("inf"), f"gamma must be a finite number ≥ 0, got {gamma}.")
+    ce = cross_entropy_loss(logits, labels, reduction="none", class_weights=class_weights)
+    # 1 − exp(−ce) without cancellation; the floor keeps the slope of the power finite at ce = 0 for γ < 1.
+    uncertainty = -torch.expm1(-ce)
+    focus = uncertainty.clamp_min(torch.finfo(ce.dtype).tiny) ** gamma if gamma else torch.ones_like(ce)
+    return _reduce(focus * ce, reduction, (labels != IGNORE_INDEX).to(ce.dtype))
+
+
+def ldam_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_counts: Sequence[int] | np.ndarray | torch.Tensor,
+    max_margin: float = 0.5,
+    scale: float = 30.0,
+    reduction: Reduction = "mean",
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Label-distribution-aware margin loss (Cao et al., 2019, arXiv 1906.07413, eq. 10-13).
+
+        LDAM = CE(s · (cos − Δ_y · 1_y), y),    Δ_c = max_margin · (min_k n_k / n_c)^{1/4}
+
+    The logits are those of a cosine head, ``z = s · cos``: the rarer the class, the larger the margin s · Δ_y that is
+    taken off its logit while training. What the model answers stays s · cos.
+
+    Args:
+        logits: B×C, ``scale`` times a cosine.
+        labels: B integers in [0, C); examples labelled −100 are ignored.
+        class_counts: C numbers of training images, n.
+        max_margin: Margin of the rarest class, in units of the cosine.
+        scale: s > 0, the scale that is already in the logits.
+        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+        class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
+
+    Raises:
+        ValueError: As [`cross_entropy_loss`], and if a class has no image, the margin is negative, or the scale is not
+            positive.
+    """
+    _require(0 <= max_margin < float("inf"), f"max_margin must be a finite number ≥ 0, got {max_margin}.")
+    _require(0 < scale < float("inf"), f"scale must be a finite number > 0, got {scale}.")
+    _check_labels(logits, labels)
+    (logits,) = _at_least_float32(logits)
+    log_counts = _log_counts(class_counts, like=logits)
+    margins = max_margin * torch.exp((log_counts.min() - log_counts) / 4)
+    of_label = torch.zeros_like(logits).scatter_(1, _indices(labels)[:, None], 1.0)
+    return cross_entropy_loss(
+        logits - scale * margins * of_label, labels, reduction=reduction, class_weights=class_weights
+    )
+
+
+def balanced_softmax_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_counts: Sequence[int] | np.ndarray | torch.Tensor,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Balanced softmax (Ren et al., 2020, arXiv 2007.10740, eq. 4): cross-entropy under the training frequencies.
+
+        BS = CE(z + log n, y)
+
+    Args:
+        logits: B×C.
+        labels: B integers in [0, C); examples labelled −100 are ignored.
+        class_counts: C numbers of training images, n.
+        label_smoothing: Share of the target spread evenly over the classes.
+        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+        class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
+
+    Raises:
+        ValueError: As [`cross_entropy_loss`], and if a class has no image.
+    """
+    return logit_adjustment_loss(
+        logits, labels, class_counts, 1.0, label_smoothing, reduction=reduction, class_weights=class_weights
+    )
+
+
+def logit_adjustment_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_counts: Sequence[int] | np.ndarray | torch.Tensor,
+    tau: float = 1.0,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    class_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logit-adjusted cross-entropy (Menon et al., 2021, arXiv 2007.07314, eq. 10).
+
+        LA = CE(z + τ · log π, y),    π_c = n_c / Σ_k n_k
+
+    τ = 1 is [`balanced_softmax_loss`].
+
+    Args:
+        logits: B×C.
+        labels: B integers in [0, C); examples labelled −100 are ignored.
+        class_counts: C numbers of training images, n.
+        tau: τ, a finite number.
+        label_smoothing: Share of the target spread evenly over the classes.
+        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+        class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
+
+    Raises:
+        ValueError: As [`cross_entropy_loss`], and if a class has no image or τ is not finite.
+    """
+    _require(abs(tau) < float("inf"), f"tau must be a finite number, got {tau}.")
+    _check_labels(logits, labels)
+    (logits,) = _at_least_float32(logits)
+    # The sum of the counts cancels in the softmax.
+    adjusted = logits + tau * _log_counts(class_counts, like=logits)
+    return cross_entropy_loss(adjusted, labels, label_smoothing, reduction, class_weights)
+
+
+def dive_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    temperature: float = 2.0,
+    power: float = 0.5,
+    reduction: Reduction = "mean",
+) -> torch.Tensor:
+    """Distillation term of Distilling Virtual Examples (He et al., 2021, arXiv 2103.15042, eq. 6-8).
+
+        DiVE = T² · KL( softmax(power · z_t / T) ‖ softmax(z_s / T) )
+
+    The teacher, trained with balanced softmax, is flattened further by a power below 1. The method's loss is
+    (1 − α) · [`balanced_softmax_loss`] + α · DiVE.
+
+    Args:
+        student_logits: B×C.
+        teacher_logits: B×C, taken as constants.
+        temperature: T > 0.
+        power: Power of the teacher's probabilities, > 0.
+        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+
+    Raises:
+        ValueError: As [`kd_loss`], and if the power is not positive.
+    """
+    _require(0 < power < float("inf"), f"power must be a finite number > 0, got {power}.")
+    (teacher_logits,) = _at_least_float32(teacher_logits)
+    return kd_loss(student_logits, power * teacher_logits, temperature, reduction)
+
+
+def dkd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    reduction: Reduction = "mean",
+) -> torch.Tensor:
+    """Decoupled knowledge distillation (Zhao et al., 2022, arXiv 2203.08679, eq. 7).
+
+        DKD = T² · ( α · KL(b_t ‖ b_s) + β · KL(q_t ‖ q_s) )
+
+    with b = (p_y, 1 − p_y) the probabilities of the label's class and of all others, and q the distribution over these
+    others alone, all from softmax(z / T). Both are softmaxes themselves: q of the other logits, and b of the label's
+    logit beside the log-sum-exp of the others, so nothing is divided by a vanishing 1 − p_y.
+
+    Args:
+        student_logits: B×C, C ≥ 2.
+        teacher_logits: B×C, taken as constants.
+        labels: B integers in [0, C); examples labelled −100 are ignored.
+        temperature: T > 0.
+        alpha: α ≥ 0, weight of the target class.
+        beta: β ≥ 0, weight of the non-target classes.
+        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+
+    Raises:
+        ValueError: As [`kd_loss`] and [`cross_entropy_loss`], and if α or β is negative or not finite.
+    """
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        _require(0 <= value < float("inf"), f"{name} must be a finite number ≥ 0, got {value}.")
+    _check_temperature(temperature)
+    _check_logits(student_logits, teacher_logits)
+    _check_labels(student_logits, labels)
+    student_logits, teacher_logits = _at_least_float32(student_logits, teacher_logits.detach())
+
+    student_others, teacher_others = _without_label(student_logits, labels), _without_label(teacher_logits, labels)
+    target = kd_loss(
+        _label_and_others(student_logits / temperature, student_others / temperature, labels),
+        _label_and_others(teacher_logits / temperature, teacher_others / temperature, labels),
+        temperature=1.0,
+        reduction="none",
+    )
+    non_target = kd_loss(student_others, teacher_others, temperature, reduction="none")
+    counted = (labels != IGNORE_INDEX).to(target.dtype)
+    return _reduce((alpha * temperature**2 * target + beta * non_target) * counted, reduction, counted)
 
 
 def bkd_loss(
@@ -137,12 +359,29 @@ def bkd_loss(
     Raises:
         ValueError: As [`balanced_distillation_loss`] and [`cross_entropy_loss`], and if α is negative or not finite.
     """
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha must be a finite number ≥ 0, got {alpha}.")
+    _require(0 <= alpha < float("inf"), f"alpha must be a finite number ≥ 0, got {alpha}.")
     ce = cross_entropy_loss(student_logits, labels, reduction="none")
     kd = balanced_distillation_loss(student_logits, teacher_logits, class_weights, temperature, reduction="none")
-    counted = labels != IGNORE_INDEX
+    counted = (labels != IGNORE_INDEX).to(ce.dtype)
     return _reduce((ce + alpha * kd) * counted, reduction, counted)
+
+
+def example_weights(
+    labels: torch.Tensor, class_weights: torch.Tensor | None, like: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return each example's weight: its class's, or 1 without class weights, and 0 where the label is −100.
+
+    Args:
+        labels: B integers.
+        class_weights: C weights, or `None`.
+        like: Gives type and device; those of the weights if not given.
+    """
+    counted = labels != IGNORE_INDEX
+    if class_weights is None:
+        return counted.to(torch.float32 if like is None else like.dtype)
+    weights = class_weights if like is None else class_weights.to(device=like.device, dtype=like.dtype)
+    # Out-of-range labels are reported by the losses, with a message; here they only must not crash.
+    return weights[labels.long().clamp(0, len(weights) - 1)] * counted
 
 
 def _at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -166,19 +405,58 @@ def _log_weights(class_weights: torch.Tensor, like: torch.Tensor) -> torch.Tenso
     return class_weights.log().to(device=like.device, dtype=like.dtype)
 
 
-def _reduce(losses: torch.Tensor, reduction: str, counted: torch.Tensor | None = None) -> torch.Tensor:
+def _reduce(losses: torch.Tensor, reduction: str, mass: torch.Tensor | None = None) -> torch.Tensor:
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
     if reduction == "mean":
-        return losses.mean() if counted is None else losses.sum() / counted.sum()
+        return losses.mean() if mass is None else losses.sum() / mass.sum()
     raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
 
 
+def _log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(class_counts, torch.Tensor) and class_counts.device.type != "cpu":
+        counts = class_counts.to(like.dtype)  # looked at on the CPU only
+    else:
+        counts = torch.as_tensor(check_class_counts(class_counts))
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(counts)} classes have no training image (first: class {empty[0]}): the "
+                "logarithm of their frequency is not finite. Remove the class."
+            )
+    _require(
+        counts.shape == like.shape[-1:],
+        f"class_counts must hold one number per class: the logits have {like.shape[-1]} classes, the counts have "
+        f"shape {tuple(counts.shape)}.",
+    )
+    return counts.log().to(device=like.device, dtype=like.dtype)
+
+
+def _indices(labels: torch.Tensor) -> torch.Tensor:
+    """Labels that can index: an ignored example gets class 0, and counts for nothing anyhow."""
+    return labels.long().clamp_min(0)
+
+
+def _without_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """B×(C−1): the logits of all classes but the label's."""
+    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, columns + (columns >= _indices(labels)[:, None]))
+
+
+def _label_and_others(logits: torch.Tensor, others: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """B×2: the label's logit, and that of "any other class"."""
+    return torch.cat([logits.gather(1, _indices(labels)[:, None]), others.logsumexp(dim=1, keepdim=True)], dim=1)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
 def _check_temperature(temperature: float) -> None:
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature}.")
+    _require(0 < temperature < float("inf"), f"temperature must be a finite number > 0, got {temperature}.")
 
 
 def _check_logits(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:

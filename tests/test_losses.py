@@ -8,7 +8,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bkd_hf import balanced_distillation_loss, bkd_loss, class_balanced_weights, cross_entropy_loss, kd_loss
+from bkd_hf import (
+    balanced_distillation_loss,
+    balanced_softmax_loss,
+    bkd_loss,
+    class_balanced_weights,
+    cross_entropy_loss,
+    dive_loss,
+    dkd_loss,
+    focal_loss,
+    kd_loss,
+    ldam_loss,
+    logit_adjustment_loss,
+)
 
 
 def random_batch(seed: int, batch: int = 6, classes: int = 5, dtype: torch.dtype = torch.float64):
@@ -26,7 +38,22 @@ def random_batch(seed: int, batch: int = 6, classes: int = 5, dtype: torch.dtype
         ("bkd_total", lambda s, t, y, w, c: bkd_loss(s, t, y, w, c["temperature"], c["alpha"])),
         ("bkd_distillation_only", lambda s, t, y, w, c: balanced_distillation_loss(s, t, w, c["temperature"])),
         ("kd_total_unweighted", lambda s, t, y, w, c: bkd_loss(s, t, y, None, c["temperature"], c["alpha"])),
+        (
+            "kd_total_class_balanced_ce",
+            lambda s, t, y, w, c: (
+                cross_entropy_loss(s, y, class_weights=w) + c["alpha"] * kd_loss(s, t, c["temperature"])
+            ),
+        ),
         ("cross_entropy", lambda s, t, y, w, c: cross_entropy_loss(s, y)),
+        ("class_balanced_cross_entropy", lambda s, t, y, w, c: cross_entropy_loss(s, y, class_weights=w)),
+        ("focal_gamma1", lambda s, t, y, w, c: focal_loss(s, y, gamma=1.0)),
+        ("class_balanced_focal_gamma1", lambda s, t, y, w, c: focal_loss(s, y, gamma=1.0, class_weights=w)),
+        # The reference's cosines are the student's logits / 10; ours already hold the scale 30.
+        ("ldam_on_cosine_logits_max_m0.5_s30", lambda s, t, y, w, c: ldam_loss(30 * s / 10, y, c["class_counts"])),
+        (
+            "class_balanced_ldam_on_cosine_logits_max_m0.5_s30",
+            lambda s, t, y, w, c: ldam_loss(30 * s / 10, y, c["class_counts"], 0.5, 30.0, class_weights=w),
+        ),
     ],
 )
 def test_values_and_gradients_are_those_of_the_reference(golden, number, name, loss):
@@ -152,3 +179,162 @@ def test_bad_input(arguments, message):
     }
     with pytest.raises(ValueError, match=message):
         bkd_loss(**{**good, **arguments})
+
+
+# ---- The other methods
+
+
+COUNTS = [100, 50, 20, 10, 5]
+WEIGHTS = class_balanced_weights(COUNTS)
+CLASSIFICATION = {
+    "cross_entropy": cross_entropy_loss,
+    "focal": focal_loss,
+    "ldam": lambda z, y, **kwargs: ldam_loss(z, y, COUNTS[: z.shape[1]], **kwargs),
+    "balanced_softmax": lambda z, y, **kwargs: balanced_softmax_loss(z, y, COUNTS[: z.shape[1]], **kwargs),
+    "logit_adjustment": lambda z, y, **kwargs: logit_adjustment_loss(z, y, COUNTS[: z.shape[1]], 1.5, **kwargs),
+}
+DISTILLATION = {
+    "kd": lambda s, t, y, **kwargs: kd_loss(s, t, **kwargs),
+    "bkd": lambda s, t, y, **kwargs: balanced_distillation_loss(s, t, None, **kwargs),
+    "dive": lambda s, t, y, **kwargs: dive_loss(s, t, **kwargs),
+    "dkd": lambda s, t, y, **kwargs: dkd_loss(s, t, y, **kwargs),
+}
+
+
+def test_hand_computed_values_of_the_other_methods():
+    zeros, label = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([1])
+    # p = 1/2: (1 − p)² · log 2
+    assert focal_loss(zeros, label, gamma=2.0).item() == pytest.approx(0.25 * math.log(2))
+    # With class counts (3, 1) the rare class has 1/4 of the mass.
+    assert balanced_softmax_loss(zeros, label, [3, 1]).item() == pytest.approx(math.log(4))
+    assert logit_adjustment_loss(zeros, label, [3, 1], tau=2.0).item() == pytest.approx(math.log(10))
+    # Class counts (16, 1): margins (1/4, 1/2); at scale 2 the label's logit loses 1.
+    assert ldam_loss(zeros, label, [16, 1], 0.5, 2.0).item() == pytest.approx(math.log(1 + math.e))
+    # The teacher (log 4, 0) to the power 1/2 is (2/3, 1/3).
+    teacher = torch.tensor([[math.log(4), 0.0]], dtype=torch.float64)
+    expected = 2 / 3 * math.log(4 / 3) + 1 / 3 * math.log(2 / 3)
+    assert dive_loss(zeros, teacher, temperature=1.0, power=0.5).item() == pytest.approx(expected)
+    # Two classes: there is one other class, whose distribution is certain, so β has no effect.
+    expected = 0.8 * math.log(1.6) + 0.2 * math.log(0.4)
+    assert dkd_loss(zeros, teacher, label, 1.0, alpha=1.0, beta=99.0).item() == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10_000), temperature=st.floats(0.5, 10), alpha=st.floats(0, 5), beta=st.floats(0, 10))
+def test_decoupled_distillation_is_its_definition(seed, temperature, alpha, beta):
+    student, teacher, labels = random_batch(seed)
+    of_label = F.one_hot(labels, 5).bool()
+    p_s, p_t = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
+    b_s, b_t = (torch.stack([p[of_label], 1 - p[of_label]], dim=1) for p in (p_s, p_t))
+    q_s, q_t = (p.masked_fill(of_label, 0) / (1 - p[of_label])[:, None] for p in (p_s, p_t))
+    target = (b_t * (b_t / b_s).log()).sum(1)
+    others = torch.where(of_label, 0.0, q_t * (q_t / q_s).log()).sum(1)
+    expected = temperature**2 * (alpha * target + beta * others)
+    actual = dkd_loss(student, teacher, labels, temperature, alpha, beta, "none")
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-8)
+    # α = 1 and β = 1 − p of the teacher is plain distillation (Zhao et al., eq. 5).
+    beta_of_kd = 1 - p_t[of_label]
+    parts = dkd_loss(student, teacher, labels, temperature, 1.0, 0.0, "none")
+    parts += beta_of_kd * dkd_loss(student, teacher, labels, temperature, 0.0, 1.0, "none")
+    torch.testing.assert_close(parts, kd_loss(student, teacher, temperature, "none"), rtol=1e-7, atol=1e-8)
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 10_000), tau=st.floats(-2, 2))
+def test_methods_contain_each_other(seed, tau):
+    logits, teacher, labels = random_batch(seed)
+    ce = cross_entropy_loss(logits, labels, reduction="none")
+    same = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(focal_loss(logits, labels, 0.0, "none"), ce, **same)
+    torch.testing.assert_close(ldam_loss(logits, labels, COUNTS, 0.0, reduction="none"), ce, **same)
+    torch.testing.assert_close(logit_adjustment_loss(logits, labels, COUNTS, 0.0, reduction="none"), ce, **same)
+    torch.testing.assert_close(logit_adjustment_loss(logits, labels, [7] * 5, tau, reduction="none"), ce, **same)
+    torch.testing.assert_close(
+        balanced_softmax_loss(logits, labels, COUNTS), logit_adjustment_loss(logits, labels, COUNTS, 1.0), **same
+    )
+    torch.testing.assert_close(dive_loss(logits, teacher, 2.0, power=1.0), kd_loss(logits, teacher, 2.0), **same)
+    assert (ldam_loss(logits, labels, COUNTS, reduction="none") > ce).all()  # a margin only makes it harder
+
+
+@pytest.mark.parametrize("loss", CLASSIFICATION.values(), ids=CLASSIFICATION)
+def test_class_weights_of_classification(loss):
+    logits, _, labels = random_batch(4)
+    weighted = loss(logits, labels, class_weights=WEIGHTS, reduction="none")
+    if loss is not focal_loss:
+        torch.testing.assert_close(weighted, WEIGHTS[labels] * loss(logits, labels, reduction="none"))
+        torch.testing.assert_close(loss(logits, labels, class_weights=WEIGHTS), weighted.sum() / WEIGHTS[labels].sum())
+    uniform = loss(logits, labels, class_weights=torch.ones(5))
+    torch.testing.assert_close(uniform, loss(logits, labels))
+
+
+@pytest.mark.parametrize("loss", CLASSIFICATION.values(), ids=CLASSIFICATION)
+def test_classification_ignores_what_is_to_be_ignored(loss):
+    logits, _, labels = random_batch(5)
+    kept = torch.tensor([True, False, True, True, False, True])
+    ignoring = torch.where(kept, labels, -100)
+    for weights in (None, WEIGHTS):
+        expected = loss(logits[kept], labels[kept], class_weights=weights)
+        torch.testing.assert_close(loss(logits, ignoring, class_weights=weights), expected)
+        assert (loss(logits, ignoring, class_weights=weights, reduction="none")[~kept] == 0).all()
+
+
+def test_decoupled_distillation_ignores_what_is_to_be_ignored():
+    student, teacher, labels = random_batch(6)
+    kept = torch.tensor([True, False, True, True, False, True])
+    torch.testing.assert_close(
+        dkd_loss(student, teacher, torch.where(kept, labels, -100)),
+        dkd_loss(student[kept], teacher[kept], labels[kept]),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [*CLASSIFICATION, *DISTILLATION])
+def test_all_methods_are_finite_for_extreme_logits(dtype, name):
+    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [1e4] * 3, [0.0, 0.0, 1e4]]).to(dtype).requires_grad_()
+    teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, 1e4, -1e4], [-1e4] * 3, [1e4, 0.0, 0.0]]).to(dtype)
+    labels = torch.tensor([0, 0, 1, 2])
+    if name in CLASSIFICATION:
+        loss = CLASSIFICATION[name](student, labels)
+    else:
+        loss = DISTILLATION[name](student, teacher, labels)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_focal_gradient_is_finite_where_the_model_is_certain():
+    logits = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    for gamma in (0.5, 1.0, 2.0):
+        (gradient,) = torch.autograd.grad(focal_loss(logits, torch.tensor([0]), gamma), logits)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", DISTILLATION)
+def test_no_gradient_reaches_the_teacher(name):
+    student, teacher, labels = random_batch(7)
+    DISTILLATION[name](student.requires_grad_(), teacher.requires_grad_(), labels).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, t, y: focal_loss(s, y, gamma=-1), "gamma must be"),
+        (lambda s, t, y: ldam_loss(s, y, [1, 2, 3]), "5 classes, the counts have shape"),
+        (lambda s, t, y: ldam_loss(s, y, COUNTS, max_margin=-0.1), "max_margin must be"),
+        (lambda s, t, y: ldam_loss(s, y, COUNTS, scale=0), "scale must be"),
+        (lambda s, t, y: balanced_softmax_loss(s, y, [5, 4, 3, 2, 0]), "no training image .first: class 4."),
+        (lambda s, t, y: logit_adjustment_loss(s, y, COUNTS, float("nan")), "tau must be"),
+        (lambda s, t, y: dive_loss(s, t, power=0), "power must be"),
+        (lambda s, t, y: dive_loss(s, t, temperature=0), "temperature must be"),
+        (lambda s, t, y: dkd_loss(s, t, y, beta=-1), "beta must be"),
+        (lambda s, t, y: dkd_loss(s, t, y + 5), "is outside the range of the 5 classes"),
+        (lambda s, t, y: cross_entropy_loss(s, y + 5, class_weights=WEIGHTS), "is outside the range"),
+        (lambda s, t, y: dkd_loss(s, t[:, :3], y), "the student has 5, the teacher 3"),
+    ],
+)
+def test_bad_input_of_the_other_methods(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*random_batch(8))

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .config import BKDConfig
+from .config import METHOD_OPTIONS, BKDConfig
 from .data import PROFILES
 from .errors import InputError
+from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
 from .transforms import AUGMENTATIONS
@@ -129,6 +131,10 @@ class DataArguments:
     few_shot_threshold: int = field(
         default=FEW_SHOT_THRESHOLD, metadata={"help": "Classes with fewer training images are few-shot."}
     )
+    post_hoc_tau: float = field(
+        default=1.0,
+        metadata={"help": "τ of the post-hoc logit adjustment that is reported beside the plain numbers; 0: none."},
+    )
 
     def __post_init__(self) -> None:
         ratio = self.imbalance_ratio
@@ -141,6 +147,8 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}.")
+        if not math.isfinite(self.post_hoc_tau):
+            raise InputError(f"--post_hoc_tau must be a finite number, got {self.post_hoc_tau}.")
         check_shot_thresholds(self.many_shot_threshold, self.few_shot_threshold)
 
 
@@ -166,8 +174,9 @@ class RunArguments:
 _TEACHER_PREFIX = "--teacher_"
 #: Options that the teacher's training shares with the student's, or that mean nothing to it.
 NOT_FOR_TEACHER = {
-    "output_dir", "bf16", "fp16", "use_cpu", "push_to_hub", "temperature", "distillation_weight",
-    "class_balance_beta", "deferred_reweighting_start",
+    "output_dir", "bf16", "fp16", "use_cpu", "push_to_hub", "distillation_loss", "temperature", "distillation_weight",
+    "deferred_reweighting_start", "dive_temperature", "dive_alpha", "dive_power", "dkd_temperature", "dkd_alpha",
+    "dkd_beta", "dkd_warmup_epochs",
 }  # fmt: skip
 #: Options of `TrainingArguments` that --help shows; --help_all shows the rest too.
 _COMMON_TRAINING_OPTIONS = {
@@ -225,13 +234,17 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
 
     student = [*from_file, *command_line]
     namespace = parser.parse_args(student)
-    teacher_namespace = parser.parse_args([*student, *from_file_teacher, *command_line_teacher])
+    teacher_namespace = argparse.Namespace(**vars(namespace))
+    for name in ("push_to_hub", "hub_model_id", *METHOD_OPTIONS):
+        setattr(teacher_namespace, name, parser.get_default(name))
+    teacher_namespace.method = METHODS[namespace.method].teacher if namespace.method in METHODS else "ce"
+    parser.parse_args([*from_file_teacher, *command_line_teacher], namespace=teacher_namespace)
     if namespace.output_dir is None:
         model, dataset = (Path(name).name for name in (namespace.model_name_or_path, namespace.dataset_name))
         namespace.output_dir = f"outputs/{dataset}_{model}_seed{namespace.seed}"
     teacher_namespace.output_dir = f"{namespace.output_dir}/teacher"
-    for name in ("distillation_weight", "deferred_reweighting_start", "push_to_hub", "hub_model_id"):
-        setattr(teacher_namespace, name, parser.get_default(name))
+    if teacher_namespace.method in METHODS and METHODS[teacher_namespace.method].distillation_loss != "none":
+        raise InputError(f"--teacher_method {teacher_namespace.method}: a teacher is trained without a teacher.")
     try:
         return RunArguments(
             model=_build(ModelArguments, namespace),
@@ -310,7 +323,7 @@ def _build_parser(show_all: bool = False) -> _Parser:
         save_total_limit=1,
     )
     inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
-    own_group = parser.add_argument_group("distillation and optimisation")
+    own_group = parser.add_argument_group("method and optimisation")
     training_group = parser.add_argument_group("training (transformers.TrainingArguments)")
     own_fields = {f.name for f in dataclasses.fields(BKDConfig)} - inherited
     for action in parser._optionals._group_actions:

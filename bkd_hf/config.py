@@ -4,16 +4,56 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
 from transformers import TrainingArguments
 
+from .methods import (
+    CLASS_WEIGHTINGS,
+    CLASSIFICATION_LOSSES,
+    DISTILLATION_LOSSES,
+    METHODS,
+    SAMPLERS,
+    WITHOUT_LABEL_SMOOTHING,
+)
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "classification_loss": tuple(CLASSIFICATION_LOSSES),
+    "class_weighting": CLASS_WEIGHTINGS,
+    "distillation_loss": ("none", *DISTILLATION_LOSSES),
+    "sampler": SAMPLERS,
+}
+# Which choices look at an option; the rest of the options hold for every method.
+_USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "temperature": {"distillation_loss": ("kd", "bkd")},
+    "distillation_weight": {"distillation_loss": ("kd", "bkd")},
+    "class_balance_beta": {"class_weighting": ("reweight", "drw"), "distillation_loss": ("bkd",)},
+    "deferred_reweighting_start": {"distillation_loss": ("bkd",)},
+    "class_weighting_start": {"class_weighting": ("drw",)},
+    "focal_gamma": {"classification_loss": ("focal",)},
+    "ldam_max_margin": {"classification_loss": ("ldam",)},
+    "ldam_scale": {"classification_loss": ("ldam",)},
+    "logit_adjustment_tau": {"classification_loss": ("logit_adjustment",)},
+    **{
+        name: {"distillation_loss": (name.partition("_")[0],)}
+        for name in (
+            "dive_temperature", "dive_alpha", "dive_power",
+            "dkd_temperature", "dkd_alpha", "dkd_beta", "dkd_warmup_epochs",
+        )
+    },
+}  # fmt: skip
+#: Options that choose a method and its losses.
+METHOD_OPTIONS = ("method", *_CHOICES, *_USED_BY)
+
 
 @dataclass
 class BKDConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and the options of Balanced Knowledge Distillation.
+    """`transformers.TrainingArguments` and the options of Balanced Knowledge Distillation and of its competitors.
+
+    `method` names a preset (see `bkd_hf.methods`); `classification_loss`, `class_weighting`, `distillation_loss` and
+    `sampler`, where they are not given, are set to what it says.
 
     Inherited defaults are those of `transformers`; a recipe or a script sets what differs. The step-decay schedule is
     chosen by `lr_step_epochs` and replaces `lr_scheduler_type`:
@@ -31,18 +71,49 @@ class BKDConfig(TrainingArguments):
         UserWarning: If an option has no effect.
     """
 
+    method: str = field(
+        default="bkd",
+        metadata={
+            "help": f"Preset of the four options that follow: {', '.join(METHODS)}. Explicit options win over it."
+        },
+    )
+    classification_loss: str | None = field(
+        default=None, metadata={"help": f"{', '.join(CLASSIFICATION_LOSSES)}; not given: as --method says."}
+    )
+    class_weighting: str | None = field(
+        default=None,
+        metadata={
+            "help": "Class weights in the classification loss: none, reweight (effective number), drw (deferred to "
+            "class_weighting_start); not given: as --method says."
+        },
+    )
+    distillation_loss: str | None = field(
+        default=None, metadata={"help": f"none, {', '.join(DISTILLATION_LOSSES)}; not given: as --method says."}
+    )
+    sampler: str | None = field(
+        default=None,
+        metadata={
+            "help": "instance (each image once an epoch) or class_balanced (each class equally often); not given: as "
+            "--method says."
+        },
+    )
     temperature: float = field(
         default=2.0,
-        metadata={"help": "T > 0: softens both distributions; raising it also strengthens the rebalancing."},
+        metadata={
+            "help": "T > 0 of kd and bkd: softens both distributions; raising it also strengthens the rebalancing."
+        },
     )
     distillation_weight: float = field(
         default=1.0,
-        metadata={"help": "α ≥ 0: weight of the distillation loss beside the cross-entropy.", "aliases": ["--alpha"]},
+        metadata={
+            "help": "α ≥ 0 of kd and bkd: weight of the distillation loss beside the classification loss.",
+            "aliases": ["--alpha"],
+        },
     )
     class_balance_beta: float = field(
         default=0.9999,
         metadata={
-            "help": "β in [0, 1) of the class weights (1-β)/(1-β^n): 0 gives uniform weights (plain distillation), "
+            "help": "β in [0, 1) of the class weights (1-β)/(1-β^n), wherever there are any: 0 gives uniform weights, "
             "→ 1 the inverse class frequency.",
             "aliases": ["--beta"],
         },
@@ -50,9 +121,30 @@ class BKDConfig(TrainingArguments):
     deferred_reweighting_start: float | None = field(
         default=None,
         metadata={
-            "help": "Class weights are uniform until this epoch (≥ 1), or this fraction of training (below 1), and "
-            "class-balanced from then on. Not given: class-balanced from the first step."
+            "help": "Class weights in the distillation loss are uniform until this epoch (≥ 1), or this fraction of "
+            "training (below 1), and class-balanced from then on. Not given: as --method says, for bkd from the first "
+            "step, for bkd-drw from 0.8."
         },
+    )
+    class_weighting_start: float = field(
+        default=0.8,
+        metadata={"help": "Epoch (≥ 1), or fraction of training (below 1), from which --class_weighting drw weighs."},
+    )
+    focal_gamma: float = field(default=1.0, metadata={"help": "γ ≥ 0 of focal."})
+    ldam_max_margin: float = field(default=0.5, metadata={"help": "Margin of the rarest class in ldam, a cosine."})
+    ldam_scale: float = field(default=30.0, metadata={"help": "s > 0 of ldam: the logits are s times a cosine."})
+    logit_adjustment_tau: float = field(default=1.0, metadata={"help": "τ of logit_adjustment."})
+    dive_temperature: float = field(default=2.0, metadata={"help": "T > 0 of dive."})
+    dive_alpha: float = field(
+        default=0.5,
+        metadata={"help": "α in [0, 1] of dive: weight of distillation; the rest is balanced softmax."},
+    )
+    dive_power: float = field(default=0.5, metadata={"help": "Power > 0 of the teacher's probabilities in dive."})
+    dkd_temperature: float = field(default=4.0, metadata={"help": "T > 0 of dkd."})
+    dkd_alpha: float = field(default=1.0, metadata={"help": "α ≥ 0 of dkd: weight of the target class."})
+    dkd_beta: float = field(default=8.0, metadata={"help": "β ≥ 0 of dkd: weight of the non-target classes."})
+    dkd_warmup_epochs: int = field(
+        default=20, metadata={"help": "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."}
     )
     momentum: float = field(default=0.0, metadata={"help": "Momentum of --optim sgd (without Nesterov), in [0, 1)."})
     decay_all_parameters: bool = field(
@@ -76,6 +168,7 @@ class BKDConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._apply_method()
         self._check_ranges()
         super().__post_init__()
         for message in self._options_without_effect():
@@ -86,20 +179,58 @@ class BKDConfig(TrainingArguments):
         return {**self.__dict__, "hub_token": None}
 
     @property
+    def method_label(self) -> str:
+        """The preset, and in brackets the options of its parts that were chosen otherwise: "bkd (temperature 4)"."""
+        defaults = method_defaults(self.method)
+        changed = [
+            f"{name} {getattr(self, name)}".removesuffix(".0")
+            for name in METHOD_OPTIONS
+            if getattr(self, name) != defaults[name] and (name not in _USED_BY or self._is_used(name))
+        ]
+        return f"{self.method} ({', '.join(changed)})" if changed else self.method
+
+    @property
     def uses_step_decay(self) -> bool:
         """Whether the step-decay schedule replaces `lr_scheduler_type`."""
         return self.lr_step_epochs is not None
 
-    def _check_ranges(self) -> None:
-        def require(holds: bool, name: str, condition: str) -> None:
-            if not holds:
-                raise ValueError(f"--{name} must be {condition}, got {getattr(self, name)}.")
+    def _require(self, holds: bool, name: str, condition: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name} must be {condition}, got {getattr(self, name)}.")
 
-        require(0 < self.temperature < math.inf, "temperature", "a finite number > 0")
-        require(0 <= self.distillation_weight < math.inf, "distillation_weight", "a finite number ≥ 0")
+    def _apply_method(self) -> None:
+        """Fill in what the preset says, where nothing was said explicitly."""
+        self._require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
+        for name, value in METHODS[self.method].options().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name, choices in _CHOICES.items():
+            self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
+
+    def _check_ranges(self) -> None:
+        require = self._require
+        for name in ("temperature", "ldam_scale", "dive_temperature", "dive_power", "dkd_temperature"):
+            require(0 < getattr(self, name) < math.inf, name, "a finite number > 0")
+        for name in (
+            "distillation_weight",
+            "class_weighting_start",
+            "focal_gamma",
+            "ldam_max_margin",
+            "dkd_alpha",
+            "dkd_beta",
+            "dkd_warmup_epochs",
+        ):
+            require(0 <= getattr(self, name) < math.inf, name, "a finite number ≥ 0")
+        require(math.isfinite(self.logit_adjustment_tau), "logit_adjustment_tau", "a finite number")
+        require(0 <= self.dive_alpha <= 1, "dive_alpha", "in [0, 1]")
         require(0 <= self.class_balance_beta < 1, "class_balance_beta", "in [0, 1)")
         start = self.deferred_reweighting_start
         require(start is None or 0 <= start < math.inf, "deferred_reweighting_start", "a finite number ≥ 0")
+        require(
+            not self.label_smoothing_factor or self.classification_loss not in WITHOUT_LABEL_SMOOTHING,
+            "label_smoothing_factor",
+            f"0 with --classification_loss {self.classification_loss}, which knows no label smoothing",
+        )
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)")
         require(self.lr_warmup_epochs >= 0, "lr_warmup_epochs", "≥ 0")
         if self.lr_step_epochs is None:
@@ -112,23 +243,41 @@ class BKDConfig(TrainingArguments):
             require(len(factors) == len(epochs), "lr_step_factors", f"{len(epochs)} numbers, as lr_step_epochs has")
             require(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")
 
+    def _is_used(self, name: str) -> bool:
+        return any(getattr(self, part) in choices for part, choices in _USED_BY[name].items())
+
+    def _deferred_starts(self) -> dict[str, float]:
+        starts = {
+            "deferred_reweighting_start": self.deferred_reweighting_start if self.distillation_loss == "bkd" else None,
+            "class_weighting_start": self.class_weighting_start if self.class_weighting == "drw" else None,
+        }
+        return {name: start for name, start in starts.items() if start is not None}
+
     def _options_without_effect(self) -> list[str]:
         messages = []
         if self.momentum and str(self.optim.value) != "sgd":
             messages.append(f"--momentum {self.momentum} has no effect: it belongs to --optim sgd, not {self.optim}.")
         if self.decay_all_parameters and self.weight_decay == 0:
             messages.append("--decay_all_parameters has no effect: --weight_decay is 0.")
-        start = self.deferred_reweighting_start
-        if start is not None and self.class_balance_beta == 0:
-            messages.append(
-                f"--deferred_reweighting_start {start:g} has no effect: with --class_balance_beta 0 the weights are "
-                "uniform all the time."
-            )
-        elif start is not None and self.max_steps <= 0 and start >= max(1, self.num_train_epochs):
-            messages.append(
-                f"--deferred_reweighting_start {start:g} is never reached: training ends after "
-                f"{self.num_train_epochs:g} epochs, with uniform weights throughout."
-            )
+        defaults = method_defaults(self.method)
+        for name, used_by in _USED_BY.items():
+            value = getattr(self, name)
+            if value != defaults[name] and not any(
+                getattr(self, part) in choices for part, choices in used_by.items()
+            ):
+                belongs_to = " or ".join(f"--{part} {'|'.join(choices)}" for part, choices in used_by.items())
+                messages.append(f"--{name} {value:g} has no effect: it belongs to {belongs_to}.")
+        for name, start in self._deferred_starts().items():
+            if self.class_balance_beta == 0:
+                messages.append(
+                    f"--{name} {start:g} has no effect: with --class_balance_beta 0 the weights are uniform all the "
+                    "time."
+                )
+            elif self.max_steps <= 0 and start >= max(1, self.num_train_epochs):
+                messages.append(
+                    f"--{name} {start:g} is never reached: training ends after {self.num_train_epochs:g} epochs, with "
+                    "uniform weights throughout."
+                )
         if self.uses_step_decay:
             if str(self.lr_scheduler_type.value) != "linear" or self.warmup_steps:
                 messages.append(
@@ -142,3 +291,9 @@ class BKDConfig(TrainingArguments):
                     f"{self.num_train_epochs:g} epochs."
                 )
         return messages
+
+
+def method_defaults(method: str) -> dict[str, Any]:
+    """All options that choose a method and its losses, as they are if nothing but `method` is given."""
+    defaults = {f.name: f.default for f in fields(BKDConfig) if f.name in METHOD_OPTIONS}
+    return {**defaults, **METHODS[method].options(), "method": method}

@@ -89,6 +89,34 @@ def long_tail_metrics(
     return metrics
 
 
+def post_hoc_logit_adjustment(
+    logits: np.ndarray, class_counts: Sequence[int] | np.ndarray, tau: float = 1.0
+) -> np.ndarray:
+    """Take the training frequencies out of a trained model's answers (Menon et al., 2021, arXiv 2007.07314, eq. 9).
+
+        z − τ · log π,    π_c = n_c / Σ_k n_k
+
+    Args:
+        logits: N×C.
+        class_counts: C numbers of training images, n.
+        tau: τ; 0 changes nothing.
+
+    Returns:
+        N×C adjusted logits, float64, to be measured as any others.
+
+    Raises:
+        ValueError: If a class has no training image, or the numbers of classes differ.
+    """
+    counts = check_class_counts(class_counts)
+    if counts.size != np.shape(logits)[-1]:
+        raise ValueError(f"There are {counts.size} class counts, but the logits have {np.shape(logits)[-1]} classes.")
+    if (counts == 0).any():
+        raise ValueError(
+            f"Class {counts.argmin()} has no training image: the logarithm of its frequency is not finite."
+        )
+    return np.asarray(logits, dtype=np.float64) - tau * np.log(counts / counts.sum())
+
+
 @dataclass(frozen=True)
 class LongTailEvaluation:
     """[`long_tail_metrics`] as `compute_metrics` of a `Trainer`: the scalars, which it logs at every evaluation.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
@@ -39,7 +40,11 @@ def cifar_resnet_depth(name: str) -> int | None:
 
 
 def load_classifier(
-    name: str, class_names: list[str], image_size: int = 32, **from_pretrained_kwargs: Any
+    name: str,
+    class_names: list[str],
+    image_size: int = 32,
+    cosine_scale: float | None = None,
+    **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model to be trained, with a head for these classes.
 
@@ -48,22 +53,35 @@ def load_classifier(
             head is replaced if it has another number of classes.
         class_names: Names of the C classes, kept in the model's configuration.
         image_size: Of a fresh model.
+        cosine_scale: Scale s of a cosine head, with logits s · cos, as the margins of LDAM need it; `None` for the
+            model's own kind of head. Only CIFAR ResNets can have one.
         from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
 
     Raises:
-        InputError: If there is no such model, or it takes no RGB images.
+        InputError: If there is no such model, it takes no RGB images, or it cannot have a cosine head.
     """
-    labels: dict[str, Any] = {
+    overrides: dict[str, Any] = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: number for number, name in enumerate(class_names)},
     }
+    if cosine_scale is not None:
+        overrides |= {"cosine_head": True, "cosine_scale": cosine_scale}
     depth = cifar_resnet_depth(name)
     if depth is not None:
-        return CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **labels))
+        return CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **overrides))
     try:
+        if cosine_scale is not None:
+            config = AutoConfig.from_pretrained(name, **from_pretrained_kwargs)
+            if config.model_type != CifarResNetConfig.model_type:
+                raise InputError(
+                    f"--classification_loss ldam needs a cosine head, which {name} ({config.model_type}) cannot have: "
+                    "use a cifar-resnet-… model, or balanced_softmax or logit_adjustment, which work with any head."
+                )
         model = AutoModelForImageClassification.from_pretrained(
-            name, num_labels=len(class_names), ignore_mismatched_sizes=True, **labels, **from_pretrained_kwargs
+            name, num_labels=len(class_names), ignore_mismatched_sizes=True, **overrides, **from_pretrained_kwargs
         )
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise _not_loadable(name, error) from error
     if getattr(model.config, "num_channels", 3) != 3:

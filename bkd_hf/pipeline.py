@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from .arguments import NOT_FOR_TEACHER, DataArguments, ModelArguments, RunArguments
-from .config import BKDConfig
+from .config import BKDConfig, method_defaults
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
+from .methods import METHODS
 from .metrics import LongTailEvaluation
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .plots import save_plots
@@ -79,7 +82,7 @@ _TABLE_ROWS = (
 
 
 def run(arguments: RunArguments) -> dict[str, Any]:
-    """Train a teacher (unless one is given) and a balanced student, evaluate both, and leave everything on disk.
+    """Train a teacher (unless one is given, or the method has none) and a student, evaluate, and leave all on disk.
 
     The output folder holds the student as `transformers` saves it, `results.json`, the figures, and, if it was trained
     here, the teacher. A run that was interrupted is continued; one that is finished is reported again.
@@ -129,12 +132,17 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         for args in (arguments.training, arguments.teacher_training):
             args.dataloader_num_workers = threads
         say(f"Images are decoded when they are seen, by {threads} workers a process: they do not stay in memory.")
-    student = _Stage(arguments.model.model_name_or_path, arguments.training, processor, images, data)
+    stage = functools.partial(
+        _Stage, processor=processor, images=images, data=data, post_hoc_tau=arguments.data.post_hoc_tau
+    )
+    student = stage(arguments.model.model_name_or_path, arguments.training)
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.
     student_model = student.load_model(arguments.model, arguments.model.model_revision)
 
-    say.stage("Teacher")
-    teacher, teacher_results = _get_teacher(arguments, processor, images, data, say)
+    teacher, teacher_results = None, None
+    if arguments.training.distillation_loss != "none":
+        say.stage("Teacher")
+        teacher, teacher_results = _get_teacher(arguments, stage, say)
 
     say.stage("Student")
     student_results = student.train(student_model, teacher, say)
@@ -147,6 +155,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
             "training": describe_training(arguments.training),
             "teacher_training": describe_training(arguments.teacher_training, relative_to=arguments.training),
         },
+        "method": arguments.training.method_label,
         "seed": arguments.training.seed,
         "data": data,
         "teacher": teacher_results,
@@ -203,6 +212,7 @@ class _Stage:
     processor: BaseImageProcessor
     images: dict[str, ImageDataset]
     data: dict[str, Any]
+    post_hoc_tau: float
 
     def load_model(self, options: ModelArguments, revision: str | None = None) -> PreTrainedModel:
         """Load the model that is to be trained, with a head for the data's classes."""
@@ -210,7 +220,8 @@ class _Stage:
         if revision is not None:
             kwargs["revision"] = revision
         torch.manual_seed(self.args.seed)  # fresh weights, and fresh heads of pretrained models
-        model = load_classifier(self.name, self.data["class_names"], options.image_size, **kwargs)
+        cosine_scale = self.args.ldam_scale if self.args.classification_loss == "ldam" else None
+        model = load_classifier(self.name, self.data["class_names"], options.image_size, cosine_scale, **kwargs)
         prefer_channels_last(model)
         return model
 
@@ -259,30 +270,27 @@ class _Stage:
         return {
             "model": without_folders(self.name),
             "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            **describe_predictions(evaluation.predictions, evaluation.label_ids, self.data),
+            **describe_predictions(evaluation.predictions, evaluation.label_ids, self.data, self.post_hoc_tau),
         }
 
 
 def _get_teacher(
-    arguments: RunArguments,
-    processor: BaseImageProcessor,
-    images: dict[str, ImageDataset],
-    data: dict[str, Any],
-    say: _Announcer,
+    arguments: RunArguments, make_stage: Callable[[str, BKDConfig], _Stage], say: _Announcer
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load the teacher that was given, or train a vanilla one; with its results."""
     given = arguments.model.teacher_model_name_or_path
     if given is not None and cifar_resnet_depth(given) is None:
-        return _load_given_teacher(given, arguments, processor, images, data)
+        return _load_given_teacher(arguments, make_stage(given, arguments.training))
 
     name = given or arguments.model.model_name_or_path
     args = arguments.teacher_training
+    stage = make_stage(name, args)
     folder = Path(args.output_dir)
     told = {
         "model": name,
         "image_size": arguments.model.image_size,
-        "fingerprint": data["fingerprint"],
-        "augmentation": [images["train"].augmentation, images["train"].horizontal_flip],
+        "fingerprint": stage.data["fingerprint"],
+        "augmentation": [stage.images["train"].augmentation, stage.images["train"].horizontal_flip],
         "training": _influential_for_teacher(args),
     }
     record = _read_json(folder / TEACHER_NAME)
@@ -297,7 +305,6 @@ def _get_teacher(
         if PartialState().is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             save_json({"told": told}, folder / TEACHER_NAME)
-        stage = _Stage(name, args, processor, images, data)
         model = stage.load_model(arguments.model, arguments.model.model_revision if given is None else None)
         record = {"told": told, "results": stage.train(model, None, say)}
         if PartialState().is_main_process:
@@ -308,13 +315,8 @@ def _get_teacher(
     return teacher, record["results"]
 
 
-def _load_given_teacher(
-    name: str,
-    arguments: RunArguments,
-    processor: BaseImageProcessor,
-    images: dict[str, ImageDataset],
-    data: dict[str, Any],
-) -> tuple[nn.Module, dict[str, Any]]:
+def _load_given_teacher(arguments: RunArguments, stage: _Stage) -> tuple[nn.Module, dict[str, Any]]:
+    name, data = stage.name, stage.data
     kwargs = arguments.model.from_pretrained_kwargs()
     option = f"--teacher_model_name_or_path {name}"
     teacher = load_teacher(name, **kwargs)
@@ -325,7 +327,7 @@ def _load_given_teacher(
             "must have been trained on the same classes."
         )
     _check_class_names(option, teacher, data["class_names"])
-    if not same_pixels(processor, load_processor(name, **kwargs)):
+    if not same_pixels(stage.processor, load_processor(name, **kwargs)):
         raise InputError(
             f"{option} takes images of another size, mean or standard deviation than the student "
             f"{arguments.model.model_name_or_path} does, which would be fed to it: choose models with the same image "
@@ -338,7 +340,7 @@ def _load_given_teacher(
             stacklevel=2,
         )
     prefer_channels_last(teacher)
-    return teacher, _Stage(name, arguments.training, processor, images, data).evaluate(teacher.model)
+    return teacher, stage.evaluate(teacher.model)
 
 
 def _check_class_names(option: str, teacher: FrozenTeacher, class_names: list[str]) -> None:
@@ -411,43 +413,52 @@ def _load_splits(options: DataArguments, model_options: ModelArguments) -> datas
 # ---- The output folder --------------------------------------------------------------------------------------------
 
 
-def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
-    """Make the output folder ours; True if it holds the finished results of this very run.
+def run_state(arguments: RunArguments) -> str:
+    """Return what the output folder holds of this very run: `"new"` (nothing), `"interrupted"` or `"finished"`.
 
     Raises:
         InputError: If it holds something else, or a run with other options.
     """
+    output_dir = Path(arguments.training.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file: name a folder.")
+    content = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    record = _read_json(output_dir / RUN_NAME)
+    if content and record is None:
+        raise InputError(
+            f"--output_dir {output_dir} is not empty and was not made by run_bkd.py: name a new or an empty folder."
+        )
+    if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
+        return "new"
+    if differences := _differences(record or {}, _told(arguments)):
+        raise InputError(
+            f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder (and that "
+            f"run's teacher, by --teacher_model_name_or_path {output_dir}/teacher), or --overwrite to delete that run "
+            "and start anew."
+        )
+    return "finished" if RESULTS_NAME in content else "interrupted"
+
+
+def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
+    """Make the output folder ours; True if it holds the finished results of this very run."""
+    is_main = PartialState().is_main_process
+    if arguments.overwrite and is_main and (output_dir / RUN_NAME).exists():
+        _delete_run(output_dir)
+    state = run_state(arguments)
+    if state == "new" and is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_json(_told(arguments), output_dir / RUN_NAME)
+    return state == "finished"
+
+
+def _told(arguments: RunArguments) -> dict[str, Any]:
     told = {
         "model": _influential(dataclasses.asdict(arguments.model)),
         "data": _influential(dataclasses.asdict(arguments.data)),
         "training": _influential(arguments.training.to_dict()),
         "teacher_training": _options_of_teacher_alone(arguments),
     }
-    told = json.loads(json.dumps(told))  # as it will be read back
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file: name a folder.")
-    content = list(output_dir.iterdir()) if output_dir.exists() else []
-    record = _read_json(output_dir / RUN_NAME)
-    if content and record is None:
-        raise InputError(
-            f"--output_dir {output_dir} is not empty and was not made by run_bkd.py: name a new or an empty folder."
-        )
-    is_main = PartialState().is_main_process
-    if record is not None and arguments.overwrite and is_main:
-        _delete_run(output_dir)
-        record = None
-    if {path.name for path in content} == {RUN_NAME}:
-        record = None  # stopped by an error before anything was computed: nothing to protect
-    if record is not None and (differences := _differences(record, told)):
-        raise InputError(
-            f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder (and that "
-            f"run's teacher, by --teacher_model_name_or_path {output_dir}/teacher), or --overwrite to delete that run "
-            "and start anew."
-        )
-    if record is None and is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_json(told, output_dir / RUN_NAME)
-    return (output_dir / RESULTS_NAME).exists()
+    return json.loads(json.dumps(told))  # as it will be read back
 
 
 def _delete_run(output_dir: Path) -> None:
@@ -466,10 +477,11 @@ def _influential_for_teacher(args: BKDConfig) -> dict[str, Any]:
 
 
 def _options_of_teacher_alone(arguments: RunArguments) -> dict[str, Any]:
-    """Options in which the teacher's training differs from the student's."""
-    student = _influential_for_teacher(arguments.training)
+    """Options that were given for the teacher's training alone."""
+    expected = _influential_for_teacher(arguments.training)
+    expected |= method_defaults(METHODS[arguments.training.method].teacher)
     teacher = _influential_for_teacher(arguments.teacher_training)
-    return {name: value for name, value in teacher.items() if value != student[name]}
+    return {name: value for name, value in teacher.items() if value != expected[name]}
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
@@ -513,19 +525,21 @@ class _Announcer:
         self.console.rule(f"[bold]{name}", align="left")
 
     def table(self, results: dict[str, Any]) -> None:
-        """Teacher | student | difference, in percent."""
-        table = Table(
-            title=f"{results['data']['name']}, accuracy in % ({results['data']['num_eval_images']:,} images)"
-        )
-        table.add_column("")
-        for name in ("teacher", "student", "difference"):
-            table.add_column(name, justify="right")
-        teacher, student = results["teacher"]["metrics"], results["student"]["metrics"]
+        """Teacher | student | difference, in percent; the student alone where the method has no teacher."""
+        data, models = results["data"], {name: results[name] for name in ("teacher", "student") if results.get(name)}
+        table = Table(title=f"{data['name']}, accuracy in % ({data['num_eval_images']:,} images)")
+        for name in ("", *models, *(["difference"] if len(models) == 2 else [])):
+            table.add_column(name, justify="right" if name else "left")
         for title, key in _TABLE_ROWS:
-            if key in student:
-                before, after = 100 * teacher[key], 100 * student[key]
-                table.add_row(title, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+            values = [100 * model["metrics"][key] for model in models.values() if key in model["metrics"]]
+            differences = [f"{values[1] - values[0]:+.1f}"] if len(values) == 2 else []
+            if values:
+                table.add_row(title, *(f"{value:.1f}" for value in values), *differences)
         self.console.print(table)
+        post_hoc = results["student"].get("post_hoc_metrics")
+        if post_hoc:
+            shown = (f"{title} {100 * post_hoc[key]:.1f}" for title, key in _TABLE_ROWS if key in post_hoc)
+            self(f"Student after post-hoc logit adjustment (τ = {post_hoc['tau']:g}): {', '.join(shown)}")
 
 
 class _StageClock(TrainerCallback):
@@ -601,6 +615,11 @@ def _warn_of_options_without_effect(arguments: RunArguments) -> None:
     if given(data, "horizontal_flip") and data.train_augmentation == "none":
         warn("horizontal_flip", "--train_augmentation is none")
     teacher = model.teacher_model_name_or_path
-    if teacher is not None and cifar_resnet_depth(teacher) is None:
+    if arguments.training.distillation_loss == "none":
+        if teacher is not None:
+            warn("teacher_model_name_or_path", f"--method {arguments.training.method} has no distillation loss")
+        for name in _options_of_teacher_alone(arguments):
+            warn(f"teacher_{name}", f"--method {arguments.training.method} has no distillation loss")
+    elif teacher is not None and cifar_resnet_depth(teacher) is None:
         for name in _options_of_teacher_alone(arguments):
             warn(f"teacher_{name}", f"the teacher {teacher} is not trained here")

@@ -6,13 +6,16 @@ Schema, version 1 (fractions for metrics, seconds for times; `null` where someth
     options             {"model": {…}, "data": {…}, "training": {…}, "teacher_training": {…}}: of `training` what
                         differs from the defaults of `transformers`, and all options of distillation; of
                         `teacher_training` what differs from `training`
+    method              the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
     seed                seed of the training
     data                name, fingerprint and eval_fingerprint (hashes of labels and images), num_train_images,
                         num_eval_images, class_names, class_counts (training), eval_class_counts,
                         many_shot_threshold, few_shot_threshold
-    teacher, student    model, num_parameters, metrics (see `long_tail_metrics`), confusions, and where it was trained
-                        in this run: training {seconds, images_per_second, seconds_per_step, steps, epochs} and
-                        history (what was logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …)
+    teacher, student    model, num_parameters, metrics (see `long_tail_metrics`), post_hoc_metrics (the same after
+                        post-hoc logit adjustment, and its tau), confusions, and where it was trained in this run:
+                        training {seconds, images_per_second, seconds_per_step, steps, epochs} and history (what was
+                        logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher is
+                        null where the method has none.
       confusions        [true class, predicted class, test images], the most frequent first (2,000 at most)
     versions            of Python and the libraries
     hardware            device, cpu_cores, cpu_threads, num_processes, precision
@@ -40,7 +43,7 @@ from . import __version__
 from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
-from .metrics import long_tail_metrics
+from .metrics import long_tail_metrics, post_hoc_logit_adjustment
 
 RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
@@ -107,17 +110,22 @@ def describe_data(
     }
 
 
-def describe_predictions(logits: np.ndarray, labels: np.ndarray, data: dict[str, Any]) -> dict[str, Any]:
-    """Return the `metrics` and `confusions` of a model."""
-    metrics = long_tail_metrics(
-        logits, labels, data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"]
-    )
+def describe_predictions(
+    logits: np.ndarray, labels: np.ndarray, data: dict[str, Any], post_hoc_tau: float = 0.0
+) -> dict[str, Any]:
+    """Return the `metrics`, `post_hoc_metrics` and `confusions` of a model."""
+    about = data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"]
+    metrics = long_tail_metrics(logits, labels, *about)
+    post_hoc = None
+    if post_hoc_tau and all(data["class_counts"]):
+        adjusted = post_hoc_logit_adjustment(logits, data["class_counts"], post_hoc_tau)
+        post_hoc = {"tau": post_hoc_tau, **long_tail_metrics(adjusted, labels, *about)}
     predictions = logits.argmax(axis=1)
     wrong = predictions != labels
     pairs, counts = np.unique(np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_MAX_CONFUSIONS]
     confusions = np.concatenate([pairs, counts[:, None]], axis=1)[order].tolist()
-    return {"metrics": metrics, "confusions": confusions}
+    return {"metrics": metrics, "post_hoc_metrics": post_hoc, "confusions": confusions}
 
 
 def describe_training(args: BKDConfig, relative_to: BKDConfig | None = None) -> dict[str, Any]:

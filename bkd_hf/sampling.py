@@ -22,7 +22,10 @@ class GlobalBatchSampler:
     Micro-batches come in the order (step, accumulation step, process), their number is a multiple of the number of
     processes, and those of a step differ by one example at most: what accelerate's `BatchSamplerShard` needs to hand
     each process its own, without padding. If the last step has fewer examples than there are processes, the idle ones
-    get an *ignored copy* of an example: index `num_examples + i`, see [`IgnoredCopies`].
+    get an *ignored copy* of an example. Indices say more than which example is meant, see [`SampledExamples`].
+
+    With `class_balanced_labels` an epoch is as long, but each of its examples is drawn anew: a class, all equally
+    likely, then an example of it (Kang et al., 2020, arXiv 1910.09217). Examples of rare classes come many times.
 
     Args:
         num_examples: Size of the training set.
@@ -32,6 +35,8 @@ class GlobalBatchSampler:
         seed: Seed of the order.
         shuffle: Whether to shuffle each epoch anew.
         drop_last: Whether to leave out the last global batch of an epoch if it is not full.
+        class_balanced_labels: The class number of each example, for class-balanced sampling; `None` for each example
+            once an epoch.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class GlobalBatchSampler:
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        class_balanced_labels: np.ndarray | None = None,
     ):
         self.num_examples = num_examples
         self.num_processes = num_processes
@@ -54,6 +60,10 @@ class GlobalBatchSampler:
         self.batch_size = None
         self.drop_last = False
 
+        self._by_class: list[np.ndarray] | None = None
+        if class_balanced_labels is not None:
+            labels = np.asarray(class_balanced_labels)
+            self._by_class = [np.flatnonzero(labels == number) for number in np.unique(labels)]
         self._per_round = batch_size * num_processes
         self._global_batch_size = self._per_round * accumulation_steps
         self._num_full = num_examples // self._global_batch_size
@@ -70,22 +80,44 @@ class GlobalBatchSampler:
         return rounds * self.num_processes
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.num_examples)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_examples)
+        order = self._order()
         end_of_full = self._num_full * self._global_batch_size
         for start in range(0, end_of_full, self._global_batch_size):
             yield from self._cut(order[start : start + self._global_batch_size], self.accumulation_steps)
         if self._num_last:
             yield from self._cut(order[end_of_full:], math.ceil(self._num_last / self._per_round))
 
+    def _order(self) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        if self._by_class is not None:
+            classes = generator.integers(len(self._by_class), size=self.num_examples)
+            sizes = np.array([members.size for members in self._by_class])
+            picks = (generator.random(self.num_examples) * sizes[classes]).astype(np.int64)
+            members = np.concatenate(self._by_class)
+            first = np.cumsum(sizes) - sizes
+            return self._with_repetitions(members[first[classes] + picks])
+        return generator.permutation(self.num_examples) if self.shuffle else np.arange(self.num_examples)
+
+    def _with_repetitions(self, examples: np.ndarray) -> np.ndarray:
+        """Turn the r-th occurrence of example i, r = 0, 1, …, into index i + r · num_examples."""
+        sorting = np.argsort(examples, kind="stable")
+        _, first, counts = np.unique(examples[sorting], return_index=True, return_counts=True)
+        repetitions = np.empty(examples.size, dtype=np.int64)
+        repetitions[sorting] = np.arange(examples.size) - np.repeat(first, counts)
+        return examples + repetitions * self.num_examples
+
     def _cut(self, global_batch: np.ndarray, rounds: int) -> Iterator[list[int]]:
         for part in np.array_split(global_batch, rounds * self.num_processes):
-            yield part.tolist() if part.size else [int(global_batch[0]) + self.num_examples]
+            yield part.tolist() if part.size else [-1 - int(global_batch[0])]
 
 
-class IgnoredCopies(torch.utils.data.Dataset):
-    """A map-style dataset in which index `len(dataset) + i` is example `i` labelled −100: it counts for nothing."""
+class SampledExamples(torch.utils.data.Dataset):
+    """A map-style dataset as [`GlobalBatchSampler`] indexes it.
+
+    Index `i + r · len(dataset)` is the r-th repetition of example `i` within an epoch, which a dataset that says
+    `distinguishes_repetitions` is asked for as such (to augment it otherwise each time), any other as `i`. A negative
+    index `−1 − i` is example `i` labelled −100: it counts for nothing.
+    """
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -97,15 +129,16 @@ class IgnoredCopies(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        size = len(self.dataset)
-        originals = [index % size for index in indices]
+        wanted = [index if index >= 0 else -1 - index for index in indices]
+        if not getattr(self.dataset, "distinguishes_repetitions", False):
+            wanted = [index % len(self.dataset) for index in wanted]
         if hasattr(self.dataset, "__getitems__"):
-            examples = self.dataset.__getitems__(originals)
+            examples = self.dataset.__getitems__(wanted)
         else:
-            examples = [self.dataset[index] for index in originals]
+            examples = [self.dataset[index] for index in wanted]
         return [
-            {key: IGNORE_INDEX if key in ("labels", "label") else value for key, value in example.items()}
-            if index >= size
-            else example
+            example
+            if index >= 0
+            else {key: IGNORE_INDEX if key in ("labels", "label") else value for key, value in example.items()}
             for index, example in zip(indices, examples, strict=True)
         ]

@@ -1,4 +1,7 @@
-"""`BKDTrainer`: a `transformers.Trainer` that distils from a frozen teacher with class-balanced weights."""
+"""`BKDTrainer`: a `transformers.Trainer` that distils from a frozen teacher with class-balanced weights.
+
+Its competitors run through it too (`bkd_hf.methods`), so that comparisons are of methods and of nothing else.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
 
 from .config import BKDConfig
 from .data import class_counts as count_classes
-from .losses import IGNORE_INDEX, balanced_distillation_loss, cross_entropy_loss
+from .data import labels_of
+from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
+from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture
 from .metrics import LongTailEvaluation
-from .sampling import GlobalBatchSampler, IgnoredCopies
+from .sampling import GlobalBatchSampler, SampledExamples
 from .schedules import StepDecay
 from .teacher import FrozenTeacher, load_teacher, num_labels
 from .weights import check_class_counts, class_balanced_weights, deferred_weights
@@ -41,6 +46,7 @@ class BKDTrainer(Trainer):
 
         L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + log w) ‖ softmax(z_s / T) )     mean over the global batch
 
+    or by another method of [`BKDConfig`]: λ_c · classification loss + λ_d · distillation loss (`bkd_hf.methods`).
     In every other respect a [`~transformers.Trainer`]. What it does differently, and why:
 
     - **One mean.** The loss is the mean over all examples of an optimizer step, however these are cut into
@@ -55,7 +61,7 @@ class BKDTrainer(Trainer):
     Args:
         model: The student, a classifier with `.logits` in its output.
         teacher_model: A module, a folder or a Hub id. It is frozen, kept in evaluation mode, and never saved.
-            `None` trains with cross-entropy alone, on the very same path.
+            `None` trains with the method's classification loss alone, on the very same path.
         args: Options.
         data_collator: As for `Trainer`.
         train_dataset: As for `Trainer`; a map-style data set gives the guarantees above.
@@ -67,10 +73,15 @@ class BKDTrainer(Trainer):
         callbacks: As for `Trainer`.
         optimizers: As for `Trainer`.
         preprocess_logits_for_metrics: As for `Trainer`.
+        classification_loss: Used instead of the method's: called with logits (B×C) and labels (B), it returns B
+            values. Class weights are applied to them.
+        distillation_loss: Used instead of the method's: called with the logits of student and teacher (B×C), labels
+            (B) and class weights (C), it returns B values.
 
     Raises:
-        ValueError: If the numbers of classes of student, teacher and class counts differ, labels are out of range, or
-            a class has no image.
+        ValueError: If the numbers of classes of student, teacher and class counts differ, labels are out of range,
+            a class that needs images has none, there is a teacher but no distillation, or the student of `ldam` has no
+            cosine head.
         TeacherLogitsError: While training, if the teacher's logits are not finite.
     """
 
@@ -92,6 +103,8 @@ class BKDTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, LambdaLR | None] = (None, None),
         preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        classification_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        distillation_loss: Callable[..., torch.Tensor] | None = None,
     ):
         args = BKDConfig() if args is None else args
         if not isinstance(args, BKDConfig):
@@ -132,13 +145,18 @@ class BKDTrainer(Trainer):
             self.teacher_model = self._prepare_teacher(load_teacher(teacher_model))
         self._check_numbers_of_classes()
 
-        # Loss
+        # Losses
+        self._classification_loss = classification_loss
+        self._distillation_loss = distillation_loss
+        self._check_method()
+        self._class_counts = None
+        if args.classification_loss in NEED_CLASS_COUNTS and classification_loss is None:
+            self._class_counts = torch.as_tensor(self._known_class_counts()).to(args.device)
         self._class_weights: torch.Tensor | None = None
-        if self.teacher_model is not None:
-            if self.class_counts is None:
-                raise ValueError("BKDTrainer needs class_counts, or a train_dataset to count them in.")
-            weights = class_balanced_weights(self.class_counts, args.class_balance_beta)
+        if args.class_weighting != "none" or (self.teacher_model is not None and self._balances_distillation):
+            weights = class_balanced_weights(self._known_class_counts(), args.class_balance_beta)
             self._class_weights = weights.to(device=args.device, dtype=torch.float32)
+        self._mean_example_weight: torch.Tensor | None = None
         self._loss_parts: dict[str, torch.Tensor] = {}
         self._first_step_with_bad_teacher = torch.tensor(_NO_STEP, device=args.device)
         self._first_batch_checked = False
@@ -154,7 +172,9 @@ class BKDTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Cross-entropy plus, while training, α times the class-balanced distillation loss.
+        """While training λ_c · classification loss + λ_d · distillation loss; the cross-entropy in evaluation.
+
+        For BKD that is CE + α · BKD (see `bkd_hf.methods` for the other methods).
 
         Args:
             model: The student, as wrapped for training.
@@ -168,35 +188,95 @@ class BKDTrainer(Trainer):
         """
         student_inputs, teacher_inputs, labels = self._split_inputs(inputs)
         outputs = model(**student_inputs)
-        student_logits = outputs.logits
 
-        loss = ce = cross_entropy_loss(student_logits, labels, self.args.label_smoothing_factor, reduction="none")
-        kd = None
-        if model.training and self.teacher_model is not None and self.args.distillation_weight:
-            teacher_logits = self.teacher_model(**teacher_inputs)
-            self._watch(teacher_logits)
-            kd = balanced_distillation_loss(
-                student_logits, teacher_logits, self.class_weights, self.args.temperature, reduction="none"
-            )
-            loss = ce + self.args.distillation_weight * kd
+        if not model.training:
+            loss = cross_entropy_loss(outputs.logits, labels, self.args.label_smoothing_factor, reduction="none")
+        else:
+            loss = ce = self._classify(outputs.logits, labels, num_items_in_batch)
+            kd = None
+            classification_weight, distillation_weight = mixture(self.args, self._epochs_trained())
+            if self.teacher_model is not None and distillation_weight:
+                teacher_logits = self.teacher_model(**teacher_inputs)
+                self._watch(teacher_logits)
+                kd = self._distil(outputs.logits, teacher_logits, labels)
+                loss = classification_weight * ce + distillation_weight * kd
+            self._add_loss_parts(labels != IGNORE_INDEX, ce_loss=ce, kd_loss=kd)
 
-        counted = labels != IGNORE_INDEX
-        if model.training:
-            self._add_loss_parts(counted, ce_loss=ce, kd_loss=kd)
-        loss = self._share_of_mean(loss * counted, counted, num_items_in_batch)
+        loss = self._share_of_mean(loss, labels != IGNORE_INDEX, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _classify(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """B values of the classification loss, whose mean over the step is the weighted mean where there are weights.
+
+        A weighted mean divides by the sum of the labels' weights over the whole step; dividing each value by their
+        mean leaves one plain mean for all losses.
+        """
+        weights = self.classification_weights
+        if self._classification_loss is not None:
+            losses = self._classification_loss(logits, labels)
+            losses = losses * example_weights(labels, weights, like=losses)
+        else:
+            loss = CLASSIFICATION_LOSSES[self.args.classification_loss]
+            losses = loss(self.args, logits, labels, self._class_counts, weights)
+        if weights is None or self._means_over_examples:
+            return losses
+        mean_weight = self._mean_example_weight
+        if mean_weight is None or num_items_in_batch is None:
+            mean_weight = example_weights(labels, weights).sum() / (labels != IGNORE_INDEX).sum()
+        return losses / mean_weight
+
+    def _distil(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """B values of the distillation loss."""
+        if self._distillation_loss is not None:
+            return self._distillation_loss(student_logits, teacher_logits, labels, self.class_weights)
+        loss = DISTILLATION_LOSSES[self.args.distillation_loss]
+        return loss(self.args, student_logits, teacher_logits, labels, self.class_weights)
 
     @property
     def class_weights(self) -> torch.Tensor | None:
-        """The C weights in force at this point of training: uniform before a deferred start, then class-balanced."""
-        if self._class_weights is None:
+        """The C weights in the distillation loss at this point of training: uniform before a deferred start.
+
+        `None` where the distillation loss takes none.
+        """
+        if self.teacher_model is None or not self._balances_distillation:
             return None
+        return self._weights_from(self.args.deferred_reweighting_start)
+
+    @property
+    def classification_weights(self) -> torch.Tensor | None:
+        """The C weights in the classification loss at this point of training; `None` without `class_weighting`."""
+        if self.args.class_weighting == "none":
+            return None
+        return self._weights_from(self.args.class_weighting_start if self.args.class_weighting == "drw" else None)
+
+    def _weights_from(self, start: float | None) -> torch.Tensor:
+        assert self._class_weights is not None
         return deferred_weights(
-            self._class_weights,
-            start=self.args.deferred_reweighting_start,
-            epoch=self._epochs_trained(),
-            num_epochs=self._num_epochs(),
+            self._class_weights, start=start, epoch=self._epochs_trained(), num_epochs=self._num_epochs()
         )
+
+    @property
+    def _balances_distillation(self) -> bool:
+        return self.args.distillation_loss == "bkd" or self._distillation_loss is not None
+
+    @property
+    def _means_over_examples(self) -> bool:
+        return self._classification_loss is None and self.args.classification_loss in MEAN_OVER_EXAMPLES
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Count the labelled examples of an optimizer step, as `Trainer`, and take the mean of their class weights."""
+        num_items = super()._get_num_items_in_batch(batch_samples, device)
+        weights = self.classification_weights
+        if weights is not None and batch_samples and num_items is not None:
+            total = torch.stack([example_weights(b["labels"].to(device), weights).sum() for b in batch_samples]).sum()
+            if self.args.average_tokens_across_devices and self.args.world_size > 1:
+                total = self.accelerator.reduce(total, reduction="sum")
+            self._mean_example_weight = total / num_items
+        return num_items
 
     def _epochs_trained(self) -> float:
         """Progress by optimizer steps; `state.epoch` counts micro-batches and depends on how steps are cut."""
@@ -222,6 +302,7 @@ class BKDTrainer(Trainer):
     def _share_of_mean(
         self, losses: torch.Tensor, counted: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
+        losses = losses * counted
         if num_items_in_batch is None:
             return losses.sum() / counted.sum()
         # Processes average their gradients; the count is over all of them (unless that was switched off).
@@ -302,6 +383,11 @@ class BKDTrainer(Trainer):
             or config.split_batches
             or config.dispatch_batches
         ):
+            if args.sampler == "class_balanced":
+                raise ValueError(
+                    "--sampler class_balanced needs a training set with a length and random access, "
+                    "--train_sampling_strategy random, and neither split_batches nor dispatch_batches of accelerate."
+                )
             loader = super().get_train_dataloader()
             if has_length(loader):
                 self._update_steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
@@ -320,9 +406,10 @@ class BKDTrainer(Trainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy == "random",
             drop_last=args.dataloader_drop_last,
+            class_balanced_labels=_training_labels(self.train_dataset) if args.sampler == "class_balanced" else None,
         )
         loader = DataLoader(
-            IgnoredCopies(dataset),
+            SampledExamples(dataset),
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
@@ -475,6 +562,31 @@ class BKDTrainer(Trainer):
 
     # ---- Checks ---------------------------------------------------------------------------------------------------
 
+    def _known_class_counts(self) -> np.ndarray:
+        if self.class_counts is None:
+            raise ValueError("BKDTrainer needs class_counts, or a train_dataset to count them in.")
+        return self.class_counts
+
+    def _check_method(self) -> None:
+        args, config = self.args, getattr(self.model, "config", None)
+        if self.teacher_model is not None and args.distillation_loss == "none" and self._distillation_loss is None:
+            raise ValueError(
+                f"--method {args.method} has no distillation loss: the teacher would not be used. Leave it out, or "
+                "choose a --distillation_loss."
+            )
+        trains_ldam = args.classification_loss == "ldam" and self._classification_loss is None
+        if trains_ldam and self.train_dataset is not None:
+            if not getattr(config, "cosine_head", True):
+                raise ValueError(
+                    "--classification_loss ldam needs a student whose logits are scale · cos: load it with "
+                    "cosine_head=True."
+                )
+            scale = getattr(config, "cosine_scale", args.ldam_scale)
+            if scale != args.ldam_scale:
+                raise ValueError(
+                    f"--ldam_scale is {args.ldam_scale}, but the student's cosine head has the scale {scale}."
+                )
+
     def _check_numbers_of_classes(self) -> None:
         numbers = {
             "student": num_labels(self.model),
@@ -499,23 +611,15 @@ class _SetEpoch(TrainerCallback):
 
 
 def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray | None:
-    """Class counts of a training set; `None` if it can be read only once.
-
-    Looks, in this order, for: a `class_counts` attribute, a label column of a `datasets.Dataset`, `targets` as in
-    torchvision, and the labels in the examples themselves, which may take as long as reading all of them.
-    """
+    """Class counts of a training set, from its `class_counts` or its labels; `None` if it can be read only once."""
     if hasattr(dataset, "class_counts"):
         counts = np.asarray(dataset.class_counts, dtype=np.int64)
     elif isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
         counts = np.asarray(count_classes(dataset, column))
     else:
-        labels = getattr(dataset, "targets", None)
+        labels = _training_labels(dataset)
         if labels is None:
-            if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
-                return None
-            examples = (dataset[i] for i in range(len(dataset)))
-            labels = [int(_label_of(example)) for example in examples]
-        labels = np.asarray(labels)
+            return None
         if labels.min(initial=0) < 0:
             raise ValueError(f"Label {labels.min()} of the training set is negative.")
         counts = np.bincount(labels)
@@ -525,6 +629,22 @@ def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarra
             "classes. Load the model with num_labels set to the number of classes of the data."
         )
     return np.pad(counts, (0, (num_classes or len(counts)) - len(counts)))
+
+
+def _training_labels(dataset: Any) -> np.ndarray | None:
+    """Class number of each training example; `None` if the set can be read only once.
+
+    Looks, in this order, for: a label column of a `datasets.Dataset`, a `labels` attribute, `targets` as in
+    torchvision, and the labels in the examples themselves, which may take as long as reading all of them.
+    """
+    if isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
+        return labels_of(dataset, column)
+    for name in ("labels", "targets"):
+        if hasattr(dataset, name):
+            return np.asarray(getattr(dataset, name))
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
+        return None
+    return np.asarray([int(_label_of(dataset[i])) for i in range(len(dataset))])
 
 
 def _label_of(example: Any) -> Any:

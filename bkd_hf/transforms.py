@@ -85,6 +85,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if cache_images not in ("auto", "memory", "none"):
             raise InputError(f"cache_images must be one of auto, memory, none, got {cache_images!r}.")
         self.labels = labels_of(dataset, LABEL_COLUMN)
+        self.distinguishes_repetitions = True  # see SampledExamples
         self.class_counts = class_counts(dataset, LABEL_COLUMN)
         self.class_names: list[str] = dataset.features[LABEL_COLUMN].names
         self.augmentation = augmentation
@@ -126,25 +127,28 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        pixel_values = self._pixel_values(np.asarray(indices))
+        """Return the examples of these indices; `i + r · len(self)` is image i augmented for the r-th time."""
+        repetitions, images = np.divmod(np.asarray(indices), len(self))
+        pixel_values = self._pixel_values(images, repetitions)
         return [
             {"pixel_values": pixels, "labels": label}
-            for pixels, label in zip(pixel_values, self.labels[indices].tolist(), strict=True)
+            for pixels, label in zip(pixel_values, self.labels[images].tolist(), strict=True)
         ]
 
     # ---- Views ----------------------------------------------------------------------------------------------------
 
-    def _pixel_values(self, indices: np.ndarray) -> torch.Tensor:
+    def _pixel_values(self, indices: np.ndarray, repetitions: np.ndarray) -> torch.Tensor:
         if self.train_transform is not None:
             return torch.stack([self.train_transform(self._original(index)) for index in indices.tolist()])
-        return self._normalise(self._augmented_views(indices))
+        return self._normalise(self._augmented_views(indices, repetitions))
 
-    def _augmented_views(self, indices: np.ndarray) -> np.ndarray:
+    def _augmented_views(self, indices: np.ndarray, repetitions: np.ndarray) -> np.ndarray:
         """B×H×W×3 bytes."""
         if self.augmentation == "none":
             return self._fixed_size_views(indices)
         num_draws = 3 if self.augmentation == "pad_crop" else 1 + 4 * _CROP_ATTEMPTS
-        draws = hash_uniform(self.data_seed, int(self._epoch), indices[:, None], np.arange(num_draws))
+        counters = (indices + repetitions * len(self))[:, None]
+        draws = hash_uniform(self.data_seed, int(self._epoch), counters, np.arange(num_draws))
         mirrored = (draws[:, 0] < 0.5) & self.horizontal_flip
         if self.augmentation == "pad_crop":
             return shift_and_flip(self._fixed_size_views(indices), draws[:, 1:], mirrored)

@@ -15,14 +15,33 @@ NUM_CLASSES = 5
 NUM_EVAL_EXAMPLES = 37
 #: (batch size, accumulation steps) that make global batches of 32, by number of processes.
 CUTS = {1: [(32, 1), (8, 4)], 2: [(16, 1), (8, 2)]}
-#: Model, with a teacher or without, training examples: the last step has 12 examples, or 1.
+#: Options of methods that weigh examples in different ways.
+METHODS = {
+    "bkd": {"method": "bkd", "deferred_reweighting_start": 0.4},
+    "ce": {"method": "ce"},
+    "ldam-drw": {"method": "ldam-drw", "class_weighting_start": 0.4},
+    "cb-focal": {"method": "focal", "class_weighting": "reweight"},
+    "cb-resample": {"method": "resample", "class_weighting": "reweight"},
+    "dive": {"method": "dive"},
+    "dkd": {"method": "dkd", "dkd_warmup_epochs": 2, "class_weighting": "reweight", "sampler": "class_balanced"},
+}
+#: Model, method, training examples: the last step has 12 examples, or 1.
 CASES = [
-    ("vit", True, 76),
-    ("vit", False, 76),
-    ("convnext", True, 76),
-    ("convnext", False, 76),
-    ("convnext", True, 65),
+    ("vit", "bkd", 76),
+    ("vit", "ce", 76),
+    ("convnext", "bkd", 76),
+    ("convnext", "ce", 76),
+    ("convnext", "bkd", 65),
+    ("convnext", "ldam-drw", 65),
+    ("vit", "cb-focal", 76),
+    ("vit", "cb-resample", 65),
+    ("vit", "dive", 76),
+    ("convnext", "dkd", 76),
 ]
+
+
+def has_teacher(method: str) -> bool:
+    return method in ("bkd", "dive", "dkd")
 
 
 def tiny_model(kind: str, seed: int) -> torch.nn.Module:
@@ -44,7 +63,7 @@ def examples(number: int) -> list[dict]:
     return [{"pixel_values": image, "labels": i % 7 % NUM_CLASSES} for i, image in enumerate(images)]
 
 
-def train(kind: str, with_teacher: bool, num_examples: int, cut: tuple[int, int], evaluate_first: bool) -> dict:
+def train(kind: str, method: str, num_examples: int, cut: tuple[int, int], evaluate_first: bool) -> dict:
     batch_size, accumulation = cut
     args = BKDConfig(
         output_dir="unused",
@@ -52,7 +71,7 @@ def train(kind: str, with_teacher: bool, num_examples: int, cut: tuple[int, int]
         per_device_eval_batch_size=8,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=2,
-        deferred_reweighting_start=0.4,
+        **METHODS[method],
         learning_rate=0.05,
         optim="sgd",
         lr_scheduler_type="constant",
@@ -66,7 +85,7 @@ def train(kind: str, with_teacher: bool, num_examples: int, cut: tuple[int, int]
     data = examples(num_examples)
     trainer = BKDTrainer(
         model=tiny_model(kind, seed=1),
-        teacher_model=tiny_model(kind, seed=2) if with_teacher else None,
+        teacher_model=tiny_model(kind, seed=2) if has_teacher(method) else None,
         args=args,
         train_dataset=data,
         eval_dataset=data[:NUM_EVAL_EXAMPLES],

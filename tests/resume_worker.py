@@ -35,6 +35,13 @@ def model(kind: str, seed: int) -> torch.nn.Module:
     return load_classifier("cifar-resnet-8", [str(n) for n in range(10)], image_size=16)
 
 
+#: The second draws some images several times in an epoch, and weighs them from the third epoch on.
+METHODS = {
+    "resnet": {"method": "bkd", "deferred_reweighting_start": 2},
+    "vit": {"method": "dkd", "sampler": "class_balanced", "class_weighting": "drw", "class_weighting_start": 2},
+}
+
+
 def train(kind: str, workers: int, output_dir: Path, kill_at: int | None, resume: bool) -> None:
     images = load_image_dataset("digits")["train"].select(range(70))
     processor = load_processor("cifar-resnet-8", image_size=16)
@@ -51,7 +58,7 @@ def train(kind: str, workers: int, output_dir: Path, kill_at: int | None, resume
             lr_step_epochs=[2],
             lr_step_factors=[0.1],
             lr_warmup_epochs=1,
-            deferred_reweighting_start=2,
+            **METHODS[kind],
             logging_steps=3,
             save_steps=4,
             dataloader_num_workers=workers,

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bkd_hf.sampling import GlobalBatchSampler, IgnoredCopies
+from bkd_hf.sampling import GlobalBatchSampler, SampledExamples
 
 ways_to_cut = st.sampled_from([(24, 1, 1), (8, 3, 1), (12, 1, 2), (4, 3, 2), (2, 4, 3), (1, 8, 3), (3, 1, 8)])
 
@@ -15,7 +16,7 @@ def steps(sampler: GlobalBatchSampler, size: int) -> list[list[int]]:
     per_step = sampler.accumulation_steps * sampler.num_processes
     batches = list(sampler)
     return [
-        [i for batch in batches[start : start + per_step] for i in batch if i < size]
+        [i for batch in batches[start : start + per_step] for i in batch if i >= 0]
         for start in range(0, len(batches), per_step)
     ]
 
@@ -35,7 +36,7 @@ def test_every_process_gets_as_many_batches_none_empty(size, cut):
     shards = [list(BatchSamplerShard(sampler, cut[2], rank)) for rank in range(cut[2])]
     assert {len(shard) for shard in shards} == {len(sampler) // cut[2]}
     assert all(0 < len(batch) <= cut[0] for shard in shards for batch in shard)
-    seen = [i for shard in shards for batch in shard for i in batch if i < size]
+    seen = [i for shard in shards for batch in shard for i in batch if i >= 0]
     assert sorted(seen) == list(range(size))
 
 
@@ -57,9 +58,67 @@ def test_drop_last_drops_the_short_step():
 
 
 def test_idle_processes_get_ignored_copies():
-    data = IgnoredCopies([{"x": torch.tensor(i), "labels": i} for i in range(9)])
+    data = SampledExamples([{"x": torch.tensor(i), "labels": i} for i in range(9)])
     sampler = GlobalBatchSampler(9, 2, 1, 4)
     last = [data.__getitems__(batch) for batch in list(sampler)[4:]]
     assert [len(batch) for batch in last] == [1, 1, 1, 1]
     assert [batch[0]["labels"] == -100 for batch in last] == [False, True, True, True]
     assert data[3]["labels"] == 3
+
+
+def class_balanced(labels: np.ndarray, *cut: int, seed: int = 0, epoch: int = 0) -> GlobalBatchSampler:
+    sampler = GlobalBatchSampler(len(labels), *cut, seed=seed, class_balanced_labels=labels)
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    cut=ways_to_cut,
+    epoch=st.integers(0, 5),
+)
+def test_class_balanced_steps_do_not_depend_on_how_they_are_cut(counts, cut, epoch):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    whole = steps(class_balanced(labels, 24, epoch=epoch), len(labels))
+    assert steps(class_balanced(labels, *cut, epoch=epoch), len(labels)) == whole
+    drawn = [i for step in whole for i in step]
+    assert len(drawn) == len(labels)  # an epoch stays as long
+    assert len(set(drawn)) == len(drawn)  # the second time an example is drawn it has another index …
+    for index in drawn:
+        assert index < len(labels) or index - len(labels) in drawn  # … the next one after its first
+
+
+def test_class_balanced_draws_classes_equally_often():
+    labels = np.repeat([0, 1, 3], [9_000, 900, 100])  # class 2 has no examples, and is not drawn
+    drawn = np.array([i for step in steps(class_balanced(labels, 100), 10_000) for i in step]) % 10_000
+    shares = np.bincount(labels[drawn], minlength=4) / drawn.size
+    np.testing.assert_allclose(shares, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.02)
+    # Within a class every example is as likely as any other.
+    times = np.bincount(drawn, minlength=10_000)[9_900:]
+    assert times.min() > 10
+    assert times.max() < 65
+
+
+def test_class_balanced_order_is_a_function_of_seed_and_epoch():
+    labels = np.repeat([0, 1], [40, 10])
+
+    def order(seed: int, epoch: int) -> list[int]:
+        return next(iter(class_balanced(labels, 50, seed=seed, epoch=epoch)))
+
+    assert order(0, 1) == order(0, 1) != order(0, 2)
+    assert order(0, 1) != order(1, 1)
+
+
+def test_repetitions_reach_data_sets_that_distinguish_them():
+    class Plain(list):
+        pass
+
+    class Distinguishing(list):
+        distinguishes_repetitions = True
+
+        def __getitem__(self, index):
+            return {"x": index, "labels": index % 3}
+
+    examples = [{"x": i, "labels": i} for i in range(3)]
+    assert [e["x"] for e in SampledExamples(Plain(examples)).__getitems__([1, 4, 7])] == [1, 1, 1]
+    assert [e["x"] for e in SampledExamples(Distinguishing(examples)).__getitems__([1, 4, 7])] == [1, 4, 7]

@@ -1,0 +1,117 @@
+"""Methods of long-tailed training: classification loss × its class weighting × distillation loss × sampler.
+
+A method is a choice from each of the four tables, and every choice runs through the same `BKDTrainer`, data and
+schedule: what differs between two methods is what their names say. In the losses of the tables, `o` are the options,
+`z` logits (`z_s` student, `z_t` teacher), `y` labels, `n` class counts, and `w` class weights or `None`; they return B
+numbers, one per example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .losses import (
+    balanced_distillation_loss,
+    balanced_softmax_loss,
+    cross_entropy_loss,
+    dive_loss,
+    dkd_loss,
+    focal_loss,
+    kd_loss,
+    ldam_loss,
+    logit_adjustment_loss,
+)
+
+if TYPE_CHECKING:
+    from .config import BKDConfig
+
+#: What `--classification_loss` may be.
+CLASSIFICATION_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "cross_entropy": lambda o, z, y, n, w: cross_entropy_loss(z, y, o.label_smoothing_factor, "none", w),
+    "focal": lambda o, z, y, n, w: focal_loss(z, y, o.focal_gamma, "none", w),
+    "ldam": lambda o, z, y, n, w: ldam_loss(z, y, n, o.ldam_max_margin, o.ldam_scale, "none", w),
+    "balanced_softmax": lambda o, z, y, n, w: balanced_softmax_loss(z, y, n, o.label_smoothing_factor, "none", w),
+    "logit_adjustment": lambda o, z, y, n, w: logit_adjustment_loss(
+        z, y, n, o.logit_adjustment_tau, o.label_smoothing_factor, "none", w
+    ),
+}
+#: Whose mean divides by the number of examples even where these are weighted.
+MEAN_OVER_EXAMPLES = frozenset({"focal"})
+#: Which look at the class counts.
+NEED_CLASS_COUNTS = frozenset({"ldam", "balanced_softmax", "logit_adjustment"})
+#: Which know no label smoothing.
+WITHOUT_LABEL_SMOOTHING = frozenset({"focal", "ldam"})
+
+#: What `--class_weighting` may be; `drw` is deferred re-weighting (Cao et al., 2019, arXiv 1906.07413).
+CLASS_WEIGHTINGS = ("none", "reweight", "drw")
+
+#: What `--distillation_loss` may be, beside `none`.
+DISTILLATION_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "kd": lambda o, z_s, z_t, y, w: kd_loss(z_s, z_t, o.temperature, "none"),
+    "bkd": lambda o, z_s, z_t, y, w: balanced_distillation_loss(z_s, z_t, w, o.temperature, "none"),
+    "dive": lambda o, z_s, z_t, y, w: dive_loss(z_s, z_t, o.dive_temperature, o.dive_power, "none"),
+    "dkd": lambda o, z_s, z_t, y, w: dkd_loss(z_s, z_t, y, o.dkd_temperature, o.dkd_alpha, o.dkd_beta, "none"),
+}
+
+#: What `--sampler` may be; `class_balanced` draws each class equally often (Kang et al., 2020, arXiv 1910.09217).
+SAMPLERS = ("instance", "class_balanced")
+
+
+def mixture(options: BKDConfig, epoch: float) -> tuple[float, float]:
+    """Weights of the classification loss and of the distillation loss, after `epoch` epochs of training.
+
+    1 and α, but for `dive` 1 − α and α, and for `dkd`, whose parts are weighted already, 1 and a linear warm-up:
+    (e + 1)/`dkd_warmup_epochs` in epoch e, at most 1.
+    """
+    if options.distillation_loss == "dive":
+        return 1.0 - options.dive_alpha, options.dive_alpha
+    if options.distillation_loss == "dkd":
+        return 1.0, min(1.0, (int(epoch) + 1) / max(1, options.dkd_warmup_epochs))
+    return 1.0, options.distillation_weight
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset.
+
+    Attributes:
+        classification_loss: Key of `CLASSIFICATION_LOSSES`.
+        class_weighting: Of the classification loss, one of `CLASS_WEIGHTINGS`.
+        distillation_loss: `"none"` or a key of `DISTILLATION_LOSSES`.
+        sampler: One of `SAMPLERS`.
+        deferred_reweighting_start: Of the weights in the distillation loss.
+        teacher: The method by which its teacher is trained.
+    """
+
+    classification_loss: str = "cross_entropy"
+    class_weighting: str = "none"
+    distillation_loss: str = "none"
+    sampler: str = "instance"
+    deferred_reweighting_start: float | None = None
+    teacher: str = "ce"
+
+    def options(self) -> dict[str, Any]:
+        """Options of [`BKDConfig`] that the preset gives a value."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "teacher"}
+
+
+#: What `--method` may be.
+METHODS = {
+    "ce": Method(),
+    "cb-ce": Method(class_weighting="reweight"),
+    "focal": Method("focal"),
+    "ldam": Method("ldam"),
+    "ldam-drw": Method("ldam", "drw"),
+    "balanced-softmax": Method("balanced_softmax"),
+    "logit-adjustment": Method("logit_adjustment"),
+    "resample": Method(sampler="class_balanced"),
+    "kd": Method(distillation_loss="kd"),
+    "bkd": Method(distillation_loss="bkd"),
+    "bkd-drw": Method(distillation_loss="bkd", deferred_reweighting_start=0.8),
+    "dive": Method("balanced_softmax", distillation_loss="dive", teacher="balanced-softmax"),
+    "dkd": Method(distillation_loss="dkd"),
+}

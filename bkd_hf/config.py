@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
@@ -19,10 +20,10 @@ from .methods import (
     WITHOUT_LABEL_SMOOTHING,
 )
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "classification_loss": tuple(CLASSIFICATION_LOSSES),
+_PARTS: dict[str, Collection[str]] = {
+    "classification_loss": CLASSIFICATION_LOSSES.keys(),  # views: what a user adds is a choice too
     "class_weighting": CLASS_WEIGHTINGS,
-    "distillation_loss": ("none", *DISTILLATION_LOSSES),
+    "distillation_loss": DISTILLATION_LOSSES.keys(),
     "sampler": SAMPLERS,
 }
 # Which choices look at an option; the rest of the options hold for every method.
@@ -45,7 +46,7 @@ _USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 #: Options that choose a method and its losses.
-METHOD_OPTIONS = ("method", *_CHOICES, *_USED_BY)
+METHOD_OPTIONS = ("method", *_PARTS, *_USED_BY)
 
 
 @dataclass
@@ -88,7 +89,7 @@ class BKDConfig(TrainingArguments):
         },
     )
     distillation_loss: str | None = field(
-        default=None, metadata={"help": f"none, {', '.join(DISTILLATION_LOSSES)}; not given: as --method says."}
+        default=None, metadata={"help": f"{', '.join(DISTILLATION_LOSSES)}; not given: as --method says."}
     )
     sampler: str | None = field(
         default=None,
@@ -204,7 +205,7 @@ class BKDConfig(TrainingArguments):
         for name, value in METHODS[self.method].options().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name, choices in _CHOICES.items():
+        for name, choices in _PARTS.items():
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
 
     def _check_ranges(self) -> None:

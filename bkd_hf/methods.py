@@ -49,8 +49,9 @@ WITHOUT_LABEL_SMOOTHING = frozenset({"focal", "ldam"})
 #: What `--class_weighting` may be; `drw` is deferred re-weighting (Cao et al., 2019, arXiv 1906.07413).
 CLASS_WEIGHTINGS = ("none", "reweight", "drw")
 
-#: What `--distillation_loss` may be, beside `none`.
-DISTILLATION_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+#: What `--distillation_loss` may be.
+DISTILLATION_LOSSES: dict[str, Callable[..., torch.Tensor] | None] = {
+    "none": None,
     "kd": lambda o, z_s, z_t, y, w: kd_loss(z_s, z_t, o.temperature, "none"),
     "bkd": lambda o, z_s, z_t, y, w: balanced_distillation_loss(z_s, z_t, w, o.temperature, "none"),
     "dive": lambda o, z_s, z_t, y, w: dive_loss(z_s, z_t, o.dive_temperature, o.dive_power, "none"),
@@ -81,7 +82,7 @@ class Method:
     Attributes:
         classification_loss: Key of `CLASSIFICATION_LOSSES`.
         class_weighting: Of the classification loss, one of `CLASS_WEIGHTINGS`.
-        distillation_loss: `"none"` or a key of `DISTILLATION_LOSSES`.
+        distillation_loss: Key of `DISTILLATION_LOSSES`.
         sampler: One of `SAMPLERS`.
         deferred_reweighting_start: Of the weights in the distillation loss.
         teacher: The method by which its teacher is trained.

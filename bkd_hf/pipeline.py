@@ -441,11 +441,11 @@ def run_state(arguments: RunArguments) -> str:
 
 def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
     """Make the output folder ours; True if it holds the finished results of this very run."""
-    is_main = PartialState().is_main_process
-    if arguments.overwrite and is_main and (output_dir / RUN_NAME).exists():
-        _delete_run(output_dir)
-    state = run_state(arguments)
-    if state == "new" and is_main:
+    starts_anew = arguments.overwrite and (output_dir / RUN_NAME).exists()
+    state = "new" if starts_anew else run_state(arguments)
+    if state == "new" and PartialState().is_main_process:
+        if starts_anew:
+            _delete_run(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         save_json(_told(arguments), output_dir / RUN_NAME)
     return state == "finished"

@@ -1,11 +1,12 @@
-"""Figures of a run, made from the content of its `results.json` alone (see `bkd_hf.results`)."""
+"""Figures of runs, made from the content of their `results.json` alone (see `bkd_hf.results`)."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -17,6 +18,9 @@ from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .metrics import shot_groups
+
+if TYPE_CHECKING:
+    from .compare import Comparison
 
 # `Figure` throughout, never pyplot: no display, no state that threads share, nothing to close.
 
@@ -33,7 +37,7 @@ _MARKERS: dict[str, dict[str, Any]] = {
     "student": {"marker": "D", "markersize": 4.5},
 }
 _PARTS = {
-    "ce_loss": {"label": "student: cross-entropy", "color": "#E69F00", "linestyle": ":", "marker": "^"},
+    "ce_loss": {"label": "student: classification", "color": "#E69F00", "linestyle": ":", "marker": "^"},
     "kd_loss": {"label": "student: distillation", "color": "#009E73", "linestyle": "-.", "marker": "v"},
 }
 _NEUTRAL = "#8c8c8c"
@@ -258,10 +262,10 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
 def plot_training_curves(results: dict[str, Any]) -> Figure:
     """Draw the course of training of teacher and student, as far as it is in their histories.
 
-    One panel each, over epochs: the training loss (for the student also its two parts: cross-entropy, and distillation
-    before it is weighted), the accuracy on the test images (percent; overall, and of the few-shot classes), and the
-    learning rate. A panel without any data is left out. Losses and learning rates that span more than a factor of 20
-    are on a log scale.
+    One panel each, over epochs: the training loss (for the student also its two parts: classification, and
+    distillation before it is weighted), the accuracy on the test images (percent; overall, and of the few-shot
+    classes), and the learning rate. A panel without any data is left out. Losses and learning rates that span more
+    than a factor of 20 are on a log scale.
 
     Args:
         results: The content of a `results.json`.
@@ -299,7 +303,10 @@ _Curve = tuple[np.ndarray, np.ndarray, dict[str, Any]]  # epochs, values, style
 
 def _training_panels(results: dict[str, Any]) -> dict[str, list[_Curve]]:
     histories = {model: results[model].get("history") or [] for model in _models(results)}
-    weight = results.get("options", {}).get("training", {}).get("distillation_weight", 1.0)
+    options = results.get("options", {}).get("training", {})
+    weight = (
+        options.get("distillation_weight", 1.0) if options.get("distillation_loss", "bkd") in ("kd", "bkd") else 1.0
+    )
     panels = {
         "training loss": _loss_curves(histories, weight),
         "test accuracy (%)": _accuracy_curves(histories),
@@ -476,7 +483,130 @@ def _confusion_shares(results: dict[str, Any], model: str) -> np.ndarray:
     return shares
 
 
-# ---- Both -----------------------------------------------------------------------------------------------------------
+# ---- Methods --------------------------------------------------------------------------------------------------------
+
+
+def save_comparison_plots(comparison: Comparison, folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw `comparison.png` and, where a method has a teacher, `teacher_and_student.png`.
+
+    Args:
+        comparison: Methods × seeds.
+        folder: Where to.
+
+    Returns:
+        The paths of the figures.
+    """
+    figures = {"comparison": plot_comparison(comparison)}
+    if any(_distilled(comparison, method) for method in comparison.methods):
+        figures["teacher_and_student"] = plot_teacher_and_student(comparison)
+    paths = []
+    for name, figure in figures.items():
+        paths.append(Path(folder) / f"{name}.png")
+        figure.savefig(paths[-1], dpi=_DPI, facecolor="white")
+    return paths
+
+
+def plot_comparison(comparison: Comparison) -> Figure:
+    """Draw each metric of each method: a dot for every seed, the mean, and its standard deviation as a bar.
+
+    Args:
+        comparison: Methods × seeds.
+
+    Returns:
+        The figure; one axes for each metric that any cell has.
+    """
+    metrics = [
+        metric
+        for metric in ("overall", "many", "medium", "few", "worst class", "ECE")
+        if any(comparison.estimate(method, metric) for method in comparison.methods)
+    ]
+    methods = comparison.methods
+    rows = -(-len(metrics) // 3)
+    size = (_WIDTH, 0.9 + rows * (0.8 + 0.24 * len(methods)))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    all_axes = figure.subplots(rows, 3, squeeze=False, sharey=True).flat
+    for axes, metric in itertools.zip_longest(all_axes, metrics):
+        if metric is None:
+            axes.set_axis_off()
+            continue
+        for y, method in enumerate(methods):
+            estimate = comparison.estimate(method, metric)
+            if estimate is None:
+                continue
+            colour = _COLOURS["student"] if method.startswith("bkd") else _COLOURS["teacher"]
+            values = list(comparison.values(method, metric).values())
+            if len(values) > 1:
+                axes.plot(values, [y] * len(values), "o", color=_NEUTRAL, markersize=3, alpha=0.7, zorder=2)
+            axes.errorbar(
+                estimate.mean, y, xerr=estimate.std, fmt="D", color=colour, markersize=5, capsize=2, linewidth=1.2
+            )
+        axes.set_title(f"{metric} (%)" + (", lower is better" if metric == "ECE" else ""), fontsize=_TEXT)
+        axes.set_yticks(range(len(methods)), [_shortened(m) for m in methods], fontsize=_SMALL, parse_math=False)
+        axes.set_ylim(len(methods) - 0.4, -0.6)
+        axes.margins(x=0.12)
+        _tidy(axes, grid=False)
+        axes.grid(color="#dddddd", linewidth=0.6)
+    seeds = sorted({comparison.num_seeds(method) for method in methods})
+    number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    figure.suptitle(
+        f"Methods on {_shortened(comparison.data['name'], 40)}, {number} seed{'s' if seeds[-1] > 1 else ''} each",
+        x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", parse_math=False,
+    )  # fmt: skip
+    return figure
+
+
+def plot_teacher_and_student(comparison: Comparison) -> Figure:
+    """Draw each class's accuracy with the student over that with its teacher, a panel for each distilled method.
+
+    Means over seeds; above the diagonal the student is better. Colours and markers are the groups of classes.
+
+    Args:
+        comparison: Methods × seeds, at least one of them distilled.
+
+    Returns:
+        The figure.
+    """
+    data = comparison.data
+    groups = shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
+    methods = [method for method in comparison.methods if _distilled(comparison, method)]
+    columns = min(3, len(methods))
+    rows = -(-len(methods) // columns)
+    figure = Figure(figsize=(max(4.0, _WIDTH * columns / 3), 0.9 + 2.7 * rows), dpi=_DPI, layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    styles = {"many_shot": ("#0072B2", "o"), "medium_shot": ("#009E73", "s"), "few_shot": ("#D55E00", "^")}
+    for axes, method in itertools.zip_longest(all_axes, methods):
+        if method is None:
+            axes.set_axis_off()
+            continue
+        cells = _distilled(comparison, method)
+        teacher, student = (
+            np.mean([_class_accuracies(results[model]) for results in cells], axis=0)
+            for model in ("teacher", "student")
+        )
+        axes.plot([0, 100], [0, 100], color=_NEUTRAL, linewidth=0.8, zorder=1)
+        for name, group in groups.items():
+            colour, marker = styles[name]
+            style = {"color": colour, "marker": marker, "s": 14, "alpha": 0.7, "linewidths": 0, "zorder": 2}
+            axes.scatter(teacher[group], student[group], label=name.replace("_", "-"), **style)
+        axes.set_title(_shortened(method), fontsize=_TEXT, parse_math=False)
+        axes.set_xlim(-4, 104)
+        _scale_to_percent(axes)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=_SMALL)
+    figure.supxlabel("accuracy of the class, teacher (%)", fontsize=_TEXT)
+    figure.supylabel("student (%)", fontsize=_TEXT)
+    figure.suptitle(
+        f"Teacher and student, class by class: {_shortened(data['name'], 40)}",
+        x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", parse_math=False,
+    )  # fmt: skip
+    return figure
+
+
+def _distilled(comparison: Comparison, method: str) -> list[dict[str, Any]]:
+    return [results for results in comparison.cells[method].values() if results.get("teacher")]
+
+
+# ---- All -----------------------------------------------------------------------------------------------------------
 
 
 def _models(results: dict[str, Any]) -> list[str]:

@@ -234,6 +234,7 @@ class BKDTrainer(Trainer):
         if self._distillation_loss is not None:
             return self._distillation_loss(student_logits, teacher_logits, labels, self.class_weights)
         loss = DISTILLATION_LOSSES[self.args.distillation_loss]
+        assert loss is not None  # or the trainer would have refused the teacher
         return loss(self.args, student_logits, teacher_logits, labels, self.class_weights)
 
     @property

@@ -20,6 +20,7 @@ from PIL import Image
 from bkd_hf import InputError, load_classifier, load_processor, load_results, pipeline
 from bkd_hf.arguments import parse_arguments
 from tests.conftest import REPOSITORY, launch_two_processes
+from tests.tiny_models import tiny_vit
 
 SCRIPT = str(REPOSITORY / "scripts" / "run_bkd.py")
 RECIPE = REPOSITORY / "scripts" / "recipes" / "digits.yaml"
@@ -250,6 +251,59 @@ def test_teacher_with_another_preprocessing_is_refused(finished, tmp_path):
     assert "takes images of another size, mean or standard deviation" in output
 
 
+# ---- Methods
+
+
+def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path):
+    output = run(*QUICK, "--output_dir", str(tmp_path / "run"), "--method", "ldam-drw", "--teacher_learning_rate", "1")
+    assert "Teacher ──" not in output
+    assert "--teacher_learning_rate has no effect: --method ldam-drw has no distillation loss" in output
+    assert "Student after post-hoc logit adjustment (τ = 1): overall" in output
+    results = load_results(tmp_path / "run")
+    assert (results["method"], results["teacher"]) == ("ldam-drw", None)
+    assert results["student"]["post_hoc_metrics"]["tau"] == 1.0
+    assert sorted(path.name for path in (tmp_path / "run" / "figures").iterdir()) == [
+        "class_accuracy.png", "confusion_student.png", "training_curves.png"
+    ]  # fmt: skip
+    model = load_classifier(str(tmp_path / "run"), [str(number) for number in range(10)]).eval()
+    assert (model.config.cosine_head, model.config.cosine_scale) == (True, 30.0)
+    logits = model(torch.randn(8, 3, 16, 16)).logits
+    assert logits.abs().max() <= 30.0
+
+
+def test_teacher_of_dive_is_trained_with_balanced_softmax(tmp_path):
+    output = run(
+        *QUICK, "--output_dir", str(tmp_path / "run"), "--method", "dive", "--dive_temperature", "3",
+        "--num_train_epochs", "2", "--lr_step_epochs", "1", "--lr_step_factors", "0.1",
+    )  # fmt: skip
+    assert "no effect" not in output
+    results = load_results(tmp_path / "run")
+    assert results["method"] == "dive (dive_temperature 3)"
+    assert results["options"]["teacher_training"]["method"] == "balanced-softmax"
+    assert results["options"]["teacher_training"]["distillation_loss"] == "none"
+    told = json.loads((tmp_path / "run" / "teacher" / "bkd_teacher.json").read_text())["told"]["training"]
+    assert (told["method"], told["sampler"]) == ("balanced-softmax", "instance")
+    assert refused(
+        *QUICK, "--output_dir", str(tmp_path / "run"), "--method", "dive", "--teacher_method", "resample"
+    ).startswith(f"--output_dir {tmp_path / 'run'} holds a run with other options")
+
+
+def test_bad_methods_are_refused(tmp_path):
+
+    folder = tmp_path / "vit"
+    tiny_vit(0, num_labels=10, image_size=16).save_pretrained(folder)
+    load_processor("cifar-resnet-8", image_size=16).save_pretrained(folder)
+    options = (*QUICK, "--output_dir", str(tmp_path / "run"))
+    message = refused(*options, "--method", "ldam", "--model_name_or_path", str(folder))
+    assert "needs a cosine head, which" in message
+    assert "balanced_softmax or logit_adjustment" in message
+    message = refused(*options, "--teacher_method", "kd")
+    assert message == "--teacher_method kd: a teacher is trained without a teacher."
+    assert "--method must be one of ce, cb-ce" in refused(*options, "--method", "bdk")
+    assert "--temperature cannot be set for the teacher alone" in refused(*options, "--teacher_temperature", "3")
+    assert "--post_hoc_tau must be a finite number" in refused(*options, "--post_hoc_tau", "nan")
+
+
 # ---- Launchers and data
 
 
@@ -259,7 +313,7 @@ def test_two_processes(finished, tmp_path):
         *QUICK, "--output_dir", str(tmp_path / "run"), "--use_cpu", "--per_device_train_batch_size", "16",
         launcher=launcher,
     )  # fmt: skip
-    assert output.count("worst class") == 1  # the main process speaks
+    assert output.count("│ worst class") == 1  # the main process speaks
     results, alone = load_results(tmp_path / "run"), load_results(finished)
     assert results["hardware"]["num_processes"] == 2
     assert results["student"]["training"]["steps"] == alone["student"]["training"]["steps"]

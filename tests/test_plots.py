@@ -270,7 +270,7 @@ def test_training_curves(ten):
         "training loss": [
             ("teacher", "teacher", "loss", 1),
             ("student: total", "student", "loss", 1),
-            ("student: cross-entropy", "student", "ce_loss", 1),
+            ("student: classification", "student", "ce_loss", 1),
             ("student: distillation", "student", "kd_loss", 1),
         ],
         "test accuracy (%)": [

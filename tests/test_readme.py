@@ -26,10 +26,10 @@ def block_after(marker: str) -> str:
     return found[1]
 
 
-def test_quick_start_and_inference_run(tmp_path):
+def test_its_python_runs(tmp_path):
     image = (load_digits().images[0] * 255 / 16).astype(np.uint8)
     Image.fromarray(image).save(tmp_path / "digit.png")
-    code = block_after("test: quick start") + "\n" + block_after("test: inference")
+    code = "\n".join(block_after(f"test: {name}") for name in ("quick start", "own loss", "inference"))
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -48,7 +48,8 @@ def test_two_commands_do_all_the_set_up():
 
 
 def test_every_option_in_it_exists():
-    known = set(_build_parser()._option_string_actions) | {"--num_processes"}
+    of_compare = {"--methods", "--seeds", "--launcher", "--jobs", "--dry_run", "--from"}
+    known = set(_build_parser()._option_string_actions) | of_compare | {"--num_processes"}
     named = set(re.findall(r"(?<![\w-])--[a-z_]+(?:_[a-z]+)*\b", README)) - {"--index-url", "--index"}
     assert named
     teacher_options = {f"--teacher_{option.removeprefix('--')}" for option in known}

@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Compare methods over seeds, every one on the same path: `python scripts/compare.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+from bkd_hf.errors import InputError
+
+_SCRIPT = Path(__file__).with_name("run_bkd.py")
+
+
+def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of the comparison, and those that go to every cell."""
+    parser = argparse.ArgumentParser(
+        description="Run methods × seeds, one process a cell, and tabulate what they reach. An interrupted comparison "
+        "goes on with the same command. All other options (--config, --dataset_name, --bf16, …) go to run_bkd.py.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--methods", nargs="+", default=["ce", "kd", "bkd"], metavar="METHOD", help="Presets.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="Training seeds.")
+    parser.add_argument("--output_dir", type=Path, help="Where cells, tables and figures go.")
+    parser.add_argument("--launcher", default="", help='Put before the script: "accelerate launch --num_processes 2".')
+    parser.add_argument("--jobs", type=int, default=1, help="Cells that run at the same time.")
+    parser.add_argument("--dry_run", action="store_true", help="Show the plan, and how long it will take.")
+    parser.add_argument(
+        "--from",
+        dest="folders",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="Only tabulate the results.json files in these folders; nothing is run.",
+    )
+    options, rest = parser.parse_known_args(argv)
+    if options.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {options.jobs}.")
+    if options.folders and rest:
+        raise InputError(f"{' '.join(rest)}: with --from nothing is run, so options of run_bkd.py have no effect.")
+    if options.output_dir is None:
+        if not options.folders:
+            raise InputError("--output_dir is needed: the folder for cells, tables and figures.")
+        options.output_dir = options.folders[0]
+    return options, rest
+
+
+def main() -> int:
+    """Compare; exit code 1 if a cell failed, 2 for bad input."""
+    warnings.formatwarning = lambda message, category, *_: f"warning: {message}\n"
+    try:
+        options, rest = parse()
+        return tabulate(options) if options.folders else compare(options, rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on with the cells that are not finished", file=sys.stderr)
+        return 130
+
+
+def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int:
+    """Write the tables and figures of finished cells."""
+    from bkd_hf.compare import load_comparison, save_comparison, to_markdown
+
+    comparison = load_comparison(options.folders)
+    paths = save_comparison(comparison, options.output_dir, notes or [])
+    print(to_markdown(comparison, notes=notes or []))
+    print("Written: " + ", ".join(map(str, paths)))
+    return 0
+
+
+def compare(options: argparse.Namespace, rest: list[str]) -> int:
+    """Run the cells that are not finished, and tabulate."""
+    from bkd_hf.cells import CellRunner, duration, plan_cells, shown_command
+
+    cells = plan_cells(options.methods, options.seeds, options.output_dir, _SCRIPT, rest)
+    runner = CellRunner(
+        logs=options.output_dir / "logs",
+        launcher=shlex.split(options.launcher),
+        jobs=options.jobs,
+        say=lambda message: print(message, flush=True),
+    )
+    if options.dry_run:
+        for cell in cells:
+            print(f"{cell.state():11}  {shown_command(cell, runner.launcher)}")
+        print("Timing a few steps …", flush=True)
+        seconds = runner.estimate(cells)
+        for name, value in seconds.items():
+            print(f"{name}: about {duration(value)}")
+        print(f"In all about {duration(sum(seconds.values()))}, one cell at a time.")
+        return 0
+    failures = runner.run(cells)
+    finished = [cell.folder / "results.json" for cell in cells if (cell.folder / "results.json").exists()]
+    if finished:
+        options.folders = finished
+        tabulate(options, [f"**Missing**: {line}" for line in failures])
+    for line in failures:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

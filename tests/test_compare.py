@@ -1,0 +1,321 @@
+"""Methods × seeds: the statistics by hand, and the script with real cells."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bkd_hf import InputError, load_results
+from bkd_hf.cells import CellRunner, plan_cells
+from bkd_hf.compare import Comparison, load_comparison, save_comparison, to_markdown
+from bkd_hf.results import save_json
+from tests.conftest import REPOSITORY
+from tests.test_plots import make_results
+from tests.tiny_models import tiny_vit
+
+SCRIPT = REPOSITORY / "scripts" / "compare.py"
+RUN_SCRIPT = REPOSITORY / "scripts" / "run_bkd.py"
+SHORT = ["--num_train_epochs", "2", "--lr_step_epochs", "1", "--lr_step_factors", "0.1", "--num_threads", "1"]
+
+
+def cell(method: str, seed: int, accuracy: float, **metrics: float) -> dict:
+    results = make_results(10, 130, 2, epochs=1)
+    results |= {
+        "method": method,
+        "seed": seed,
+        "options": {"model": {}, "data": {}, "training": {"method": method, "num_train_epochs": 3}},
+        "hardware": {"device": "CPU", "precision": "fp32", "cpu_threads": 1, "num_processes": 1},
+        "versions": {"torch": "2", "transformers": "5", "accelerate": "1"},
+    }
+    results["data"] |= {"fingerprint": "a", "eval_fingerprint": "b"}
+    results["student"]["metrics"] |= {"accuracy": accuracy, "expected_calibration_error": 0.1, **metrics}
+    results["student"]["training"] = {"epochs": 3.0, "seconds": 1.0}
+    if method == "ce":
+        results["teacher"] = None
+    return results
+
+
+@pytest.fixture
+def cells() -> list[dict]:
+    return [
+        cell("ce", 0, 0.30), cell("ce", 1, 0.32), cell("ce", 2, 0.37),
+        cell("bkd", 0, 0.40), cell("bkd", 1, 0.41), cell("bkd", 2, 0.51),
+        cell("kd", 0, 0.33),
+    ]  # fmt: skip
+
+
+# ---- Statistics
+
+
+def test_mean_and_standard_deviation(cells):
+    comparison = Comparison(cells)
+    assert comparison.methods == ["ce", "kd", "bkd"]
+    estimate = comparison.estimate("ce", "overall")
+    # (30 + 32 + 37)/3 = 33; deviations −3, −1, 4: √(26/2)
+    assert (estimate.mean, estimate.std, estimate.n) == (pytest.approx(33), pytest.approx(13**0.5), 3)
+    assert str(estimate) == "33.0 ± 3.6"
+    single = comparison.estimate("kd", "overall")
+    assert (single.std, str(single)) == (None, "33.0")
+
+
+def test_differences_are_paired_by_seed(cells):
+    comparison = Comparison(cells)
+    difference = comparison.difference("bkd", "ce", "overall")
+    # 10, 9, 14: mean 11, standard deviation √7; t with 2 degrees of freedom at 97.5 % is 4.3027
+    half = 4.302652729911275 * (7 / 3) ** 0.5
+    assert difference.mean == pytest.approx(11)
+    assert (difference.low, difference.high) == (pytest.approx(11 - half), pytest.approx(11 + half))
+    assert difference.n == 3
+    # Of the seeds that both have: only seed 0.
+    to_kd = comparison.difference("bkd", "kd", "overall")
+    assert (to_kd.mean, to_kd.low, to_kd.n) == (pytest.approx(7), None, 1)
+    assert str(to_kd) == "+7.0"
+    assert comparison.difference("bkd", "focal", "overall") is None
+
+
+def test_metrics_that_no_cell_has_are_no_columns(cells):
+    for results in cells:
+        del results["student"]["metrics"]["few_shot_accuracy"]
+    markdown = to_markdown(Comparison(cells))
+    assert "| few |" not in markdown
+    assert "| many |" in markdown
+
+
+def test_cells_of_other_images_are_refused(cells):
+    cells[3]["data"]["fingerprint"] = "another split"
+    with pytest.raises(InputError, match=r"first.* and fourth are of different images"):
+        Comparison(cells, ["first", "second", "third", "fourth", "fifth", "sixth", "seventh"])
+
+
+def test_the_same_cell_twice_is_refused(cells):
+    with pytest.raises(InputError, match="here and there are both ce with seed 0"):
+        Comparison([cells[0], cells[0]], ["here", "there"])
+
+
+def test_other_options_are_pointed_out(cells):
+    cells[3]["options"]["training"]["num_train_epochs"] = 30
+    assert "Not all cells ran with the same options**: `num_train_epochs` is 3 or 30." in to_markdown(
+        Comparison(cells)
+    )
+    cells[3]["options"]["training"] = {"method": "bkd", "temperature": 4.0, "num_train_epochs": 3}
+    assert "Not all cells" not in to_markdown(Comparison(cells))
+
+
+def test_files(cells, tmp_path):
+    for number, results in enumerate(cells):
+        results["student"]["post_hoc_metrics"] = {"tau": 1.0, **results["student"]["metrics"], "accuracy": 0.5}
+        (tmp_path / "in" / str(number)).mkdir(parents=True)
+        save_json(results, tmp_path / "in" / str(number) / "results.json")
+    comparison = load_comparison([tmp_path / "in"])
+    paths = save_comparison(comparison, tmp_path / "out", ["**Missing**: dkd seed 0"])
+    names = ["comparison.md", "comparison.csv", "cells.csv", "comparison.png", "teacher_and_student.png"]
+    assert [path.name for path in paths] == names
+    markdown = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| ce | 3 | 33.0 ± 3.6 |" in markdown
+    assert "## Differences to `ce`" in markdown
+    assert "| bkd | 3 | +11.0 [+4.4, +17.6] |" in markdown
+    assert "## After post-hoc logit adjustment (τ = 1)" in markdown
+    assert markdown.rstrip().endswith("**Missing**: dkd seed 0")
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
+    row = next(row for row in rows if (row["method"], row["metric"]) == ("bkd", "overall"))
+    assert (float(row["mean"]), float(row["difference_to_ce_mean"]), row["n"]) == (44.0, 11.0, "3")
+    assert float(row["post_hoc_mean"]) == 50.0
+    assert next(row for row in rows if row["method"] == "kd")["std"] == ""
+    assert len(list(csv.DictReader((tmp_path / "out" / "cells.csv").open()))) == 7
+    for name in names[3:]:
+        assert Image.open(tmp_path / "out" / name).size[0] >= 600
+
+
+def test_no_figure_of_teachers_without_teachers(cells, tmp_path):
+    paths = save_comparison(Comparison(cells[:3]), tmp_path)
+    assert [path.name for path in paths if path.suffix == ".png"] == ["comparison.png"]
+
+
+# ---- The plan
+
+
+def test_teachers_are_planned_before_their_students(tmp_path):
+    cells = plan_cells(["bkd", "dive"], [3, 4], tmp_path, RUN_SCRIPT, ["--bf16", "true"])
+    assert [cell.name for cell in cells] == [
+        f"{method} seed {seed}" for seed in (3, 4) for method in ("ce", "bkd", "balanced-softmax", "dive")
+    ]
+    teachers = {cell.name: cell.teacher.name if cell.teacher else None for cell in cells}
+    assert teachers["bkd seed 3"] == "ce seed 3"
+    assert teachers["dive seed 4"] == "balanced-softmax seed 4"
+    arguments = cells[1].parse()
+    assert arguments.model.teacher_model_name_or_path == str(tmp_path / "ce" / "seed3")
+    assert (arguments.training.method, arguments.training.seed, arguments.training.bf16) == ("bkd", 3, True)
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "options", "message"),
+    [
+        (["bdk"], [0], [], "--methods: there is no bdk"),
+        (["ce", "ce"], [0], [], "--methods ce ce: each may be given once"),
+        (["ce"], [0, 0], [], "--seeds 0 0"),
+        (["ce"], [0], ["--seed", "3"], "--seed cannot be set for a comparison: use --seeds"),
+        (["ce"], [0], ["--method=kd"], "--method cannot be set"),
+        (["ce"], [0], ["--teacher_learning_rate", "1"], "the teacher of a seed is that seed's ce cell"),
+    ],
+)
+def test_bad_plans(tmp_path, methods, seeds, options, message):
+    with pytest.raises(InputError, match=message):
+        plan_cells(methods, seeds, tmp_path, RUN_SCRIPT, options)
+
+
+# ---- The runner, with a stand-in for run_bkd.py that takes no time
+
+
+@pytest.fixture
+def stand_in(tmp_path) -> Path:
+    """Fails for methods in FAIL; notes when it ran."""
+    script = tmp_path / "script" / "run.py"
+    shutil.copytree(REPOSITORY / "scripts" / "recipes", script.with_name("recipes"))
+    script.write_text(
+        textwrap.dedent(f"""
+        import json, shutil, sys, time
+        from pathlib import Path
+        option = lambda name: sys.argv[sys.argv.index(name) + 1]
+        folder = Path(option("--output_dir"))
+        if option("--method") in {{"focal", "balanced-softmax"}}:
+            print("error: no such luck")
+            sys.exit(3)
+        started = time.time()
+        time.sleep(1.5)
+        folder.mkdir(parents=True)
+        shutil.copy({str(tmp_path / "results.json")!r}, folder)
+        (folder / "times").write_text(f"{{started}} {{time.time()}}")
+        (folder / "bkd_run.json").write_text("{{}}")
+        """)
+    )
+    save_json(cell("ce", 0, 0.3), tmp_path / "results.json")
+    return script
+
+
+def test_a_failed_cell_does_not_stop_the_others_but_its_students(tmp_path, stand_in):
+    said: list[str] = []
+    cells = plan_cells(["focal", "dive", "kd"], [0], tmp_path / "out", stand_in)
+    failures = CellRunner(logs=tmp_path / "logs", say=said.append).run(cells)
+    assert [line.split(":")[0] for line in failures] == ["focal seed 0", "balanced-softmax seed 0", "dive seed 0"]
+    assert "error: no such luck" in failures[0]
+    assert "not run, as its teacher (balanced-softmax seed 0) failed" in failures[2]
+    assert (tmp_path / "out" / "kd" / "seed0" / "results.json").exists()
+    assert any(line.startswith("[5/5]") or line.startswith("[4/5]") for line in said)
+
+
+def test_jobs_run_at_the_same_time_and_after_their_teachers(tmp_path, stand_in):
+    cells = plan_cells(["ce", "kd", "bkd", "dkd"], [0], tmp_path / "out", stand_in)
+    assert CellRunner(logs=tmp_path / "logs", jobs=3, say=lambda _: None).run(cells) == []
+    times = {cell.method: [float(t) for t in (cell.folder / "times").read_text().split()] for cell in cells}
+    students = [times[method] for method in ("kd", "bkd", "dkd")]
+    assert all(start >= times["ce"][1] for start, _ in students)
+    assert max(start for start, _ in students) < min(end for _, end in students)
+
+
+# ---- The script, with real cells
+
+
+def compare(*options: object, expected: int = 0) -> str:
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True, timeout=400
+    )
+    output = process.stdout + process.stderr
+    assert process.returncode == expected, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    output = compare("--methods", "bkd", "--seeds", 0, 1, "--jobs", 2, "--output_dir", folder, *SHORT)
+    assert "[4/4]" in output
+    assert "## Differences to `ce`" in output
+    return folder
+
+
+def test_cells_share_the_split_and_a_seed_its_teacher(compared):
+    results = {(m, s): load_results(compared / m / f"seed{s}") for m in ("ce", "bkd") for s in (0, 1)}
+    assert len({r["data"]["fingerprint"] for r in results.values()}) == 1
+    for seed in (0, 1):
+        assert results["bkd", seed]["teacher"]["metrics"] == results["ce", seed]["student"]["metrics"]
+        assert results["ce", seed]["teacher"] is None
+    assert results["ce", 0]["student"]["metrics"] != results["ce", 1]["student"]["metrics"]
+
+
+def test_finished_cells_are_skipped_and_interrupted_ones_resume(compared, tmp_path):
+    folder = Path(shutil.copytree(compared, tmp_path / "out"))
+    # The teacher's path is an option of a cell: the copy stands for the folder itself.
+    shutil.rmtree(compared)
+    shutil.copytree(folder, compared)
+    (compared / "bkd" / "seed1" / "results.json").unlink()
+    before = (compared / "ce" / "seed0" / "results.json").stat().st_mtime_ns
+    output = compare("--methods", "bkd", "--seeds", 0, 1, "--jobs", 2, "--output_dir", compared, *SHORT)
+    assert output.count("finished before.") == 3
+    assert "bkd seed 1 continues" in output
+    assert "Continuing from checkpoint-22" in (compared / "logs" / "bkd-seed1.log").read_text()
+    assert (compared / "ce" / "seed0" / "results.json").stat().st_mtime_ns == before
+
+
+def test_tables_from_results_alone(compared, tmp_path):
+    for path in compared.rglob("results.json"):
+        target = tmp_path / "in" / path.relative_to(compared)
+        target.parent.mkdir(parents=True)
+        shutil.copy(path, target)
+    output = compare("--from", tmp_path / "in", "--output_dir", tmp_path / "out")
+    assert "| bkd | 2 |" in output
+    markdown = (tmp_path / "out" / "comparison.md").read_text()
+    assert markdown.split("![")[0] == (compared / "comparison.md").read_text().split("![")[0]
+
+
+def test_dry_run_tells_what_will_run_and_how_long(compared):
+    output = compare("--methods", "ce", "kd", "--seeds", 0, "--output_dir", compared, "--dry_run", *SHORT)
+    lines = output.splitlines()
+    assert lines[0].startswith("finished")
+    assert "--method ce --seed 0" in lines[0]
+    assert lines[1].startswith("new")
+    assert f"--teacher_model_name_or_path {compared}/ce/seed0" in lines[1]
+    assert "kd seed 0: about" in output
+    assert not (compared / "kd").exists()
+
+
+def test_exit_code_and_message_tell_of_a_failure(tmp_path):
+    from bkd_hf import load_processor
+
+    model = tiny_vit(0, num_labels=10, image_size=16)
+    model.save_pretrained(tmp_path / "vit")
+    load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "vit")
+    output = compare(
+        "--methods", "ldam", "ce", "--seeds", 0, "--output_dir", tmp_path / "out", "--model_name_or_path",
+        tmp_path / "vit", *SHORT, expected=1,
+    )  # fmt: skip
+    assert "ldam seed 0 failed: error: --classification_loss ldam needs a cosine head, which" in output
+    assert "| ce | 1 |" in output
+    assert "**Missing**: ldam seed 0" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "ce"], "--output_dir is needed"),
+        (["--output_dir", "x", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--output_dir", "x", "--temprature", "2"], "unrecognized arguments: --temprature"),
+        (["--output_dir", "x", "--temperature", "0"], "--temperature must be a finite number > 0"),
+        (["--from", "nowhere"], "There is no results.json in nowhere"),
+        (["--from", "nowhere", "--bf16"], "--bf16: with --from nothing is run"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, options, message):
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, cwd=tmp_path, timeout=100
+    )
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "x").exists()

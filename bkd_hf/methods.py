@@ -8,6 +8,7 @@ numbers, one per example.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from .losses import (
     cross_entropy_loss,
     dive_loss,
     dkd_loss,
+    example_weights,
     focal_loss,
     kd_loss,
     ldam_loss,
@@ -41,7 +43,7 @@ CLASSIFICATION_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 }
 #: Whose mean divides by the number of examples even where these are weighted.
 MEAN_OVER_EXAMPLES = frozenset({"focal"})
-#: Which look at the class counts.
+#: Which take the logarithm of the class counts, so that no class may be empty.
 NEED_CLASS_COUNTS = frozenset({"ldam", "balanced_softmax", "logit_adjustment"})
 #: Which know no label smoothing.
 WITHOUT_LABEL_SMOOTHING = frozenset({"focal", "ldam"})
@@ -60,6 +62,45 @@ DISTILLATION_LOSSES: dict[str, Callable[..., torch.Tensor] | None] = {
 
 #: What `--sampler` may be; `class_balanced` draws each class equally often (Kang et al., 2020, arXiv 1910.09217).
 SAMPLERS = ("instance", "class_balanced")
+
+
+def classification_loss(
+    options: BKDConfig,
+    class_counts: torch.Tensor | None,
+    own: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """The classification loss that the options choose, a function of logits, labels and class weights.
+
+    Args:
+        options: The options.
+        class_counts: C numbers of training images, where they are known.
+        own: A user's loss instead, of logits and labels; its values are multiplied by the labels' weights.
+    """
+    if own is not None:
+
+        def weighted(z: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
+            values = own(z, y)
+            return values * example_weights(y, w, like=values)
+
+        return weighted
+    loss = CLASSIFICATION_LOSSES[options.classification_loss or "cross_entropy"]
+    return lambda z, y, w: loss(options, z, y, class_counts, w)
+
+
+def distillation_loss(
+    options: BKDConfig, own: Callable[..., torch.Tensor] | None = None
+) -> Callable[..., torch.Tensor] | None:
+    """The distillation loss that the options choose, a function of student logits, teacher logits, labels and weights.
+
+    Args:
+        options: The options.
+        own: A user's loss instead, of the same arguments.
+
+    Returns:
+        The loss; `None` if the method has none.
+    """
+    loss = DISTILLATION_LOSSES[options.distillation_loss or "none"]
+    return own or (functools.partial(loss, options) if loss else None)
 
 
 def mixture(options: BKDConfig, epoch: float) -> tuple[float, float]:

@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
 
+from . import methods
 from .config import BKDConfig
 from .data import class_counts as count_classes
 from .data import labels_of
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
-from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture
+from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture
 from .metrics import LongTailEvaluation
 from .sampling import GlobalBatchSampler, SampledExamples
 from .schedules import StepDecay
@@ -146,17 +147,17 @@ class BKDTrainer(Trainer):
         self._check_numbers_of_classes()
 
         # Losses
-        self._classification_loss = classification_loss
-        self._distillation_loss = distillation_loss
-        self._check_method()
-        self._class_counts = None
-        if args.classification_loss in NEED_CLASS_COUNTS and classification_loss is None:
-            self._class_counts = torch.as_tensor(self._known_class_counts()).to(args.device)
+        counts = None if self.class_counts is None else torch.as_tensor(self.class_counts).to(args.device)
+        self._classification_loss = methods.classification_loss(args, counts, own=classification_loss)
+        self._distillation_loss = methods.distillation_loss(args, own=distillation_loss)
+        self._divides_by_weights = bool(classification_loss) or args.classification_loss not in MEAN_OVER_EXAMPLES
+        self._balances_distillation = bool(distillation_loss) or args.distillation_loss == "bkd"
+        self._check_method(own_loss=classification_loss is not None)
         self._class_weights: torch.Tensor | None = None
         if args.class_weighting != "none" or (self.teacher_model is not None and self._balances_distillation):
             weights = class_balanced_weights(self._known_class_counts(), args.class_balance_beta)
             self._class_weights = weights.to(device=args.device, dtype=torch.float32)
-        self._mean_example_weight: torch.Tensor | None = None
+        self._mean_weight_of_step: torch.Tensor | None = None
         self._loss_parts: dict[str, torch.Tensor] = {}
         self._first_step_with_bad_teacher = torch.tensor(_NO_STEP, device=args.device)
         self._first_batch_checked = False
@@ -192,50 +193,19 @@ class BKDTrainer(Trainer):
         if not model.training:
             loss = cross_entropy_loss(outputs.logits, labels, self.args.label_smoothing_factor, reduction="none")
         else:
-            loss = ce = self._classify(outputs.logits, labels, num_items_in_batch)
+            ce = self._classification_loss(outputs.logits, labels, self.classification_weights)
+            loss = ce = ce / self._mean_weight(labels, num_items_in_batch)
             kd = None
             classification_weight, distillation_weight = mixture(self.args, self._epochs_trained())
-            if self.teacher_model is not None and distillation_weight:
+            if self.teacher_model is not None and self._distillation_loss is not None and distillation_weight:
                 teacher_logits = self.teacher_model(**teacher_inputs)
                 self._watch(teacher_logits)
-                kd = self._distil(outputs.logits, teacher_logits, labels)
+                kd = self._distillation_loss(outputs.logits, teacher_logits, labels, self.class_weights)
                 loss = classification_weight * ce + distillation_weight * kd
             self._add_loss_parts(labels != IGNORE_INDEX, ce_loss=ce, kd_loss=kd)
 
         loss = self._share_of_mean(loss, labels != IGNORE_INDEX, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
-
-    def _classify(
-        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """B values of the classification loss, whose mean over the step is the weighted mean where there are weights.
-
-        A weighted mean divides by the sum of the labels' weights over the whole step; dividing each value by their
-        mean leaves one plain mean for all losses.
-        """
-        weights = self.classification_weights
-        if self._classification_loss is not None:
-            losses = self._classification_loss(logits, labels)
-            losses = losses * example_weights(labels, weights, like=losses)
-        else:
-            loss = CLASSIFICATION_LOSSES[self.args.classification_loss]
-            losses = loss(self.args, logits, labels, self._class_counts, weights)
-        if weights is None or self._means_over_examples:
-            return losses
-        mean_weight = self._mean_example_weight
-        if mean_weight is None or num_items_in_batch is None:
-            mean_weight = example_weights(labels, weights).sum() / (labels != IGNORE_INDEX).sum()
-        return losses / mean_weight
-
-    def _distil(
-        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        """B values of the distillation loss."""
-        if self._distillation_loss is not None:
-            return self._distillation_loss(student_logits, teacher_logits, labels, self.class_weights)
-        loss = DISTILLATION_LOSSES[self.args.distillation_loss]
-        assert loss is not None  # or the trainer would have refused the teacher
-        return loss(self.args, student_logits, teacher_logits, labels, self.class_weights)
 
     @property
     def class_weights(self) -> torch.Tensor | None:
@@ -260,25 +230,6 @@ class BKDTrainer(Trainer):
             self._class_weights, start=start, epoch=self._epochs_trained(), num_epochs=self._num_epochs()
         )
 
-    @property
-    def _balances_distillation(self) -> bool:
-        return self.args.distillation_loss == "bkd" or self._distillation_loss is not None
-
-    @property
-    def _means_over_examples(self) -> bool:
-        return self._classification_loss is None and self.args.classification_loss in MEAN_OVER_EXAMPLES
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Count the labelled examples of an optimizer step, as `Trainer`, and take the mean of their class weights."""
-        num_items = super()._get_num_items_in_batch(batch_samples, device)
-        weights = self.classification_weights
-        if weights is not None and batch_samples and num_items is not None:
-            total = torch.stack([example_weights(b["labels"].to(device), weights).sum() for b in batch_samples]).sum()
-            if self.args.average_tokens_across_devices and self.args.world_size > 1:
-                total = self.accelerator.reduce(total, reduction="sum")
-            self._mean_example_weight = total / num_items
-        return num_items
-
     def _epochs_trained(self) -> float:
         """Progress by optimizer steps; `state.epoch` counts micro-batches and depends on how steps are cut."""
         if self._update_steps_per_epoch:
@@ -299,6 +250,32 @@ class BKDTrainer(Trainer):
             key.removeprefix(TEACHER_PREFIX): value for key, value in inputs.items() if key.startswith(TEACHER_PREFIX)
         }
         return student_inputs, teacher_inputs or student_inputs, labels
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Count the labelled examples of an optimizer step, as `Trainer`, and take the mean of their class weights."""
+        num_items = super()._get_num_items_in_batch(batch_samples, device)
+        weights = self.classification_weights
+        if weights is not None and batch_samples and num_items is not None:
+            total = torch.stack([example_weights(b["labels"].to(device), weights).sum() for b in batch_samples]).sum()
+            if self.args.average_tokens_across_devices:
+                total = self.accelerator.reduce(total, reduction="sum")
+            self._mean_weight_of_step = total / num_items
+        return num_items
+
+    def _mean_weight(
+        self, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor | float:
+        """Mean of the labels' weights over the optimizer step.
+
+        A weighted mean divides by their sum over the whole step; divided by their mean, the values of all losses have
+        one and the same plain mean.
+        """
+        weights = self.classification_weights
+        if weights is None or not self._divides_by_weights:
+            return 1.0
+        if num_items_in_batch is None or self._mean_weight_of_step is None:  # the batch is all there is
+            return example_weights(labels, weights).sum() / (labels != IGNORE_INDEX).sum()
+        return self._mean_weight_of_step
 
     def _share_of_mean(
         self, losses: torch.Tensor, counted: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
@@ -568,15 +545,22 @@ class BKDTrainer(Trainer):
             raise ValueError("BKDTrainer needs class_counts, or a train_dataset to count them in.")
         return self.class_counts
 
-    def _check_method(self) -> None:
+    def _check_method(self, own_loss: bool) -> None:
         args, config = self.args, getattr(self.model, "config", None)
-        if self.teacher_model is not None and args.distillation_loss == "none" and self._distillation_loss is None:
+        if self.teacher_model is not None and self._distillation_loss is None:
             raise ValueError(
                 f"--method {args.method} has no distillation loss: the teacher would not be used. Leave it out, or "
                 "choose a --distillation_loss."
             )
-        trains_ldam = args.classification_loss == "ldam" and self._classification_loss is None
-        if trains_ldam and self.train_dataset is not None:
+        if own_loss or self.train_dataset is None:
+            return
+        if args.classification_loss in NEED_CLASS_COUNTS and (self._known_class_counts() == 0).any():
+            empty = np.flatnonzero(self._known_class_counts() == 0)
+            raise ValueError(
+                f"--classification_loss {args.classification_loss} takes the logarithm of the class counts, but "
+                f"{empty.size} classes have no training image (first: class {empty[0]}). Remove them."
+            )
+        if args.classification_loss == "ldam":
             if not getattr(config, "cosine_head", True):
                 raise ValueError(
                     "--classification_loss ldam needs a student whose logits are scale · cos: load it with "

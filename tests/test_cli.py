@@ -258,7 +258,7 @@ def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path):
     output = run(*QUICK, "--output_dir", str(tmp_path / "run"), "--method", "ldam-drw", "--teacher_learning_rate", "1")
     assert "Teacher ──" not in output
     assert "--teacher_learning_rate has no effect: --method ldam-drw has no distillation loss" in output
-    assert "Student after post-hoc logit adjustment (τ = 1): overall" in output
+    assert "The student after post-hoc logit adjustment (τ = 1): overall" in output
     results = load_results(tmp_path / "run")
     assert (results["method"], results["teacher"]) == ("ldam-drw", None)
     assert results["student"]["post_hoc_metrics"]["tau"] == 1.0

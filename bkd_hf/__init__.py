@@ -36,7 +36,7 @@ _HOMES = {
     "models": ["load_classifier", "load_processor"],
     "plots": ["save_plots"],
     "results": ["load_results"],
-    "teacher": ["FrozenTeacher", "load_teacher"],
+    "teacher": ["FrozenTeacher", "align_labels", "load_teacher"],
     "trainer": ["BKDTrainer", "TeacherLogitsError"],
     "transforms": ["ImageDataset", "default_augmentation"],
     "weights": ["class_balanced_weights", "deferred_weights"],

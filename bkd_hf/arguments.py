@@ -42,9 +42,27 @@ class ModelArguments:
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Teacher, trained on the same classes: a Hub id or a folder. Not given, or cifar-resnet-…: a "
-            "vanilla teacher (as the student, or of that depth) is trained first and kept in OUTPUT_DIR/teacher."
+            "help": "Teacher: a Hub id or a folder. Its classes are matched with those of the data by name; if it is "
+            "for other classes, it is fine-tuned first. Not given, or cifar-resnet-…: a vanilla teacher (as the "
+            "student, or of that depth) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher."
         },
+    )
+    teacher_label_map: str | None = field(
+        default=None,
+        metadata={"help": "JSON file for renamed classes: {name in the data: the teacher's name or number for it}."},
+    )
+    assume_label_order: bool = field(
+        default=False,
+        metadata={"help": "The outputs of a teacher without class names (LABEL_0, …) are in the data's order."},
+    )
+    allow_partial_teacher: bool = field(
+        default=False, metadata={"help": "Go on if the teacher lacks some classes: these are not distilled."}
+    )
+    force_teacher: bool = field(
+        default=False, metadata={"help": "Use a teacher that is no better than guessing on the evaluation images."}
+    )
+    finetune_teacher: bool = field(
+        default=False, metadata={"help": "Train the given teacher on the data first, whatever its head is for."}
     )
     image_size: int = field(default=32, metadata={"help": "Height and width in pixels for cifar-resnet-… models."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
@@ -61,6 +79,23 @@ class ModelArguments:
             raise InputError(f"--image_size must be at least 8, got {self.image_size}.")
         if self.num_threads is not None and self.num_threads < 1:
             raise InputError(f"--num_threads must be at least 1, got {self.num_threads}.")
+
+    def read_teacher_label_map(self) -> dict[str, str | int]:
+        """Content of `--teacher_label_map`; empty if it is not given."""
+        if self.teacher_label_map is None:
+            return {}
+        path = self.teacher_label_map
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"--teacher_label_map {path} cannot be read: {error.strerror}.") from error
+        except json.JSONDecodeError as error:
+            raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
+        if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
+            raise InputError(
+                f'--teacher_label_map {path}: expected {{"name in the data": "name (or number) of the teacher", …}}.'
+            )
+        return content
 
     def from_pretrained_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained` of teacher and student."""

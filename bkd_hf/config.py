@@ -155,6 +155,12 @@ class BKDConfig(TrainingArguments):
             "long-tail recipes do."
         },
     )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Train the head alone; everything below it keeps its weights."}
+    )
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the head; not given: learning_rate, as for the rest."}
+    )
     lr_step_epochs: list[int] | None = field(
         default=None,
         metadata={"help": "Step-decay schedule: epochs (counted from 0) from which lr_step_factors hold."},
@@ -233,6 +239,8 @@ class BKDConfig(TrainingArguments):
             f"0 with --classification_loss {self.classification_loss}, which knows no label smoothing",
         )
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)")
+        rate = self.head_learning_rate
+        require(rate is None or 0 <= rate < math.inf, "head_learning_rate", "a finite number ≥ 0")
         require(self.lr_warmup_epochs >= 0, "lr_warmup_epochs", "≥ 0")
         if self.lr_step_epochs is None:
             require(self.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     ViTImageProcessorPil,
 )
@@ -21,6 +22,7 @@ from transformers.image_utils import PILImageResampling
 from .errors import InputError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
+_HEAD_NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
 _FRESH_NAME = re.compile(r"cifar-resnet-(\d+)")
 
 
@@ -50,12 +52,15 @@ def load_classifier(
 
     Args:
         name: `cifar-resnet-20`, `-32`, `-44`, `-56`, `-110`, … for fresh weights; else a folder or a Hub id, whose
-            head is replaced if it has another number of classes.
+            head is replaced by a fresh one if it is for other classes.
         class_names: Names of the C classes, kept in the model's configuration.
         image_size: Of a fresh model.
         cosine_scale: Scale s of a cosine head, with logits s · cos, as the margins of LDAM need it; `None` for the
             model's own kind of head. Only CIFAR ResNets can have one.
         from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
+
+    Returns:
+        The model; its attribute `new_parameters` lists the names of those that are not from the given weights.
 
     Raises:
         InputError: If there is no such model, it takes no RGB images, or it cannot have a cosine head.
@@ -68,17 +73,23 @@ def load_classifier(
         overrides |= {"cosine_head": True, "cosine_scale": cosine_scale}
     depth = cifar_resnet_depth(name)
     if depth is not None:
-        return CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **overrides))
+        model = CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **overrides))
+        model.new_parameters = [parameter for parameter, _ in model.named_parameters()]
+        return model
     try:
-        if cosine_scale is not None:
-            config = AutoConfig.from_pretrained(name, **from_pretrained_kwargs)
-            if config.model_type != CifarResNetConfig.model_type:
-                raise InputError(
-                    f"--classification_loss ldam needs a cosine head, which {name} ({config.model_type}) cannot have: "
-                    "use a cifar-resnet-… model, or balanced_softmax or logit_adjustment, which work with any head."
-                )
-        model = AutoModelForImageClassification.from_pretrained(
-            name, num_labels=len(class_names), ignore_mismatched_sizes=True, **overrides, **from_pretrained_kwargs
+        config = AutoConfig.from_pretrained(name, **from_pretrained_kwargs)
+        if cosine_scale is not None and config.model_type != CifarResNetConfig.model_type:
+            raise InputError(
+                f"--classification_loss ldam needs a cosine head, which {name} ({config.model_type}) cannot have: "
+                "use a cifar-resnet-… model, or balanced_softmax or logit_adjustment, which work with any head."
+            )
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name,
+            num_labels=len(class_names),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **overrides,
+            **from_pretrained_kwargs,
         )
     except InputError:
         raise
@@ -86,7 +97,46 @@ def load_classifier(
         raise _not_loadable(name, error) from error
     if getattr(model.config, "num_channels", 3) != 3:
         raise InputError(f"The model {name} takes images of {model.config.num_channels} channels; RGB is needed.")
+    new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
+    names = label_names(config)
+    if names is not None and names != class_names:
+        new |= _renew_head(model)
+    model.new_parameters = sorted(new)
     return model
+
+
+def label_names(config: PreTrainedConfig) -> list[str] | None:
+    """Return the names of a model's outputs; `None` if it has none, or generic ones (`LABEL_0`, …)."""
+    numbered = sorted((int(number), str(name)) for number, name in (getattr(config, "id2label", None) or {}).items())
+    names = [name for _, name in numbered]
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the part of a classifier that is specific to its classes, by name: what maps features to logits."""
+    found = {name: module for name, module in model.named_children() if name in _HEAD_NAMES}
+    if found:
+        return found
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    last = [
+        (name, module)
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "shape", (None,))[0] == num_labels
+    ]
+    return dict(last[-1:])
+
+
+def _renew_head(model: PreTrainedModel) -> set[str]:
+    """Draw fresh weights for the head, and return their names: those there are stand for other classes."""
+    new = set()
+    for prefix, head in head_modules(model).items():
+        for module in head.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+            module._is_hf_initialized = False  # type: ignore[assignment]
+            model._init_weights(module)
+        new |= {f"{prefix}.{name}" for name, _ in head.named_parameters()}
+    return new
 
 
 def load_processor(

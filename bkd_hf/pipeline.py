@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,10 @@ from .results import (
     save_json,
     without_folders,
 )
-from .teacher import FrozenTeacher, load_teacher, num_labels
+from .teacher import FrozenTeacher, align_labels, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
-from .transforms import ImageDataset, channel_statistics, default_augmentation, same_pixels
+from .transforms import ImageDataset, channel_statistics, default_augmentation
+from .views import same_pixels
 
 #: Marks an output folder as ours and records what the run in it was told.
 RUN_NAME = "bkd_run.json"
@@ -127,25 +128,42 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     )
 
     processor = _load_processor(arguments.model, splits["train"])
-    images = _decode(splits, processor, arguments.data)
+    distils = arguments.training.distillation_loss != "none"
+    teacher_processor = _load_teacher_processor(arguments.model, processor) if distils else processor
+    images = {
+        "train": _decode(splits["train"], processor, arguments.data, augmented=True, teacher=teacher_processor),
+        "eval": _decode(splits["eval"], processor, arguments.data),
+    }
     if not images["train"].in_memory and not arguments.training.dataloader_num_workers:
         for args in (arguments.training, arguments.teacher_training):
             args.dataloader_num_workers = threads
         say(f"Images are decoded when they are seen, by {threads} workers a process: they do not stay in memory.")
-    stage = functools.partial(
-        _Stage, processor=processor, images=images, data=data, post_hoc_tau=arguments.data.post_hoc_tau
-    )
-    student = stage(arguments.model.model_name_or_path, arguments.training)
+    make_stage = functools.partial(_Stage, data=data, post_hoc_tau=arguments.data.post_hoc_tau, say=say)
+    student = make_stage(arguments.model.model_name_or_path, arguments.training, processor, images)
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.
     student_model = student.load_model(arguments.model, arguments.model.model_revision)
 
     teacher, teacher_results = None, None
-    if arguments.training.distillation_loss != "none":
+    if distils:
         say.stage("Teacher")
-        teacher, teacher_results = _get_teacher(arguments, stage, say)
+        given = arguments.model.teacher_model_name_or_path
+        reason = _why_to_train_teacher(arguments.model, data["class_names"])
+        needs_training = reason is not None
+        if given and reason:
+            say(f"The teacher {given} is fine-tuned on the data first: {reason}.")
+        teacher_images = images
+        if not same_pixels(processor, teacher_processor):
+            say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
+            decode = functools.partial(_decode, processor=teacher_processor, options=arguments.data)
+            teacher_images = {"eval": decode(splits["eval"])}
+            if needs_training:
+                teacher_images["train"] = decode(splits["train"], augmented=True)
+        args = arguments.teacher_training if needs_training else arguments.training
+        stage = make_stage(given or arguments.model.model_name_or_path, args, teacher_processor, teacher_images)
+        teacher, teacher_results = (_train_teacher if needs_training else _use_teacher)(arguments, stage)
 
     say.stage("Student")
-    student_results = student.train(student_model, teacher, say)
+    student_results = student.train(student_model, teacher)
 
     results = {
         "schema_version": SCHEMA_VERSION,
@@ -213,9 +231,15 @@ class _Stage:
     images: dict[str, ImageDataset]
     data: dict[str, Any]
     post_hoc_tau: float
+    say: _Announcer
 
     def load_model(self, options: ModelArguments, revision: str | None = None) -> PreTrainedModel:
         """Load the model that is to be trained, with a head for the data's classes."""
+        if self.args.freeze_backbone and cifar_resnet_depth(self.name) is not None:
+            raise InputError(
+                f"--freeze_backbone: {self.name} starts from fresh weights, so its features would stay random. Give a "
+                "trained model, or leave the option out."
+            )
         kwargs = options.from_pretrained_kwargs()
         if revision is not None:
             kwargs["revision"] = revision
@@ -223,9 +247,12 @@ class _Stage:
         cosine_scale = self.args.ldam_scale if self.args.classification_loss == "ldam" else None
         model = load_classifier(self.name, self.data["class_names"], options.image_size, cosine_scale, **kwargs)
         prefer_channels_last(model)
+        if model.new_parameters and cifar_resnet_depth(self.name) is None:
+            shown = ", ".join(model.new_parameters[:8]) + (", …" if len(model.new_parameters) > 8 else "")
+            self.say(f"{self.name}: learned from scratch: {shown}; all else starts from its weights.")
         return model
 
-    def train(self, model: PreTrainedModel, teacher: nn.Module | None, say: _Announcer) -> dict[str, Any]:
+    def train(self, model: PreTrainedModel, teacher: nn.Module | None) -> dict[str, Any]:
         """Train, save and evaluate; continue from the last checkpoint if there is one."""
         args, clock = self.args, _StageClock()
         self.images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -242,10 +269,10 @@ class _Stage:
             callbacks=[clock],
         )
         length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
-        say(f"{self.name}: {model.num_parameters():,} parameters, {length}")
+        self.say(f"{self.name}: {model.num_parameters():,} parameters, {length}")
         checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is not None:
-            say(f"Continuing from {Path(checkpoint).name}.")
+            self.say(f"Continuing from {Path(checkpoint).name}.")
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
@@ -259,12 +286,15 @@ class _Stage:
             "history": _history(trainer.state.log_history),
         }
 
-    def evaluate(self, model: nn.Module) -> dict[str, Any]:
-        """Evaluate a model that was trained elsewhere."""
+    def evaluate(self, teacher: FrozenTeacher) -> dict[str, Any]:
+        """Evaluate a teacher that was trained elsewhere, by its answers about the classes of the data."""
         trainer = BKDTrainer(
-            model=model, args=self.args, eval_dataset=self.images["eval"], class_counts=self.data["class_counts"]
+            model=teacher.as_classifier(),
+            args=self.args,
+            eval_dataset=self.images["eval"],
+            class_counts=self.data["class_counts"],
         )
-        return self._describe(model, trainer.predict(self.images["eval"]))
+        return self._describe(teacher, trainer.predict(self.images["eval"]))
 
     def _describe(self, model: nn.Module, evaluation: PredictionOutput) -> dict[str, Any]:
         return {
@@ -274,20 +304,12 @@ class _Stage:
         }
 
 
-def _get_teacher(
-    arguments: RunArguments, make_stage: Callable[[str, BKDConfig], _Stage], say: _Announcer
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the teacher that was given, or train a vanilla one; with its results."""
-    given = arguments.model.teacher_model_name_or_path
-    if given is not None and cifar_resnet_depth(given) is None:
-        return _load_given_teacher(arguments, make_stage(given, arguments.training))
-
-    name = given or arguments.model.model_name_or_path
-    args = arguments.teacher_training
-    stage = make_stage(name, args)
+def _train_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """Train a vanilla teacher, from fresh or from given weights, unless it was before; with its results."""
+    args, say, given = stage.args, stage.say, arguments.model.teacher_model_name_or_path
     folder = Path(args.output_dir)
     told = {
-        "model": name,
+        "model": stage.name,
         "image_size": arguments.model.image_size,
         "fingerprint": stage.data["fingerprint"],
         "augmentation": [stage.images["train"].augmentation, stage.images["train"].horizontal_flip],
@@ -306,7 +328,7 @@ def _get_teacher(
             folder.mkdir(parents=True, exist_ok=True)
             save_json({"told": told}, folder / TEACHER_NAME)
         model = stage.load_model(arguments.model, arguments.model.model_revision if given is None else None)
-        record = {"told": told, "results": stage.train(model, None, say)}
+        record = {"told": told, "results": stage.train(model, None)}
         if PartialState().is_main_process:
             save_json(record, folder / TEACHER_NAME)
     PartialState().wait_for_everyone()
@@ -315,52 +337,97 @@ def _get_teacher(
     return teacher, record["results"]
 
 
-def _load_given_teacher(arguments: RunArguments, stage: _Stage) -> tuple[nn.Module, dict[str, Any]]:
-    name, data = stage.name, stage.data
-    kwargs = arguments.model.from_pretrained_kwargs()
-    option = f"--teacher_model_name_or_path {name}"
-    teacher = load_teacher(name, **kwargs)
-    num_classes = num_labels(teacher.model)
-    if num_classes != len(data["class_names"]):
+def _why_to_train_teacher(options: ModelArguments, class_names: list[str]) -> str | None:
+    """Why the teacher has to be trained on the data; `None` if it can be used as it is."""
+    name = options.teacher_model_name_or_path
+    if name is None or cifar_resnet_depth(name) is not None:
+        return "there is none yet"
+    if options.finetune_teacher:
+        return "--finetune_teacher"
+    names = teacher_label_names(name, **options.from_pretrained_kwargs())
+    if isinstance(names, int):
+        if names == len(class_names):
+            return None
+        return f"its head has {names} outputs without names, the data {len(class_names)} classes"
+    if any(column is not None for column in align_labels(names, class_names, options.read_teacher_label_map())):
+        return None
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return f"its head is for other classes ({shown})"
+
+
+def _use_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """Load a teacher that was trained elsewhere, its outputs in the order of the data's classes; with its results."""
+    options, name, data, say = arguments.model, stage.name, stage.data, stage.say
+    option, class_names = f"--teacher_model_name_or_path {name}", data["class_names"]
+    names = teacher_label_names(name, **options.from_pretrained_kwargs())
+    columns: list[int | None]
+    if not isinstance(names, int):
+        columns = align_labels(names, class_names, options.read_teacher_label_map())
+    elif options.assume_label_order:
+        columns = list(range(names))
+    else:
         raise InputError(
-            f"{option} has {num_classes} classes, {data['name']} has {len(data['class_names'])}: the teacher "
-            "must have been trained on the same classes."
+            f"{option} does not name its {names} classes (LABEL_0, …), so they cannot be matched with those of the "
+            "data. If they are in the same order, say --assume_label_order; to train it on the data first, "
+            "--finetune_teacher."
         )
-    _check_class_names(option, teacher, data["class_names"])
-    if not same_pixels(stage.processor, load_processor(name, **kwargs)):
-        raise InputError(
-            f"{option} takes images of another size, mean or standard deviation than the student "
-            f"{arguments.model.model_name_or_path} does, which would be fed to it: choose models with the same image "
-            "processor, or let a teacher be trained (--teacher_model_name_or_path not given, or cifar-resnet-…)."
-        )
+    missing = [name for name, column in zip(class_names, columns, strict=True) if column is None]
+    if missing:
+        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        about = f"{option} has no output for {len(missing)} of {len(class_names)} classes: {shown}"
+        if not options.allow_partial_teacher:
+            raise InputError(
+                f"{about}. --teacher_label_map tells what they are called there; --allow_partial_teacher leaves "
+                "them without distillation; --finetune_teacher trains the teacher on the data first."
+            )
+        say(f"WARNING: {about}. These classes are learned from the labels alone.")
+    elif columns != list(range(len(class_names))):
+        say(f"The teacher's outputs are put into the order of the data, by name ({len(columns)} of its classes).")
+
+    for alone in _options_of_teacher_alone(arguments):
+        warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=2)
     record = _read_json(Path(name) / TEACHER_NAME)
     if record is not None and record["told"]["fingerprint"] != data["fingerprint"]:
         warnings.warn(
             f"{option} was trained on other images (another data set, ratio or split) than the student will be.",
             stacklevel=2,
         )
+    teacher = load_teacher(name, columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
-    return teacher, stage.evaluate(teacher.model)
+    results = stage.evaluate(teacher)
+    _check_above_chance(option, results["metrics"], data, columns, options.force_teacher)
+    return teacher, results
 
 
-def _check_class_names(option: str, teacher: FrozenTeacher, class_names: list[str]) -> None:
-    """Refuse a teacher whose classes are others, or in another order: its answers would be taken for wrong classes."""
-    id2label = getattr(teacher.model.config, "id2label", {})
-    names = [str(id2label[number]) for number in range(len(class_names))]
-    if names == [f"LABEL_{number}" for number in range(len(names))]:
-        warnings.warn(
-            f"{option} has no class names: its classes are taken to be in the order of the data.", stacklevel=3
-        )
-    elif names != class_names:
-        number = next(i for i, (theirs, ours) in enumerate(zip(names, class_names, strict=True)) if theirs != ours)
+def _check_above_chance(
+    option: str, metrics: dict[str, Any], data: dict[str, Any], columns: list[int | None], force: bool
+) -> None:
+    """Refuse a teacher that guesses: the one check that catches every mistake in its classes and in its pixels."""
+    known = [
+        accuracy
+        for accuracy, column in zip(metrics["per_class_accuracy"], columns, strict=True)
+        if accuracy is not None and column is not None
+    ]
+    if not known:
+        return
+    accuracy, chance = sum(known) / len(known), 1 / len(known)
+    noise = 3 * math.sqrt(chance * (1 - chance) / data["num_eval_images"])
+    if accuracy >= chance + max(noise, 0.02 * (1 - chance)):
+        return
+    message = (
+        f"{option} is right for {100 * accuracy:.1f} % of the evaluation images (mean over classes), where guessing "
+        f"gives {100 * chance:.1f} %"
+    )
+    if not force:
         raise InputError(
-            f"{option} was trained on other classes, or in another order: class {number} is {names[number]!r} there, "
-            f"{class_names[number]!r} in the data. Give a teacher with the same classes in the same order (id2label)."
+            f"{message}: its classes or its image processor are not what they seem. Check id2label and "
+            "preprocessor_config.json; --force_teacher uses it all the same, --finetune_teacher trains it first."
         )
+    warnings.warn(f"{message}; it is used all the same (--force_teacher).", stacklevel=3)
 
 
 def _load_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
-    """Load the student's image processor; teacher and student see the same pixels."""
+    """Load the student's image processor."""
     name = options.model_name_or_path
     if cifar_resnet_depth(name) is not None:
         mean, std = channel_statistics(train)
@@ -368,20 +435,30 @@ def _load_processor(options: ModelArguments, train: datasets.Dataset) -> BaseIma
     return load_processor(name, **options.from_pretrained_kwargs(), revision=options.model_revision)
 
 
+def _load_teacher_processor(options: ModelArguments, of_student: BaseImageProcessor) -> BaseImageProcessor:
+    """Load the image processor of a given teacher; a teacher that is trained from scratch takes the student's."""
+    name = options.teacher_model_name_or_path
+    if name is None or cifar_resnet_depth(name) is not None:
+        return of_student
+    return load_processor(name, **options.from_pretrained_kwargs())
+
+
 def _decode(
-    splits: datasets.DatasetDict, processor: BaseImageProcessor, options: DataArguments
-) -> dict[str, ImageDataset]:
-    augmentation = options.train_augmentation
-    return {
-        "train": ImageDataset(
-            splits["train"],
-            processor,
-            augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,  # type: ignore[arg-type]
-            horizontal_flip=options.horizontal_flip,
-            cache_images=options.cache_images,  # type: ignore[arg-type]
-        ),
-        "eval": ImageDataset(splits["eval"], processor, cache_images=options.cache_images),  # type: ignore[arg-type]
-    }
+    split: datasets.Dataset,
+    processor: BaseImageProcessor,
+    options: DataArguments,
+    augmented: bool = False,
+    teacher: BaseImageProcessor | None = None,
+) -> ImageDataset:
+    augmentation = options.train_augmentation if augmented else "none"
+    return ImageDataset(
+        split,
+        processor,
+        augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,  # type: ignore[arg-type]
+        horizontal_flip=options.horizontal_flip,
+        cache_images=options.cache_images,  # type: ignore[arg-type]
+        teacher_processor=teacher,
+    )
 
 
 def _load_splits(options: DataArguments, model_options: ModelArguments) -> datasets.DatasetDict:
@@ -622,6 +699,13 @@ def _warn_of_options_without_effect(arguments: RunArguments) -> None:
             warn("teacher_model_name_or_path", f"--method {arguments.training.method} has no distillation loss")
         for name in _options_of_teacher_alone(arguments):
             warn(f"teacher_{name}", f"--method {arguments.training.method} has no distillation loss")
-    elif teacher is not None and cifar_resnet_depth(teacher) is None:
-        for name in _options_of_teacher_alone(arguments):
-            warn(f"teacher_{name}", f"the teacher {teacher} is not trained here")
+    if teacher is None or cifar_resnet_depth(teacher) is not None:
+        for name in (
+            "teacher_label_map",
+            "assume_label_order",
+            "allow_partial_teacher",
+            "force_teacher",
+            "finetune_teacher",
+        ):
+            if given(model, name):
+                warn(name, "it is about a teacher given by --teacher_model_name_or_path")

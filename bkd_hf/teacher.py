@@ -1,14 +1,19 @@
-"""The frozen teacher."""
+"""The frozen teacher, and which of its answers is about which class of the data."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
 
+from . import modeling_cifar_resnet  # noqa: F401 (makes the architecture known to the Auto classes)
 from .errors import InputError
+from .models import label_names
 
 
 class FrozenTeacher(nn.Module):
@@ -19,11 +24,24 @@ class FrozenTeacher(nn.Module):
 
     Args:
         model: Any classifier whose output is logits, has `.logits`, or has them as its first element.
+        columns: For each of the C classes of the data, the number of the model's output that is about it, or `None`
+            if there is none (see [`align_labels`]). Not given: the outputs are those of the data, in the same order.
     """
 
-    def __init__(self, model: nn.Module):
+    _columns: torch.Tensor | None
+    #: The classes of the data that the teacher knows, where these are not all.
+    known_classes: torch.Tensor | None
+
+    def __init__(self, model: nn.Module, columns: Sequence[int | None] | None = None):
         super().__init__()
         self.model = model.requires_grad_(False)
+        self.num_classes = num_labels(model) if columns is None else len(columns)
+        numbers = None if columns is None else torch.tensor([-1 if c is None else c for c in columns])
+        if numbers is not None and numbers.tolist() == list(range(num_labels(model) or 0)):
+            numbers = None  # as it is
+        known = None if numbers is None or (numbers >= 0).all() else (numbers >= 0).nonzero().flatten()
+        self.register_buffer("_columns", numbers, persistent=False)
+        self.register_buffer("known_classes", known, persistent=False)
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
@@ -31,13 +49,29 @@ class FrozenTeacher(nn.Module):
         super().train(False)
         return self
 
+    def as_classifier(self) -> nn.Module:
+        """Return a module whose output has `.logits`, as a `Trainer` evaluates it."""
+        return _Classifier(self)
+
     @torch.no_grad()
     def forward(self, **inputs: Any) -> torch.Tensor:
-        """Return the logits, B×C."""
-        outputs = self.model(**inputs)
-        if isinstance(outputs, torch.Tensor):
-            return outputs
-        return outputs.logits if hasattr(outputs, "logits") else outputs[0]
+        """Return the logits, B×C; −∞ for classes that the teacher does not know."""
+        logits = self.model(**inputs)
+        if not isinstance(logits, torch.Tensor):
+            logits = logits.logits if hasattr(logits, "logits") else logits[0]
+        if self._columns is None:
+            return logits
+        aligned = logits.index_select(1, self._columns.clamp_min(0))
+        return aligned.masked_fill(self._columns < 0, float("-inf"))
+
+
+class _Classifier(nn.Module):
+    def __init__(self, teacher: FrozenTeacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.teacher(pixel_values=pixel_values))
 
 
 def num_labels(model: nn.Module) -> int | None:
@@ -45,11 +79,87 @@ def num_labels(model: nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "num_labels", None)
 
 
-def load_teacher(teacher: str | nn.Module, **from_pretrained_kwargs: Any) -> FrozenTeacher:
+def teacher_label_names(teacher: str, **from_pretrained_kwargs: Any) -> list[str] | int:
+    """Return the names of a teacher's outputs; their number if they have none, or generic ones (`LABEL_0`, …).
+
+    Raises:
+        InputError: If there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(teacher, **from_pretrained_kwargs)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {error}") from error
+    names = label_names(config)
+    return config.num_labels if names is None else names
+
+
+def align_labels(
+    teacher_names: Sequence[str], class_names: Sequence[str], label_map: Mapping[str, str | int] | None = None
+) -> list[int | None]:
+    """Find, for each class of the data, the teacher's output of that name.
+
+    Names are the same if they differ in upper case, underscores, hyphens and spaces only, unless that is ambiguous.
+
+    Args:
+        teacher_names: Names of the teacher's outputs.
+        class_names: Names of the C classes of the data.
+        label_map: For renamed classes: name in the data → name (or number) of the teacher's output.
+
+    Returns:
+        For each class the number of an output, `None` where there is none.
+
+    Raises:
+        InputError: If the map names what is not there, a name is ambiguous, or two classes get the same output.
+    """
+    label_map = dict(label_map or {})
+    if unknown := [name for name in label_map if name not in set(class_names)]:
+        raise InputError(f"--teacher_label_map: the data has no class {', '.join(map(repr, unknown[:5]))}.")
+    exact, similar = _numbers_by_name(teacher_names, str), _numbers_by_name(teacher_names, _plain)
+
+    columns: list[int | None] = []
+    for name in class_names:
+        wanted = label_map.get(name, name)
+        if isinstance(wanted, int):
+            found = [wanted] if 0 <= wanted < len(teacher_names) else []
+        else:
+            found = exact.get(wanted) or similar.get(_plain(wanted), [])
+        if len(found) > 1:
+            raise InputError(
+                f"The teacher has {len(found)} outputs called {wanted!r} (numbers {', '.join(map(str, found))}): "
+                "choose one by its number with --teacher_label_map."
+            )
+        if not found and name in label_map:
+            raise InputError(f"--teacher_label_map: the teacher has no output {wanted!r} (for {name!r}).")
+        columns.append(found[0] if found else None)
+    for number, names in _numbers_by_name(columns, lambda column: column).items():
+        if number is not None and len(names) > 1:
+            first, second = (class_names[i] for i in names[:2])
+            raise InputError(
+                f"The teacher's output {number} ({teacher_names[number]!r}) would stand for both {first!r} and "
+                f"{second!r}: each class needs its own; see --teacher_label_map."
+            )
+    return columns
+
+
+def _numbers_by_name(names: Sequence[Any], key: Callable[[Any], Any]) -> dict[Any, list[int]]:
+    numbers: dict[Any, list[int]] = {}
+    for number, name in enumerate(names):
+        numbers.setdefault(key(name), []).append(number)
+    return numbers
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def load_teacher(
+    teacher: str | nn.Module, columns: Sequence[int | None] | None = None, **from_pretrained_kwargs: Any
+) -> FrozenTeacher:
     """Freeze a model, or load one and freeze it.
 
     Args:
         teacher: A module, a folder written by `save_pretrained`, or a Hub id.
+        columns: As for [`FrozenTeacher`].
         from_pretrained_kwargs: For `AutoModelForImageClassification.from_pretrained` (`token`, `revision`, …).
 
     Raises:
@@ -59,9 +169,7 @@ def load_teacher(teacher: str | nn.Module, **from_pretrained_kwargs: Any) -> Fro
     if isinstance(teacher, FrozenTeacher):
         return teacher
     if isinstance(teacher, nn.Module):
-        return FrozenTeacher(teacher)
-    from . import modeling_cifar_resnet  # noqa: F401 (makes the architecture known to the Auto classes)
-
+        return FrozenTeacher(teacher, columns)
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             teacher, output_loading_info=True, **from_pretrained_kwargs
@@ -75,4 +183,4 @@ def load_teacher(teacher: str | nn.Module, **from_pretrained_kwargs: Any) -> Fro
             f"{', …' if len(incomplete) > 3 else ''}: distilling from them would teach nonsense. Give a teacher that "
             "was trained for image classification."
         )
-    return FrozenTeacher(model)
+    return FrozenTeacher(model, columns)

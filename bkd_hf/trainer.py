@@ -27,6 +27,7 @@ from .data import labels_of
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture
 from .metrics import LongTailEvaluation
+from .models import head_modules
 from .sampling import GlobalBatchSampler, SampledExamples
 from .schedules import StepDecay
 from .teacher import FrozenTeacher, load_teacher, num_labels
@@ -131,6 +132,10 @@ class BKDTrainer(Trainer):
         # The loss is computed here: a model need not take labels itself.
         self.label_names = self.label_names or ["labels"]  # type: ignore[has-type]
 
+        # Student
+        if args.freeze_backbone and train_dataset is not None:
+            self._freeze_backbone()
+
         # Data
         self.class_counts: np.ndarray | None = None
         if class_counts is not None:
@@ -197,15 +202,37 @@ class BKDTrainer(Trainer):
             loss = ce = ce / self._mean_weight(labels, num_items_in_batch)
             kd = None
             classification_weight, distillation_weight = mixture(self.args, self._epochs_trained())
-            if self.teacher_model is not None and self._distillation_loss is not None and distillation_weight:
-                teacher_logits = self.teacher_model(**teacher_inputs)
-                self._watch(teacher_logits)
-                kd = self._distillation_loss(outputs.logits, teacher_logits, labels, self.class_weights)
+            if self.teacher_model is not None and distillation_weight:
+                kd = self._distil(outputs.logits, self.teacher_model, teacher_inputs, labels)
                 loss = classification_weight * ce + distillation_weight * kd
             self._add_loss_parts(labels != IGNORE_INDEX, ce_loss=ce, kd_loss=kd)
 
         loss = self._share_of_mean(loss, labels != IGNORE_INDEX, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _distil(
+        self, student_logits: torch.Tensor, teacher: FrozenTeacher, inputs: dict[str, Any], labels: torch.Tensor
+    ) -> torch.Tensor:
+        """B values of the distillation loss.
+
+        Where the teacher does not know all classes, it is a loss between distributions over those that it knows, and
+        examples of the others have none: nothing is taught about a class that the teacher has no idea of.
+        """
+        assert self._distillation_loss is not None  # or the teacher would have been refused
+        teacher_logits, weights, known = teacher(**inputs), self.class_weights, teacher.known_classes
+        if known is not None:
+            student_logits, teacher_logits = student_logits[:, known], teacher_logits[:, known]
+            weights = None if weights is None else weights[known]
+            labels = self._among(known, labels)
+        self._watch(teacher_logits)
+        losses = self._distillation_loss(student_logits, teacher_logits, labels, weights)
+        return losses if known is None else torch.where(labels == IGNORE_INDEX, 0.0, losses)
+
+    @staticmethod
+    def _among(classes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Number labels by their place among some classes; −100 for all others."""
+        places = (labels[:, None] == classes).int()
+        return torch.where(places.any(dim=1), places.argmax(dim=1), IGNORE_INDEX)
 
     @property
     def class_weights(self) -> torch.Tensor | None:
@@ -434,6 +461,45 @@ class BKDTrainer(Trainer):
             kwargs["momentum"] = args.momentum
         return optimizer_cls, kwargs
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer as `Trainer`; the head gets its own learning rate, if one is given."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.head_learning_rate is not None:
+            head = {id(parameter) for module in self._head().values() for parameter in module.parameters()}
+            groups = []
+            for group in optimizer.param_groups:
+                for in_head, rate in ((False, group["lr"]), (True, self.args.head_learning_rate)):
+                    parameters = [p for p in group["params"] if (id(p) in head) == in_head]
+                    groups += [{**group, "params": parameters, "lr": rate}] if parameters else []
+            optimizer.param_groups = groups
+        return optimizer
+
+    def _head(self) -> dict[str, nn.Module]:
+        head = head_modules(self.model)
+        if not head:
+            raise ValueError(
+                f"--freeze_backbone and --head_learning_rate need a model whose head can be told from the rest, which "
+                f"{type(self.model).__name__} is not: call it `classifier`."
+            )
+        return head
+
+    def _freeze_backbone(self) -> None:
+        """Train the head alone, with the rest in evaluation mode: not even statistics of BatchNorm change."""
+        head = self._head()
+        self.model.requires_grad_(False)
+        for module in head.values():
+            module.requires_grad_(True)
+
+        def keep_in_evaluation_mode(model: nn.Module, _: Any) -> None:
+            if model.training:
+                for module in model.children():
+                    module.eval()
+                for module in head.values():
+                    module.train()
+
+        self.model.register_forward_pre_hook(keep_in_evaluation_mode)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that decay: all with `decay_all_parameters`, else as in `Trainer`."""
         if self.args.decay_all_parameters:
@@ -575,7 +641,7 @@ class BKDTrainer(Trainer):
     def _check_numbers_of_classes(self) -> None:
         numbers = {
             "student": num_labels(self.model),
-            "teacher": num_labels(self.teacher_model.model) if self.teacher_model is not None else None,
+            "teacher": self.teacher_model.num_classes if self.teacher_model is not None else None,
             "class counts": None if self.class_counts is None else len(self.class_counts),
         }
         known = {name: number for name, number in numbers.items() if number is not None}

@@ -24,6 +24,7 @@ from transformers.utils import logging
 from .data import IMAGE_COLUMN, LABEL_COLUMN, class_counts, labels_of
 from .errors import InputError
 from .randomness import hash_uniform
+from .views import Rendering, output_size, same_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +51,9 @@ _CROP_ATTEMPTS = 10
 class ImageDataset(torch.utils.data.Dataset):
     """A labelled image data set as a model takes it: `{"pixel_values": 3×H×W float32, "labels": int}`.
 
+    Given the processor of a teacher that takes other pixels, there are `"teacher_pixel_values"` too: the same view of
+    the image, the same crop and the same flip, at the teacher's size and in its numbers.
+
     Batches are transformed as one array, so that it is fast to fetch many examples at a time (`__getitems__`, which
     torch's `DataLoader` uses).
 
@@ -65,9 +69,11 @@ class ImageDataset(torch.utils.data.Dataset):
             `"auto"`: in memory if the images take less than a quarter of what is free.
         train_transform: Called with each PIL image (RGB) instead of all augmentation and normalisation; returns a
             3×H×W tensor. Whether it gives the same pixels after a resume is then up to it.
+        teacher_processor: The teacher's image processor; without effect if it gives the same pixels as `processor`.
 
     Raises:
-        InputError: If an argument is unknown, an image cannot be decoded, or the processor gives no fixed size.
+        InputError: If an argument is unknown, an image cannot be decoded, a processor gives no fixed size, or a
+            `train_transform` is to make pixels for a teacher with another processor.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class ImageDataset(torch.utils.data.Dataset):
         data_seed: int = 0,
         cache_images: CacheImages = "auto",
         train_transform: Callable[[Image.Image], torch.Tensor] | None = None,
+        teacher_processor: BaseImageProcessor | None = None,
     ):
         if augmentation not in AUGMENTATIONS:
             raise InputError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}.")
@@ -93,28 +100,40 @@ class ImageDataset(torch.utils.data.Dataset):
         self.data_seed = data_seed
         self.train_transform = train_transform
         self._encoded = dataset.select_columns([IMAGE_COLUMN]).cast_column(IMAGE_COLUMN, datasets.Image(decode=False))
-        self._processor = processor
-        self._scale, self._shift = _normalisation(processor)
-        self.height, self.width = output_size(processor)
+        student = Rendering(processor)
+        self._renderings = {"pixel_values": student}
+        if teacher_processor is not None and not same_pixels(processor, teacher_processor):
+            if train_transform is not None:
+                raise InputError(
+                    "train_transform makes the student's pixels alone, but the teacher's image processor gives "
+                    "others: use an augmentation of ImageDataset, or a teacher with the same processor."
+                )
+            self._renderings["teacher_pixel_values"] = Rendering(teacher_processor, region_of=student)
         # In shared memory, so that workers that stay alive between epochs see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
         # What is cached: images at the model's size, or originals where each view is cut out of the original anew.
         self._needs_originals = train_transform is not None or augmentation == "random_resized_crop"
-        self._cache: np.ndarray | list[np.ndarray] | None = None
+        self._originals: list[np.ndarray] | None = None
+        self._views: dict[str, np.ndarray] = {}
         if len(self) and self._should_cache(cache_images):
             indices = logging.tqdm(range(len(self)), desc="Decoding images", leave=False)
             if self._needs_originals:
-                self._cache = [np.asarray(_decode_example(self._encoded, index)) for index in indices]
+                self._originals = [np.asarray(_decode_example(self._encoded, index)) for index in indices]
             else:
-                self._cache = np.empty((len(self), self.height, self.width, 3), dtype=np.uint8)
+                self._views = {
+                    name: np.empty((len(self), rendering.height, rendering.width, 3), dtype=np.uint8)
+                    for name, rendering in self._renderings.items()
+                }
                 for index in indices:
-                    self._cache[index] = self._fixed_size_view(index)
+                    image = _decode_example(self._encoded, index)
+                    for name, rendering in self._renderings.items():
+                        self._views[name][index] = rendering.view(image)
 
     @property
     def in_memory(self) -> bool:
         """Whether all images are decoded; if not, they are each time they are seen."""
-        return self._cache is not None
+        return bool(self._views) or self._originals is not None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation the next examples get."""
@@ -129,21 +148,22 @@ class ImageDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """Return the examples of these indices; `i + r · len(self)` is image i augmented for the r-th time."""
         repetitions, images = np.divmod(np.asarray(indices), len(self))
-        pixel_values = self._pixel_values(images, repetitions)
+        pixels = self._pixels(images, repetitions)
         return [
-            {"pixel_values": pixels, "labels": label}
-            for pixels, label in zip(pixel_values, self.labels[images].tolist(), strict=True)
+            {**{name: values[i] for name, values in pixels.items()}, "labels": label}
+            for i, label in enumerate(self.labels[images].tolist())
         ]
 
     # ---- Views ----------------------------------------------------------------------------------------------------
 
-    def _pixel_values(self, indices: np.ndarray, repetitions: np.ndarray) -> torch.Tensor:
+    def _pixels(self, indices: np.ndarray, repetitions: np.ndarray) -> dict[str, torch.Tensor]:
         if self.train_transform is not None:
-            return torch.stack([self.train_transform(self._original(index)) for index in indices.tolist()])
-        return self._normalise(self._augmented_views(indices, repetitions))
+            return {"pixel_values": torch.stack([self.train_transform(self._original(i)) for i in indices.tolist()])}
+        views = self._views_of(indices, repetitions)
+        return {name: rendering.normalise(views[name]) for name, rendering in self._renderings.items()}
 
-    def _augmented_views(self, indices: np.ndarray, repetitions: np.ndarray) -> np.ndarray:
-        """B×H×W×3 bytes."""
+    def _views_of(self, indices: np.ndarray, repetitions: np.ndarray) -> dict[str, np.ndarray]:
+        """B×H×W×3 bytes for each model, of one and the same view of each image."""
         if self.augmentation == "none":
             return self._fixed_size_views(indices)
         num_draws = 3 if self.augmentation == "pad_crop" else 1 + 4 * _CROP_ATTEMPTS
@@ -151,48 +171,38 @@ class ImageDataset(torch.utils.data.Dataset):
         draws = hash_uniform(self.data_seed, int(self._epoch), counters, np.arange(num_draws))
         mirrored = (draws[:, 0] < 0.5) & self.horizontal_flip
         if self.augmentation == "pad_crop":
-            return shift_and_flip(self._fixed_size_views(indices), draws[:, 1:], mirrored)
-        return np.stack(
-            [
-                self._random_resized_crop(self._original(index), draw[1:], flip)
-                for index, draw, flip in zip(indices.tolist(), draws, mirrored, strict=True)
-            ]
-        )
+            student = self._renderings["pixel_values"]
+            shifts = draw_shifts(draws[:, 1:], student.height, student.width)
+            return {
+                name: shift_and_flip(views, shifts, mirrored)
+                for name, views in self._fixed_size_views(indices).items()
+            }
+        images = [self._original(index) for index in indices.tolist()]
+        boxes = [random_resized_crop_box(*image.size, draw[1:]) for image, draw in zip(images, draws, strict=True)]
+        return {
+            name: np.stack([rendering.part(*view) for view in zip(images, boxes, mirrored, strict=True)])
+            for name, rendering in self._renderings.items()
+        }
 
-    def _random_resized_crop(self, image: Image.Image, draws: np.ndarray, mirrored: bool) -> np.ndarray:
-        box = random_resized_crop_box(image.width, image.height, draws)
-        view = image.resize((self.width, self.height), self._processor.resample, box=box)
-        if mirrored:
-            view = ImageOps.mirror(view)
-        pixels = np.asarray(view)
-        return pixels[:, :, ::-1] if getattr(self._processor, "do_flip_channel_order", False) else pixels
-
-    def _fixed_size_views(self, indices: np.ndarray) -> np.ndarray:
-        if isinstance(self._cache, np.ndarray):
-            return self._cache[indices]
-        return np.stack([self._fixed_size_view(index) for index in indices.tolist()])
-
-    def _fixed_size_view(self, index: int) -> np.ndarray:
-        """H×W×3 bytes: what the processor makes of the image, before its arithmetic."""
-        return _geometry(self._processor, _decode_example(self._encoded, index))
+    def _fixed_size_views(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        if self._views:
+            return {name: views[indices] for name, views in self._views.items()}
+        images = [_decode_example(self._encoded, index) for index in indices.tolist()]
+        return {
+            name: np.stack([rendering.view(image) for image in images]) for name, rendering in self._renderings.items()
+        }
 
     def _original(self, index: int) -> Image.Image:
-        return (
-            Image.fromarray(self._cache[index])
-            if isinstance(self._cache, list)
-            else _decode_example(self._encoded, index)
-        )
-
-    def _normalise(self, views: np.ndarray) -> torch.Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(views)).to(torch.float32)
-        return pixels.mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
+        if self._originals is not None:
+            return Image.fromarray(self._originals[index])
+        return _decode_example(self._encoded, index)
 
     # ---- Storage --------------------------------------------------------------------------------------------------
 
     def _should_cache(self, cache_images: CacheImages) -> bool:
         if cache_images != "auto":
             return cache_images == "memory"
-        bytes_per_image = 3.0 * self.height * self.width
+        bytes_per_image = 3.0 * sum(r.height * r.width for r in self._renderings.values())
         if self._needs_originals:
             sample = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int)
             bytes_per_image = 3 * float(
@@ -205,27 +215,6 @@ class ImageDataset(torch.utils.data.Dataset):
 def default_augmentation(processor: BaseImageProcessor) -> Augmentation:
     """The usual augmentation for a model's image size: `"pad_crop"` up to 64 pixels, `"random_resized_crop"` above."""
     return "pad_crop" if max(output_size(processor)) <= SMALL_IMAGE_SIZE else "random_resized_crop"
-
-
-def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of the images that a processor gives.
-
-    Raises:
-        InputError: If they depend on the image.
-    """
-    sizes = {_geometry(processor, Image.new("RGB", size)).shape[:2] for size in ((96, 64), (64, 96))}
-    if len(sizes) != 1:
-        raise InputError(
-            f"The image processor ({type(processor).__name__}) gives images of different sizes, which do not fit into "
-            "a batch: set a fixed size (height and width) or a centre crop in its preprocessor_config.json."
-        )
-    return sizes.pop()
-
-
-def same_pixels(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
-    """Whether two processors make images of the same size, normalised in the same way."""
-    arithmetic = (torch.cat(_normalisation(first)), torch.cat(_normalisation(second)))
-    return output_size(first) == output_size(second) and torch.allclose(*arithmetic, rtol=1e-4, atol=1e-6)
 
 
 def decode_image(stored: dict[str, Any]) -> Image.Image:
@@ -268,27 +257,43 @@ def channel_statistics(dataset: datasets.Dataset, max_images: int = 4096) -> tup
     return mean.round(4).tolist(), std.round(4).tolist()
 
 
-def shift_and_flip(images: np.ndarray, draws: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Pad with zeros by an eighth of the size, crop back at random, mirror some.
+def draw_shifts(draws: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Turn random numbers into shifts by whole pixels, up to an eighth of the size in each direction.
+
+    Args:
+        draws: B×2 numbers in [0, 1): vertically and horizontally.
+        height: Of the images, in pixels.
+        width: Of the images, in pixels.
+
+    Returns:
+        B×2 shifts of the window over the image (down and to the right), as shares of height and width.
+    """
+    sizes = np.array([height, width])
+    pads = np.array([round(height / 8), round(width / 8)])
+    return ((draws * (2 * pads + 1)).astype(np.int64) - pads) / sizes
+
+
+def shift_and_flip(images: np.ndarray, shifts: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """Move the window over images, which are zero outside, and mirror some.
 
     Args:
         images: B×H×W×C bytes.
-        draws: B×2 numbers in [0, 1): where the crop lies, vertically and horizontally.
+        shifts: B×2 shares of height and width by which the window is moved down and to the right, rounded to whole
+            pixels: images of another size, moved by the same shares, show the same.
         mirrored: B booleans.
 
     Returns:
         B×H×W×C bytes.
     """
     batch, height, width, _ = images.shape
-    pad_rows, pad_columns = round(height / 8), round(width / 8)
+    down, right = np.rint(shifts * np.array([height, width])).astype(np.int64).T
+    pad_rows, pad_columns = int(np.abs(down).max(initial=0)), int(np.abs(right).max(initial=0))
     padded = np.pad(images, ((0, 0), (pad_rows, pad_rows), (pad_columns, pad_columns), (0, 0)))
-    top = (draws[:, 0] * (2 * pad_rows + 1)).astype(np.int64)
-    left = (draws[:, 1] * (2 * pad_columns + 1)).astype(np.int64)
     columns = np.where(mirrored[:, None], np.arange(width)[::-1], np.arange(width))
     return padded[
         np.arange(batch)[:, None, None],
-        (top[:, None] + np.arange(height))[:, :, None],
-        (left[:, None] + columns)[:, None, :],
+        (down[:, None] + pad_rows + np.arange(height))[:, :, None],
+        (right[:, None] + pad_columns + columns)[:, None, :],
     ]
 
 
@@ -315,19 +320,3 @@ def random_resized_crop_box(width: int, height: int, draws: np.ndarray) -> tuple
     crop_height = min(height, max(1, round(width / _CROP_ASPECT_RATIO[0])))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
-
-
-def _geometry(processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:
-    """H×W×3 bytes after the processor's own resizing and cropping."""
-    processed = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-    return np.moveaxis(np.asarray(processed), 0, -1).astype(np.uint8)
-
-
-def _normalisation(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift of each channel that turn a byte into what the processor would make of it."""
-    factor = processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0
-    mean, std = np.zeros(3), np.ones(3)
-    if getattr(processor, "do_normalize", False):
-        mean, std = np.broadcast_to(processor.image_mean, 3), np.broadcast_to(processor.image_std, 3)
-    scale, shift = factor / std, -mean / std
-    return torch.tensor(scale, dtype=torch.float32), torch.tensor(shift, dtype=torch.float32)

@@ -226,31 +226,6 @@ def test_given_teacher_is_used_as_it_is(finished, tmp_path):
     assert not (tmp_path / "run" / "teacher").exists()
 
 
-def test_teacher_of_other_classes_is_refused(tmp_path):
-    load_classifier("cifar-resnet-8", ["cat", "dog"]).save_pretrained(tmp_path / "pets")
-    load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "pets")
-    output = refused(
-        *QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(tmp_path / "pets")
-    )
-    assert "has 2 classes, digits has 10" in output
-
-
-def test_teacher_with_its_classes_in_another_order_is_refused(finished, tmp_path):
-    teacher = Path(shutil.copytree(finished / "teacher", tmp_path / "teacher"))
-    settings = json.loads((teacher / "config.json").read_text())
-    settings["id2label"]["0"], settings["id2label"]["1"] = settings["id2label"]["1"], settings["id2label"]["0"]
-    (teacher / "config.json").write_text(json.dumps(settings))
-    output = refused(*QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(teacher))
-    assert "class 0 is '1' there, '0' in the data" in output
-
-
-def test_teacher_with_another_preprocessing_is_refused(finished, tmp_path):
-    teacher = Path(shutil.copytree(finished / "teacher", tmp_path / "teacher"))
-    load_processor("cifar-resnet-8", image_size=16, image_mean=[0.9] * 3).save_pretrained(teacher)
-    output = refused(*QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(teacher))
-    assert "takes images of another size, mean or standard deviation" in output
-
-
 # ---- Methods
 
 

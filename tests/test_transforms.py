@@ -14,7 +14,14 @@ from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from bkd_hf import ImageDataset, InputError, default_augmentation, load_image_dataset
 from bkd_hf.randomness import hash_uniform
-from bkd_hf.transforms import channel_statistics, decode_image, output_size, random_resized_crop_box, shift_and_flip
+from bkd_hf.transforms import (
+    channel_statistics,
+    decode_image,
+    draw_shifts,
+    random_resized_crop_box,
+    shift_and_flip,
+)
+from bkd_hf.views import output_size
 
 
 def vit_processor(size: int = 16, **kwargs) -> ViTImageProcessorPil:
@@ -96,10 +103,10 @@ def test_persistent_workers_see_the_epoch():
 
 def test_shift_and_flip_by_hand():
     image = np.arange(8 * 8, dtype=np.uint8).reshape(1, 8, 8, 1) + 1
-    centre = np.array([[0.5, 0.5]])
+    centre = draw_shifts(np.array([[0.5, 0.5]]), 8, 8)
     assert np.array_equal(shift_and_flip(image, centre, np.array([False])), image)
     assert np.array_equal(shift_and_flip(image, centre, np.array([True])), image[:, :, ::-1])
-    corner = shift_and_flip(image, np.array([[0.0, 0.999]]), np.array([False]))[0, :, :, 0]
+    corner = shift_and_flip(image, draw_shifts(np.array([[0.0, 0.999]]), 8, 8), np.array([False]))[0, :, :, 0]
     assert (corner[0] == 0).all()  # one row of padding from above
     assert (corner[:, -1] == 0).all()  # one column from the right
     assert np.array_equal(corner[1:, :-1], image[0, :-1, 1:, 0])

@@ -1,0 +1,140 @@
+"""How one image processor renders an image: which part of it, at what size, in which numbers.
+
+The processor's own code is asked, not imitated: its arithmetic is measured on black and white, and undone to get the
+bytes that it works on; which part of an image it keeps is read off coordinates that were sent through it. So every
+processor that resizes, crops, and maps bytes to numbers channel by channel is understood, whatever its options are.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import PILImageResampling
+
+from .errors import InputError
+
+#: Left, top, right, bottom, in pixels of the image, not necessarily whole.
+Box = tuple[float, float, float, float]
+
+_PROBES = ((96, 64), (64, 96), (80, 80))  # width, height
+
+
+class Rendering:
+    """What a model sees of an image.
+
+    Args:
+        processor: The model's image processor.
+        region_of: Another rendering, whose part of the image is shown instead of the processor's own choice. Without
+            effect if both choose the same.
+
+    Raises:
+        InputError: If the processor gives images of different sizes.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, region_of: Rendering | None = None):
+        self.processor = processor
+        self.height, self.width = output_size(processor)
+        self._resample = getattr(processor, "resample", None) or PILImageResampling.BILINEAR
+        self._flips_channels = bool(getattr(processor, "do_flip_channel_order", False))
+        self._scale, self._shift = _arithmetic(processor)
+        self._region_of = region_of if region_of is not None and not self._shows_the_same(region_of) else None
+
+    def view(self, image: Image.Image) -> np.ndarray:
+        """H×W×3 bytes: what the processor makes of the image, before its arithmetic."""
+        if self._region_of is None:
+            return self._bytes(image)
+        return self.part(image, self._region_of.region(*image.size))
+
+    def part(self, image: Image.Image, box: Box, mirrored: bool = False) -> np.ndarray:
+        """H×W×3 bytes: a part of the image at the model's size, interpolated as the processor does."""
+        view = image.resize((self.width, self.height), self._resample, box=box)
+        if mirrored:
+            view = ImageOps.mirror(view)
+        pixels = np.asarray(view)
+        return pixels[:, :, ::-1] if self._flips_channels else pixels
+
+    def normalise(self, views: np.ndarray) -> torch.Tensor:
+        """B×H×W×3 bytes to B×3×H×W float32, by the processor's arithmetic."""
+        pixels = torch.from_numpy(np.ascontiguousarray(views)).to(torch.float32)
+        return pixels.mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 (renderings live as long as their data set)
+    def region(self, width: int, height: int) -> Box:
+        """The part that the processor shows of an image of this size."""
+        coordinates = np.zeros((height, width, 3))
+        coordinates[:, :, 0] = np.linspace(0, 255, width)
+        coordinates[:, :, 1] = np.linspace(0, 255, height)[:, None]
+        seen = self._bytes(Image.fromarray(coordinates.round().astype(np.uint8))).astype(float)
+        if self._flips_channels:
+            seen = seen[:, :, ::-1]
+        left, right = _ends(seen[:, :, 0].mean(axis=0), width)
+        top, bottom = _ends(seen[:, :, 1].mean(axis=1), height)
+        return left, top, right, bottom
+
+    def _bytes(self, image: Image.Image) -> np.ndarray:
+        """H×W×3 bytes after the processor's own resizing and cropping."""
+        pixels = np.moveaxis(_pixel_values(self.processor, image), 0, -1)
+        return np.rint((pixels - self._shift.numpy()) / self._scale.numpy()).clip(0, 255).astype(np.uint8)
+
+    def _shows_the_same(self, other: Rendering) -> bool:
+        return all(
+            np.allclose(self.region(*size), other.region(*size), rtol=0, atol=0.01 * max(size)) for size in _PROBES
+        )
+
+
+def same_pixels(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
+    """Whether two processors make the same numbers of the same image."""
+    generator = np.random.default_rng(0)
+    for width, height in _PROBES:
+        image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        ours, theirs = _pixel_values(first, image), _pixel_values(second, image)
+        if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+            return False
+    return True
+
+
+def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of the images that a processor gives.
+
+    Raises:
+        InputError: If they depend on the image.
+    """
+    sizes = {_pixel_values(processor, Image.new("RGB", size)).shape[1:] for size in _PROBES}
+    if len(sizes) != 1:
+        raise InputError(
+            f"The image processor ({type(processor).__name__}) gives images of different sizes, which do not fit into "
+            "a batch: set a fixed size (height and width) or a centre crop in its preprocessor_config.json."
+        )
+    return sizes.pop()
+
+
+def _pixel_values(processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:
+    """3×H×W, as the processor gives them."""
+    return np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])
+
+
+def _arithmetic(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of each channel that turn a byte into what the processor would make of it."""
+    black, white = (
+        np.asarray(
+            processor(images=[Image.new("RGB", _PROBES[0], (byte,) * 3)], return_tensors="np")["pixel_values"][0]
+        )
+        for byte in (0, 255)
+    )
+    shift = black.mean(axis=(1, 2), dtype=np.float64)
+    scale = (white.mean(axis=(1, 2), dtype=np.float64) - shift) / 255
+    return torch.tensor(scale, dtype=torch.float32), torch.tensor(shift, dtype=torch.float32)
+
+
+def _ends(values: np.ndarray, length: int) -> tuple[float, float]:
+    """Where a line of pixels, each holding its coordinate (0 to 255 over `length`), begins and ends."""
+    margin = values.size // 8  # interpolation bends the coordinates at the borders of the image
+    inside = np.arange(margin, values.size - margin)
+    if length < 2 or inside.size < 2:
+        return 0.0, float(length)
+    slope, start = np.polyfit(inside + 0.5, values[inside] / 255 * (length - 1) + 0.5, 1)
+    return float(max(0.0, start)), float(min(length, start + slope * values.size))

@@ -22,7 +22,7 @@ from .arguments import RunArguments, parse_arguments
 from .config import BKDConfig
 from .errors import InputError
 from .methods import METHODS
-from .pipeline import run_state
+from .pipeline import options_of_teacher_alone, run_state
 from .results import load_results
 
 _TIMED_STEPS = 24
@@ -110,6 +110,14 @@ def plan_cells(
         teacher = cell(preset.teacher, seed) if preset.distillation_loss != "none" else None
         return Cell(method, seed, output_dir / method / f"seed{seed}", script, tuple(options), teacher)
 
+    for method in dict.fromkeys(methods):
+        arguments = Cell(method, seeds[0], output_dir, script, tuple(options)).parse()
+        if arguments.model.teacher_model_name_or_path is not None or options_of_teacher_alone(arguments):
+            raise InputError(
+                "The section `teacher:` of --config cannot be used in a comparison: the teacher of a seed is that "
+                "seed's ce cell. Take it out."
+            )
+
     planned: dict[str, Cell] = {}
     for seed in seeds:
         for method in methods:
@@ -171,11 +179,13 @@ class CellRunner:
                             running[executor.submit(self._run_cell, cell, slots)] = cell
                     for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                         cell = running.pop(future)
-                        if future.result() == 0:
+                        code = future.result()
+                        if code == 0:
                             done.add(cell.name)
                             outcome = f"finished. {_summary(cell)}"
                         else:
-                            outcome = f"failed: {_last_error(self._log(cell))} (log: {self._log(cell)})"
+                            why = f"killed by signal {-code}" if code < 0 else _last_error(self._log(cell))
+                            outcome = f"failed: {why} (exit code {code}, log: {self._log(cell)})"
                             failures[cell.name] = f"{cell.name}: {outcome}"
                         num_left = len(todo) + len(running)
                         elapsed = time.monotonic() - started

@@ -30,8 +30,7 @@ METRICS = {
 #: Methods that the others are compared with, seed by seed.
 BASELINES = ("ce", "kd")
 _CONFIDENCE = 0.95
-# Of a training; what may differ between the cells of a table without a word.
-_MAY_DIFFER = {"seed", "data_seed", "num_threads"}
+_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ class Comparison:
         sources: Where each is from, for messages.
 
     Raises:
-        InputError: If there are none, two are of the same method and seed, or they are of different images.
+        InputError: If there are none, two of the same method and seed differ, the seeds of a method were run with
+            different options, or they are of different images.
     """
 
     def __init__(self, cells: Sequence[dict[str, Any]], sources: Sequence[str] | None = None):
@@ -90,18 +90,29 @@ class Comparison:
         names = list(sources or (f"results {number}" for number in range(len(cells))))
         self.cells: dict[str, dict[int, dict[str, Any]]] = {}
         found: dict[tuple[str, int], str] = {}
+        self.data = cells[0]["data"]
         for results, source in zip(cells, names, strict=True):
             key = (results["method"], results["seed"])
-            if key in found:
-                raise InputError(f"{found[key]} and {source} are both {key[0]} with seed {key[1]}: keep one of them.")
-            found[key] = source
+            other = self.cells.get(key[0], {}).get(key[1])
+            if other is not None and other["student"]["metrics"] != results["student"]["metrics"]:
+                raise InputError(
+                    f"{found[key]} and {source} are both {key[0]} with seed {key[1]}, with different results: keep "
+                    "one of them."
+                )
+            found.setdefault(key, source)
             self.cells.setdefault(key[0], {})[key[1]] = results
-        self.data = cells[0]["data"]
         for results, source in zip(cells, names, strict=True):
             if any(results["data"][part] != self.data[part] for part in ("fingerprint", "eval_fingerprint")):
                 raise InputError(
                     f"{names[0]} and {source} are of different images (data set, ratio or split): a comparison would "
                     "tell nothing."
+                )
+        for method, seeds in self.cells.items():
+            differing = _differing_options(list(seeds.values()), within_a_method=True)
+            if differing:
+                raise InputError(
+                    f"The seeds of {method} were not run with the same options, so they have no common mean: "
+                    f"{_listed(differing)}. Leave out what does not belong there."
                 )
         order = {name: number for number, name in enumerate(METHODS)}
         self.methods = sorted(self.cells, key=lambda name: (order.get(name.partition(" ")[0], len(order)), name))
@@ -131,6 +142,12 @@ class Comparison:
     def num_seeds(self, method: str) -> int:
         """How many seeds a method has."""
         return len(self.cells[method])
+
+    def adjusts_itself(self, method: str) -> bool:
+        """Whether a method corrects for the class frequencies while training, by loss, weights or sampler."""
+        options = next(iter(self.cells[method].values()))["options"]["training"]
+        parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
+        return any(options.get(part) in _CORRECTING for part in parts)
 
     def baselines(self) -> list[str]:
         """The baselines that are among the methods."""
@@ -168,7 +185,7 @@ def save_comparison(comparison: Comparison, folder: str | os.PathLike[str], note
     Args:
         comparison: What to write.
         folder: Where to; made if it is not there.
-        notes: Lines for the end of the Markdown, e.g. cells that failed.
+        notes: Lines for the top of the Markdown, e.g. cells that failed, or the command.
 
     Returns:
         The paths written.
@@ -187,10 +204,14 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
     """Return the tables as Markdown."""
     data, shown = comparison.data, _shown_metrics(comparison)
     counts = data["class_counts"]
+    if comparison.differing_options:
+        differing = _listed(comparison.differing_options)
+        notes = [f"**Not all methods were run with the same options**: {differing}.", *notes]
     parts = [
         f"# Methods compared on {data['name']}",
         f"{data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to {min(counts):,} "
         f"each; {data['num_eval_images']:,} test images. {_how(comparison)}",
+        *notes,
         "Accuracy and expected calibration error (ECE) in %, last epoch, never the best on the test set; mean ± "
         "standard deviation (n − 1) over n seeds.",
         _table(
@@ -220,23 +241,19 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
     adjusted = [
         [method, comparison.num_seeds(method), *(comparison.estimate(method, metric, True) for metric in shown)]
         for method in comparison.methods
-        if comparison.estimate(method, "overall", post_hoc=True)
+        if not comparison.adjusts_itself(method) and comparison.estimate(method, "overall", post_hoc=True)
     ]
     if adjusted:
         taus = {r["student"]["post_hoc_metrics"]["tau"] for r in _all_cells(comparison) if _is_adjusted(r)}
         parts += [
             f"## After post-hoc logit adjustment (τ = {', '.join(f'{tau:g}' for tau in sorted(taus))})",
-            "The same models; the logarithm of the training frequencies is taken off their logits.",
+            "The same models; the logarithm of the training frequencies is taken off their logits. Methods that "
+            "correct for the frequencies while training would be corrected twice, and are left out (cells.csv has "
+            "them).",
             _table(["method", "n", *shown], adjusted),
         ]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
-    if comparison.differing_options:
-        parts.append(
-            "**Not all cells ran with the same options**: "
-            + "; ".join(f"`{name}` is {values}" for name, values in comparison.differing_options.items())
-            + "."
-        )
-    return "\n\n".join([*parts, *notes]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 # ---- Rows -----------------------------------------------------------------------------------------------------------
@@ -324,13 +341,35 @@ def _how(comparison: Comparison) -> str:
     )
 
 
-def _differing_options(cells: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Options beside the method's that are not the same in all cells, and their values."""
+def _differing_options(cells: Sequence[dict[str, Any]], within_a_method: bool = False) -> dict[str, list[str]]:
+    """Options that are not the same in all cells, and their values; across methods, beside those of the methods."""
     from .config import METHOD_OPTIONS  # loads transformers
+    from .pipeline import WITHOUT_INFLUENCE
 
-    may_differ = {*METHOD_OPTIONS, *_MAY_DIFFER, "teacher_model_name_or_path"}
+    may_differ = {*WITHOUT_INFLUENCE, "seed", "data_seed", "teacher_model_name_or_path"}
+    if not within_a_method:
+        may_differ |= {*METHOD_OPTIONS, "method of the teacher"}
     values: dict[str, set[str]] = {}
-    groups = [{**r["options"]["model"], **r["options"]["data"], **r["options"]["training"]} for r in cells]
+    groups = [
+        {
+            **results["options"]["model"],
+            **results["options"]["data"],
+            **results["options"]["training"],
+            "method of the teacher": (results.get("teacher") or {}).get("method"),
+            "images in a step": _effective_batch(results),
+        }
+        for results in cells
+    ]
     for name in sorted({name for options in groups for name in options} - may_differ):
-        values[name] = {str(options.get(name, "not given")) for options in groups}
-    return {name: " or ".join(sorted(found)) for name, found in values.items() if len(found) > 1}
+        values[name] = {str(options.get(name, "the default")) for options in groups}
+    return {name: sorted(found) for name, found in values.items() if len(found) > 1}
+
+
+def _effective_batch(results: dict[str, Any]) -> int:
+    options = results["options"]["training"]
+    per_device = options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)
+    return per_device * results["hardware"]["num_processes"]
+
+
+def _listed(differing: dict[str, list[str]]) -> str:
+    return "; ".join(f"`{name}` is {' or '.join(values)}" for name, values in differing.items())

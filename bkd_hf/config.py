@@ -196,6 +196,12 @@ class BKDConfig(TrainingArguments):
         ]
         return f"{self.method} ({', '.join(changed)})" if changed else self.method
 
+    def options_in_use(self) -> dict[str, Any]:
+        """All options, with those that the method does not look at as if they were not given."""
+        defaults = method_defaults(self.method)
+        unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
+        return {**self.to_dict(), **unused}
+
     @property
     def uses_step_decay(self) -> bool:
         """Whether the step-decay schedule replaces `lr_scheduler_type`."""
@@ -287,6 +293,11 @@ class BKDConfig(TrainingArguments):
                     f"--{name} {start:g} is never reached: training ends after {self.num_train_epochs:g} epochs, with "
                     "uniform weights throughout."
                 )
+        if self.distillation_loss == "dkd" and self.max_steps <= 0 and self.dkd_warmup_epochs > self.num_train_epochs:
+            messages.append(
+                f"--dkd_warmup_epochs {self.dkd_warmup_epochs} is longer than the training: dkd never gets its full "
+                f"weight in {self.num_train_epochs:g} epochs."
+            )
         if self.uses_step_decay:
             if str(self.lr_scheduler_type.value) != "linear" or self.warmup_steps:
                 messages.append(

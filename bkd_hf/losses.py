@@ -2,7 +2,8 @@
 
 Notation, as in the paper: ``z_s`` student logits, ``z_t`` teacher logits (both B×C), ``y`` labels, ``T`` the
 temperature, ``w`` the class weights. Every function returns the mean over the batch unless `reduction` says otherwise,
-works in float32 at least (float64 for float64 inputs), and sends no gradient to the teacher.
+works in float32 at least (float64 for float64 inputs), and sends no gradient to the teacher. A mean over no example,
+where all are ignored, is not a number.
 """
 
 from __future__ import annotations
@@ -94,9 +95,11 @@ def cross_entropy_loss(
 ) -> torch.Tensor:
     """Cross-entropy: instance-balanced, every example counting once whatever its class, unless weights are given.
 
-        CE = −w_y · log softmax(z)_y
+        CE = −w_y · Σ_c q_c · log softmax(z)_c,    q = (1 − ε) · 1_y + ε / C
 
-    With weights the mean divides by the sum of the labels' weights (Cui et al., 2019, arXiv 1901.05555).
+    ε is the label smoothing, so at its default of 0 that is −w_y · log softmax(z)_y. With weights the mean divides by
+    the sum of the labels' weights, as in torch; with weights and smoothing, torch weighs each term of the sum by its
+    own class instead of the whole by the label's.
 
     Args:
         logits: B×C.
@@ -125,17 +128,19 @@ def focal_loss(
     reduction: Reduction = "mean",
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Focal loss (Lin et al., 2017, arXiv 1708.02002, eq. 4), class-balanced with weights (Cui et al., 2019).
+    """Focal loss (Lin et al., 2017, arXiv 1708.02002, eq. 4).
 
         FL = (1 − p)^γ · ce,    ce = −w_y · log softmax(z)_y,    p = exp(−ce)
 
-    The weights enter before p is taken, and the mean divides by the number of examples, as in the code of Cao et al.
-    (2019) and of the paper.
+    Without weights p is the probability of the label. With weights this is the form in the public code of LDAM (Cao et
+    al., 2019) and BKD, not Cui et al.'s w_y · (1 − p)^γ · (−log p): the weights enter before p is taken, and the mean
+    divides by the number of examples.
 
     Args:
         logits: B×C.
         labels: B integers in [0, C); examples labelled −100 are ignored.
-        gamma: γ ≥ 0; 0 gives the cross-entropy.
+        gamma: γ ≥ 0; 0 gives the cross-entropy. The default is that of the long-tail literature (Cao et al., 2019);
+            Lin et al. use 2, for detection.
         reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
         class_weights: C positive weights; `None` for 1.
 
@@ -203,6 +208,8 @@ def balanced_softmax_loss(
 
         BS = CE(z + log n, y)
 
+    with CE as in [`cross_entropy_loss`], label smoothing included.
+
     Args:
         logits: B×C.
         labels: B integers in [0, C); examples labelled −100 are ignored.
@@ -232,7 +239,7 @@ def logit_adjustment_loss(
 
         LA = CE(z + τ · log π, y),    π_c = n_c / Σ_k n_k
 
-    τ = 1 is [`balanced_softmax_loss`].
+    with CE as in [`cross_entropy_loss`], label smoothing included. τ = 1 is [`balanced_softmax_loss`].
 
     Args:
         logits: B×C.

@@ -75,16 +75,18 @@ def classification_loss(
         options: The options.
         class_counts: C numbers of training images, where they are known.
         own: A user's loss instead, of logits and labels; its values are multiplied by the labels' weights.
+
+    Raises:
+        ValueError: When called, if the loss does not return one value per example.
     """
-    if own is not None:
 
-        def weighted(z: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
-            values = own(z, y)
-            return values * example_weights(y, w, like=values)
+    def values(z: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
+        if own is not None:
+            return _per_example("classification", own(z, y), y) * example_weights(y, w, like=z)
+        loss = CLASSIFICATION_LOSSES[options.classification_loss or "cross_entropy"]
+        return _per_example("classification", loss(options, z, y, class_counts, w), y)
 
-        return weighted
-    loss = CLASSIFICATION_LOSSES[options.classification_loss or "cross_entropy"]
-    return lambda z, y, w: loss(options, z, y, class_counts, w)
+    return values
 
 
 def distillation_loss(
@@ -98,9 +100,24 @@ def distillation_loss(
 
     Returns:
         The loss; `None` if the method has none.
+
+    Raises:
+        ValueError: When called, if the loss does not return one value per example.
     """
-    loss = DISTILLATION_LOSSES[options.distillation_loss or "none"]
-    return own or (functools.partial(loss, options) if loss else None)
+    named = DISTILLATION_LOSSES[options.distillation_loss or "none"]
+    loss = own or (functools.partial(named, options) if named else None)
+    if loss is None:
+        return None
+    return lambda z_s, z_t, y, w: _per_example("distillation", loss(z_s, z_t, y, w), y)
+
+
+def _per_example(kind: str, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if losses.shape != labels.shape:
+        raise ValueError(
+            f"The {kind} loss must return one value per example, shape {tuple(labels.shape)}; it returned shape "
+            f"{tuple(losses.shape)}. Leave the mean to the trainer, which takes it over the whole optimizer step."
+        )
+    return losses
 
 
 def mixture(options: BKDConfig, epoch: float) -> tuple[float, float]:

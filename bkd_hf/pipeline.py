@@ -57,7 +57,7 @@ RUN_NAME = "bkd_run.json"
 TEACHER_NAME = "bkd_teacher.json"
 
 # Options that change nothing in what a run computes; they may differ when it is continued.
-_WITHOUT_INFLUENCE = {
+WITHOUT_INFLUENCE = {
     "output_dir", "overwrite", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "report_to",
     "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub",
     "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "token",
@@ -328,7 +328,7 @@ def _train_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeache
             folder.mkdir(parents=True, exist_ok=True)
             save_json({"told": told}, folder / TEACHER_NAME)
         model = stage.load_model(arguments.model, arguments.model.model_revision if given is None else None)
-        record = {"told": told, "results": stage.train(model, None)}
+        record = {"told": told, "results": {**stage.train(model, None), "method": args.method_label}}
         if PartialState().is_main_process:
             save_json(record, folder / TEACHER_NAME)
     PartialState().wait_for_everyone()
@@ -384,19 +384,37 @@ def _use_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher,
     elif columns != list(range(len(class_names))):
         say(f"The teacher's outputs are put into the order of the data, by name ({len(columns)} of its classes).")
 
-    for alone in _options_of_teacher_alone(arguments):
+    for alone in options_of_teacher_alone(arguments):
         warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=2)
-    record = _read_json(Path(name) / TEACHER_NAME)
-    if record is not None and record["told"]["fingerprint"] != data["fingerprint"]:
+    trained_on, trained_by = _origin(Path(name))
+    if trained_on not in (None, data["fingerprint"]):
         warnings.warn(
             f"{option} was trained on other images (another data set, ratio or split) than the student will be.",
+            stacklevel=2,
+        )
+    method = arguments.training.method
+    if trained_by not in (None, METHODS[method].teacher):
+        warnings.warn(
+            f"{option} was trained by {trained_by}; the published teacher of {method} is trained by "
+            f"{METHODS[method].teacher}.",
             stacklevel=2,
         )
     teacher = load_teacher(name, columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
     results = stage.evaluate(teacher)
     _check_above_chance(option, results["metrics"], data, columns, options.force_teacher)
-    return teacher, results
+    return teacher, {**results, "method": trained_by}
+
+
+def _origin(folder: Path) -> tuple[str | None, str | None]:
+    """Fingerprint of the images, and method, that a model was trained with; `None` where nothing is known."""
+    record = _read_json(folder / TEACHER_NAME)
+    if record is not None:
+        return record["told"]["fingerprint"], record["told"]["training"].get("method")
+    results = _read_json(folder / RESULTS_NAME)
+    if results is not None and results.get("schema_version") == SCHEMA_VERSION:
+        return results["data"]["fingerprint"], results.get("method")
+    return None, None
 
 
 def _check_above_chance(
@@ -508,10 +526,10 @@ def run_state(arguments: RunArguments) -> str:
     if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
         return "new"
     if differences := _differences(record or {}, _told(arguments)):
+        teacher = f" (and that run's teacher, by --teacher_model_name_or_path {output_dir}/teacher)"
         raise InputError(
-            f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder (and that "
-            f"run's teacher, by --teacher_model_name_or_path {output_dir}/teacher), or --overwrite to delete that run "
-            "and start anew."
+            f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder"
+            f"{teacher if 'teacher' in content else ''}, or --overwrite to delete that run and start anew."
         )
     return "finished" if RESULTS_NAME in content else "interrupted"
 
@@ -532,8 +550,8 @@ def _told(arguments: RunArguments) -> dict[str, Any]:
     told = {
         "model": _influential(dataclasses.asdict(arguments.model)),
         "data": _influential(dataclasses.asdict(arguments.data)),
-        "training": _influential(arguments.training.to_dict()),
-        "teacher_training": _options_of_teacher_alone(arguments),
+        "training": _influential(arguments.training.options_in_use()),
+        "teacher_training": options_of_teacher_alone(arguments),
     }
     return json.loads(json.dumps(told))  # as it will be read back
 
@@ -546,14 +564,14 @@ def _delete_run(output_dir: Path) -> None:
 
 
 def _influential(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in _WITHOUT_INFLUENCE}
+    return {name: value for name, value in options.items() if name not in WITHOUT_INFLUENCE}
 
 
 def _influential_for_teacher(args: BKDConfig) -> dict[str, Any]:
     return {name: value for name, value in _influential(args.to_dict()).items() if name not in NOT_FOR_TEACHER}
 
 
-def _options_of_teacher_alone(arguments: RunArguments) -> dict[str, Any]:
+def options_of_teacher_alone(arguments: RunArguments) -> dict[str, Any]:
     """Options that were given for the teacher's training alone."""
     expected = _influential_for_teacher(arguments.training)
     expected |= method_defaults(METHODS[arguments.training.method].teacher)
@@ -697,7 +715,7 @@ def _warn_of_options_without_effect(arguments: RunArguments) -> None:
     if arguments.training.distillation_loss == "none":
         if teacher is not None:
             warn("teacher_model_name_or_path", f"--method {arguments.training.method} has no distillation loss")
-        for name in _options_of_teacher_alone(arguments):
+        for name in options_of_teacher_alone(arguments):
             warn(f"teacher_{name}", f"--method {arguments.training.method} has no distillation loss")
     if teacher is None or cifar_resnet_depth(teacher) is not None:
         for name in (

@@ -522,32 +522,37 @@ def plot_comparison(comparison: Comparison) -> Figure:
     ]
     methods = comparison.methods
     rows = -(-len(metrics) // 3)
-    size = (_WIDTH, 0.9 + rows * (0.8 + 0.24 * len(methods)))
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.2 + rows * (0.8 + 0.24 * len(methods))), dpi=_DPI, layout="constrained")
     all_axes = figure.subplots(rows, 3, squeeze=False, sharey=True).flat
     for axes, metric in itertools.zip_longest(all_axes, metrics):
         if metric is None:
             axes.set_axis_off()
             continue
+        lowest, highest = 100.0, 0.0
         for y, method in enumerate(methods):
             estimate = comparison.estimate(method, metric)
             if estimate is None:
                 continue
-            colour = _COLOURS["student"] if method.startswith("bkd") else _COLOURS["teacher"]
             values = list(comparison.values(method, metric).values())
             if len(values) > 1:
                 axes.plot(values, [y] * len(values), "o", color=_NEUTRAL, markersize=3, alpha=0.7, zorder=2)
-            axes.errorbar(
-                estimate.mean, y, xerr=estimate.std, fmt="D", color=colour, markersize=5, capsize=2, linewidth=1.2
-            )
+            colour = _COLOURS["student"] if method.startswith("bkd") else _COLOURS["teacher"]
+            style = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 2, "linewidth": 1.2}
+            axes.errorbar(estimate.mean, y, xerr=estimate.std, **style)
+            lowest, highest = min(lowest, *values), max(highest, *values)
         axes.set_title(f"{metric} (%)" + (", lower is better" if metric == "ECE" else ""), fontsize=_TEXT)
-        axes.set_yticks(range(len(methods)), [_shortened(m) for m in methods], fontsize=_SMALL, parse_math=False)
+        axes.set_yticks(range(len(methods)), [_shortened(m, 40) for m in methods], fontsize=_SMALL, parse_math=False)
         axes.set_ylim(len(methods) - 0.4, -0.6)
-        axes.margins(x=0.12)
+        room = max(0.15 * (highest - lowest), 2.0)
+        axes.set_xlim(max(-1.0, lowest - room), min(101.0, highest + room))
         _tidy(axes, grid=False)
         axes.grid(color="#dddddd", linewidth=0.6)
     seeds = sorted({comparison.num_seeds(method) for method in methods})
     number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    figure.supxlabel(
+        "diamond: mean over seeds; bar: its standard deviation; dots: the seeds" if seeds[-1] > 1 else "one seed",
+        x=0.01, ha="left", fontsize=_SMALL, color="#555555",
+    )  # fmt: skip
     figure.suptitle(
         f"Methods on {_shortened(comparison.data['name'], 40)}, {number} seed{'s' if seeds[-1] > 1 else ''} each",
         x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", parse_math=False,
@@ -571,8 +576,8 @@ def plot_teacher_and_student(comparison: Comparison) -> Figure:
     methods = [method for method in comparison.methods if _distilled(comparison, method)]
     columns = min(3, len(methods))
     rows = -(-len(methods) // columns)
-    figure = Figure(figsize=(max(4.0, _WIDTH * columns / 3), 0.9 + 2.7 * rows), dpi=_DPI, layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    figure = Figure(figsize=(max(5.5, _WIDTH * columns / 3), 1.3 + 2.7 * rows), dpi=_DPI, layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
     styles = {"many_shot": ("#0072B2", "o"), "medium_shot": ("#009E73", "s"), "few_shot": ("#D55E00", "^")}
     for axes, method in itertools.zip_longest(all_axes, methods):
         if method is None:
@@ -590,13 +595,15 @@ def plot_teacher_and_student(comparison: Comparison) -> Figure:
             axes.scatter(teacher[group], student[group], label=name.replace("_", "-"), **style)
         axes.set_title(_shortened(method), fontsize=_TEXT, parse_math=False)
         axes.set_xlim(-4, 104)
+        axes.set_xticks(range(0, 101, 20))
         _scale_to_percent(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=_SMALL)
-    figure.supxlabel("accuracy of the class, teacher (%)", fontsize=_TEXT)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=_SMALL)
+    for axes in figure.axes[-columns:]:
+        axes.set_xlabel("teacher (%)", fontsize=_TEXT)
     figure.supylabel("student (%)", fontsize=_TEXT)
     figure.suptitle(
-        f"Teacher and student, class by class: {_shortened(data['name'], 40)}",
+        f"Accuracy of each class: {_shortened(data['name'], 40)}",
         x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", parse_math=False,
     )  # fmt: skip
     return figure

@@ -14,8 +14,8 @@ Schema, version 1 (fractions for metrics, seconds for times; `null` where someth
     teacher, student    model, num_parameters, metrics (see `long_tail_metrics`), post_hoc_metrics (the same after
                         post-hoc logit adjustment, and its tau), confusions, and where it was trained in this run:
                         training {seconds, images_per_second, seconds_per_step, steps, epochs} and history (what was
-                        logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher is
-                        null where the method has none.
+                        logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher has
+                        its method too, where it is known, and is null where the student's method has none.
       confusions        [true class, predicted class, test images], the most frequent first (2,000 at most)
     versions            of Python and the libraries
     hardware            device, cpu_cores, cpu_threads, num_processes, precision

@@ -20,10 +20,15 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         description="Run methods × seeds, one process a cell, and tabulate what they reach. An interrupted comparison "
         "goes on with the same command. All other options (--config, --dataset_name, --bf16, …) go to run_bkd.py.",
         allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--methods", nargs="+", default=["ce", "kd", "bkd"], metavar="METHOD", help="Presets.")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="Training seeds.")
-    parser.add_argument("--output_dir", type=Path, help="Where cells, tables and figures go.")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="Where cells, tables and figures go; with --from its first folder if not given.",
+    )
     parser.add_argument("--launcher", default="", help='Put before the script: "accelerate launch --num_processes 2".')
     parser.add_argument("--jobs", type=int, default=1, help="Cells that run at the same time.")
     parser.add_argument("--dry_run", action="store_true", help="Show the plan, and how long it will take.")
@@ -66,8 +71,9 @@ def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int
     from bkd_hf.compare import load_comparison, save_comparison, to_markdown
 
     comparison = load_comparison(options.folders)
-    paths = save_comparison(comparison, options.output_dir, notes or [])
-    print(to_markdown(comparison, notes=notes or []))
+    notes = [*(notes or []), f"Made by `{shlex.join(['python', *sys.argv])}`."]
+    paths = save_comparison(comparison, options.output_dir, notes)
+    print(to_markdown(comparison, notes=notes))
     print("Written: " + ", ".join(map(str, paths)))
     return 0
 
@@ -93,9 +99,9 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"In all about {duration(sum(seconds.values()))}, one cell at a time.")
         return 0
     failures = runner.run(cells)
-    finished = [cell.folder / "results.json" for cell in cells if (cell.folder / "results.json").exists()]
-    if finished:
-        options.folders = finished
+    if any(cell.state() == "finished" for cell in cells):
+        # With the methods of earlier comparisons in the same folder.
+        options.folders = [options.output_dir]
         tabulate(options, [f"**Missing**: {line}" for line in failures])
     for line in failures:
         print(f"error: {line}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import shutil
 import subprocess
@@ -95,17 +96,44 @@ def test_cells_of_other_images_are_refused(cells):
 
 
 def test_the_same_cell_twice_is_refused(cells):
+    other = cell("ce", 0, 0.5)
     with pytest.raises(InputError, match="here and there are both ce with seed 0"):
-        Comparison([cells[0], cells[0]], ["here", "there"])
+        Comparison([cells[0], other], ["here", "there"])
+    # The same run, found twice (each comparison has its own copy of a teacher), counts once.
+    assert Comparison([cells[0], copy.deepcopy(cells[0])]).num_seeds("ce") == 1
+
+
+@pytest.mark.parametrize("name", ["num_train_epochs", "teacher"])
+def test_seeds_of_a_method_with_other_options_have_no_mean(cells, name):
+    if name == "teacher":
+        cells[4]["teacher"]["method"] = "balanced-softmax"
+        message = (
+            "The seeds of bkd were not run with the same options.*`method of the teacher` is None or balanced-softmax"
+        )
+    else:
+        cells[4]["options"]["training"][name] = 30
+        message = "`num_train_epochs` is 3 or 30"
+    with pytest.raises(InputError, match=message):
+        Comparison(cells)
 
 
 def test_other_options_are_pointed_out(cells):
-    cells[3]["options"]["training"]["num_train_epochs"] = 30
-    assert "Not all cells ran with the same options**: `num_train_epochs` is 3 or 30." in to_markdown(
-        Comparison(cells)
-    )
-    cells[3]["options"]["training"] = {"method": "bkd", "temperature": 4.0, "num_train_epochs": 3}
-    assert "Not all cells" not in to_markdown(Comparison(cells))
+    cells[6]["options"]["training"] |= {"num_train_epochs": 30, "disable_tqdm": True}
+    markdown = to_markdown(Comparison(cells))
+    assert "**Not all methods were run with the same options**: `num_train_epochs` is 3 or 30.\n" in markdown
+    cells[6]["options"]["training"] = {"method": "kd", "temperature": 4.0, "num_train_epochs": 3}
+    assert "Not all methods" not in to_markdown(Comparison(cells))
+
+
+def test_post_hoc_adjustment_is_not_applied_twice(cells):
+    for results in cells:
+        results["student"]["post_hoc_metrics"] = {"tau": 1.0, **results["student"]["metrics"]}
+        distils = results["method"] if results["method"] != "ce" else "none"
+        results["options"]["training"] |= {"classification_loss": "cross_entropy", "distillation_loss": distils}
+    adjusted = to_markdown(Comparison(cells)).split("## After post-hoc")[1]
+    assert "| ce |" in adjusted
+    assert "| kd |" in adjusted
+    assert "| bkd |" not in adjusted
 
 
 def test_files(cells, tmp_path):
@@ -122,7 +150,7 @@ def test_files(cells, tmp_path):
     assert "## Differences to `ce`" in markdown
     assert "| bkd | 3 | +11.0 [+4.4, +17.6] |" in markdown
     assert "## After post-hoc logit adjustment (τ = 1)" in markdown
-    assert markdown.rstrip().endswith("**Missing**: dkd seed 0")
+    assert markdown.index("**Missing**: dkd seed 0") < markdown.index("| ce |")
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
     row = next(row for row in rows if (row["method"], row["metric"]) == ("bkd", "overall"))
     assert (float(row["mean"]), float(row["difference_to_ce_mean"]), row["n"]) == (44.0, 11.0, "3")
@@ -271,7 +299,12 @@ def test_tables_from_results_alone(compared, tmp_path):
     output = compare("--from", tmp_path / "in", "--output_dir", tmp_path / "out")
     assert "| bkd | 2 |" in output
     markdown = (tmp_path / "out" / "comparison.md").read_text()
-    assert markdown.split("![")[0] == (compared / "comparison.md").read_text().split("![")[0]
+    tables = [
+        text[text.index("| method") : text.index("![")]
+        for text in (markdown, (compared / "comparison.md").read_text())
+    ]
+    assert tables[0] == tables[1]
+    assert "Made by `python " in markdown
 
 
 def test_dry_run_tells_what_will_run_and_how_long(compared):
@@ -283,6 +316,24 @@ def test_dry_run_tells_what_will_run_and_how_long(compared):
     assert f"--teacher_model_name_or_path {compared}/ce/seed0" in lines[1]
     assert "kd seed 0: about" in output
     assert not (compared / "kd").exists()
+
+
+def test_other_methods_join_the_table_and_unused_options_do_not_matter(compared):
+    # --temperature means nothing to ce, whose finished cells stay what they are.
+    output = compare(
+        "--methods", "kd", "--seeds", 0, "--output_dir", compared, *SHORT, "--temperature", "4"
+    )  # fmt: skip
+    assert "ce seed 0: finished before." in output
+    assert "| kd (temperature 4) | 1 |" in output
+    assert "| bkd | 2 |" in output
+    shutil.rmtree(compared / "kd")
+
+
+def test_a_teacher_section_is_refused(tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text("dataset_name: digits\nteacher:\n  model_name_or_path: cifar-resnet-14\n")
+    output = compare("--methods", "kd", "--output_dir", tmp_path / "out", "--config", config, expected=2)
+    assert "The section `teacher:` of --config cannot be used in a comparison" in output
 
 
 def test_exit_code_and_message_tell_of_a_failure(tmp_path):

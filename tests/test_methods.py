@@ -47,7 +47,7 @@ PARTS = ("classification_loss", "class_weighting", "distillation_loss", "sampler
     ],
 )
 def test_presets(method, parts, teacher):
-    args = BKDConfig(output_dir="unused", use_cpu=True, method=method)
+    args = BKDConfig(output_dir="unused", use_cpu=True, method=method, num_train_epochs=20)
     assert tuple(getattr(args, part) for part in PARTS) == parts
     assert METHODS[method].teacher == teacher
     assert args.deferred_reweighting_start == (0.8 if method == "bkd-drw" else None)
@@ -109,12 +109,13 @@ def test_bad_options(options, message):
         {"method": "balanced-softmax", "logit_adjustment_tau": 2.0},
         {"method": "bkd", "dkd_beta": 2.0},
         {"method": "ldam-drw", "class_weighting_start": 30.0},
+        {"method": "dkd", "dkd_warmup_epochs": 4},
     ],
     ids=str,
 )
 def test_options_of_other_methods_warn(options):
     option = next(name for name in options if name != "method")
-    with pytest.warns(UserWarning, match=f"--{option} .*(has no effect|never reached)"):
+    with pytest.warns(UserWarning, match=f"--{option} .*(has no effect|never reached|longer than the training)"):
         BKDConfig(output_dir="unused", use_cpu=True, **options)
 
 
@@ -122,7 +123,7 @@ def test_options_of_other_methods_warn(options):
 def test_presets_do_not_warn(method):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        BKDConfig(output_dir="unused", use_cpu=True, method=method)
+        BKDConfig(output_dir="unused", use_cpu=True, method=method, num_train_epochs=20)
 
 
 def test_mixture():
@@ -257,6 +258,17 @@ def test_own_losses(tmp_path, batch):
     )
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_own_loss_must_leave_the_mean_to_the_trainer(tmp_path):
+    trainer = BKDTrainer(
+        model=resnet(1),
+        args=config(tmp_path),
+        train_dataset=images(),
+        classification_loss=lambda logits, labels: L.cross_entropy_loss(logits, labels),
+    )
+    with pytest.raises(ValueError, match=r"classification loss must return one value per example, shape \(20,\)"):
+        trainer.train()
 
 
 @pytest.mark.parametrize(("method", "shares"), [("resample", [0.2] * 5), ("ce", np.array(COUNTS) / 40)])

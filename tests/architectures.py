@@ -1,0 +1,120 @@
+"""Tiny models with random weights of every architecture that README says is covered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as T
+from torch import nn
+
+from bkd_hf import load_classifier
+
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+_LABELS: dict[str, Any] = {
+    "num_labels": 5,
+    "id2label": dict(enumerate(NAMES)),
+    "label2id": {name: i for i, name in enumerate(NAMES)},
+}
+_VIT: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+_TEXT: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32,
+    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+_SWIN: dict[str, Any] = {
+    "image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4
+}  # fmt: skip
+_CONVNEXT: dict[str, Any] = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32}
+
+#: Name in README → (model class, configuration class, its options).
+_MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "ViT": (T.ViTForImageClassification, T.ViTConfig, _VIT),
+    "DeiT": (T.DeiTForImageClassification, T.DeiTConfig, _VIT),
+    "BEiT": (T.BeitForImageClassification, T.BeitConfig, _VIT),
+    "Swin": (T.SwinForImageClassification, T.SwinConfig, _SWIN),
+    "Swin v2": (T.Swinv2ForImageClassification, T.Swinv2Config, _SWIN),
+    "ConvNeXt": (T.ConvNextForImageClassification, T.ConvNextConfig, _CONVNEXT),
+    "ConvNeXt v2": (T.ConvNextV2ForImageClassification, T.ConvNextV2Config, _CONVNEXT),
+    "DINOv2": (
+        T.Dinov2ForImageClassification,
+        T.Dinov2Config,
+        {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 32,
+         "patch_size": 8},
+    ),
+    "ResNet": (
+        T.ResNetForImageClassification,
+        T.ResNetConfig,
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
+    ),
+    "RegNet": (
+        T.RegNetForImageClassification,
+        T.RegNetConfig,
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
+    ),
+    "EfficientNet": (
+        T.EfficientNetForImageClassification,
+        T.EfficientNetConfig,
+        {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320,
+         "depthwise_padding": []},
+    ),
+    "MobileNet v2": (
+        T.MobileNetV2ForImageClassification,
+        T.MobileNetV2Config,
+        {"image_size": 32, "depth_multiplier": 0.25},
+    ),
+    "MobileViT": (
+        T.MobileViTForImageClassification,
+        T.MobileViTConfig,
+        {"image_size": 32, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 32],
+         "num_attention_heads": 2},
+    ),
+    "PVT": (
+        T.PvtForImageClassification,
+        T.PvtConfig,
+        {"image_size": 32, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2],
+         "depths": [1, 1, 1, 1], "mlp_ratios": [2, 2, 2, 2]},
+    ),
+    "LeViT": (
+        T.LevitForImageClassification,
+        T.LevitConfig,
+        {"image_size": 64, "hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
+         "key_dim": [4, 4, 4]},
+    ),
+    "SigLIP": (T.SiglipForImageClassification, T.SiglipConfig, {"vision_config": _VIT, "text_config": _TEXT}),
+    "CLIP": (
+        T.CLIPForImageClassification,
+        T.CLIPConfig,
+        {"vision_config": _VIT | {"projection_dim": 16}, "text_config": _TEXT | {"projection_dim": 16}},
+    ),
+}  # fmt: skip
+
+
+def _builder(model: Any, configuration: Any, options: dict[str, Any]) -> Callable[[], nn.Module]:
+    return lambda: model(configuration(**options, **_LABELS))
+
+
+def _timm() -> nn.Module:
+    return T.TimmWrapperForImageClassification(
+        T.TimmWrapperConfig(
+            architecture="resnet18", model_args={"channels": [4, 8, 8, 16]}, do_pooling=True, **_LABELS
+        )
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "CIFAR ResNet": lambda: load_classifier("cifar-resnet-8", NAMES),
+    **{name: _builder(*parts) for name, parts in _MODELS.items()},
+    "timm": _timm,
+}
+#: Height and width, where it is not 32.
+IMAGE_SIZES = {"LeViT": 64}
+
+
+def tiny(name: str, seed: int) -> nn.Module:
+    """A model of the architecture, the same for the same seed."""
+    torch.manual_seed(seed)
+    return ARCHITECTURES[name]()

@@ -434,9 +434,11 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
     if not isinstance(feature, datasets.Value) or not (
         feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
     ):
+        several = isinstance(feature, (list, datasets.List, datasets.LargeList))
         raise InputError(
             f"{name}: the labels in column {label_column!r} are not classes. One class per image is needed, a whole "
-            f"number or a name; the column holds {feature}."
+            f"number or a name; the column holds {feature}"
+            + (": several labels per image (multi-label), which this method is not for." if several else ".")
         )
 
     values = {split: _column_values(dataset, LABEL_COLUMN) for split, dataset in splits.items()}

@@ -34,6 +34,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.models import head_modules
 from bkd_hf.teacher import align_labels
 from bkd_hf.views import Rendering, same_pixels
+from tests.architectures import tiny
 from tests.test_cli import QUICK, RECIPE, finished, refused  # noqa: F401 (a fixture)
 from tests.test_trainer import COUNTS, config, images, resnet, trainer_for, vit
 from tests.test_transforms import photos, pixels_of
@@ -393,3 +394,24 @@ def test_heads_are_found():
 def test_fresh_backbone_cannot_be_frozen(tmp_path):
     message = refused(*QUICK, "--output_dir", str(tmp_path / "run"), "--freeze_backbone")
     assert "starts from fresh weights" in message
+
+
+def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run):
+    recipe = RECIPE.with_name("finetune.yaml")
+    told = parse_arguments(["--config", str(recipe), "--dataset_name", "user/birds"])
+    assert told.model.teacher_model_name_or_path == "google/vit-base-patch16-224-in21k"
+    assert (told.training.learning_rate, told.teacher_training.learning_rate) == (1e-4, 3e-5)
+    for name, folder in (("ViT", "teacher"), ("ResNet", "student")):
+        tiny(name, seed=0).save_pretrained(tmp_path / folder)
+        processor(32).save_pretrained(tmp_path / folder)
+    output = run(
+        "--config", str(recipe), "--dataset_name", "digits", "--max_train_samples", "150", "--num_threads", "1",
+        "--model_name_or_path", str(tmp_path / "student"), "--dataloader_num_workers", "0", "--disable_tqdm", "true",
+        "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "run"),
+        "--num_train_epochs", "2", "--teacher_num_train_epochs", "1",
+    )  # fmt: skip
+    assert "is fine-tuned on the data first: its head is for other classes (ant, bee, cat, …)." in output
+    assert output.count("learned from scratch: classifier") == 2
+    results = load_results(tmp_path / "run")
+    assert results["hardware"]["precision"] == "bf16"
+    assert results["teacher"]["training"]["epochs"] == 1

@@ -22,8 +22,8 @@ from .arguments import RunArguments, parse_arguments
 from .config import BKDConfig
 from .errors import InputError
 from .methods import METHODS
-from .pipeline import options_of_teacher_alone, run_state
 from .results import load_results
+from .run_folder import options_of_teacher_alone, run_state
 
 _TIMED_STEPS = 24
 # A comparison decides about these itself.

@@ -344,7 +344,7 @@ def _how(comparison: Comparison) -> str:
 def _differing_options(cells: Sequence[dict[str, Any]], within_a_method: bool = False) -> dict[str, list[str]]:
     """Options that are not the same in all cells, and their values; across methods, beside those of the methods."""
     from .config import METHOD_OPTIONS  # loads transformers
-    from .pipeline import WITHOUT_INFLUENCE
+    from .run_folder import WITHOUT_INFLUENCE
 
     may_differ = {*WITHOUT_INFLUENCE, "seed", "data_seed", "teacher_model_name_or_path"}
     if not within_a_method:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
-import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from .arguments import NOT_FOR_TEACHER, DataArguments, ModelArguments, RunArguments
-from .config import BKDConfig, method_defaults
+from .arguments import DataArguments, ModelArguments, RunArguments
+from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
 from .methods import METHODS
@@ -46,32 +45,20 @@ from .results import (
     save_json,
     without_folders,
 )
+from .run_folder import (
+    TEACHER_NAME,
+    claim_output_dir,
+    differences,
+    influential_for_teacher,
+    last_complete_checkpoint,
+    options_of_teacher_alone,
+    origin_of,
+    read_json,
+)
 from .teacher import FrozenTeacher, align_labels, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
 from .transforms import ImageDataset, channel_statistics, default_augmentation
 from .views import same_pixels
-
-#: Marks an output folder as ours and records what the run in it was told.
-RUN_NAME = "bkd_run.json"
-#: Marks a trained teacher and records what it was trained on.
-TEACHER_NAME = "bkd_teacher.json"
-
-# Options that change nothing in what a run computes; they may differ when it is continued.
-WITHOUT_INFLUENCE = {
-    "output_dir", "overwrite", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "report_to",
-    "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub",
-    "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "token",
-    "cache_dir", "num_threads", "cache_images", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context",
-    "save_total_limit", "local_rank", "ddp_backend", "ddp_timeout", "resume_from_checkpoint", "do_train", "do_eval",
-    "do_predict", "skip_memory_metrics", "debug",
-}  # fmt: skip
-
-_LEFT_BY_A_RUN = (
-    RUN_NAME, RESULTS_NAME, "figures", "teacher", "checkpoint-*", "model*.safetensors*", "config.json",
-    "preprocessor_config.json", "modeling_cifar_resnet.py", "training_args.bin", "trainer_state.json",
-    "*_results.json",
-)  # fmt: skip
 
 _TABLE_ROWS = (
     ("overall", "accuracy"),
@@ -103,7 +90,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     _warn_of_options_without_effect(arguments)
 
     with PartialState().main_process_first():
-        if _claim_output_dir(output_dir, arguments):
+        if claim_output_dir(output_dir, arguments):
             results = load_results(output_dir)
             say(f"This run is finished: its results are in {output_dir}. To start anew, use --overwrite.")
             say.table(results)
@@ -130,6 +117,8 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     processor = _load_processor(arguments.model, splits["train"])
     distils = arguments.training.distillation_loss != "none"
     teacher_processor = _load_teacher_processor(arguments.model, processor) if distils else processor
+    if not same_pixels(processor, teacher_processor):
+        say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
     images = {
         "train": _decode(splits["train"], processor, arguments.data, augmented=True, teacher=teacher_processor),
         "eval": _decode(splits["eval"], processor, arguments.data),
@@ -146,21 +135,8 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     teacher, teacher_results = None, None
     if distils:
         say.stage("Teacher")
-        given = arguments.model.teacher_model_name_or_path
-        reason = _why_to_train_teacher(arguments.model, data["class_names"])
-        needs_training = reason is not None
-        if given and reason:
-            say(f"The teacher {given} is fine-tuned on the data first: {reason}.")
-        teacher_images = images
-        if not same_pixels(processor, teacher_processor):
-            say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
-            decode = functools.partial(_decode, processor=teacher_processor, options=arguments.data)
-            teacher_images = {"eval": decode(splits["eval"])}
-            if needs_training:
-                teacher_images["train"] = decode(splits["train"], augmented=True)
-        args = arguments.teacher_training if needs_training else arguments.training
-        stage = make_stage(given or arguments.model.model_name_or_path, args, teacher_processor, teacher_images)
-        teacher, teacher_results = (_train_teacher if needs_training else _use_teacher)(arguments, stage)
+        processors = (processor, teacher_processor)
+        teacher, teacher_results = _provide_teacher(arguments, splits, images, processors, make_stage)
 
     say.stage("Student")
     student_results = student.train(student_model, teacher)
@@ -202,20 +178,6 @@ def set_num_threads(num_threads: int | None = None) -> int:
         num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(num_threads)
     return num_threads
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the latest checkpoint that was written to its end, `None` without one.
-
-    Trainer writes `trainer_state.json` last: a process killed while saving leaves a checkpoint without it, or half.
-    """
-    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_checkpoint_step, reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        return str(folder)
-    return None
 
 
 # ---- The stages ---------------------------------------------------------------------------------------------------
@@ -304,6 +266,34 @@ class _Stage:
         }
 
 
+def _provide_teacher(
+    arguments: RunArguments,
+    splits: datasets.DatasetDict,
+    images: dict[str, ImageDataset],
+    processors: tuple[BaseImageProcessor, BaseImageProcessor],
+    make_stage: Callable[..., _Stage],
+) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """Train a teacher, or use the one that was given; with its results.
+
+    `processors` are the student's and the teacher's, `images` the student's.
+    """
+    given = arguments.model.teacher_model_name_or_path
+    reason = _why_to_train_teacher(arguments.model, splits["train"].features[LABEL_COLUMN].names)
+    processor = processors[1]
+    if not same_pixels(*processors):
+        decode = functools.partial(_decode, processor=processor, options=arguments.data)
+        images = {"eval": decode(splits["eval"])}
+        if reason is not None:
+            images["train"] = decode(splits["train"], augmented=True)
+    name = given or arguments.model.model_name_or_path
+    if reason is None:
+        return _use_teacher(arguments, make_stage(name, arguments.training, processor, images))
+    stage = make_stage(name, arguments.teacher_training, processor, images)
+    if given is not None and cifar_resnet_depth(given) is None:
+        stage.say(f"The teacher {given} is fine-tuned on the data first: {reason}.")
+    return _train_teacher(arguments, stage)
+
+
 def _train_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Train a vanilla teacher, from fresh or from given weights, unless it was before; with its results."""
     args, say, given = stage.args, stage.say, arguments.model.teacher_model_name_or_path
@@ -313,12 +303,12 @@ def _train_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeache
         "image_size": arguments.model.image_size,
         "fingerprint": stage.data["fingerprint"],
         "augmentation": [stage.images["train"].augmentation, stage.images["train"].horizontal_flip],
-        "training": _influential_for_teacher(args),
+        "training": influential_for_teacher(args),
     }
-    record = _read_json(folder / TEACHER_NAME)
-    if record is not None and (differences := _differences(record["told"], told)):
+    record = read_json(folder / TEACHER_NAME)
+    if record is not None and (found := differences(record["told"], told)):
         raise InputError(
-            f"The teacher in {folder} was trained otherwise: {differences}. Use --overwrite to train it anew, another "
+            f"The teacher in {folder} was trained otherwise: {found}. Use --overwrite to train it anew, another "
             "--output_dir, or --teacher_model_name_or_path to use it all the same."
         )
     if record is not None and "results" in record:
@@ -386,7 +376,7 @@ def _use_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher,
 
     for alone in options_of_teacher_alone(arguments):
         warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=2)
-    trained_on, trained_by = _origin(Path(name))
+    trained_on, trained_by = origin_of(Path(name))
     if trained_on not in (None, data["fingerprint"]):
         warnings.warn(
             f"{option} was trained on other images (another data set, ratio or split) than the student will be.",
@@ -404,17 +394,6 @@ def _use_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher,
     results = stage.evaluate(teacher)
     _check_above_chance(option, results["metrics"], data, columns, options.force_teacher)
     return teacher, {**results, "method": trained_by}
-
-
-def _origin(folder: Path) -> tuple[str | None, str | None]:
-    """Fingerprint of the images, and method, that a model was trained with; `None` where nothing is known."""
-    record = _read_json(folder / TEACHER_NAME)
-    if record is not None:
-        return record["told"]["fingerprint"], record["told"]["training"].get("method")
-    results = _read_json(folder / RESULTS_NAME)
-    if results is not None and results.get("schema_version") == SCHEMA_VERSION:
-        return results["data"]["fingerprint"], results.get("method")
-    return None, None
 
 
 def _check_above_chance(
@@ -503,105 +482,6 @@ def _load_splits(options: DataArguments, model_options: ModelArguments) -> datas
     splits["train"] = limit_examples(splits["train"], options.max_train_samples, "max_train_samples")
     splits["eval"] = limit_examples(splits["eval"], options.max_eval_samples, "max_eval_samples")
     return splits
-
-
-# ---- The output folder --------------------------------------------------------------------------------------------
-
-
-def run_state(arguments: RunArguments) -> str:
-    """Return what the output folder holds of this very run: `"new"` (nothing), `"interrupted"` or `"finished"`.
-
-    Raises:
-        InputError: If it holds something else, or a run with other options.
-    """
-    output_dir = Path(arguments.training.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file: name a folder.")
-    content = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    record = _read_json(output_dir / RUN_NAME)
-    if content and record is None:
-        raise InputError(
-            f"--output_dir {output_dir} is not empty and was not made by run_bkd.py: name a new or an empty folder."
-        )
-    if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
-        return "new"
-    if differences := _differences(record or {}, _told(arguments)):
-        teacher = f" (and that run's teacher, by --teacher_model_name_or_path {output_dir}/teacher)"
-        raise InputError(
-            f"--output_dir {output_dir} holds a run with other options: {differences}. Use another folder"
-            f"{teacher if 'teacher' in content else ''}, or --overwrite to delete that run and start anew."
-        )
-    return "finished" if RESULTS_NAME in content else "interrupted"
-
-
-def _claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
-    """Make the output folder ours; True if it holds the finished results of this very run."""
-    starts_anew = arguments.overwrite and (output_dir / RUN_NAME).exists()
-    state = "new" if starts_anew else run_state(arguments)
-    if state == "new" and PartialState().is_main_process:
-        if starts_anew:
-            _delete_run(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_json(_told(arguments), output_dir / RUN_NAME)
-    return state == "finished"
-
-
-def _told(arguments: RunArguments) -> dict[str, Any]:
-    told = {
-        "model": _influential(dataclasses.asdict(arguments.model)),
-        "data": _influential(dataclasses.asdict(arguments.data)),
-        "training": _influential(arguments.training.options_in_use()),
-        "teacher_training": options_of_teacher_alone(arguments),
-    }
-    return json.loads(json.dumps(told))  # as it will be read back
-
-
-def _delete_run(output_dir: Path) -> None:
-    """Delete what a run leaves, and nothing that somebody put beside it."""
-    for pattern in _LEFT_BY_A_RUN:
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _influential(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in WITHOUT_INFLUENCE}
-
-
-def _influential_for_teacher(args: BKDConfig) -> dict[str, Any]:
-    return {name: value for name, value in _influential(args.to_dict()).items() if name not in NOT_FOR_TEACHER}
-
-
-def options_of_teacher_alone(arguments: RunArguments) -> dict[str, Any]:
-    """Options that were given for the teacher's training alone."""
-    expected = _influential_for_teacher(arguments.training)
-    expected |= method_defaults(METHODS[arguments.training.method].teacher)
-    teacher = _influential_for_teacher(arguments.teacher_training)
-    return {name: value for name, value in teacher.items() if value != expected[name]}
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
-    """E.g. "--temperature is 2.0 there, 4.0 here"; empty if nothing differs."""
-    found = []
-    for name in sorted({*there, *here}):
-        old, new = there.get(name), here.get(name)
-        if isinstance(old, dict) and isinstance(new, dict) and not prefix:
-            inner = _differences(old, new, "--teacher_" if name == "teacher_training" else "--")
-            found += [inner] if inner else []
-        elif old != new:
-            found.append(f"{prefix}{name} is {old} there, {new} here")
-    return "; ".join(found)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
-
-
-def _checkpoint_step(folder: Path) -> int:
-    suffix = folder.name.rpartition("-")[2]
-    return int(suffix) if suffix.isdigit() else -1
 
 
 # ---- What is said and measured ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
-from bkd_hf.pipeline import last_complete_checkpoint
+from bkd_hf.run_folder import last_complete_checkpoint
 from tests.tiny_models import tiny_vit
 
 STEPS_PER_EPOCH = 5

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,19 @@ def refused(*options: str) -> str:
     with pytest.raises(InputError) as error:
         pipeline.run(parse_arguments(options, digits_recipe=RECIPE))
     return str(error.value)
+
+
+@pytest.fixture
+def run_here(capsys):
+    """The same path as `run`, without a new process; returns what is printed, and the warnings."""
+
+    def run_here(*options: str) -> str:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipeline.run(parse_arguments(options, digits_recipe=RECIPE))
+        return capsys.readouterr().out + "\n".join(str(warning.message) for warning in caught)
+
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +142,9 @@ def test_reported_accuracy_is_that_of_the_saved_model(finished):
 # ---- Running again
 
 
-def test_finished_run_says_so(finished):
+def test_finished_run_says_so(finished, run_here):
     before = (finished / "results.json").read_bytes()
-    output = run(*QUICK, "--output_dir", str(finished))
+    output = run_here(*QUICK, "--output_dir", str(finished))
     assert "This run is finished" in output
     assert "worst class" in output
     assert (finished / "results.json").read_bytes() == before
@@ -144,10 +158,10 @@ def test_other_options_are_refused_naming_what_differs(finished):
     assert "--teacher_" not in output.split("Use another folder")[0]  # the teacher's options are not concerned
 
 
-def test_overwrite_starts_anew(copy):
+def test_overwrite_starts_anew(copy, run_here):
     (copy / "results.json").write_text("{}")
     (copy / "notes.txt").write_text("mine")
-    output = run(*QUICK, "--num_train_epochs", "1", "--output_dir", str(copy), "--overwrite")
+    output = run_here(*QUICK, "--num_train_epochs", "1", "--output_dir", str(copy), "--overwrite")
     assert "are never reached" in output  # the steps of the learning rate
     assert load_results(copy)["student"]["training"]["epochs"] == 1
     assert (copy / "notes.txt").read_text() == "mine"
@@ -213,8 +227,8 @@ def test_teacher_trained_otherwise_is_refused(copy):
     assert "was trained otherwise: fingerprint is another split there" in output
 
 
-def test_given_teacher_is_used_as_it_is(finished, tmp_path):
-    output = run(
+def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
+    output = run_here(
         *QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(finished / "teacher"),
         "--teacher_learning_rate", "0.7", "--model_name_or_path", "cifar-resnet-14",
     )  # fmt: skip
@@ -229,8 +243,10 @@ def test_given_teacher_is_used_as_it_is(finished, tmp_path):
 # ---- Methods
 
 
-def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path):
-    output = run(*QUICK, "--output_dir", str(tmp_path / "run"), "--method", "ldam-drw", "--teacher_learning_rate", "1")
+def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path, run_here):
+    output = run_here(
+        *QUICK, "--output_dir", str(tmp_path / "run"), "--method", "ldam-drw", "--teacher_learning_rate", "1"
+    )
     assert "Teacher ──" not in output
     assert "--teacher_learning_rate has no effect: --method ldam-drw has no distillation loss" in output
     assert "The student after post-hoc logit adjustment (τ = 1): overall" in output
@@ -246,8 +262,8 @@ def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path):
     assert logits.abs().max() <= 30.0
 
 
-def test_teacher_of_dive_is_trained_with_balanced_softmax(tmp_path):
-    output = run(
+def test_teacher_of_dive_is_trained_with_balanced_softmax(tmp_path, run_here):
+    output = run_here(
         *QUICK, "--output_dir", str(tmp_path / "run"), "--method", "dive", "--dive_temperature", "3",
         "--num_train_epochs", "2", "--lr_step_epochs", "1", "--lr_step_factors", "0.1",
     )  # fmt: skip

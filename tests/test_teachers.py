@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +27,13 @@ from bkd_hf import (
     load_processor,
     load_results,
     load_teacher,
-    pipeline,
 )
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.models import head_modules
 from bkd_hf.teacher import align_labels
 from bkd_hf.views import Rendering, same_pixels
 from tests.architectures import tiny
-from tests.test_cli import QUICK, RECIPE, finished, refused  # noqa: F401 (a fixture)
+from tests.test_cli import QUICK, RECIPE, finished, refused, run_here  # noqa: F401 (fixtures)
 from tests.test_trainer import COUNTS, config, images, resnet, trainer_for, vit
 from tests.test_transforms import photos, pixels_of
 
@@ -247,49 +245,36 @@ def changed(folder: Path, target: Path, order: list[int] | None = None, names: l
     return target
 
 
-@pytest.fixture
-def run(capsys):
-    """Run the script's path here, and return what it prints, warnings included."""
-
-    def run_here(*options: str) -> str:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            pipeline.run(parse_arguments(options, digits_recipe=RECIPE))
-        return capsys.readouterr().out + "\n".join(str(warning.message) for warning in caught)
-
-    return run_here
-
-
 def options_for(tmp_path: Path, teacher: Path) -> list[str]:
     return [*QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(teacher)]
 
 
-def test_permuted_and_larger_heads_answer_the_same(finished, tmp_path, run):  # noqa: F811
+def test_permuted_and_larger_heads_answer_the_same(finished, tmp_path, run_here):  # noqa: F811
     teacher = finished / "teacher"
     expected = load_results(finished)["teacher"]["metrics"]
     order = [7, 3, 9, 1, 0, 2, 8, 6, 4, 5]
     for number, rows in enumerate((order, [*order, 0, 1])):
         names = [*map(str, order), *(["ten", "eleven"] if len(rows) > 10 else [])]
         other = changed(teacher, tmp_path / f"teacher{number}", rows, names)
-        output = run(*options_for(tmp_path / str(number), other), "--num_train_epochs", "1")
+        output = run_here(*options_for(tmp_path / str(number), other), "--num_train_epochs", "1")
         assert "The teacher's outputs are put into the order of the data, by name" in output
         metrics = load_results(tmp_path / str(number) / "run")["teacher"]["metrics"]
         assert metrics["per_class_accuracy"] == expected["per_class_accuracy"]
 
 
-def test_teacher_that_lacks_classes(finished, tmp_path, run):  # noqa: F811
+def test_teacher_that_lacks_classes(finished, tmp_path, run_here):  # noqa: F811
     names = ["0", "1", "2", "drei", "4", "5", "6", "7", "8", "neun"]
     teacher = changed(finished / "teacher", tmp_path / "teacher", names=names)
     message = refused(*options_for(tmp_path, teacher))
     assert "has no output for 2 of 10 classes: 3, 9." in message
     assert "--allow_partial_teacher" in message
     (tmp_path / "map.json").write_text(json.dumps({"3": "drei", "9": 9}))
-    output = run(*options_for(tmp_path, teacher), "--teacher_label_map", str(tmp_path / "map.json"))
+    output = run_here(*options_for(tmp_path, teacher), "--teacher_label_map", str(tmp_path / "map.json"))
     assert "no output for" not in output
     expected = load_results(finished)["teacher"]["metrics"]["per_class_accuracy"]
     assert load_results(tmp_path / "run")["teacher"]["metrics"]["per_class_accuracy"] == expected
 
-    output = run(*options_for(tmp_path / "partial", teacher), "--allow_partial_teacher")
+    output = run_here(*options_for(tmp_path / "partial", teacher), "--allow_partial_teacher")
     assert "WARNING: --teacher_model_name_or_path" in output
     assert "These classes are learned from the labels alone." in output
     accuracies = load_results(tmp_path / "partial" / "run")["teacher"]["metrics"]["per_class_accuracy"]
@@ -299,40 +284,40 @@ def test_teacher_that_lacks_classes(finished, tmp_path, run):  # noqa: F811
     assert "is no JSON" in message
 
 
-def test_teacher_without_names(finished, tmp_path, run):  # noqa: F811
+def test_teacher_without_names(finished, tmp_path, run_here):  # noqa: F811
     teacher = changed(finished / "teacher", tmp_path / "teacher", names=[f"LABEL_{n}" for n in range(10)])
     message = refused(*options_for(tmp_path, teacher))
     assert "does not name its 10 classes" in message
     assert "--assume_label_order" in message
-    run(*options_for(tmp_path, teacher), "--assume_label_order", "--num_train_epochs", "1")
+    run_here(*options_for(tmp_path, teacher), "--assume_label_order", "--num_train_epochs", "1")
 
 
-def test_teacher_that_guesses_is_refused(finished, tmp_path, run):  # noqa: F811
+def test_teacher_that_guesses_is_refused(finished, tmp_path, run_here):  # noqa: F811
     # The right names, the wrong rows: what alignment by name cannot see.
     teacher = changed(finished / "teacher", tmp_path / "teacher", [5, 6, 7, 8, 9, 0, 1, 2, 3, 4], DIGITS)
     message = refused(*options_for(tmp_path, teacher))
     assert "% of the evaluation images (mean over classes), where guessing gives 10.0 %" in message
     assert "--force_teacher" in message
-    output = run(*options_for(tmp_path, teacher), "--force_teacher", "--num_train_epochs", "1")
+    output = run_here(*options_for(tmp_path, teacher), "--force_teacher", "--num_train_epochs", "1")
     assert "it is used all the same (--force_teacher)" in output
 
 
-def test_teacher_with_other_pixels_is_rendered_for_itself(finished, tmp_path, run):  # noqa: F811
+def test_teacher_with_other_pixels_is_rendered_for_itself(finished, tmp_path, run_here):  # noqa: F811
     teacher = finished / "teacher"
     other = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     own = json.loads((teacher / "preprocessor_config.json").read_text())
     student_settings = ["--image_size", "24"]
-    output = run(*options_for(tmp_path, other), *student_settings, "--num_train_epochs", "1")
+    output = run_here(*options_for(tmp_path, other), *student_settings, "--num_train_epochs", "1")
     assert "The teacher takes other pixels than the student" in output
     assert own["size"] == {"height": 16, "width": 16}
     results = load_results(tmp_path / "run")
     assert results["teacher"]["metrics"] == load_results(finished)["teacher"]["metrics"]
 
 
-def test_teacher_for_other_classes_is_fine_tuned_first(tmp_path, run):
+def test_teacher_for_other_classes_is_fine_tuned_first(tmp_path, run_here):  # noqa: F811
     load_classifier("cifar-resnet-8", ["cat", "dog"], image_size=16).save_pretrained(tmp_path / "pets")
     load_processor("cifar-resnet-8", image_size=16, image_mean=[0.2] * 3).save_pretrained(tmp_path / "pets")
-    output = run(*options_for(tmp_path, tmp_path / "pets"), "--teacher_num_train_epochs", "3")
+    output = run_here(*options_for(tmp_path, tmp_path / "pets"), "--teacher_num_train_epochs", "3")
     assert "is fine-tuned on the data first: its head is for other classes (cat, dog)." in output
     assert "learned from scratch: classifier.bias, classifier.weight; all else starts from its weights" in output
     assert "no effect" not in output
@@ -396,7 +381,7 @@ def test_fresh_backbone_cannot_be_frozen(tmp_path):
     assert "starts from fresh weights" in message
 
 
-def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run):
+def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run_here):  # noqa: F811
     recipe = RECIPE.with_name("finetune.yaml")
     told = parse_arguments(["--config", str(recipe), "--dataset_name", "user/birds"])
     assert told.model.teacher_model_name_or_path == "google/vit-base-patch16-224-in21k"
@@ -404,7 +389,7 @@ def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run):
     for name, folder in (("ViT", "teacher"), ("ResNet", "student")):
         tiny(name, seed=0).save_pretrained(tmp_path / folder)
         processor(32).save_pretrained(tmp_path / folder)
-    output = run(
+    output = run_here(
         "--config", str(recipe), "--dataset_name", "digits", "--max_train_samples", "150", "--num_threads", "1",
         "--model_name_or_path", str(tmp_path / "student"), "--dataloader_num_workers", "0", "--disable_tqdm", "true",
         "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "run"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -21,10 +21,11 @@ from tests.conftest import REPOSITORY, WORKER_ENVIRONMENT
 
 def needs(name: str):
     """Skip timm where it cannot be imported."""
-    if name == "timm" and importlib.util.find_spec("timm") is None:
-        return pytest.param(
-            name, marks=pytest.mark.skip(reason="timm is not installed: it needs a torchvision that fits torch")
-        )
+    if name == "timm":
+        try:
+            importlib.import_module("timm")
+        except Exception as error:  # without it, or with a torchvision that does not fit torch
+            return pytest.param(name, marks=pytest.mark.skip(reason=f"timm cannot be imported: {error}"))
     return name
 
 

@@ -38,7 +38,8 @@ class Rendering:
     def __init__(self, processor: BaseImageProcessor, region_of: Rendering | None = None):
         self.processor = processor
         self.height, self.width = output_size(processor)
-        self._resample = getattr(processor, "resample", None) or PILImageResampling.BILINEAR
+        resample = getattr(processor, "resample", None)
+        self._resample = PILImageResampling.BILINEAR if resample is None else resample  # NEAREST is 0
         self._flips_channels = bool(getattr(processor, "do_flip_channel_order", False))
         self._scale, self._shift = _arithmetic(processor)
         self._region_of = region_of if region_of is not None and not self._shows_the_same(region_of) else None
@@ -119,12 +120,7 @@ def _pixel_values(processor: BaseImageProcessor, image: Image.Image) -> np.ndarr
 
 def _arithmetic(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift of each channel that turn a byte into what the processor would make of it."""
-    black, white = (
-        np.asarray(
-            processor(images=[Image.new("RGB", _PROBES[0], (byte,) * 3)], return_tensors="np")["pixel_values"][0]
-        )
-        for byte in (0, 255)
-    )
+    black, white = (_pixel_values(processor, Image.new("RGB", _PROBES[0], (byte,) * 3)) for byte in (0, 255))
     shift = black.mean(axis=(1, 2), dtype=np.float64)
     scale = (white.mean(axis=(1, 2), dtype=np.float64) - shift) / 255
     return torch.tensor(scale, dtype=torch.float32), torch.tensor(shift, dtype=torch.float32)

@@ -144,6 +144,17 @@ def test_region_is_the_part_that_the_processor_keeps():
     assert Rendering(processor(32)).region(1, 1) == (0, 0, 1, 1)
 
 
+def test_parts_are_interpolated_as_the_processor_does():
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((1, 0), (255, 255, 255))
+    shades = {
+        resample: set(Rendering(processor(8, resample=resample)).part(image, (0, 0, 2, 1)).flatten().tolist())
+        for resample in (Image.Resampling.NEAREST, Image.Resampling.BILINEAR)
+    }
+    assert shades[Image.Resampling.NEAREST] == {0, 255}
+    assert len(shades[Image.Resampling.BILINEAR]) > 2
+
+
 def test_own_transform_cannot_make_pixels_for_another_teacher():
     with pytest.raises(InputError, match="train_transform makes the student's pixels alone"):
         ImageDataset(photos(), processor(), train_transform=lambda image: image, teacher_processor=processor(32))

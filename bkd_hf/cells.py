@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
@@ -202,17 +202,15 @@ class CellRunner:
         slot = slots.get()
         try:
             with self._log(cell).open("a", encoding="utf-8") as log:
-                return self._call(
-                    [str(cell.script), *cell.arguments(), "--disable_tqdm", "true", *self._threads(cell)], log, slot
-                )
+                return self._call(cell, log, slot)
         finally:
             slots.put(slot)
 
-    def _call(self, arguments: Sequence[str], log: IO[str], slot: int = 0) -> int:
+    def _call(self, cell: Cell, log: IO[str], slot: int = 0, options: Sequence[str] = ()) -> int:
         launcher = list(self.launcher) or [sys.executable]
         environment = {**os.environ, **({} if self.launcher else _one_gpu(slot))}
         process = subprocess.Popen(
-            [*launcher, *arguments],
+            [*launcher, str(cell.script), *cell.arguments(), *options, "--disable_tqdm", "true", *self._threads(cell)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -254,30 +252,28 @@ class CellRunner:
         folder = scratch / str(cell.teacher is not None)
         log_path = scratch / f"{cell.name}.log"
         window = _TIMED_STEPS // 3
-        arguments = [
-            str(cell.script), *cell.options, "--method", cell.method, "--seed", str(cell.seed),
-            "--output_dir", str(folder),
+        timed = replace(cell, folder=folder, teacher=cell.teacher and replace(cell.teacher, folder=teacher))
+        steps = [
             "--max_steps", str(_TIMED_STEPS), "--logging_strategy", "steps", "--logging_steps", str(window),
-            "--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true",
-            *(["--teacher_model_name_or_path", str(teacher)] if cell.teacher else []),
+            "--eval_strategy", "no", "--save_strategy", "no",
         ]  # fmt: skip
         started = time.monotonic()
         with log_path.open("w", encoding="utf-8") as log:
-            if self._call([*arguments, *self._threads(cell)], log):
+            if self._call(timed, log, options=steps):
                 raise InputError(f"--dry_run: {_TIMED_STEPS} steps of {cell.method} failed: {_last_error(log_path)}")
         wall = time.monotonic() - started
         results = load_results(folder)
         history = [entry for entry in results["student"]["history"] if "loss" in entry]
         per_step = (history[-1]["elapsed_seconds"] - history[0]["elapsed_seconds"]) / (_TIMED_STEPS - window)
         args = cell.parse().training
-        evaluating = load_eval_seconds(folder) * _num_evaluations(args)
+        evaluating = _eval_seconds(folder) * _num_evaluations(args)
         per_epoch = results["data"]["num_train_images"] / (args.train_batch_size * args.gradient_accumulation_steps)
         per_epoch /= results["hardware"]["num_processes"]
         starting = wall - results["student"]["training"]["seconds"]
         return starting + evaluating + per_step * args.num_train_epochs * -(-per_epoch // 1)
 
 
-def load_eval_seconds(folder: Path) -> float:
+def _eval_seconds(folder: Path) -> float:
     """Return how long the last evaluation of a run took."""
     return float(json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))["eval_runtime"])
 

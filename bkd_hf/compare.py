@@ -92,6 +92,11 @@ class Comparison:
         found: dict[tuple[str, int], str] = {}
         self.data = cells[0]["data"]
         for results, source in zip(cells, names, strict=True):
+            if "method" not in results:
+                raise InputError(
+                    f"{source} does not tell its method: an earlier version of bkd_hf wrote it. Run it again, or "
+                    "leave it out."
+                )
             key = (results["method"], results["seed"])
             other = self.cells.get(key[0], {}).get(key[1])
             if other is not None and other["student"]["metrics"] != results["student"]["metrics"]:
@@ -138,6 +143,10 @@ class Comparison:
             return Difference(mean, None, None, n)
         half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, n - 1) * np.std(differences, ddof=1) / math.sqrt(n))
         return Difference(mean, mean - half, mean + half, n)
+
+    def shown_metrics(self) -> list[str]:
+        """Metrics (keys of `METRICS`) that any cell has: without few-shot classes there is no such column."""
+        return [name for name in METRICS if any(self.estimate(method, name) for method in self.methods)]
 
     def num_seeds(self, method: str) -> int:
         """How many seeds a method has."""
@@ -202,7 +211,7 @@ def save_comparison(comparison: Comparison, folder: str | os.PathLike[str], note
 
 def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequence[str] = ()) -> str:
     """Return the tables as Markdown."""
-    data, shown = comparison.data, _shown_metrics(comparison)
+    data, shown = comparison.data, comparison.shown_metrics()
     counts = data["class_counts"]
     if comparison.differing_options:
         differing = _listed(comparison.differing_options)
@@ -259,11 +268,6 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
 # ---- Rows -----------------------------------------------------------------------------------------------------------
 
 
-def _shown_metrics(comparison: Comparison) -> list[str]:
-    """Metrics that any cell has: without few-shot classes, no such column."""
-    return [name for name in METRICS if any(comparison.estimate(method, name) for method in comparison.methods)]
-
-
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
     return "\n".join("| " + " | ".join("–" if cell is None else str(cell) for cell in line) + " |" for line in lines)
@@ -272,7 +276,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _summary_rows(comparison: Comparison) -> list[dict[str, Any]]:
     rows = []
     for method in comparison.methods:
-        for metric in _shown_metrics(comparison):
+        for metric in comparison.shown_metrics():
             row: dict[str, Any] = {"method": method, "metric": metric}
             for name, post_hoc in (("", False), ("post_hoc_", True)):
                 estimate = comparison.estimate(method, metric, post_hoc)

@@ -515,12 +515,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
     Returns:
         The figure; one axes for each metric that any cell has.
     """
-    metrics = [
-        metric
-        for metric in ("overall", "many", "medium", "few", "worst class", "ECE")
-        if any(comparison.estimate(method, metric) for method in comparison.methods)
-    ]
-    methods = comparison.methods
+    metrics, methods = comparison.shown_metrics(), comparison.methods
     rows = -(-len(metrics) // 3)
     figure = Figure(figsize=(_WIDTH, 1.2 + rows * (0.8 + 0.24 * len(methods))), dpi=_DPI, layout="constrained")
     all_axes = figure.subplots(rows, 3, squeeze=False, sharey=True).flat

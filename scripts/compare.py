@@ -45,10 +45,14 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         raise InputError(f"--jobs must be at least 1, got {options.jobs}.")
     if options.folders and rest:
         raise InputError(f"{' '.join(rest)}: with --from nothing is run, so options of run_bkd.py have no effect.")
+    for name in ("methods", "seeds", "launcher", "jobs", "dry_run"):
+        if options.folders and getattr(options, name) != parser.get_default(name):
+            raise InputError(f"--{name}: with --from nothing is run, so it has no effect. Leave it out.")
     if options.output_dir is None:
         if not options.folders:
             raise InputError("--output_dir is needed: the folder for cells, tables and figures.")
-        options.output_dir = options.folders[0]
+        first = options.folders[0]
+        options.output_dir = first.parent if first.is_file() else first
     return options, rest
 
 
@@ -99,7 +103,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
         print(f"In all about {duration(sum(seconds.values()))}, one cell at a time.")
         return 0
     failures = runner.run(cells)
-    if any(cell.state() == "finished" for cell in cells):
+    if len(failures) < len(cells):
         # With the methods of earlier comparisons in the same folder.
         options.folders = [options.output_dir]
         tabulate(options, [f"**Missing**: {line}" for line in failures])

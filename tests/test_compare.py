@@ -91,6 +91,12 @@ def test_metrics_that_no_cell_has_are_no_columns(cells):
     assert "| many |" in markdown
 
 
+def test_results_of_an_earlier_version_are_refused(cells):
+    del cells[1]["method"]
+    with pytest.raises(InputError, match="second does not tell its method"):
+        Comparison(cells[:2], ["first", "second"])
+
+
 def test_cells_of_other_images_are_refused(cells):
     cells[3]["data"]["fingerprint"] = "another split"
     with pytest.raises(InputError, match=r"first.* and fourth are of different images"):
@@ -298,6 +304,8 @@ def test_tables_from_results_alone(compared, tmp_path):
         target = tmp_path / "in" / path.relative_to(compared)
         target.parent.mkdir(parents=True)
         shutil.copy(path, target)
+    compare("--from", tmp_path / "in" / "ce" / "seed0" / "results.json")  # the tables go beside the file
+    assert (tmp_path / "in" / "ce" / "seed0" / "comparison.md").exists()
     output = compare("--from", tmp_path / "in", "--output_dir", tmp_path / "out")
     assert "| bkd | 2 |" in output
     markdown = (tmp_path / "out" / "comparison.md").read_text()
@@ -362,6 +370,8 @@ def test_exit_code_and_message_tell_of_a_failure(tmp_path):
         (["--output_dir", "x", "--temperature", "0"], "--temperature must be a finite number > 0"),
         (["--from", "nowhere"], "There is no results.json in nowhere"),
         (["--from", "nowhere", "--bf16"], "--bf16: with --from nothing is run"),
+        (["--from", "nowhere", "--methods", "ce"], "--methods: with --from nothing is run"),
+        (["--from", "nowhere", "--dry_run"], "--dry_run: with --from nothing is run"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, options, message):

@@ -244,6 +244,11 @@ class BKDConfig(TrainingArguments):
             "label_smoothing_factor",
             f"0 with --classification_loss {self.classification_loss}, which knows no label smoothing",
         )
+        require(
+            self.sampler != "class_balanced" or self.train_sampling_strategy == "random",
+            "train_sampling_strategy",
+            "random with --sampler class_balanced, which draws by itself",
+        )
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)")
         rate = self.head_learning_rate
         require(rate is None or 0 <= rate < math.inf, "head_learning_rate", "a finite number ≥ 0")

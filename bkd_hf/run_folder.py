@@ -155,9 +155,6 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Trainer writes `trainer_state.json` last: a process killed while saving leaves a checkpoint without it, or half.
     """
     for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_checkpoint_step, reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        return str(folder)
+        if read_json(folder / "trainer_state.json") is not None:
+            return str(folder)
     return None

@@ -181,6 +181,6 @@ def load_teacher(
         raise InputError(
             f"The teacher {teacher!r} lacks trained weights for {', '.join(incomplete[:3])}"
             f"{', …' if len(incomplete) > 3 else ''}: distilling from them would teach nonsense. Give a teacher that "
-            "was trained for image classification."
+            "was trained for image classification, or have it trained on the data first (--finetune_teacher)."
         )
     return FrozenTeacher(model, columns)

@@ -24,7 +24,7 @@ def needs(name: str):
     if name == "timm":
         try:
             importlib.import_module("timm")
-        except Exception as error:  # without it, or with a torchvision that does not fit torch
+        except (ImportError, RuntimeError) as error:  # without it, or with a torchvision that does not fit torch
             return pytest.param(name, marks=pytest.mark.skip(reason=f"timm cannot be imported: {error}"))
     return name
 

@@ -89,6 +89,7 @@ def test_defaults_are_the_published_ones():
         ({"dkd_warmup_epochs": -1}, "--dkd_warmup_epochs"),
         ({"logit_adjustment_tau": float("inf")}, "--logit_adjustment_tau"),
         ({"class_weighting_start": -1.0}, "--class_weighting_start"),
+        ({"method": "resample", "train_sampling_strategy": "sequential"}, "--train_sampling_strategy must be random"),
         ({"method": "ldam", "label_smoothing_factor": 0.1}, "--label_smoothing_factor must be 0 with .* ldam"),
     ],
 )

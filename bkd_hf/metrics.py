@@ -1,120 +1,40 @@
-"""Long-tail metrics: numpy in, a dict of numbers out."""
+"""Long-tail metrics; the numbers are computed in `long_tail/metrics.py`, which can stand alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .weights import check_class_counts
+from .long_tail.metrics import (
+    FEW_SHOT_THRESHOLD,
+    MANY_SHOT_THRESHOLD,
+    check_class_counts,
+    check_shot_thresholds,
+    expected_calibration_error,
+    long_tail_metrics,
+    post_hoc_logit_adjustment,
+    shot_groups,
+    wilson_interval,
+)
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
 
-#: More training images than this: many-shot (Liu et al., 2019, arXiv 1904.05160).
-MANY_SHOT_THRESHOLD = 100
-#: Fewer training images than this: few-shot.
-FEW_SHOT_THRESHOLD = 20
-
-
-def long_tail_metrics(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    class_counts: Sequence[int] | np.ndarray,
-    many_shot_threshold: int = MANY_SHOT_THRESHOLD,
-    few_shot_threshold: int = FEW_SHOT_THRESHOLD,
-) -> dict[str, Any]:
-    """All metrics of a classifier on a test set, as fractions.
-
-    A group's accuracy is the mean of the accuracies of its classes, as in Liu et al. (2019): the same as over its
-    images where the test set is balanced. Classes without test images are left out of every mean over classes, and
-    their own accuracy is `None`.
-
-    Args:
-        logits: N×C, unnormalised log-probabilities.
-        labels: N class numbers.
-        class_counts: C numbers of *training* images, which sort the classes into many-shot (more than
-            `many_shot_threshold`), few-shot (fewer than `few_shot_threshold`) and medium-shot (the others).
-        many_shot_threshold: See above.
-        few_shot_threshold: See above.
-
-    Returns:
-        `accuracy`, `top5_accuracy` (with more than 5 classes), `balanced_accuracy` (mean over classes), `macro_f1`,
-        `many_shot_accuracy`, `medium_shot_accuracy`, `few_shot_accuracy` (each absent if it has no test image),
-        `worst_class_accuracy`, `harmonic_mean_accuracy`, `geometric_mean_accuracy` (over classes),
-        `expected_calibration_error` (15 bins), and the list `per_class_accuracy`.
-
-    Raises:
-        ValueError: If there is nothing to measure, shapes do not fit, or a threshold makes no sense.
-    """
-    logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
-    counts = check_class_counts(class_counts)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
-        raise ValueError(f"Expected N×C logits and N ≥ 1 labels, got shapes {logits.shape} and {labels.shape}.")
-    if counts.size != logits.shape[1]:
-        raise ValueError(f"There are {counts.size} class counts, but the logits have {logits.shape[1]} classes.")
-    if labels.min() < 0 or labels.max() >= counts.size:
-        raise ValueError(f"Labels must be in 0 to {counts.size - 1}, got {labels.min()} to {labels.max()}.")
-    check_shot_thresholds(many_shot_threshold, few_shot_threshold)
-
-    num_classes = counts.size
-    predictions = logits.argmax(axis=1)
-    correct = predictions == labels
-    num_labelled = np.bincount(labels, minlength=num_classes)
-    num_predicted = np.bincount(predictions, minlength=num_classes)
-    num_correct = np.bincount(labels[correct], minlength=num_classes)
-    tested = num_labelled > 0
-    recall = num_correct[tested] / num_labelled[tested]
-    f1 = 2 * num_correct[tested] / (num_labelled[tested] + num_predicted[tested])
-
-    metrics: dict[str, Any] = {"accuracy": correct.mean()}
-    if num_classes > 5:
-        top5 = np.argpartition(logits, -5, axis=1)[:, -5:]
-        metrics["top5_accuracy"] = (top5 == labels[:, None]).any(axis=1).mean()
-    metrics["balanced_accuracy"] = recall.mean()
-    metrics["macro_f1"] = f1.mean()
-    for name, group in shot_groups(counts, many_shot_threshold, few_shot_threshold).items():
-        if group[tested].any():
-            metrics[f"{name}_accuracy"] = recall[group[tested]].mean()
-    metrics["worst_class_accuracy"] = recall.min()
-    with np.errstate(divide="ignore"):
-        metrics["harmonic_mean_accuracy"] = 1 / np.mean(1 / recall)
-        metrics["geometric_mean_accuracy"] = np.exp(np.mean(np.log(recall)))
-    metrics["expected_calibration_error"] = expected_calibration_error(logits, labels)
-    metrics = {name: float(value) for name, value in metrics.items()}
-    per_class = np.divide(num_correct, num_labelled, where=tested, out=np.full(num_classes, np.nan))
-    metrics["per_class_accuracy"] = [float(value) if ok else None for value, ok in zip(per_class, tested, strict=True)]
-    return metrics
-
-
-def post_hoc_logit_adjustment(
-    logits: np.ndarray, class_counts: Sequence[int] | np.ndarray, tau: float = 1.0
-) -> np.ndarray:
-    """Take the training frequencies out of a trained model's answers (Menon et al., 2021, arXiv 2007.07314, eq. 9).
-
-        z − τ · log π,    π_c = n_c / Σ_k n_k
-
-    Args:
-        logits: N×C.
-        class_counts: C numbers of training images, n.
-        tau: τ; 0 changes nothing.
-
-    Returns:
-        N×C adjusted logits, float64, to be measured as any others.
-
-    Raises:
-        ValueError: If a class has no training image, or the numbers of classes differ.
-    """
-    counts = check_class_counts(class_counts)
-    if counts.size != np.shape(logits)[-1]:
-        raise ValueError(f"There are {counts.size} class counts, but the logits have {np.shape(logits)[-1]} classes.")
-    if (counts == 0).any():
-        raise ValueError(
-            f"Class {counts.argmin()} has no training image: the logarithm of its frequency is not finite."
-        )
-    return np.asarray(logits, dtype=np.float64) - tau * np.log(counts / counts.sum())
+__all__ = [
+    "FEW_SHOT_THRESHOLD",
+    "MANY_SHOT_THRESHOLD",
+    "LongTailEvaluation",
+    "check_class_counts",
+    "check_shot_thresholds",
+    "expected_calibration_error",
+    "long_tail_metrics",
+    "post_hoc_logit_adjustment",
+    "shot_groups",
+    "wilson_interval",
+]
 
 
 @dataclass(frozen=True)
@@ -141,44 +61,3 @@ class LongTailEvaluation:
         )
         del metrics["per_class_accuracy"]
         return metrics
-
-
-def shot_groups(
-    class_counts: Sequence[int] | np.ndarray,
-    many_shot_threshold: int = MANY_SHOT_THRESHOLD,
-    few_shot_threshold: int = FEW_SHOT_THRESHOLD,
-) -> dict[str, np.ndarray]:
-    """Boolean masks over classes: `many_shot`, `medium_shot` and `few_shot`, by training images."""
-    counts = np.asarray(class_counts)
-    many, few = counts > many_shot_threshold, counts < few_shot_threshold
-    return {"many_shot": many, "medium_shot": ~many & ~few, "few_shot": few}
-
-
-def check_shot_thresholds(many_shot_threshold: int, few_shot_threshold: int) -> None:
-    """Raise a `ValueError` unless 0 ≤ few ≤ many + 1, so that each class falls into one group."""
-    if not 0 <= few_shot_threshold <= many_shot_threshold + 1:
-        raise ValueError(
-            f"--few_shot_threshold ({few_shot_threshold}) must not be negative nor above --many_shot_threshold "
-            f"({many_shot_threshold}): a class would be many-shot and few-shot at once."
-        )
-
-
-def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
-    """Gap between confidence and accuracy (Naeini et al., 2015; Guo et al., 2017, arXiv 1706.04599, eq. 3).
-
-        ECE = Σ_b (n_b / N) · |accuracy(b) − confidence(b)|
-
-    over `num_bins` equal bins of the largest softmax probability.
-
-    Args:
-        logits: N×C.
-        labels: N class numbers.
-        num_bins: Number of bins.
-    """
-    logits = np.asarray(logits, dtype=np.float64)
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    confidence = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
-    correct = logits.argmax(axis=1) == np.asarray(labels)
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(confidence))

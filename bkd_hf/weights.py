@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from .metrics import check_class_counts
+
 
 def class_balanced_weights(
     class_counts: Sequence[int] | np.ndarray | torch.Tensor,
@@ -68,20 +70,3 @@ def deferred_weights(
     """
     start_epoch = 0.0 if start is None else start * num_epochs if start < 1 else start
     return class_weights if epoch >= start_epoch else torch.ones_like(class_weights)
-
-
-def check_class_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-    """Return class counts as a float64 array of shape (C,).
-
-    Raises:
-        ValueError: If they are empty, not one-dimensional, negative, or no whole numbers.
-    """
-    if isinstance(class_counts, torch.Tensor):
-        class_counts = class_counts.detach().cpu().numpy()
-    counts = np.asarray(class_counts, dtype=np.float64)
-    if counts.ndim != 1 or counts.size == 0:
-        raise ValueError(f"class_counts must be one number per class, got shape {counts.shape}.")
-    wrong = np.flatnonzero(~(np.isfinite(counts) & (counts >= 0) & (counts == np.floor(counts))))
-    if wrong.size:
-        raise ValueError(f"class_counts must be whole numbers ≥ 0, got {counts[wrong[0]]} for class {wrong[0]}.")
-    return counts

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
 
 import bkd_hf
-from bkd_hf import expected_calibration_error, long_tail_metrics, shot_groups
+from bkd_hf import expected_calibration_error, long_tail_metrics, shot_groups, wilson_interval
 
 
 def one_hot(predictions: list[int], classes: int) -> np.ndarray:
@@ -108,3 +109,16 @@ def test_evaluate_metric_loads_from_its_folder_offline():
     parsed = doctest.DocTestParser().get_doctest(metric.inputs_description, {}, "long_tail", None, 0)
     assert doctest.DocTestRunner().run(parsed).failed == 0
     assert parsed.examples
+
+
+@given(num_images=st.integers(1, 5000), share=st.floats(0, 1))
+def test_wilson_interval_is_that_of_scipy(num_images, share):
+    num_correct = round(share * num_images)
+    expected = binomtest(num_correct, num_images).proportion_ci(method="wilson")
+    assert wilson_interval(num_correct, num_images) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_interval_of_many_classes_at_once():
+    low, high = wilson_interval(np.array([0, 2, 5]), np.array([5, 5, 5]))
+    assert low == pytest.approx([0.0, 0.117621, 0.565518], abs=1e-6)  # 2 of 5 may well be 12 or 77 %
+    assert high == pytest.approx([0.434482, 0.769276, 1.0], abs=1e-6)

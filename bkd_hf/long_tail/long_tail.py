@@ -1,4 +1,7 @@
-"""The long-tail metrics as an `evaluate` metric: `evaluate.load("<folder of this file>")`, no network needed."""
+"""The long-tail metrics as an `evaluate` metric: `evaluate.load("<folder of this file>")`, no network needed.
+
+It needs nothing of bkd_hf but the file `metrics.py` beside it, so that it works as a Space too.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from typing import Any
 import datasets
 import evaluate
 
-from bkd_hf.metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, long_tail_metrics
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, long_tail_metrics
 
 _DESCRIPTION = """\
 Accuracy on long-tailed data: overall, balanced, of many-, medium- and few-shot classes (by *training* images), of the
-worst class, per class, and more; see `bkd_hf.long_tail_metrics`.
+worst class, per class, and more.
 """
 
 _KWARGS_DESCRIPTION = """\
@@ -46,7 +49,7 @@ _CITATION = """\
 
 
 class LongTail(evaluate.Metric):
-    """A thin shell around [`bkd_hf.long_tail_metrics`]."""
+    """A thin shell around `long_tail_metrics`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

@@ -129,7 +129,7 @@ def test_bad_yaml(tmp_path, text, message):
         ("--beta 1", "--class_balance_beta must be"),
         ("--imbalance_ratio 0.5", "--imbalance_ratio must be a finite number ≥ 1, got 0.5"),
         ("--imbalance_ratio inf", "--imbalance_ratio"),
-        ("--imbalance_profile pareto", "--imbalance_profile must be one of exp, step, got 'pareto'"),
+        ("--imbalance_profile zipf", "--imbalance_profile must be one of exp, step, pareto, got 'zipf'"),
         ("--train_augmentation mixup", "--train_augmentation must be one of"),
         ("--cache_images disk", "--cache_images must be one of"),
         ("--max_train_samples 0", "--max_train_samples must be at least 1"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bkd_hf import InputError, class_counts, load_image_dataset, long_tailed_counts, make_long_tailed
-from bkd_hf.data import fingerprint, limit_examples
+from bkd_hf.data import PROFILES, fingerprint, limit_examples, stored_images
 
 
 def balanced_set(num_classes: int = 10, per_class: int = 50) -> datasets.Dataset:
@@ -44,12 +45,28 @@ def test_published_counts(golden, name, classes, count, ratio, profile):
 
 @given(count=st.integers(1, 10_000), classes=st.integers(2, 300), ratio=st.floats(1, 1e6))
 def test_laws_of_counts(count, classes, ratio):
-    for profile in ("exp", "step"):
+    for profile in PROFILES:
         counts = long_tailed_counts(count, classes, ratio, profile)
         assert len(counts) == classes
         assert counts[0] == count
         assert counts == sorted(counts, reverse=True)
         assert abs(counts[-1] - count / ratio) <= 1 + 1e-6
+
+
+def test_pareto_is_close_to_imagenet_lt():
+    counts = long_tailed_counts(1280, 1000, 256, "pareto")
+    assert (counts[0], counts[-1]) == (1280, 5)
+    assert sum(counts) == pytest.approx(115_846, rel=0.05)  # Liu et al. (2019), who drew at random
+
+
+@given(alpha=st.floats(1e-3, 1e6), classes=st.integers(2, 1000))
+def test_pareto_of_any_alpha(alpha, classes):
+    counts = long_tailed_counts(10_000, classes, 1000, "pareto", alpha)
+    assert (counts[0], counts[-1]) == (10_000, 10)
+    assert counts == sorted(counts, reverse=True)
+    # With α → ∞ the quantiles are those of an exponential distribution, which has the shortest tail of them.
+    limit = 10_000 * np.log(classes / np.arange(1, classes + 1)) / np.log(classes)
+    assert (np.asarray(counts) <= np.maximum(limit, 10) + 1).all()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +77,9 @@ def test_laws_of_counts(count, classes, ratio):
         ((10, 5, float("inf")), "imbalance_ratio"),
         ((10, 1, 2), "at least two classes"),
         ((0, 5, 2), "max_count"),
-        ((10, 5, 2, "pareto"), "one of exp, step, got 'pareto'"),
+        ((10, 5, 2, "zipf"), "one of exp, step, pareto, got 'zipf'"),
+        ((10, 5, 2, "pareto", 0), "pareto_alpha must be a finite number > 0, got 0"),
+        ((10, 5, 2, "pareto", float("nan")), "pareto_alpha"),
     ],
 )
 def test_bad_counts(arguments, message):
@@ -87,6 +106,17 @@ def test_subset_is_the_same_on_every_machine():
 def test_class_order_and_max_count():
     subset = make_long_tailed(balanced_set(3, 50), "label", 4, max_count=20, class_order=[2, 0, 1])
     assert class_counts(subset, "label") == [10, 5, 20]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_longer_tail_is_contained_in_a_shorter_one(profile):
+    subsets = [set(make_long_tailed(balanced_set(), "label", ratio, profile)["x"]) for ratio in (50, 10, 2)]
+    assert subsets[0] < subsets[1] < subsets[2]
+
+
+def test_pareto_subset():
+    subset = make_long_tailed(balanced_set(), "label", 10, "pareto", max_count=40, pareto_alpha=2)
+    assert class_counts(subset, "label") == long_tailed_counts(40, 10, 10, "pareto", 2)
 
 
 def test_never_more_than_a_class_has():
@@ -169,7 +199,25 @@ def test_folder_of_class_folders(tmp_path):
     assert class_counts(loaded["train"], "label") == [6, 6]
     assert class_counts(loaded["eval"], "label") == [2, 2]
     assert loaded["train"].features["label"].names == ["cat", "dog"]
-    assert fingerprint(loaded["train"])
+    # Of files it is enough to look at names and sizes, unless they are to be compared with stored images.
+    train = loaded["train"]
+    stored = [{"bytes": Path(image["path"]).read_bytes(), "path": None} for image in stored_images(train)]
+    embedded = datasets.Dataset.from_dict({"image": stored, "label": train["label"]}, features=train.features)
+    assert fingerprint(train) != fingerprint(embedded) == fingerprint(embedded, read_files=True)
+    assert fingerprint(train, read_files=True) == fingerprint(embedded)
+
+
+def test_an_untouched_test_split_is_asked_for(tmp_path):
+    feature = datasets.ClassLabel(names=["cat", "dog"])
+    parts = {"train": 20, "validation": 4, "test": 6}
+    data = {split: image_set([0, 1] * (number // 2), feature) for split, number in parts.items()}
+    datasets.DatasetDict(data).save_to_disk(tmp_path / "all")
+    assert len(load_image_dataset(str(tmp_path / "all"))["eval"]) == 4
+    assert len(load_image_dataset(str(tmp_path / "all"), untouched_test=True)["eval"]) == 6
+    datasets.DatasetDict(train=data["train"]).save_to_disk(tmp_path / "train")
+    assert len(load_image_dataset(str(tmp_path / "train"))["eval"]) == 4
+    with pytest.raises(InputError, match="has no test split, which nobody trains on: it has train"):
+        load_image_dataset(str(tmp_path / "train"), untouched_test=True)
 
 
 def test_parquet_without_evaluation_split_is_carved_stratified(tmp_path):

@@ -16,7 +16,7 @@ from scipy import stats
 from .errors import InputError
 from .methods import METHODS
 from .plots import save_comparison_plots
-from .results import RESULTS_NAME, load_results
+from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
 
 #: Columns of the tables, and their keys in `long_tail_metrics`.
 METRICS = {
@@ -30,7 +30,6 @@ METRICS = {
 #: Methods that the others are compared with, seed by seed.
 BASELINES = ("ce", "kd")
 _CONFIDENCE = 0.95
-_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,7 @@ class Comparison:
 
     def adjusts_itself(self, method: str) -> bool:
         """Whether a method corrects for the class frequencies while training, by loss, weights or sampler."""
-        options = next(iter(self.cells[method].values()))["options"]["training"]
-        parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
-        return any(options.get(part) in _CORRECTING for part in parts)
+        return adjusts_itself(next(iter(self.cells[method].values())))
 
     def baselines(self) -> list[str]:
         """The baselines that are among the methods."""
@@ -360,19 +357,13 @@ def _differing_options(cells: Sequence[dict[str, Any]], within_a_method: bool = 
             **results["options"]["data"],
             **results["options"]["training"],
             "method of the teacher": (results.get("teacher") or {}).get("method"),
-            "images in a step": _effective_batch(results),
+            "images in a step": effective_batch_size(results),
         }
         for results in cells
     ]
     for name in sorted({name for options in groups for name in options} - may_differ):
         values[name] = {str(options.get(name, "the default")) for options in groups}
     return {name: sorted(found) for name, found in values.items() if len(found) > 1}
-
-
-def _effective_batch(results: dict[str, Any]) -> int:
-    options = results["options"]["training"]
-    per_device = options.get("per_device_train_batch_size", 8) * options.get("gradient_accumulation_steps", 1)
-    return per_device * results["hardware"]["num_processes"]
 
 
 def _listed(differing: dict[str, list[str]]) -> str:

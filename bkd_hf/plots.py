@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .metrics import shot_groups
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -68,16 +69,25 @@ def save_plots(results: dict[str, Any], folder: str | os.PathLike[str]) -> list[
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"class_accuracy": plot_class_accuracy(results)}
-    if _training_panels(results):
-        figures["training_curves"] = plot_training_curves(results)
-    for model in reversed(_models(results)):
-        figures[f"confusion_{model}"] = plot_confusion(results, model)
     paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=_DPI, facecolor="white")
+    for name, draw in _figures(results).items():
+        paths.append(folder / name)
+        draw().savefig(paths[-1], dpi=_DPI, facecolor="white")
     return paths
+
+
+def figure_names(results: dict[str, Any]) -> list[str]:
+    """Return the names of the files that [`save_plots`] writes."""
+    return list(_figures(results))
+
+
+def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
+    figures: dict[str, Callable[[], Figure]] = {"class_accuracy.png": lambda: plot_class_accuracy(results)}
+    if _training_panels(results):
+        figures["training_curves.png"] = lambda: plot_training_curves(results)
+    for model in reversed(_models(results)):
+        figures[f"confusion_{model}.png"] = functools.partial(plot_confusion, results, model)
+    return figures
 
 
 # ---- Classes --------------------------------------------------------------------------------------------------------
@@ -118,19 +128,61 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     _draw_class_accuracies(class_axes, results, order)
     _draw_group_accuracies(group_axes, results)
     _shade_groups(images_axes, class_axes, data, order)
-    if named:
-        _set_names(class_axes, "x", range(1, counts.size + 1), names, room)
-        label = "class (most training images first)"
-    else:
-        ticks = MaxNLocator(7, integer=True, steps=_TICK_STEPS).tick_values(1, counts.size)
-        class_axes.set_xticks([1, *(tick for tick in ticks if 1 < tick <= counts.size)])
-        class_axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        label = "rank of the class (1: most training images)"
+    label = _set_classes(class_axes, counts.size, names, room)
     untested = int((np.asarray(data["eval_class_counts"]) == 0).sum())
     class_axes.set_xlabel(f"{label}; {untested:,} without test images" if untested else label, fontsize=_TEXT)
     images_axes.tick_params(labelbottom=False, bottom=named)
     _draw_class_legend(legend_axes, _models(results), counts.size)
     return figure
+
+
+def plot_class_counts(
+    name: str,
+    class_names: Sequence[str],
+    class_counts: Sequence[int],
+    many_shot_threshold: int = MANY_SHOT_THRESHOLD,
+    few_shot_threshold: int = FEW_SHOT_THRESHOLD,
+) -> Figure:
+    """Draw the training images per class of a data set, as above the accuracies of `plot_class_accuracy`.
+
+    Args:
+        name: The data set's.
+        class_names: C names.
+        class_counts: C numbers of training images.
+        many_shot_threshold: Classes with more images are many-shot.
+        few_shot_threshold: Classes with fewer images are few-shot.
+
+    Returns:
+        The figure; its only axes are the training images.
+    """
+    counts = np.asarray(class_counts)
+    data = {
+        "name": name,
+        "class_counts": class_counts,
+        "many_shot_threshold": many_shot_threshold,
+        "few_shot_threshold": few_shot_threshold,
+    }
+    order = _largest_first(counts)
+    names = [_shortened(class_names[index]) for index in order] if counts.size <= _MAX_NAMED_CLASSES else []
+    room = 7.0 / counts.size  # inches for each class
+    figure = Figure(figsize=(_WIDTH, 3.2 if _fit(names, room) else 4.2), dpi=_DPI, layout="constrained")
+    axes = figure.add_subplot()
+    _add_title(figure, "Training images per class", {"data": data})
+    _draw_training_images(axes, counts[order], room)
+    _shade_groups(axes, axes, data, order)
+    axes.set_xlabel(_set_classes(axes, counts.size, names, room), fontsize=_TEXT)
+    return figure
+
+
+def _set_classes(axes: Axes, num_classes: int, names: list[str], room: float) -> str:
+    """Label the x axis with the classes' names, or with their ranks if there are no names; return its title."""
+    if names:
+        _set_names(axes, "x", range(1, num_classes + 1), names, room)
+        return "class (most training images first)"
+    ticks = MaxNLocator(7, integer=True, steps=_TICK_STEPS).tick_values(1, num_classes)
+    axes.set_xticks([1, *(tick for tick in ticks if 1 < tick <= num_classes)])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    return "rank of the class (1: most training images)"
 
 
 def _draw_training_images(axes: Axes, counts: np.ndarray, room: float) -> None:

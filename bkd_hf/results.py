@@ -8,17 +8,21 @@ Schema, version 1 (fractions for metrics, seconds for times; `null` where someth
                         `teacher_training` what differs from `training`
     method              the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
     seed                seed of the training
-    data                name, fingerprint and eval_fingerprint (hashes of labels and images), num_train_images,
-                        num_eval_images, class_names, class_counts (training), eval_class_counts,
-                        many_shot_threshold, few_shot_threshold
-    teacher, student    model, num_parameters, metrics (see `long_tail_metrics`), post_hoc_metrics (the same after
-                        post-hoc logit adjustment, and its tau), confusions, and where it was trained in this run:
+    command             what was called, or null (from Python)
+    data                name, hub_id (null if it is not from the Hub), fingerprint and eval_fingerprint (hashes of
+                        labels and images), num_train_images, num_eval_images, class_names, class_counts (training),
+                        eval_class_counts, many_shot_threshold, few_shot_threshold
+    teacher, student    model, hub_id (null if it is not from the Hub), architecture, num_parameters, metrics (see
+                        `long_tail_metrics`), post_hoc_metrics (the same after post-hoc logit adjustment, and its
+                        tau), confusions, and where it was trained in this run:
                         training {seconds, images_per_second, seconds_per_step, steps, epochs} and history (what was
                         logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher has
                         its method too, where it is known, and is null where the student's method has none.
       confusions        [true class, predicted class, test images], the most frequent first (2,000 at most)
-    versions            of Python and the libraries
+    versions            of Python and the libraries, and commit, of bkd_hf where it is a git checkout
     hardware            device, cpu_cores, cpu_threads, num_processes, precision
+
+Results of earlier versions lack method, command, hub_id, architecture and commit.
 
 It holds no absolute path and no user name: a local model or data set is recorded by the name of its folder.
 """
@@ -30,6 +34,9 @@ import json
 import math
 import os
 import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -37,21 +44,26 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import TrainerState, TrainingArguments
 
 from . import __version__
 from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
-from .metrics import long_tail_metrics, post_hoc_logit_adjustment
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, long_tail_metrics, post_hoc_logit_adjustment
+from .models import cifar_resnet_depth
+from .teacher import FrozenTeacher
 
 RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
 
 _MAX_CONFUSIONS = 2000
+_METHOD_PARTS = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
+_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Neither a result nor of interest to others.
-_NOT_RECORDED = {"output_dir", "hub_token", "hub_model_id", "token", "cache_dir", "run_name", "logging_dir"}
+_NOT_RECORDED = {"output_dir", "hub_model_id", "cache_dir", "run_name", "logging_dir"}
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -95,19 +107,143 @@ def save_json(content: Any, path: str | os.PathLike[str]) -> None:
 def describe_data(
     name: str, train: datasets.Dataset, evaluation: datasets.Dataset, many_shot_threshold: int, few_shot_threshold: int
 ) -> dict[str, Any]:
-    """Return the `data` section."""
+    """Return the `data` section of a run on these images (the counts as [`describe_classes`])."""
+    return describe_classes(
+        name,
+        train.features[LABEL_COLUMN].names,
+        class_counts(train),
+        class_counts(evaluation),
+        many_shot_threshold,
+        few_shot_threshold,
+        fingerprints=(fingerprint(train), fingerprint(evaluation)),
+    )
+
+
+def describe_classes(
+    name: str,
+    class_names: list[str],
+    counts: list[int],
+    eval_counts: list[int],
+    many_shot_threshold: int = MANY_SHOT_THRESHOLD,
+    few_shot_threshold: int = FEW_SHOT_THRESHOLD,
+    fingerprints: tuple[str | None, str | None] = (None, None),
+) -> dict[str, Any]:
+    """Return the `data` section.
+
+    Args:
+        name: Folder, Hub id, or `digits`.
+        class_names: Names of the C classes.
+        counts: C numbers of training images.
+        eval_counts: C numbers of evaluation images.
+        many_shot_threshold: Classes with more training images are many-shot.
+        few_shot_threshold: Classes with fewer training images are few-shot.
+        fingerprints: Of training and evaluation images, where they are known.
+    """
     return {
         "name": without_folders(name),
-        "fingerprint": fingerprint(train),
-        "eval_fingerprint": fingerprint(evaluation),
-        "num_train_images": len(train),
-        "num_eval_images": len(evaluation),
-        "class_names": train.features[LABEL_COLUMN].names,
-        "class_counts": class_counts(train),
-        "eval_class_counts": class_counts(evaluation),
+        "hub_id": None if name == "digits" else hub_id(name),
+        "fingerprint": fingerprints[0],
+        "eval_fingerprint": fingerprints[1],
+        "num_train_images": sum(counts),
+        "num_eval_images": sum(eval_counts),
+        "class_names": class_names,
+        "class_counts": counts,
+        "eval_class_counts": eval_counts,
         "many_shot_threshold": many_shot_threshold,
         "few_shot_threshold": few_shot_threshold,
     }
+
+
+def describe_run(
+    training: BKDConfig,
+    data: dict[str, Any],
+    student: dict[str, Any],
+    teacher: dict[str, Any] | None = None,
+    *,
+    teacher_training: BKDConfig | None = None,
+    model_options: dict[str, Any] | None = None,
+    data_options: dict[str, Any] | None = None,
+    command: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Return the content of a `results.json`.
+
+    Args:
+        training: Options of the student's training.
+        data: The `data` section (see [`describe_data`]).
+        student: The `student` section (see [`describe_model`]), with its training and history.
+        teacher: The same of the teacher, where there is one.
+        teacher_training: Options of the teacher's training, where it was trained in the same run.
+        model_options: Options about models.
+        data_options: Options about data.
+        command: What followed `run_bkd.py` on the command line.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "options": {
+            "model": recordable(model_options or {}),
+            "data": recordable(data_options or {}),
+            "training": describe_training(training),
+            "teacher_training": describe_training(teacher_training or training, relative_to=training),
+        },
+        "method": training.method_label,
+        "seed": training.seed,
+        "command": None if command is None else describe_command(command, training.world_size),
+        "data": data,
+        "teacher": teacher,
+        "student": student,
+        "versions": describe_versions(),
+        "hardware": describe_hardware(training),
+    }
+
+
+def describe_model(
+    name: str,
+    model: nn.Module,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    data: dict[str, Any],
+    post_hoc_tau: float = 0.0,
+) -> dict[str, Any]:
+    """Return what is told of a model: what it is, and how well it does.
+
+    Args:
+        name: Folder, Hub id, or `cifar-resnet-…`.
+        model: The model.
+        logits: N×C, of the evaluation images.
+        labels: N class numbers.
+        data: The `data` section.
+        post_hoc_tau: τ of the post-hoc logit adjustment; 0 for none.
+    """
+    classifier = model.model if isinstance(model, FrozenTeacher) else model
+    return {
+        "model": without_folders(name),
+        "hub_id": hub_id(name) if cifar_resnet_depth(name) is None else None,
+        "architecture": type(classifier).__name__,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **describe_predictions(logits, labels, data, post_hoc_tau),
+    }
+
+
+def summarize_training(state: TrainerState, seconds: float, num_images: int) -> dict[str, float]:
+    """Return the `training` of a model: its time and speed.
+
+    Args:
+        state: Of the trainer.
+        seconds: What the training took, without evaluations.
+        num_images: Of the training set.
+    """
+    return {
+        "seconds": round(seconds, 2),
+        "images_per_second": round(num_images * (state.epoch or 0) / seconds, 1),
+        "seconds_per_step": round(seconds / max(state.global_step, 1), 4),
+        "steps": state.global_step,
+        "epochs": round(state.epoch or 0, 3),
+    }
+
+
+def history_of(state: TrainerState) -> list[dict[str, float]]:
+    """Return the `history` of a model: what was logged while training, without the summary at the end."""
+    return [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
 
 
 def describe_predictions(
@@ -141,10 +277,54 @@ def describe_training(args: BKDConfig, relative_to: BKDConfig | None = None) -> 
     }
 
 
-def describe_versions() -> dict[str, str]:
+def training_options(results: dict[str, Any], model: str = "student") -> dict[str, Any]:
+    """Return all options of a training in a run: those recorded, and the defaults of `transformers` for the others.
+
+    Args:
+        results: The content of a `results.json`.
+        model: `"student"` or `"teacher"`.
+    """
+    defaults = {f.name: getattr(f.default, "value", f.default) for f in fields(TrainingArguments)}
+    own = results["options"]["teacher_training"] if model == "teacher" else {}
+    return {**defaults, **results["options"]["training"], **own}
+
+
+def effective_batch_size(results: dict[str, Any], model: str = "student") -> int:
+    """Images in an optimizer step, over accumulation steps and processes (arguments as [`training_options`])."""
+    options = training_options(results, model)
+    per_process = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+    return per_process * results["hardware"]["num_processes"]
+
+
+def adjusts_itself(results: dict[str, Any]) -> bool:
+    """Whether the student's method corrects for the class frequencies, by loss, weights or sampler."""
+    options = results["options"]["training"]
+    return any(options.get(part) in _CORRECTING for part in _METHOD_PARTS)
+
+
+def describe_versions() -> dict[str, str | None]:
     """Return the `versions` section."""
-    versions = {"python": platform.python_version(), "bkd_hf": __version__}
+    versions = {"python": platform.python_version(), "bkd_hf": __version__, "commit": _commit()}
     return versions | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def describe_command(arguments: Sequence[str], num_processes: int) -> str:
+    """Return the command line of `run_bkd.py`, as others may see it: without tokens and the folders of this machine.
+
+    Args:
+        arguments: What follows the script.
+        num_processes: Of the launcher.
+    """
+    launcher = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
+    shown: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if (shown and _is_secret(shown[-1])) or (equals and _is_secret(option)):
+            value = "TOKEN"
+        elif value.startswith(("/", "~", "..")):
+            value = Path(value).name
+        shown.append(option + equals + value)
+    return shlex.join([*launcher, "scripts/run_bkd.py", *shown])
 
 
 def describe_hardware(args: BKDConfig) -> dict[str, Any]:
@@ -161,11 +341,21 @@ def describe_hardware(args: BKDConfig) -> dict[str, Any]:
 
 def recordable(options: dict[str, Any]) -> dict[str, Any]:
     """Return options without secrets and without anything that tells where on a machine the run was."""
-    return {
-        name: without_folders(value) if isinstance(value, str) else value
-        for name, value in options.items()
-        if name not in _NOT_RECORDED and not name.endswith("_token")
-    }
+
+    def told(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: told(inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [told(inner) for inner in value]
+        return without_folders(value) if isinstance(value, str) else value
+
+    return {name: told(value) for name, value in options.items() if not _is_secret(name) and name not in _NOT_RECORDED}
+
+
+def hub_id(name: str) -> str | None:
+    """Return the name of a data set or model that is on the Hub; `None` for what is here."""
+    here = name.startswith((".", "~", "/")) or Path(name).exists()
+    return None if here else name
 
 
 def without_folders(name: str) -> str:
@@ -174,12 +364,30 @@ def without_folders(name: str) -> str:
     return path.resolve().name if path.is_absolute() or name.startswith((".", "~")) or path.exists() else name
 
 
+def _is_secret(name: str) -> bool:
+    return name.lstrip("-").replace("-", "_").split("_")[-1] == "token"
+
+
 def _without_nan(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: _without_nan(value) for name, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [_without_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package runs from; `None` if it was installed otherwise, or has no git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # or it lies in somebody else's repository
+        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_name() -> str:

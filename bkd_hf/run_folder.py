@@ -36,7 +36,7 @@ WITHOUT_INFLUENCE = {
 _LEFT_BY_A_RUN = (
     RUN_NAME, RESULTS_NAME, "figures", "teacher", "checkpoint-*", "model*.safetensors*", "config.json",
     "preprocessor_config.json", "modeling_cifar_resnet.py", "training_args.bin", "trainer_state.json",
-    "*_results.json",
+    "*_results.json", "README.md",
 )  # fmt: skip
 
 
@@ -138,15 +138,31 @@ def _checkpoint_step(folder: Path) -> int:
     return int(suffix) if suffix.isdigit() else -1
 
 
-def origin_of(folder: Path) -> tuple[str | None, str | None]:
-    """Fingerprint of the images, and method, that a model was trained with; `None` where nothing is known."""
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a model was trained from and on; `None` where nothing is known.
+
+    Attributes:
+        model: What was trained, e.g. `cifar-resnet-32`.
+        fingerprint: Of the training images.
+        method: The preset.
+    """
+
+    model: str | None = None
+    fingerprint: str | None = None
+    method: str | None = None
+
+
+def origin_of(folder: Path) -> Origin:
+    """Return what is known of the model in a folder."""
     record = read_json(folder / TEACHER_NAME)
     if record is not None:
-        return record["told"]["fingerprint"], record["told"]["training"].get("method")
+        told = record["told"]
+        return Origin(told["model"], told["fingerprint"], told["training"].get("method"))
     results = read_json(folder / RESULTS_NAME)
     if results is not None and results.get("schema_version") == SCHEMA_VERSION:
-        return results["data"]["fingerprint"], results.get("method")
-    return None, None
+        return Origin(results["student"]["model"], results["data"]["fingerprint"], results.get("method"))
+    return Origin()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

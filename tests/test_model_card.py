@@ -1,0 +1,248 @@
+"""The model card: what it says is what results.json holds."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from scipy.stats import binomtest
+
+from bkd_hf import InputError, load_results, shot_groups
+from bkd_hf.arguments import parse_arguments
+from bkd_hf.model_card import build, of_teacher, to_recipe
+from bkd_hf.results import describe_command, describe_model, describe_training, recordable
+from bkd_hf.run_folder import _told
+from tests.conftest import REPOSITORY
+
+CARDS = REPOSITORY / "model_cards"
+RECIPES = REPOSITORY / "scripts" / "recipes"
+
+
+@pytest.fixture
+def results() -> dict:
+    return load_results(CARDS / "digits")
+
+
+def results_with(counts: list[int], tested: list[int], names: list[str] | None = None, accuracy: float = 0.6) -> dict:
+    """Results of a run on made-up data; the metrics fit each other."""
+    generator, num_classes = np.random.default_rng(0), len(counts)
+    results = copy.deepcopy(load_results(CARDS / "digits"))
+    results["data"] |= {
+        "class_names": names or [f"class {number}" for number in range(num_classes)],
+        "class_counts": counts, "eval_class_counts": tested,
+        "num_train_images": sum(counts), "num_eval_images": sum(tested),
+    }  # fmt: skip
+    for model, share in (("teacher", accuracy / 2), ("student", accuracy)):
+        correct = generator.binomial(tested, share)
+        known = np.asarray(tested) > 0
+        recall = np.divide(correct, tested, where=known, out=np.full(num_classes, np.nan))
+        groups = {name: recall[group & known] for name, group in shot_groups(counts).items()}
+        metrics = {
+            "accuracy": correct.sum() / sum(tested), "balanced_accuracy": np.nanmean(recall),
+            "worst_class_accuracy": np.nanmin(recall), "expected_calibration_error": 0.1,
+            **{f"{name}_accuracy": values.mean() for name, values in groups.items() if values.size},
+            "per_class_accuracy": [value if ok else None for value, ok in zip(recall.tolist(), known, strict=True)],
+        }  # fmt: skip
+        results[model] |= {"metrics": metrics, "post_hoc_metrics": None}
+    return results
+
+
+def metadata(card: ModelCard) -> dict:
+    return yaml.safe_load(str(card).split("---")[1])
+
+
+def table_after(card: ModelCard, header: str) -> list[list[str]]:
+    """Rows of the table with this header line."""
+    lines = str(card).split(header + "\n")[1].splitlines()[1:]
+    rows = lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows]
+
+
+# ---- Metadata
+
+
+def test_metadata(results):
+    results["student"]["hub_id"], results["teacher"]["hub_id"] = "google/vit", "big/teacher"
+    found = metadata(build(results, "user/x", license="mit", dataset_id="uoft-cs/cifar100", tags=["mine"]))
+    assert found["license"] == "mit"
+    assert found["library_name"] == "transformers"
+    assert found["pipeline_tag"] == "image-classification"
+    assert found["datasets"] == ["uoft-cs/cifar100"]
+    assert found["base_model"] == "google/vit"
+    assert found["teacher_model"] == "big/teacher"
+    assert {"long-tailed", "bkd", "knowledge-distillation", "mine"} <= set(found["tags"])
+    (entry,) = found["model-index"]
+    metrics = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
+    measured = results["student"]["metrics"]
+    assert metrics == {
+        "Accuracy, overall": pytest.approx(measured["accuracy"], abs=1e-6),
+        "Accuracy, balanced (mean over classes)": pytest.approx(measured["balanced_accuracy"], abs=1e-6),
+        "Accuracy, many-shot": pytest.approx(measured["many_shot_accuracy"], abs=1e-6),
+        "Accuracy, medium-shot": pytest.approx(measured["medium_shot_accuracy"], abs=1e-6),
+        "Accuracy, few-shot": pytest.approx(measured["few_shot_accuracy"], abs=1e-6),
+    }
+
+
+def test_unknown_is_said_to_be_unknown(results):
+    found = metadata(build(results))
+    assert found["license"] == "unknown"
+    assert not {"datasets", "base_model", "teacher_model"} & set(found)
+    assert "No licence has been chosen" in str(build(results))
+
+
+# ---- Numbers
+
+
+def test_table_of_teacher_and_student(results):
+    rows = table_after(build(results), "| accuracy in % | teacher | student | difference |")
+    teacher, student = results["teacher"]["metrics"], results["student"]["metrics"]
+    few = next(row for row in rows if row[0].startswith("few-shot"))
+    assert few[0] == "few-shot (< 20 training images; classes: 5)"
+    assert few[1:3] == [f"{100 * teacher['few_shot_accuracy']:.1f}", f"**{100 * student['few_shot_accuracy']:.1f}**"]
+    assert few[3] == f"{100 * (student['few_shot_accuracy'] - teacher['few_shot_accuracy']):+.1f}"
+
+
+def test_class_table_tells_how_little_five_images_say():
+    results = results_with([50, 5], [40, 5])
+    header = "| class | training images | test images | teacher | student | 95 % interval |"
+    rows = {row[0]: row for row in table_after(build(results), header)}
+    correct = round(results["student"]["metrics"]["per_class_accuracy"][1] * 5)
+    interval = binomtest(correct, 5).proportion_ci(method="wilson")
+    assert rows["class 1"][2] == "5"
+    assert rows["class 1"][5] == f"{100 * interval.low:.0f} – {100 * interval.high:.0f}"
+
+
+def test_weak_and_untested_classes_are_named():
+    results = results_with([200, 50, 5, 3], [50, 50, 50, 0])
+    results["student"]["metrics"]["per_class_accuracy"][2] = 0.02
+    limits = str(build(results)).partition("## Limitations")[2]
+    assert "1 of 4 classes are recognised less than one time in five**: class 2 (2.0 %)" in limits
+    assert "1 classes have no test image, so nothing is known of them: class 3" in limits
+
+
+def test_two_classes():
+    card = str(build(results_with([30, 3], [10, 10])))
+    assert "top 5" not in card
+    assert "many-shot (" not in card
+    assert not re.search(r"\bnan\b", card)
+
+
+def test_8142_classes_stay_readable():
+    generator = np.random.default_rng(1)
+    counts = np.sort(generator.integers(2, 1000, 8142))[::-1].tolist()
+    card = str(build(results_with(counts, [1] * 8142)))
+    assert len(card) < 30_000
+    assert "The 100 classes that are weakest for certain" in card
+    ranks = table_after(
+        build(results_with(counts, [1] * 8142)), "| rank | training images | teacher | student | never recognised |"
+    )
+    assert len(ranks) == 20
+    assert ranks[-1][0].endswith("8,142")
+
+
+def test_without_a_teacher(results):
+    results |= {"teacher": None, "method": "ce"}
+    results["options"]["training"] |= {"method": "ce", "distillation_loss": "none"}
+    card = str(build(results))
+    assert "| accuracy in % | this model |" in card
+    assert "frozen teacher" not in card
+    assert "knowledge-distillation" not in card
+
+
+def test_names_cannot_break_the_page():
+    names = ["a|b", "<script>alert(1)</script>", "two\nlines", "*_x_*", "`code`", ""]
+    card = build(results_with([60, 50, 40, 30, 20, 10], [20] * 6, names))
+    rows = table_after(card, "| class | training images | test images | teacher | student | 95 % interval |")
+    assert [len(row) for row in rows] == [6] * 6
+    assert [row[0] for row in rows] == [
+        r"a\|b", "&lt;script&gt;alert(1)&lt;/script&gt;", "two lines", r"\*\_x\_\*", r"\`code\`", "(no name)",
+    ]  # fmt: skip
+
+
+def test_results_of_earlier_versions_have_a_card_too():
+    card = str(build(CARDS / "cifar100_lt_40_epochs_two_threads"))
+    assert "accelerate launch scripts/run_bkd.py --config recipe.yaml" in card
+
+
+def test_same_results_give_the_same_card(results):
+    assert str(build(results)) == str(build(copy.deepcopy(results)))
+
+
+def test_results_are_not_changed(results):
+    before = copy.deepcopy(results)
+    build(results, "user/x")
+    assert results == before
+
+
+def test_other_schema_version_is_refused(tmp_path):
+    (tmp_path / "results.json").write_text('{"schema_version": 0}')
+    with pytest.raises(InputError, match="schema version 0"):
+        build(tmp_path)
+
+
+def test_card_of_the_teacher(results):
+    card = build(of_teacher(results), "user/teacher")
+    value = metadata(card)["model-index"][0]["results"][0]["metrics"][0]["value"]
+    assert value == pytest.approx(results["teacher"]["metrics"]["accuracy"], abs=1e-6)
+    assert "| accuracy in % | this model |" in str(card)
+
+
+# ---- How to do it again
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--seed", "3"],
+        ["--config", str(RECIPES / "cifar100_lt.yaml"), "--method", "dkd", "--dkd_beta", "2", "--bf16"],
+        ["--config", str(RECIPES / "cifar10_lt.yaml"), "--teacher_num_train_epochs", "7", "--teacher_seed", "1"],
+        ["--config", str(RECIPES / "finetune.yaml"), "--dataset_name", "user/birds"],
+    ],
+)
+def test_recipe_gives_the_same_options(options, results, tmp_path):
+    first = parse_arguments([*options, "--output_dir", "x"], digits_recipe=RECIPES / "digits.yaml")
+    results["options"] = {
+        "model": recordable(dataclasses.asdict(first.model)),
+        "data": recordable(dataclasses.asdict(first.data)),
+        "training": describe_training(first.training),
+        "teacher_training": describe_training(first.teacher_training, relative_to=first.training),
+    }
+    (tmp_path / "recipe.yaml").write_text(to_recipe(results))
+    again = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", "x"])
+    assert _told(again) == _told(first)
+
+
+def test_command_tells_nothing_of_the_machine():
+    command = describe_command(
+        ["--dataset_name", "/home/max/birds", "--hub_token", "hf_abc", "--token=hf_def", "--output_dir=~/runs/x",
+         "--teacher_model_name_or_path", "../teachers/vit", "--config", "scripts/recipes/digits.yaml", "--alpha", "2"],
+        num_processes=2,
+    )  # fmt: skip
+    assert command == (
+        "accelerate launch --num_processes 2 scripts/run_bkd.py --dataset_name birds --hub_token TOKEN --token=TOKEN "
+        "--output_dir=x --teacher_model_name_or_path vit --config scripts/recipes/digits.yaml --alpha 2"
+    )
+
+
+def test_recorded_options_tell_nothing_of_the_machine():
+    options = {
+        "deepspeed": {"config": "/home/max/ds.json"},
+        "files": ["/home/max/a"],
+        "hub_token": "hf_x",
+        "push_token": 1,
+    }
+    assert recordable(options) == {"deepspeed": {"config": "ds.json"}, "files": ["a"]}
+
+
+def test_hub_model_is_told_from_a_folder(results, tmp_path):
+    logits, labels = np.eye(10, dtype=np.float32), np.arange(10)
+    about = {name: describe_model(name, torch.nn.Linear(2, 2), logits, labels, results["data"])
+             for name in ("google/vit", str(tmp_path), "cifar-resnet-32")}  # fmt: skip
+    assert [model["hub_id"] for model in about.values()] == ["google/vit", None, None]
+    assert about[str(tmp_path)]["model"] == tmp_path.name

@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "config": ["BKDConfig"],
     "data": ["class_counts", "load_image_dataset", "long_tailed_counts", "make_long_tailed"],
-    "errors": ["InputError"],
+    "errors": ["InputError", "PublishError"],
     "losses": [
         "balanced_distillation_loss",
         "balanced_softmax_loss",
@@ -31,10 +31,12 @@ _HOMES = {
         "long_tail_metrics",
         "post_hoc_logit_adjustment",
         "shot_groups",
+        "wilson_interval",
     ],
     "modeling_cifar_resnet": ["CifarResNetConfig", "CifarResNetForImageClassification"],
     "models": ["load_classifier", "load_processor"],
     "plots": ["save_plots"],
+    "publishing": ["publish_folder"],
     "results": ["load_results"],
     "teacher": ["FrozenTeacher", "align_labels", "load_teacher"],
     "trainer": ["BKDTrainer", "TeacherLogitsError"],

@@ -26,6 +26,9 @@ from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresho
 from .models import cifar_resnet_depth
 from .transforms import AUGMENTATIONS
 
+#: The Hub's name for a licence that nobody has chosen.
+UNKNOWN_LICENSE = "unknown"
+
 
 @dataclass
 class ModelArguments:
@@ -140,7 +143,8 @@ class DataArguments:
         },
     )
     imbalance_profile: str = field(
-        default="exp", metadata={"help": "Shape of the tail: exp (exponential) or step (half head, half tail)."}
+        default="exp",
+        metadata={"help": "Shape of the tail: exp (exponential), step (half head, half tail) or pareto (α = 6)."},
     )
     max_class_count: int | None = field(
         default=None, metadata={"help": "Images of the largest class of a cut tail; by default as many as possible."}
@@ -188,6 +192,25 @@ class DataArguments:
 
 
 @dataclass
+class PublishingArguments:
+    """What goes to the Hub beside the student, and what its page says; where to is said by `--hub_model_id`."""
+
+    _argument_group_name: ClassVar[str] = "publishing"
+
+    hub_license: str = field(
+        default=UNKNOWN_LICENSE, metadata={"help": "License of the student, as the Hub calls it: apache-2.0, mit, …"}
+    )
+    hub_dataset_id: str | None = field(
+        default=None, metadata={"help": "Id on the Hub of the training data, where it was read from a folder."}
+    )
+    push_teacher: bool = field(
+        default=False,
+        metadata={"help": "Also push a teacher that was trained here, to HUB_MODEL_ID-teacher."},
+    )
+    push_to_hub: bool = field(init=False, default=False)  # the option of TrainingArguments
+
+
+@dataclass
 class RunArguments:
     """Everything that a run is told.
 
@@ -196,14 +219,18 @@ class RunArguments:
         data: Data.
         training: Training of the student.
         teacher_training: Training of the teacher, where one is trained.
+        publishing: What is published, and as what.
         overwrite: Whether an earlier run in the output folder is deleted.
+        command_line: What was parsed.
     """
 
     model: ModelArguments
     data: DataArguments
     training: BKDConfig
     teacher_training: BKDConfig
+    publishing: PublishingArguments = field(default_factory=PublishingArguments)
     overwrite: bool = False
+    command_line: tuple[str, ...] | None = None
 
 
 _TEACHER_PREFIX = "--teacher_"
@@ -219,7 +246,8 @@ _COMMON_TRAINING_OPTIONS = {
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
     "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "torch_compile", "activation_checkpointing", "seed",
     "data_seed", "logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
-    "save_total_limit", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu",
+    "save_total_limit", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu", "push_to_hub",
+    "hub_model_id", "hub_private_repo", "hub_token", "hub_revision",
 }  # fmt: skip
 #: transformers' defaults are made for fine-tuning; from fresh weights they learn next to nothing.
 _FRESH_WEIGHTS_DEFAULTS = {
@@ -227,8 +255,18 @@ _FRESH_WEIGHTS_DEFAULTS = {
     "max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.025, "num_train_epochs": 200.0,
     "per_device_train_batch_size": 128, "per_device_eval_batch_size": 500,
 }  # fmt: skip
+#: Where the script's policy differs from TrainingArguments': a run says what it does, and can be continued.
+SCRIPT_DEFAULTS = {
+    "logging_strategy": "epoch", "logging_nan_inf_filter": False, "save_strategy": "epoch", "save_total_limit": 1,
+    "hub_strategy": "end",
+}  # fmt: skip
 _OWN_HELP = {
     "output_dir": "Where everything is written; outputs/DATASET_MODEL_seedSEED if not given.",
+    "push_to_hub": "Publish the finished student: weights, figures, results and a model card.",
+    "hub_model_id": "Repository on the Hub, USER/NAME; the name of OUTPUT_DIR if not given.",
+    "hub_token": "Token with write access, if not stored by `hf auth login` or in HF_TOKEN.",
+    "hub_revision": "Branch to push to.",
+    "hub_private_repo": "Make the repository private.",
     "use_cpu": "Use the CPU even if there is a GPU; set where there is none.",
 }
 _EPILOG = """\
@@ -280,13 +318,18 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     teacher_namespace.output_dir = f"{namespace.output_dir}/teacher"
     if teacher_namespace.method in METHODS and METHODS[teacher_namespace.method].distillation_loss != "none":
         raise InputError(f"--teacher_method {teacher_namespace.method}: a teacher is trained without a teacher.")
+    publishing = _build(PublishingArguments, namespace)
+    # A run publishes what it has measured, at its end; Trainer would at every save.
+    publishing.push_to_hub, namespace.push_to_hub = namespace.push_to_hub, False
     try:
         return RunArguments(
             model=_build(ModelArguments, namespace),
             data=_build(DataArguments, namespace),
             training=_build(BKDConfig, namespace),
             teacher_training=_build(BKDConfig, teacher_namespace),
+            publishing=publishing,
             overwrite=namespace.overwrite,
+            command_line=tuple(argv),
         )
     except InputError:
         raise
@@ -335,7 +378,7 @@ _YamlLoader.add_implicit_resolver(
 
 def _build_parser(show_all: bool = False) -> _Parser:
     parser = _Parser(
-        [ModelArguments, DataArguments, BKDConfig],
+        [ModelArguments, DataArguments, PublishingArguments, BKDConfig],
         description="Train a balanced student on long-tailed images by Balanced Knowledge Distillation.",
         epilog=_EPILOG,
         usage="accelerate launch scripts/run_bkd.py [--config FILE] [--OPTION VALUE …]",
@@ -348,15 +391,7 @@ def _build_parser(show_all: bool = False) -> _Parser:
     run.add_argument("--overwrite", action="store_true", help="Delete an earlier run in OUTPUT_DIR and start anew.")
     run.add_argument("-h", "--help", action="help", help="Show the usual options.")
     run.add_argument("--help_all", action="store_true", help="Show all options of TrainingArguments too.")
-    # Where the script's policy differs from TrainingArguments' defaults: a run says what it does and can be continued.
-    parser.set_defaults(
-        output_dir=None,
-        use_cpu=not torch.accelerator.is_available(),
-        logging_strategy="epoch",
-        logging_nan_inf_filter=False,
-        save_strategy="epoch",
-        save_total_limit=1,
-    )
+    parser.set_defaults(output_dir=None, use_cpu=not torch.accelerator.is_available(), **SCRIPT_DEFAULTS)
     inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
     own_group = parser.add_argument_group("method and optimisation")
     training_group = parser.add_argument_group("training (transformers.TrainingArguments)")

@@ -34,6 +34,7 @@ _NOT_FOR_CELLS = {
     "--overwrite": "delete the folders of the cells that are to run anew",
     "--resume_from_checkpoint": "an interrupted cell resumes by itself",
     "--max_steps": "use --num_train_epochs",
+    "--push_to_hub": "push the cells that you choose by scripts/publish.py",
 }
 
 

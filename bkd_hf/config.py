@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .methods import (
     CLASS_WEIGHTINGS,
@@ -250,6 +251,11 @@ class BKDConfig(TrainingArguments):
             "random with --sampler class_balanced, which draws by itself",
         )
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)")
+        require(
+            HubStrategy(self.hub_strategy) in (HubStrategy.END, HubStrategy.EVERY_SAVE),
+            "hub_strategy",
+            "end: checkpoints with their optimizer states are not for others",
+        )
         rate = self.head_learning_rate
         require(rate is None or 0 <= rate < math.inf, "head_learning_rate", "a finite number ≥ 0")
         require(self.lr_warmup_epochs >= 0, "lr_warmup_epochs", "≥ 0")

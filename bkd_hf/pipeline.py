@@ -30,20 +30,19 @@ from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_ta
 from .errors import InputError
 from .methods import METHODS
 from .metrics import LongTailEvaluation
+from .model_card import build as build_card
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .plots import save_plots
+from .publishing import CARD_NAME, check_repo_access, prepare_teacher, publish_folder
 from .results import (
     RESULTS_NAME,
-    SCHEMA_VERSION,
     describe_data,
-    describe_hardware,
-    describe_predictions,
-    describe_training,
-    describe_versions,
+    describe_model,
+    describe_run,
+    history_of,
     load_results,
-    recordable,
     save_json,
-    without_folders,
+    summarize_training,
 )
 from .run_folder import (
     TEACHER_NAME,
@@ -88,12 +87,14 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     if arguments.training.disable_tqdm:
         logging.disable_progress_bar()
     _warn_of_options_without_effect(arguments)
+    _check_publishing(arguments)
 
     with PartialState().main_process_first():
         if claim_output_dir(output_dir, arguments):
             results = load_results(output_dir)
             say(f"This run is finished: its results are in {output_dir}. To start anew, use --overwrite.")
             say.table(results)
+            _publish(arguments, say)
             return results
 
     say.stage("Data")
@@ -141,29 +142,30 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     say.stage("Student")
     student_results = student.train(student_model, teacher)
 
-    results = {
-        "schema_version": SCHEMA_VERSION,
-        "options": {
-            "model": recordable(dataclasses.asdict(arguments.model)),
-            "data": recordable(dataclasses.asdict(arguments.data)),
-            "training": describe_training(arguments.training),
-            "teacher_training": describe_training(arguments.teacher_training, relative_to=arguments.training),
-        },
-        "method": arguments.training.method_label,
-        "seed": arguments.training.seed,
-        "data": data,
-        "teacher": teacher_results,
-        "student": student_results,
-        "versions": describe_versions(),
-        "hardware": describe_hardware(arguments.training),
-    }
+    results = describe_run(
+        arguments.training,
+        data,
+        student_results,
+        teacher_results,
+        teacher_training=arguments.teacher_training,
+        model_options=dataclasses.asdict(arguments.model),
+        data_options=dataclasses.asdict(arguments.data),
+        command=arguments.command_line,
+    )
     if PartialState().is_main_process:
         save_json(results, output_dir / RESULTS_NAME)
         figures = save_plots(results, output_dir / "figures")
+        publishing = arguments.publishing
+        card = build_card(results, _repo_id(arguments), publishing.hub_license, publishing.hub_dataset_id)
+        card.save(output_dir / CARD_NAME)
         say.stage("Results")
         say.table(results)
         seconds = time.perf_counter() - started
-        say(f"Student, {RESULTS_NAME} and {len(figures)} figures: {output_dir}  ({seconds:.0f} s)")
+        say(
+            f"Student, {RESULTS_NAME}, {len(figures)} figures and a model card ({CARD_NAME}): {output_dir}  "
+            f"({seconds:.0f} s)"
+        )
+    _publish(arguments, say)
     return results
 
 
@@ -245,7 +247,7 @@ class _Stage:
         return {
             **self._describe(model, evaluation),
             "training": clock.summary(trainer, len(self.images["train"])),
-            "history": _history(trainer.state.log_history),
+            "history": history_of(trainer.state),
         }
 
     def evaluate(self, teacher: FrozenTeacher) -> dict[str, Any]:
@@ -259,11 +261,8 @@ class _Stage:
         return self._describe(teacher, trainer.predict(self.images["eval"]))
 
     def _describe(self, model: nn.Module, evaluation: PredictionOutput) -> dict[str, Any]:
-        return {
-            "model": without_folders(self.name),
-            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-            **describe_predictions(evaluation.predictions, evaluation.label_ids, self.data, self.post_hoc_tau),
-        }
+        logits, labels = evaluation.predictions, evaluation.label_ids
+        return describe_model(self.name, model, logits, labels, self.data, self.post_hoc_tau)
 
 
 def _provide_teacher(
@@ -376,16 +375,16 @@ def _use_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher,
 
     for alone in options_of_teacher_alone(arguments):
         warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=2)
-    trained_on, trained_by = origin_of(Path(name))
-    if trained_on not in (None, data["fingerprint"]):
+    origin = origin_of(Path(name))
+    if origin.fingerprint not in (None, data["fingerprint"]):
         warnings.warn(
             f"{option} was trained on other images (another data set, ratio or split) than the student will be.",
             stacklevel=2,
         )
     method = arguments.training.method
-    if trained_by not in (None, METHODS[method].teacher):
+    if origin.method not in (None, METHODS[method].teacher):
         warnings.warn(
-            f"{option} was trained by {trained_by}; the published teacher of {method} is trained by "
+            f"{option} was trained by {origin.method}; the published teacher of {method} is trained by "
             f"{METHODS[method].teacher}.",
             stacklevel=2,
         )
@@ -393,7 +392,7 @@ def _use_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher,
     prefer_channels_last(teacher)
     results = stage.evaluate(teacher)
     _check_above_chance(option, results["metrics"], data, columns, options.force_teacher)
-    return teacher, {**results, "method": trained_by}
+    return teacher, {**results, "model": origin.model or results["model"], "method": origin.method}
 
 
 def _check_above_chance(
@@ -484,6 +483,41 @@ def _load_splits(options: DataArguments, model_options: ModelArguments) -> datas
     return splits
 
 
+# ---- Publishing ---------------------------------------------------------------------------------------------------
+
+
+def _repo_id(arguments: RunArguments) -> str:
+    return arguments.training.hub_model_id or Path(arguments.training.output_dir).absolute().name
+
+
+def _check_publishing(arguments: RunArguments) -> None:
+    """Notice a wrong name or token before any work."""
+    if arguments.publishing.push_to_hub and PartialState().is_main_process:
+        token, private = arguments.training.hub_token or arguments.model.token, arguments.training.hub_private_repo
+        check_repo_access(_repo_id(arguments), token, private=private)
+
+
+def _publish(arguments: RunArguments, say: _Announcer) -> None:
+    """Push the finished student, in the main process alone: the others need not wait."""
+    training, publishing = arguments.training, arguments.publishing
+    if not publishing.push_to_hub or not PartialState().is_main_process:
+        return
+    folders = {_repo_id(arguments): Path(training.output_dir)}
+    if publishing.push_teacher:
+        folders[f"{_repo_id(arguments)}-teacher"] = prepare_teacher(training.output_dir)
+    for repo_id, folder in folders.items():
+        url = publish_folder(
+            folder,
+            repo_id,
+            private=training.hub_private_repo,
+            token=training.hub_token or arguments.model.token,
+            license=publishing.hub_license,
+            dataset_id=publishing.hub_dataset_id,
+            revision=training.hub_revision,
+        )
+        say(f"Published: {url}")
+
+
 # ---- What is said and measured ------------------------------------------------------------------------------------
 
 
@@ -539,19 +573,7 @@ class _StageClock(TrainerCallback):
         history, state = trainer.state.log_history, trainer.state
         elapsed = next(e["elapsed_seconds"] for e in reversed(history) if "train_runtime" in e)
         evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history if "train_runtime" not in entry)
-        seconds = max(elapsed - evaluating, 1e-9)
-        return {
-            "seconds": round(seconds, 2),
-            "images_per_second": round(num_images * (state.epoch or 0) / seconds, 1),
-            "seconds_per_step": round(seconds / max(state.global_step, 1), 4),
-            "steps": state.global_step,
-            "epochs": round(state.epoch or 0, 3),
-        }
-
-
-def _history(log_history: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Return what was logged while training, without the summary at the end."""
-    return [entry for entry in log_history if "loss" in entry or "eval_loss" in entry]
+        return summarize_training(state, max(elapsed - evaluating, 1e-9), num_images)
 
 
 def _device_name(args: BKDConfig, threads: int) -> str:
@@ -579,10 +601,12 @@ def _warn_of_options_without_effect(arguments: RunArguments) -> None:
     def warn(option: str, reason: str) -> None:
         warnings.warn(f"--{option} has no effect: {reason}.", stacklevel=3)
 
-    model, data = arguments.model, arguments.data
+    model, data, publishing = arguments.model, arguments.data, arguments.publishing
     for name in ("resume_from_checkpoint", "do_train", "do_predict"):
         if getattr(arguments.training, name):
             warn(name, "a run trains and evaluates, and continues from its last checkpoint, by itself")
+    if publishing.push_teacher and not publishing.push_to_hub:
+        warn("push_teacher", "--push_to_hub is not given")
     if data.imbalance_ratio is None:
         for name in ("imbalance_profile", "max_class_count"):
             if given(data, name):

@@ -9,11 +9,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
@@ -54,6 +57,7 @@ class BKDTrainer(Trainer):
     - **One mean.** The loss is the mean over all examples of an optimizer step, however these are cut into
       accumulation steps and processes, the short last step of an epoch included.
     - **Resumption** restores every weight (by `from_pretrained`, strictly), whatever names a checkpoint uses.
+    - **Publishing**, by `push_to_hub()`, is of what others need, and once: checkpoints stay here.
     - **Evaluation** counts each example once under several processes; its loss is the plain cross-entropy, without
       the teacher. Without a `compute_metrics` of your own, [`long_tail_metrics`] are reported.
 
@@ -604,6 +608,117 @@ class BKDTrainer(Trainer):
         self.model.load_state_dict(saved.state_dict(), strict=True)
         return True
 
+    # ---- Publishing -----------------------------------------------------------------------------------------------
+
+    def save_results(self, dataset_name: str | None = None) -> dict[str, Any]:
+        """Measure student and teacher on `eval_dataset`; write `results.json` and the figures into `output_dir`.
+
+        All processes have to call it.
+
+        Args:
+            dataset_name: Id on the Hub of the data, or what it is called.
+
+        Returns:
+            The content of `results.json` (see `bkd_hf.results`).
+
+        Raises:
+            ValueError: As [`bkd_hf.measure.measure`].
+        """
+        from .measure import measure
+        from .plots import save_plots
+        from .results import RESULTS_NAME, save_json
+
+        results = measure(self, dataset_name)
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_json(results, folder / RESULTS_NAME)
+            save_plots(results, folder / "figures")
+        return results
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Write the model card, `README.md`, from the `results.json` in `output_dir` (see `bkd_hf.model_card`).
+
+        Without that file all is measured first, for which all processes have to call it.
+
+        Args:
+            kwargs: As for `Trainer`: `license`, `tags`, `model_name` (the headline), `finetuned_from` (id on the Hub
+                of the model that the student started from), `dataset_tags` (id on the Hub of the data), `dataset`
+                (what the data is called), `language`. `tasks` and `dataset_args` are known from the results.
+        """
+        from .model_card import build
+        from .results import RESULTS_NAME
+
+        folder = Path(self.args.output_dir)
+        if not (folder / RESULTS_NAME).exists():
+            self.save_results(kwargs.get("dataset") or kwargs.get("dataset_tags"))
+        if self.is_world_process_zero():
+            build(folder, self.hub_model_id or self._repo_id(), **_card_options(**kwargs)).save(folder / "README.md")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> str | Future[str] | None:
+        """Measure student and teacher, and publish the student: weights, figures, results and card, in one commit.
+
+        Nothing else that lies in `output_dir` is pushed: no checkpoint, no teacher, no `training_args.bin`. All
+        processes have to call it; the main one pushes, the others return at once.
+
+        Args:
+            commit_message: As for `Trainer`.
+            blocking: As for `Trainer`.
+            token: As for `Trainer`.
+            revision: As for `Trainer`.
+            private: As for `Trainer`.
+            kwargs: For [`~BKDTrainer.create_model_card`].
+
+        Returns:
+            The URL of the repository, or a `Future` of it if `blocking=False`; `None` in other processes.
+
+        Raises:
+            InputError: If the repository's name or the token cannot be right.
+            PublishError: If the Hub does not take it.
+        """
+        from .publishing import publish_folder
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        self.save_results(kwargs.get("dataset") or kwargs.get("dataset_tags"))
+        if not self.is_world_process_zero():
+            return None
+        publish = functools.partial(
+            publish_folder,
+            self.args.output_dir,
+            self.hub_model_id or self._repo_id(),
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            **_card_options(**kwargs),
+        )
+        return publish() if blocking else HfApi().run_as_future(publish)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Find or make the repository, so that a wrong name or token is noticed before training."""
+        from .publishing import check_repo_access
+
+        if self.is_world_process_zero():
+            private = self.args.hub_private_repo if private is None else private
+            check_repo_access(self._repo_id(), token or self.args.hub_token, private=private)
+        self.hub_model_id = self._repo_id()
+        self.push_in_progress = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing: checkpoints hold optimizer states, and a student is published when it is measured."""
+
+    def _repo_id(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
     # ---- Checks ---------------------------------------------------------------------------------------------------
 
     def _known_class_counts(self) -> np.ndarray:
@@ -659,6 +774,28 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.set_epoch(int(state.epoch or 0))
+
+
+def _card_options(
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | None = None,
+    dataset: str | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> dict[str, Any]:
+    """What `Trainer.create_model_card` takes, as `bkd_hf.model_card.build` takes it."""
+    return {
+        "language": language,
+        "license": license,
+        "tags": [tags] if isinstance(tags, str) else tags or [],
+        "title": model_name,
+        "base_model": finetuned_from,
+        "dataset_id": dataset_tags,
+    }
 
 
 def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray | None:

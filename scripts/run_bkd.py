@@ -5,22 +5,23 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.errors import InputError
+from bkd_hf.errors import InputError, PublishError
 from bkd_hf.pipeline import run
 from bkd_hf.trainer import TeacherLogitsError
 
 
-def main() -> int:
-    """Run; one line and exit code 2 for bad input, 1 for a teacher that fails while training."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; one line and exit code 2 for bad input, 1 for a teacher that fails, or a Hub that does not take it."""
     warnings.formatwarning = lambda message, category, *_: (
         f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
     )
     try:
-        run(parse_arguments(digits_recipe=Path(__file__).parent / "recipes" / "digits.yaml"))
-    except (InputError, TeacherLogitsError) as error:
+        run(parse_arguments(argv, digits_recipe=Path(__file__).parent / "recipes" / "digits.yaml"))
+    except (InputError, PublishError, TeacherLogitsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:

@@ -235,7 +235,7 @@ def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
     assert "--teacher_learning_rate has no effect" in output
     results = load_results(tmp_path / "run")
     assert results["teacher"]["metrics"] == load_results(finished)["teacher"]["metrics"]
-    assert results["teacher"]["model"] == "teacher"
+    assert results["teacher"]["model"] == "cifar-resnet-8"  # what was trained, not the folder it lies in
     assert "training" not in results["teacher"]
     assert not (tmp_path / "run" / "teacher").exists()
 

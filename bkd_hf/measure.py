@@ -1,0 +1,97 @@
+"""Results of a trainer that was used from Python: what `scripts/run_bkd.py` finds out along the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from .models import label_names
+from .results import describe_classes, describe_model, describe_run, history_of, summarize_training
+from .teacher import FrozenTeacher
+
+if TYPE_CHECKING:
+    from .trainer import BKDTrainer
+
+
+def measure(trainer: BKDTrainer, dataset_name: str | None = None) -> dict[str, Any]:
+    """Measure a trainer's student and teacher on its `eval_dataset`; all processes have to call it.
+
+    Args:
+        trainer: The trainer.
+        dataset_name: Id on the Hub of the data, or what it is called.
+
+    Returns:
+        The content of a `results.json` (see `bkd_hf.results`).
+
+    Raises:
+        ValueError: If there is no `eval_dataset` or no class counts, or the teacher takes other inputs than the
+            student, which `eval_dataset` does not give.
+    """
+    counts, images = trainer.class_counts, trainer.eval_dataset
+    if images is None or isinstance(images, dict) or counts is None:
+        raise ValueError(
+            "Results are measured on one eval_dataset, with known class counts: pass both to the trainer."
+        )
+    teacher_images = _seen_by_teacher(trainer) if trainer.teacher_model is not None else None  # before any work
+    prediction = trainer.predict(images)
+    names = label_names(trainer.model.config) or [str(number) for number in range(len(counts))]
+    eval_counts = np.bincount(prediction.label_ids, minlength=len(counts)).tolist()
+    data = describe_classes(dataset_name or "own data", names, counts.tolist(), eval_counts)
+    data["hub_id"] = dataset_name and data["hub_id"]
+    student = describe_model(_name(trainer.model), trainer.model, prediction.predictions, prediction.label_ids, data)
+    seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    if seconds:
+        student["training"] = summarize_training(trainer.state, seconds[-1], int(counts.sum()))
+        student["history"] = history_of(trainer.state)
+    teacher = None
+    if trainer.teacher_model is not None:
+        teacher = _measure_teacher(trainer, trainer.teacher_model, teacher_images, data)
+    return describe_run(trainer.args, data, student, teacher)
+
+
+def _measure_teacher(trainer: BKDTrainer, teacher: FrozenTeacher, images: Any, data: dict[str, Any]) -> dict[str, Any]:
+    evaluation = type(trainer)(
+        model=teacher.as_classifier(),
+        args=dataclasses.replace(trainer.args, push_to_hub=False),
+        data_collator=trainer.data_collator,
+        class_counts=trainer.class_counts,
+    )
+    prediction = evaluation.predict(images)
+    return describe_model(_name(teacher.model), teacher, prediction.predictions, prediction.label_ids, data)
+
+
+def _name(model: Any) -> str:
+    """Where a model was loaded from; what it is, if it was made from a configuration."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def _seen_by_teacher(trainer: BKDTrainer) -> Any:
+    """Return the evaluation images as the teacher takes them."""
+    of_training, of_evaluation = (
+        hasattr(dataset, "__getitem__") and any(key.startswith("teacher_") for key in dataset[0])
+        for dataset in (trainer.train_dataset, trainer.eval_dataset)
+    )
+    if of_training and not of_evaluation:
+        raise ValueError(
+            "The teacher takes inputs of its own, which eval_dataset does not give, so it cannot be measured: give "
+            "both data sets the same teacher_processor."
+        )
+    return _TeacherInputs(trainer.eval_dataset) if of_evaluation else trainer.eval_dataset
+
+
+class _TeacherInputs(Dataset):
+    """The teacher's inputs in place of the student's."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.dataset[index]
+        inputs = {key.removeprefix("teacher_"): v for key, v in example.items() if key.startswith("teacher_")}
+        return {**{key: example[key] for key in ("labels", "label") if key in example}, **inputs}

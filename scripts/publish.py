@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""Publish a finished run, a long-tailed split or the metric on the Hub: `python scripts/publish.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from bkd_hf.errors import InputError, PublishError
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Publish on the Hub what a folder holds for others: a finished run (weights, configuration, "
+        "figures, results, model card), a split written by make_long_tailed.py, or the metric (bkd_hf/long_tail).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="The folder.")
+    parser.add_argument("--repo_id", required=True, help="USER/NAME; made if it is not there.")
+    parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
+    parser.add_argument("--license", help="License of a student, as the Hub calls it: apache-2.0, mit, …")
+    parser.add_argument("--dataset_id", help="Id on the Hub of the training data, where it was read from a folder.")
+    parser.add_argument("--push_teacher", action="store_true", help="Also push the teacher, to REPO_ID-teacher.")
+    parser.add_argument("--revision", help="Branch to push to.")
+    parser.add_argument("--token", help="Token with write access, if not stored by `hf auth login` or in HF_TOKEN.")
+    parser.add_argument("--dry_run", action="store_true", help="Write the card and list the files; push nothing.")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Publish; exit code 2 for bad input, 1 if the Hub does not take it."""
+    warnings.formatwarning = lambda message, category, *_: f"warning: {message}\n"
+    options = _parse(argv)
+    try:
+        _publish(options)
+    except (InputError, PublishError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published; the same command tries again", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> None:
+    from bkd_hf.publishing import prepare, prepare_teacher, publish_folder, write_cards
+
+    folders = {options.repo_id: options.folder}
+    prepare(options.folder, options.repo_id)  # what is wrong with the folder or the name is said first
+    if options.push_teacher:
+        folders[f"{options.repo_id}-teacher"] = prepare_teacher(options.folder)
+    for repo_id, folder in folders.items():
+        about = {"license": options.license, "dataset_id": options.dataset_id}
+        if not options.dry_run:
+            access = {"private": options.private, "token": options.token, "revision": options.revision}
+            print(f"Published: {publish_folder(folder, repo_id, **about, **access)}")
+            continue
+        publication = prepare(folder, repo_id, **about)
+        print(f"Would be pushed to {repo_id} ({publication.repo_type}):")
+        for name, size in publication.sizes().items():
+            print(f"  {size:>13,}  {name}")
+        for card in write_cards(publication, folder):
+            print(f"The card is in {card}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

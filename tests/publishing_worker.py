@@ -1,0 +1,177 @@
+"""What test_publishing.py looks at, done by one process that talks to the loopback Hub: `… OUTPUT_DIR SCRATCH`.
+
+Prints one JSON object. A process of its own, as the client reads HF_ENDPOINT when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor, publishing
+from tests.conftest import REPOSITORY
+from tests.hub_server import READ_TOKEN, Hub
+
+torch.set_num_threads(1)
+hub = Hub(os.environ["HF_ENDPOINT"])
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(main: Any, *argv: str) -> dict[str, Any]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([*argv])
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+def faults(folder: Path) -> dict[str, Any]:
+    """Each fault, first passing, then for ever."""
+    publish, found = script("publish").main, {}
+    publishing.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)  # do not wait in earnest
+    cases = [
+        ("create", "503", 1), ("preupload", "500", 1), ("lfs", "429", 1), ("put", "cut", 1), ("commit", "cut", 1),
+        ("commit", "409", 1), ("commit", "lost", 1), ("validate", "503", 1),
+        ("create", "401", None), ("create", "403", None), ("create", "500", None), ("create", "cut", None),
+        ("commit", "403", None), ("commit", "409", None), ("commit", "429", None), ("commit", "503", None),
+        ("commit", "cut", None), ("put", "403", None),
+    ]  # fmt: skip
+    for route, fault, times in cases:
+        repo_id = f"user/{route}-{fault}-{times or 'ever'}"
+        hub.fail(route, fault, times)
+        outcome = call(publish, str(folder), "--repo_id", repo_id)
+        hub.fail(route, fault, 0)
+        again = call(publish, str(folder), "--repo_id", repo_id)
+        found[f"{route} {fault} {times or 'ever'}"] = {
+            **outcome,
+            "on_disk": (folder / "model.safetensors").exists(),
+            "again": again["code"],
+            "commits": hub.commits(repo_id),
+        }
+    return found
+
+
+def refusals(folder: Path, scratch: Path) -> dict[str, str]:
+    publish = script("publish").main
+    unfinished, old = scratch / "unfinished", scratch / "old"
+    for copy in (unfinished, old):
+        shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-*", "teacher"))
+    (unfinished / "results.json").unlink()
+    results = json.loads((old / "results.json").read_text())
+    (old / "results.json").write_text(json.dumps({**results, "schema_version": 99}))
+    leaking = scratch / "leaking"
+    shutil.copytree(folder, leaking, ignore=shutil.ignore_patterns("checkpoint-*", "teacher"))
+    config = json.loads((leaking / "config.json").read_text())
+    (leaking / "config.json").write_text(json.dumps({**config, "from": f"{Path.home()}/models"}))
+    hub.add("user/public", {})
+    before = len(hub.requests())
+    calls = {
+        "malformed": call(publish, str(folder), "--repo_id", "user/a/b"),
+        "no folder": call(publish, str(scratch / "nowhere"), "--repo_id", "user/x"),
+        "unfinished": call(publish, str(unfinished), "--repo_id", "user/x"),
+        "schema": call(publish, str(old), "--repo_id", "user/x"),
+        "leak": call(publish, str(leaking), "--repo_id", "user/x"),
+    }
+    silent = len(hub.requests()) == before
+    hub.add("user/readable", {})
+    for case, token, repo_id in (
+        ("no token", "", "user/x"),
+        ("wrong token", "hf_unknown", "user/x"),
+        ("cannot write", READ_TOKEN, "user/readable"),
+    ):
+        options = ["--push_to_hub", "--hub_model_id", repo_id, "--output_dir", str(scratch / "no")]
+        with mock.patch.dict(os.environ, {"HF_TOKEN": token}):
+            calls[case] = call(script("run_bkd").main, *options)
+    assert not (scratch / "no").exists()  # noticed before any work
+    calls["license"] = call(publish, str(folder), "--repo_id", "user/x", "--license", "beer")
+    calls["read-only token"] = call(publish, str(folder), "--repo_id", "user/x", "--token", READ_TOKEN)
+    calls["other's namespace"] = call(publish, str(folder), "--repo_id", "somebody/x")
+    calls["public already"] = call(publish, str(folder), "--repo_id", "user/public", "--private")
+    assert all(outcome["code"] in (1, 2) for outcome in calls.values()), calls
+    return {"silent": silent, **{name: outcome["err"] for name, outcome in calls.items()}}
+
+
+def dry_run(folder: Path) -> dict[str, Any]:
+    before = len(hub.requests())
+    outcome = call(
+        script("publish").main, str(folder), "--repo_id", "user/dry", "--license", "mit", "--dry_run", "--push_teacher"
+    )
+    return {**outcome, "requests": len(hub.requests()) - before, "card": (folder / "README.md").read_text()}
+
+
+def from_python(scratch: Path) -> dict[str, Any]:
+    """`trainer.push_to_hub()`, of a student and a teacher that takes other pixels."""
+    data = load_image_dataset("digits")
+    data = {name: split.select(range(64)) for name, split in data.items()}
+    names = data["train"].features["label"].names
+    processors = [load_processor("cifar-resnet-8", 16), load_processor("cifar-resnet-8", 8)]
+    images = {
+        name: ImageDataset(split, processors[0], teacher_processor=processors[1]) for name, split in data.items()
+    }
+    args = BKDConfig(
+        output_dir=str(scratch / "python"), max_steps=2, use_cpu=True, disable_tqdm=True, push_to_hub=True,
+        hub_model_id="user/python", save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    trainer = BKDTrainer(
+        load_classifier("cifar-resnet-8", names, 16), load_classifier("cifar-resnet-8", names, 8), args,
+        train_dataset=images["train"], eval_dataset=images["eval"], processing_class=processors[0],
+        class_counts=np.bincount(data["train"]["label"], minlength=10) + 1,
+    )  # fmt: skip
+    trainer.train()
+    pushed_while_training = hub.commits("user/python")
+    url = trainer.push_to_hub(license="mit", dataset="Digits", tags="tiny")
+    card = hub.files("user/python")["README.md"].decode()
+    files = sorted(hub.files("user/python"))
+    return {"url": url, "while_training": pushed_while_training, "files": files, "card": card}
+
+
+def split_and_metric(scratch: Path) -> dict[str, Any]:
+    pushed = call(
+        script("make_long_tailed").main, "--dataset_name", "digits", "--imbalance_ratio", "10", "--seed", "3",
+        "--output_dir", str(scratch / "split"), "--push_to_hub", "user/digits-lt",
+    )  # fmt: skip
+    again = call(script("publish").main, str(scratch / "split"), "--repo_id", "user/digits-lt")
+    loaded = datasets.load_dataset("user/digits-lt")
+    reloaded = load_image_dataset("user/digits-lt")
+    space = call(script("publish").main, str(REPOSITORY / "bkd_hf" / "long_tail"), "--repo_id", "user/long_tail")
+    metric = evaluate.load("user/long_tail")
+    value = metric.compute(predictions=[[2.0, 0.0], [1.0, 0.0]], references=[0, 1], class_counts=[500, 5])
+    return {
+        "pushed": pushed, "again": again["code"], "commits": hub.commits("user/digits-lt", "dataset"),
+        "splits": {name: len(split) for name, split in loaded.items()},
+        "names": loaded["train"].features["label"].names,
+        "labels": reloaded["train"]["label"][:],
+        "space": space, "space_files": sorted(hub.files("user/long_tail", "space")), "metric": value,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    output_dir, scratch = map(Path, sys.argv[1:])
+    outcome = {
+        "dry_run": dry_run(output_dir),
+        "refusals": refusals(output_dir, scratch),
+        "faults": faults(output_dir),
+        "python": from_python(scratch),
+        "split": split_and_metric(scratch),
+    }
+    (scratch / "outcome.json").write_text(json.dumps(outcome))

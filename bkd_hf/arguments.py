@@ -238,7 +238,7 @@ _TEACHER_PREFIX = "--teacher_"
 NOT_FOR_TEACHER = {
     "output_dir", "bf16", "fp16", "use_cpu", "push_to_hub", "distillation_loss", "temperature", "distillation_weight",
     "deferred_reweighting_start", "dive_temperature", "dive_alpha", "dive_power", "dkd_temperature", "dkd_alpha",
-    "dkd_beta", "dkd_warmup_epochs",
+    "dkd_beta", "dkd_warmup_epochs", "teacher_cache", "teacher_cache_views", "teacher_cache_dtype",
 }  # fmt: skip
 #: Options of `TrainingArguments` that --help shows; --help_all shows the rest too.
 _COMMON_TRAINING_OPTIONS = {
@@ -308,7 +308,8 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     student = [*from_file, *command_line]
     namespace = parser.parse_args(student)
     teacher_namespace = argparse.Namespace(**vars(namespace))
-    for name in ("push_to_hub", "hub_model_id", *METHOD_OPTIONS):
+    cache_options = ("teacher_cache", "teacher_cache_views", "teacher_cache_dtype")
+    for name in ("push_to_hub", "hub_model_id", *cache_options, *METHOD_OPTIONS):
         setattr(teacher_namespace, name, parser.get_default(name))
     teacher_namespace.method = METHODS[namespace.method].teacher if namespace.method in METHODS else "ce"
     parser.parse_args([*from_file_teacher, *command_line_teacher], namespace=teacher_namespace)

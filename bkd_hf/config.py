@@ -20,6 +20,7 @@ from .methods import (
     SAMPLERS,
     WITHOUT_LABEL_SMOOTHING,
 )
+from .teacher_cache import DEFAULT_VIEWS, DTYPES
 
 _PARTS: dict[str, Collection[str]] = {
     "classification_loss": CLASSIFICATION_LOSSES.keys(),  # views: what a user adds is a choice too
@@ -162,6 +163,24 @@ class BKDConfig(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the head; not given: learning_rate, as for the rest."}
     )
+    teacher_cache: str = field(
+        default="off",
+        metadata={
+            "help": "Compute the teacher's logits once, and read them ever after: off, the folder to keep them in, or "
+            "auto (a folder beside the caches of the Hub; without a cache where there can be none)."
+        },
+    )
+    teacher_cache_views: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of views K: the augmentation of an epoch is that of epoch mod K. Not given: with a cache "
+            f"1 for images that are not augmented and {DEFAULT_VIEWS} for others, without a cache every epoch has "
+            "its own."
+        },
+    )
+    teacher_cache_dtype: str = field(
+        default="float16", metadata={"help": f"How cached logits are stored: {' or '.join(DTYPES)}."}
+    )
     lr_step_epochs: list[int] | None = field(
         default=None,
         metadata={"help": "Step-decay schedule: epochs (counted from 0) from which lr_step_factors hold."},
@@ -201,7 +220,9 @@ class BKDConfig(TrainingArguments):
         """All options, with those that the method does not look at as if they were not given."""
         defaults = method_defaults(self.method)
         unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
-        return {**self.to_dict(), **unused}
+        # Where the cache lies has no influence, whether there is one may move the last digits.
+        cache = {"teacher_cache": self.teacher_cache if self.teacher_cache == "off" else "on"}
+        return {**self.to_dict(), **unused, **cache}
 
     @property
     def uses_step_decay(self) -> bool:
@@ -258,6 +279,10 @@ class BKDConfig(TrainingArguments):
         )
         rate = self.head_learning_rate
         require(rate is None or 0 <= rate < math.inf, "head_learning_rate", "a finite number ≥ 0")
+        views = self.teacher_cache_views
+        require(bool(self.teacher_cache), "teacher_cache", "off, auto or a folder")
+        require(views is None or views >= 1, "teacher_cache_views", "at least 1")
+        require(self.teacher_cache_dtype in DTYPES, "teacher_cache_dtype", f"one of {', '.join(DTYPES)}")
         require(self.lr_warmup_epochs >= 0, "lr_warmup_epochs", "≥ 0")
         if self.lr_step_epochs is None:
             require(self.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")
@@ -309,6 +334,8 @@ class BKDConfig(TrainingArguments):
                 f"--dkd_warmup_epochs {self.dkd_warmup_epochs} is longer than the training: dkd never gets its full "
                 f"weight in {self.num_train_epochs:g} epochs."
             )
+        if self.teacher_cache == "off" and self.teacher_cache_dtype != "float16":
+            messages.append(f"--teacher_cache_dtype {self.teacher_cache_dtype} has no effect: --teacher_cache is off.")
         if self.uses_step_decay:
             if str(self.lr_scheduler_type.value) != "linear" or self.warmup_steps:
                 messages.append(

@@ -235,7 +235,7 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
     """Hash of the labels and of the stored images, in order.
 
     Args:
-        dataset: A set with the columns `"image"` and `"label"`.
+        dataset: A set with the columns `"image"` and `"label"`, or with images alone.
         read_files: Whether images that are files outside the data set enter by their bytes, as if they were stored in
             it, and not by name and size, which is faster.
 
@@ -243,7 +243,8 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
         32 hexadecimal digits.
     """
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
+    if LABEL_COLUMN in dataset.column_names:
+        digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
     for image in stored_images(dataset):
         if image["bytes"] is not None:
             digest.update(image["bytes"])

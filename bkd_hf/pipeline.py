@@ -232,6 +232,7 @@ class _Stage:
             ),
             callbacks=[clock],
         )
+        trainer.add_callback(_TellOfCache(trainer, self.say))
         length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
         self.say(f"{self.name}: {model.num_parameters():,} parameters, {length}")
         checkpoint = last_complete_checkpoint(args.output_dir)
@@ -574,6 +575,19 @@ class _StageClock(TrainerCallback):
         elapsed = next(e["elapsed_seconds"] for e in reversed(history) if "train_runtime" in e)
         evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history if "train_runtime" not in entry)
         return summarize_training(state, max(elapsed - evaluating, 1e-9), num_images)
+
+
+class _TellOfCache(TrainerCallback):
+    """Says how large the cache of the teacher's logits is, before it is filled."""
+
+    def __init__(self, trainer: BKDTrainer, say: _Announcer):
+        self.trainer, self.say = trainer, say
+
+    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        cache = self.trainer.teacher_cache
+        if cache is not None:
+            computed = "" if cache.is_complete() or cache.is_filling else " (another run is filling it)"
+            self.say(f"Teacher cache: {cache}{computed}.")
 
 
 def _device_name(args: BKDConfig, threads: int) -> str:

@@ -53,12 +53,19 @@ class FrozenTeacher(nn.Module):
         """Return a module whose output has `.logits`, as a `Trainer` evaluates it."""
         return _Classifier(self)
 
+    @property
+    def columns(self) -> list[int] | None:
+        """The output for each class of the data, −1 where there is none; `None` if they are as they are."""
+        return None if self._columns is None else self._columns.tolist()
+
     @torch.no_grad()
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Return the logits, B×C; −∞ for classes that the teacher does not know."""
-        logits = self.model(**inputs)
+        with torch.inference_mode():
+            logits = self.model(**inputs)
         if not isinstance(logits, torch.Tensor):
             logits = logits.logits if hasattr(logits, "logits") else logits[0]
+        logits = logits.clone()  # an ordinary tensor, which a loss may keep for its gradient
         if self._columns is None:
             return logits
         aligned = logits.index_select(1, self._columns.clamp_min(0))

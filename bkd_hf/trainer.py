@@ -16,25 +16,31 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
+from transformers.utils import logging
 
 from . import methods
 from .config import BKDConfig
 from .data import class_counts as count_classes
 from .data import labels_of
+from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture
 from .metrics import LongTailEvaluation
 from .models import head_modules
-from .sampling import GlobalBatchSampler, SampledExamples
+from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples
 from .schedules import StepDecay
 from .teacher import FrozenTeacher, load_teacher, num_labels
+from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, describe_views, is_augmented
 from .weights import check_class_counts, class_balanced_weights, deferred_weights
+
+logger = logging.get_logger(__name__)
 
 #: Inputs with this prefix go to the teacher, without it.
 TEACHER_PREFIX = "teacher_"
@@ -152,7 +158,12 @@ class BKDTrainer(Trainer):
         # Teacher
         self.teacher_model: FrozenTeacher | None = None
         if teacher_model is not None:
-            self.teacher_model = self._prepare_teacher(load_teacher(teacher_model))
+            teacher = load_teacher(teacher_model)
+            if args.teacher_cache != "off":
+                self._about_teacher = describe_teacher(teacher)  # before it may be spread over devices
+            self.teacher_model = self._prepare_teacher(teacher)
+        self.teacher_cache: TeacherCache | None = None  # opened when training begins
+        self._view = 0
         self._check_numbers_of_classes()
 
         # Losses
@@ -207,7 +218,8 @@ class BKDTrainer(Trainer):
             kd = None
             classification_weight, distillation_weight = mixture(self.args, self._epochs_trained())
             if self.teacher_model is not None and distillation_weight:
-                kd = self._distil(outputs.logits, self.teacher_model, teacher_inputs, labels)
+                teacher_logits = self._teacher_logits(self.teacher_model, teacher_inputs, inputs.get(EXAMPLE_NUMBERS))
+                kd = self._distil(outputs.logits, teacher_logits, self.teacher_model.known_classes, labels)
                 loss = classification_weight * ce + distillation_weight * kd
             self._add_loss_parts(labels != IGNORE_INDEX, ce_loss=ce, kd_loss=kd)
 
@@ -215,7 +227,11 @@ class BKDTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _distil(
-        self, student_logits: torch.Tensor, teacher: FrozenTeacher, inputs: dict[str, Any], labels: torch.Tensor
+        self,
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        known: torch.Tensor | None,
+        labels: torch.Tensor,
     ) -> torch.Tensor:
         """B values of the distillation loss.
 
@@ -223,7 +239,7 @@ class BKDTrainer(Trainer):
         examples of the others have none: nothing is taught about a class that the teacher has no idea of.
         """
         assert self._distillation_loss is not None  # or the teacher would have been refused
-        teacher_logits, weights, known = teacher(**inputs), self.class_weights, teacher.known_classes
+        weights = self.class_weights
         if known is not None:
             student_logits, teacher_logits = student_logits[:, known], teacher_logits[:, known]
             weights = None if weights is None else weights[known]
@@ -273,7 +289,11 @@ class BKDTrainer(Trainer):
         return self.args.num_train_epochs
 
     def _split_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
-        student_inputs = {key: value for key, value in inputs.items() if not key.startswith(TEACHER_PREFIX)}
+        student_inputs = {
+            key: value
+            for key, value in inputs.items()
+            if not key.startswith(TEACHER_PREFIX) and key != EXAMPLE_NUMBERS
+        }
         labels = student_inputs.pop("labels", None)
         if labels is None:
             raise ValueError(f'The batch has no "labels", only {", ".join(inputs)}.')
@@ -327,6 +347,50 @@ class BKDTrainer(Trainer):
         # Or Trainer.evaluate() before train() would take the student for prepared.
         del self.accelerator._models[num_known:]
         return prepared
+
+    def _teacher_logits(
+        self, teacher: FrozenTeacher, inputs: dict[str, Any], examples: np.ndarray | None
+    ) -> torch.Tensor:
+        """B×C logits of the teacher; from the cache, where they are in it."""
+        if self.teacher_cache is None or examples is None:
+            return teacher(**inputs)
+        logits = self.teacher_cache.read(self._view, examples)
+        if logits is None:
+            logits = self.teacher_cache.write(self._view, examples, teacher(**inputs))
+        return logits.to(self.args.device, non_blocking=True)
+
+    def _open_teacher_cache(self) -> TeacherCache | None:
+        """Open the cache that the options ask for; `None` without one.
+
+        Raises:
+            InputError: If there can be none, and it was not left open by `"auto"`.
+        """
+        args = self.args
+        if args.teacher_cache == "off" or self.teacher_model is None:
+            return None
+        folder = TeacherCache.default_folder() if args.teacher_cache == "auto" else args.teacher_cache
+        try:
+            images = describe_views(self.train_dataset, args.sampler)
+            about = {"teacher": self._about_teacher, "precision": args.mixed_precision, "images": images}
+            size = self.num_views or 1, len(self.train_dataset), len(self._known_class_counts())
+            cache = TeacherCache(folder, about, *size, dtype=args.teacher_cache_dtype)
+        except InputError as error:
+            if args.teacher_cache != "auto":
+                raise
+            logger.warning(f"The teacher's logits are not cached: {error}")
+            return None
+        fill = [self.is_world_process_zero() and cache.try_to_lock()]  # one run of all, with all its processes
+        cache.open(fill=broadcast_object_list(fill)[0])
+        return cache
+
+    @property
+    def num_views(self) -> int | None:
+        """Number of views of a training image, after which they come again; `None` if each epoch has its own."""
+        if self.args.teacher_cache_views is not None:
+            return self.args.teacher_cache_views
+        if self.args.teacher_cache == "off" or self.teacher_model is None:
+            return None
+        return DEFAULT_VIEWS if is_augmented(self.train_dataset) else 1
 
     def _watch(self, teacher_logits: torch.Tensor) -> None:
         """Note the first step at which the teacher's logits are not finite, without waiting for the device."""
@@ -407,6 +471,9 @@ class BKDTrainer(Trainer):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
+        self.teacher_cache = self._open_teacher_cache()
+        if self.teacher_cache is not None:
+            collator = NumberedCollator(collator)
         sampler = GlobalBatchSampler(
             len(dataset),
             batch_size=self._train_batch_size,
@@ -418,7 +485,7 @@ class BKDTrainer(Trainer):
             class_balanced_labels=_training_labels(self.train_dataset) if args.sampler == "class_balanced" else None,
         )
         loader = DataLoader(
-            SampledExamples(dataset),
+            SampledExamples(dataset, with_numbers=self.teacher_cache is not None),
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
@@ -437,10 +504,14 @@ class BKDTrainer(Trainer):
         return prepared
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell sampler and data set which epoch begins: accelerate reaches them in some set-ups only."""
-        for part in (self._train_batch_sampler, self.train_dataset):
+        """Tell sampler and data set which epoch begins: accelerate reaches them in some set-ups only.
+
+        The order is that of the epoch, the augmentation that of its view.
+        """
+        self._view = epoch % self.num_views if self.num_views else epoch
+        for part, number in ((self._train_batch_sampler, epoch), (self.train_dataset, self._view)):
             if part is not None and hasattr(part, "set_epoch"):
-                part.set_epoch(epoch)
+                part.set_epoch(number)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # type: ignore[has-type]
@@ -567,7 +638,11 @@ class BKDTrainer(Trainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._loss_parts = {}
         self._first_step_with_bad_teacher.fill_(_NO_STEP)
-        outcome = super().train(*args, **kwargs)
+        try:
+            outcome = super().train(*args, **kwargs)
+        finally:
+            if self.teacher_cache is not None:
+                self.teacher_cache.close()
         if self.teacher_model is not None:
             self._stop_if_teacher_is_bad()
         return outcome
@@ -774,6 +849,10 @@ class _SetEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.set_epoch(int(state.epoch or 0))
+
+    def on_epoch_end(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.teacher_cache is not None:
+            self.trainer.teacher_cache.flush()
 
 
 def _card_options(

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
-from .data import IMAGE_COLUMN, LABEL_COLUMN, class_counts, labels_of
+from .data import IMAGE_COLUMN, LABEL_COLUMN, class_counts, fingerprint, labels_of
 from .errors import InputError
 from .randomness import hash_uniform
 from .views import Rendering, output_size, same_pixels
@@ -138,6 +138,25 @@ class ImageDataset(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation the next examples get."""
         self._epoch[0] = epoch
+
+    def describe_views(self) -> dict[str, Any]:
+        """Return all that the pixels of an example depend on, beside its number and the epoch, for `TeacherCache`.
+
+        Raises:
+            InputError: If they depend on more than that.
+        """
+        if self.train_transform is not None:
+            raise InputError(
+                "--teacher_cache does not go with a train_transform, whose pixels may differ each time: use an "
+                "augmentation of ImageDataset, or --teacher_cache off."
+            )
+        return {
+            "images": fingerprint(self._encoded),
+            "augmentation": self.augmentation,
+            "horizontal_flip": self.horizontal_flip,
+            "data_seed": self.data_seed,
+            "processors": {name: rendering.describe() for name, rendering in self._renderings.items()},
+        }
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -8,6 +8,8 @@ processor that resizes, crops, and maps bytes to numbers channel by channel is u
 from __future__ import annotations
 
 import functools
+import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +45,11 @@ class Rendering:
         self._flips_channels = bool(getattr(processor, "do_flip_channel_order", False))
         self._scale, self._shift = _arithmetic(processor)
         self._region_of = region_of if region_of is not None and not self._shows_the_same(region_of) else None
+
+    def describe(self) -> dict[str, Any]:
+        """Return all that a view depends on, beside the image."""
+        of_region = None if self._region_of is None else self._region_of.describe()
+        return {"processor": json.loads(self.processor.to_json_string()), "region_of": of_region}
 
     def view(self, image: Image.Image) -> np.ndarray:
         """H×W×3 bytes: what the processor makes of the image, before its arithmetic."""

@@ -24,6 +24,7 @@ from .errors import InputError
 from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
+from .precision import PRECISIONS, default_precision
 from .transforms import AUGMENTATIONS
 
 #: The Hub's name for a licence that nobody has chosen.
@@ -72,6 +73,13 @@ class ModelArguments:
     model_revision: str = field(default="main", metadata={"help": "Revision of the student on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token, if not stored by `hf auth login`."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with a Hub model."})
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "fp32, bf16, fp16 (mixed precision), or auto: bf16 where the processor computes in it, else fp32. "
+            "--bf16 and --fp16 win over auto."
+        },
+    )
     num_threads: int | None = field(
         default=None,
         metadata={"help": "CPU threads per process; by default the machine's cores divided among local processes."},
@@ -80,6 +88,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.image_size < 8:
             raise InputError(f"--image_size must be at least 8, got {self.image_size}.")
+        _check_choice("precision", self.precision, ("auto", *PRECISIONS))
         if self.num_threads is not None and self.num_threads < 1:
             raise InputError(f"--num_threads must be at least 1, got {self.num_threads}.")
 
@@ -307,6 +316,7 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
 
     student = [*from_file, *command_line]
     namespace = parser.parse_args(student)
+    _choose_precision(namespace, from_file, command_line)
     teacher_namespace = argparse.Namespace(**vars(namespace))
     cache_options = ("teacher_cache", "teacher_cache_views", "teacher_cache_dtype")
     for name in ("push_to_hub", "hub_model_id", *cache_options, *METHOD_OPTIONS):
@@ -336,6 +346,24 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def _choose_precision(namespace: argparse.Namespace, from_file: Sequence[str], command_line: Sequence[str]) -> None:
+    """Set bf16 and fp16 as --precision says; given themselves, they win over auto and over a file's precision."""
+
+    def told(names: Sequence[str], tokens: Sequence[str]) -> list[str]:
+        return [name for name in names if any(re.fullmatch(f"--{name}(=.*)?", token) for token in tokens)]
+
+    flags = ("bf16", "fp16")
+    overrides_file = told(flags, command_line) and not told(["precision"], command_line)
+    given = told(flags, [*from_file, *command_line])
+    if overrides_file or (given and namespace.precision == "auto"):
+        return
+    precision = default_precision(namespace.use_cpu) if namespace.precision == "auto" else namespace.precision
+    for name in given:
+        if getattr(namespace, name) != (name == precision):
+            raise InputError(f"--precision {precision} and --{name} contradict each other: leave one out.")
+    namespace.bf16, namespace.fp16 = precision == "bf16", precision == "fp16"
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

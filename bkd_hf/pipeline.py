@@ -33,6 +33,7 @@ from .metrics import LongTailEvaluation
 from .model_card import build as build_card
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .plots import save_plots
+from .precision import precision_of
 from .publishing import CARD_NAME, check_repo_access, prepare_teacher, publish_folder
 from .results import (
     RESULTS_NAME,
@@ -591,8 +592,10 @@ class _TellOfCache(TrainerCallback):
 
 
 def _device_name(args: BKDConfig, threads: int) -> str:
-    device = f"{threads} CPU threads" if args.device.type == "cpu" else str(args.device)
-    return f"{args.world_size} process{'es' if args.world_size > 1 else ''}, {device} each."
+    """E.g. "2 processes, 1 CPU thread each, fp32."."""
+    device = f"{threads} CPU thread{'s' if threads > 1 else ''}" if args.device.type == "cpu" else str(args.device)
+    processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}, {device}"
+    return f"{processes}{' each' if args.world_size > 1 else ''}, {precision_of(args)}."
 
 
 def _warn_of_untested_classes(data: dict[str, Any]) -> None:

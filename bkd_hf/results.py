@@ -53,6 +53,7 @@ from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, long_tail_metrics, post_hoc_logit_adjustment
 from .models import cifar_resnet_depth
+from .precision import precision_of
 from .teacher import FrozenTeacher
 
 RESULTS_NAME = "results.json"
@@ -335,7 +336,7 @@ def describe_hardware(args: BKDConfig) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
         "num_processes": args.world_size,
-        "precision": {"no": "fp32"}.get(args.mixed_precision, args.mixed_precision),
+        "precision": precision_of(args),
     }
 
 

@@ -7,6 +7,7 @@ import yaml
 
 from bkd_hf import InputError
 from bkd_hf.arguments import parse_arguments
+from bkd_hf.precision import default_precision
 from tests.conftest import REPOSITORY
 
 RECIPES = REPOSITORY / "scripts" / "recipes"
@@ -144,3 +145,29 @@ def test_bad_yaml(tmp_path, text, message):
 def test_bad_command_line(line, message):
     with pytest.raises(InputError, match=message):
         parse(line)
+
+
+@pytest.mark.parametrize(
+    ("options", "bf16", "fp16"),
+    [
+        ("--precision fp32", False, False),
+        ("--precision bf16", True, False),
+        ("--bf16", True, False),
+        ("--bf16 true --precision bf16", True, False),
+        ("--bf16 false", False, False),  # said, so not for auto to choose
+        (f"--config {RECIPES / 'digits.yaml'}", False, False),
+        (f"--config {RECIPES / 'digits.yaml'} --bf16", True, False),
+        ("", default_precision(use_cpu=True) == "bf16", False),
+    ],
+)
+def test_precision(options, bf16, fp16):
+    arguments = parse_arguments([*options.split(), "--use_cpu", "true"])
+    for args in (arguments.training, arguments.teacher_training):
+        assert (args.bf16, args.fp16) == (bf16, fp16)
+
+
+def test_contradicting_precisions_are_refused():
+    with pytest.raises(InputError, match="--precision fp32 and --bf16 contradict each other"):
+        parse_arguments(["--precision", "fp32", "--bf16"])
+    with pytest.raises(InputError, match="--precision must be one of auto, fp32, bf16, fp16, got 'int8'"):
+        parse_arguments(["--precision", "int8"])

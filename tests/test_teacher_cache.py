@@ -59,7 +59,8 @@ def train(models, dataset, tmp_path: Path, **options) -> tuple[list[dict[str, fl
     args = BKDConfig(
         output_dir=str(tmp_path / "run"), num_train_epochs=4, per_device_train_batch_size=16, learning_rate=0.05,
         optim="sgd", use_cpu=True, save_strategy="no", logging_strategy="epoch", disable_tqdm=True,
-        **{"teacher_cache": str(tmp_path / "cache"), "teacher_cache_views": 2, "teacher_cache_dtype": "float32"} | options,
+        **{"teacher_cache": str(tmp_path / "cache"), "teacher_cache_views": 2, "teacher_cache_dtype": "float32"}
+        | options,
     )  # fmt: skip
     CountingTeacher.calls = 0
     trainer = BKDTrainer(student, CountingTeacher(teacher), args, train_dataset=dataset, class_counts=[8] * 10)

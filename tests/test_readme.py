@@ -15,6 +15,8 @@ from sklearn.datasets import load_digits
 
 from bkd_hf import load_results
 from bkd_hf.arguments import _build_parser
+from bkd_hf.model_card import build
+from bkd_hf.plots import figure_names
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -69,3 +71,16 @@ def test_measured_runs_are_real_results(folder: Path):
     assert results["student"]["metrics"]["accuracy"] > results["teacher"]["metrics"]["accuracy"]
     for figure in (folder / "figures").glob("*.png"):
         assert Image.open(figure).size[0] >= 900
+
+
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    [
+        ("digits", {"repo_id": "user/digits-bkd"}),
+        ("cifar100_lt_40_epochs/bkd/seed0", {"repo_id": "user/cifar100-lt-bkd", "dataset_id": "uoft-cs/cifar100"}),
+    ],
+)
+def test_cards_are_those_of_their_results(folder, options):
+    folder = REPOSITORY / "model_cards" / folder
+    assert (folder / "README.md").read_text() == str(build(folder, license="apache-2.0", **options))
+    assert {path.name for path in (folder / "figures").glob("*.png")} == set(figure_names(load_results(folder)))

@@ -119,6 +119,8 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     processor = _load_processor(arguments.model, splits["train"])
     distils = arguments.training.distillation_loss != "none"
     teacher_processor = _load_teacher_processor(arguments.model, processor) if distils else processor
+    # Before any image is decoded: a teacher that does not fit should not cost that time.
+    match = _match_teacher(arguments.model, data["class_names"]) if distils else None
     if not same_pixels(processor, teacher_processor):
         say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
     images = {
@@ -135,10 +137,10 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     student_model = student.load_model(arguments.model, arguments.model.model_revision)
 
     teacher, teacher_results = None, None
-    if distils:
+    if match is not None:
         say.stage("Teacher")
         processors = (processor, teacher_processor)
-        teacher, teacher_results = _provide_teacher(arguments, splits, images, processors, make_stage)
+        teacher, teacher_results = _provide_teacher(arguments, match, splits, images, processors, make_stage)
 
     say.stage("Student")
     student_results = student.train(student_model, teacher)
@@ -267,8 +269,66 @@ class _Stage:
         return describe_model(self.name, model, logits, labels, self.data, self.post_hoc_tau)
 
 
+@dataclass(frozen=True)
+class _Match:
+    """Whether a given teacher can be used as it is.
+
+    Attributes:
+        columns: For each class of the data the teacher's output that is about it, `None` where there is none.
+        why_trained: Why the teacher has to be trained on the data first; `None` if it has not.
+    """
+
+    columns: list[int | None]
+    why_trained: str | None = None
+
+
+def _match_teacher(options: ModelArguments, class_names: list[str]) -> _Match:
+    """Match a given teacher's outputs with the classes of the data, by name.
+
+    Raises:
+        InputError: If it lacks classes, or does not name them.
+    """
+    name = options.teacher_model_name_or_path
+    if name is None or cifar_resnet_depth(name) is not None:
+        return _Match([], "there is none yet")
+    if options.finetune_teacher:
+        return _Match([], "--finetune_teacher")
+    option, names = (
+        f"--teacher_model_name_or_path {name}",
+        teacher_label_names(name, **options.from_pretrained_kwargs()),
+    )
+    if isinstance(names, int):
+        if names != len(class_names):
+            return _Match([], f"its head has {names} outputs without names, the data {len(class_names)} classes")
+        if not options.assume_label_order:
+            raise InputError(
+                f"{option} does not name its {names} classes (LABEL_0, …), so they cannot be matched with those of "
+                "the data. If they are in the same order, say --assume_label_order; to train it on the data first, "
+                "--finetune_teacher."
+            )
+        return _Match(list(range(names)))
+    columns = align_labels(names, class_names, options.read_teacher_label_map())
+    missing = [name for name, column in zip(class_names, columns, strict=True) if column is None]
+    if len(missing) == len(class_names):
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        return _Match([], f"its head is for other classes ({shown})")
+    if missing and not options.allow_partial_teacher:
+        raise InputError(
+            f"{option} {_lacking(missing, class_names)}. --teacher_label_map tells what they are called there; "
+            "--allow_partial_teacher leaves them without distillation; --finetune_teacher trains the teacher on the "
+            "data first."
+        )
+    return _Match(columns)
+
+
+def _lacking(missing: list[str], class_names: list[str]) -> str:
+    shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+    return f"has no output for {len(missing)} of {len(class_names)} classes: {shown}"
+
+
 def _provide_teacher(
     arguments: RunArguments,
+    match: _Match,
     splits: datasets.DatasetDict,
     images: dict[str, ImageDataset],
     processors: tuple[BaseImageProcessor, BaseImageProcessor],
@@ -279,19 +339,18 @@ def _provide_teacher(
     `processors` are the student's and the teacher's, `images` the student's.
     """
     given = arguments.model.teacher_model_name_or_path
-    reason = _why_to_train_teacher(arguments.model, splits["train"].features[LABEL_COLUMN].names)
     processor = processors[1]
     if not same_pixels(*processors):
         decode = functools.partial(_decode, processor=processor, options=arguments.data)
         images = {"eval": decode(splits["eval"])}
-        if reason is not None:
+        if match.why_trained:
             images["train"] = decode(splits["train"], augmented=True)
     name = given or arguments.model.model_name_or_path
-    if reason is None:
-        return _use_teacher(arguments, make_stage(name, arguments.training, processor, images))
+    if not match.why_trained:
+        return _use_teacher(arguments, make_stage(name, arguments.training, processor, images), match.columns)
     stage = make_stage(name, arguments.teacher_training, processor, images)
     if given is not None and cifar_resnet_depth(given) is None:
-        stage.say(f"The teacher {given} is fine-tuned on the data first: {reason}.")
+        stage.say(f"The teacher {given} is fine-tuned on the data first: {match.why_trained}.")
     return _train_teacher(arguments, stage)
 
 
@@ -328,50 +387,16 @@ def _train_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeache
     return teacher, record["results"]
 
 
-def _why_to_train_teacher(options: ModelArguments, class_names: list[str]) -> str | None:
-    """Why the teacher has to be trained on the data; `None` if it can be used as it is."""
-    name = options.teacher_model_name_or_path
-    if name is None or cifar_resnet_depth(name) is not None:
-        return "there is none yet"
-    if options.finetune_teacher:
-        return "--finetune_teacher"
-    names = teacher_label_names(name, **options.from_pretrained_kwargs())
-    if isinstance(names, int):
-        if names == len(class_names):
-            return None
-        return f"its head has {names} outputs without names, the data {len(class_names)} classes"
-    if any(column is not None for column in align_labels(names, class_names, options.read_teacher_label_map())):
-        return None
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"its head is for other classes ({shown})"
-
-
-def _use_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher, dict[str, Any]]:
+def _use_teacher(
+    arguments: RunArguments, stage: _Stage, columns: list[int | None]
+) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Load a teacher that was trained elsewhere, its outputs in the order of the data's classes; with its results."""
     options, name, data, say = arguments.model, stage.name, stage.data, stage.say
     option, class_names = f"--teacher_model_name_or_path {name}", data["class_names"]
-    names = teacher_label_names(name, **options.from_pretrained_kwargs())
-    columns: list[int | None]
-    if not isinstance(names, int):
-        columns = align_labels(names, class_names, options.read_teacher_label_map())
-    elif options.assume_label_order:
-        columns = list(range(names))
-    else:
-        raise InputError(
-            f"{option} does not name its {names} classes (LABEL_0, …), so they cannot be matched with those of the "
-            "data. If they are in the same order, say --assume_label_order; to train it on the data first, "
-            "--finetune_teacher."
-        )
     missing = [name for name, column in zip(class_names, columns, strict=True) if column is None]
     if missing:
-        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        about = f"{option} has no output for {len(missing)} of {len(class_names)} classes: {shown}"
-        if not options.allow_partial_teacher:
-            raise InputError(
-                f"{about}. --teacher_label_map tells what they are called there; --allow_partial_teacher leaves "
-                "them without distillation; --finetune_teacher trains the teacher on the data first."
-            )
-        say(f"WARNING: {about}. These classes are learned from the labels alone.")
+        about = _lacking(missing, class_names)
+        say(f"WARNING: {option} {about}. These classes are learned from the labels alone.")
     elif columns != list(range(len(class_names))):
         say(f"The teacher's outputs are put into the order of the data, by name ({len(columns)} of its classes).")
 

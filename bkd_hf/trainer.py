@@ -385,10 +385,13 @@ class BKDTrainer(Trainer):
 
     @property
     def num_views(self) -> int | None:
-        """Number of views of a training image, after which they come again; `None` if each epoch has its own."""
+        """Number of views of a training image, after which they come again; `None` if each epoch has its own.
+
+        It does not depend on whether there is a teacher: methods that are compared see the same views.
+        """
         if self.args.teacher_cache_views is not None:
             return self.args.teacher_cache_views
-        if self.args.teacher_cache == "off" or self.teacher_model is None:
+        if self.args.teacher_cache == "off":
             return None
         return DEFAULT_VIEWS if is_augmented(self.train_dataset) else 1
 

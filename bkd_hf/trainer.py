@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, has_length, seed_worker
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length, seed_worker
 from transformers.utils import logging
 
 from . import methods
@@ -577,6 +577,24 @@ class BKDTrainer(Trainer):
                     module.train()
 
         self.model.register_forward_pre_hook(keep_in_evaluation_mode)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Norm of the gradients; where nothing is clipped it is for the log alone, and taken at logged steps only."""
+        if grad_norm is None and not self._logs_after(self.state.global_step + 1):
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _logs_after(self, step: int) -> bool:
+        args, per_epoch = self.args, self._update_steps_per_epoch
+        if args.logging_strategy == IntervalStrategy.STEPS:
+            return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            return not per_epoch or step % per_epoch == 0 or step >= self.state.max_steps
+        return False
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count none: the estimate of `Trainer` is for tokens, and walks through all parameters at every step."""
+        return 0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters that decay: all with `decay_all_parameters`, else as in `Trainer`."""

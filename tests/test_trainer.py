@@ -538,3 +538,33 @@ def test_equals_a_loop_written_by_hand(tmp_path):
             optimizer.step()
     for name, value in student.state_dict().items():
         torch.testing.assert_close(trainer.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+# ---- What costs time and changes nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "logged"),
+    [
+        ({"logging_steps": 3}, [3]),
+        ({"logging_steps": 3, "logging_first_step": True}, [1, 3]),
+        ({"logging_strategy": "epoch"}, [2, 4]),
+    ],
+)
+def test_norm_of_the_gradients_is_that_of_every_step_where_it_is_logged(tmp_path, options, logged):
+    def norms(**kwargs) -> dict[int, float]:
+        trainer = trainer_for(tmp_path, **kwargs)
+        trainer.train()
+        return {entry["step"]: entry["grad_norm"] for entry in trainer.state.log_history if "loss" in entry}
+
+    each = norms(logging_steps=1)
+    assert norms(**options) == {step: each[step] for step in logged}
+    assert all(norm > 0 for norm in each.values())
+
+
+def test_norm_is_taken_at_every_step_where_gradients_are_clipped(tmp_path):
+    clipped = [trainer_for(tmp_path, max_grad_norm=1e-9, logging_steps=steps) for steps in (1, 1000)]
+    for trainer in clipped:
+        trainer.train()
+    for one, other in zip(*(trainer.model.parameters() for trainer in clipped), strict=True):
+        assert torch.equal(one, other)

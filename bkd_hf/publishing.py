@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +149,12 @@ def prepare(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.")
-    if (folder / "long_tail.py").exists():
+    is_metric, is_split = (folder / "long_tail.py").exists(), (folder / SPLIT_NAME).exists()
+    if (is_metric or is_split) and (license or dataset_id):
+        raise InputError(f"{folder} has a card of its own: --license and --dataset_id are for the card of a student.")
+    if is_metric:
         return Publication("space", _existing(folder, _METRIC_FILES), {})
-    if (folder / SPLIT_NAME).exists():
+    if is_split:
         return Publication("dataset", split_files(folder), {})
     if not (folder / RESULTS_NAME).exists():
         raise InputError(
@@ -233,8 +237,6 @@ def check_repo_access(
     except PublishError as error:
         if not error.is_temporary:
             raise
-        import warnings
-
         reason = str(error).removesuffix(f" {way_out}")
         warnings.warn(f"{reason} It is tried again when there is something to publish.", stacklevel=2)
 

@@ -90,6 +90,9 @@ def refusals(folder: Path, scratch: Path) -> dict[str, str]:
         "no folder": call(publish, str(scratch / "nowhere"), "--repo_id", "user/x"),
         "unfinished": call(publish, str(unfinished), "--repo_id", "user/x"),
         "schema": call(publish, str(old), "--repo_id", "user/x"),
+        "card of its own": call(
+            publish, str(REPOSITORY / "bkd_hf" / "long_tail"), "--repo_id", "user/x", "--license", "mit"
+        ),
         "leak": call(publish, str(leaking), "--repo_id", "user/x"),
     }
     silent = len(hub.requests()) == before

@@ -160,6 +160,7 @@ def test_dry_run_lists_files_and_writes_the_card(outcome, output_dir):
         ("no folder", "There is no folder"),
         ("unfinished", "no finished run"),
         ("schema", "schema version 99"),
+        ("card of its own", "has a card of its own"),
         ("leak", "config.json holds the path of your home folder"),
         ("license", "the Hub refuses its card"),
         ("no token", "There is no token for the Hub"),
@@ -175,7 +176,7 @@ def test_refusals(outcome, case, reason):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert reason in error
-    assert outcome["refusals"]["silent"]  # the first five need no Hub
+    assert outcome["refusals"]["silent"]  # the first six need no Hub
 
 
 def test_faults_that_pass_are_waited_for(outcome):

@@ -1,0 +1,55 @@
+"""What makes training faster by default changes no result: loss curves with and without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
+from bkd_hf.models import prefer_channels_last
+
+NAMES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_image_dataset("digits")["eval"].select(range(128))
+
+
+def curve(digits, tmp_path: Path, channels_last: bool = True, bf16: bool = False, **options) -> list[float]:
+    """The loss, epoch by epoch."""
+    dataset = ImageDataset(digits, load_processor("cifar-resnet-8", 16), "pad_crop", **options)
+    torch.manual_seed(0)
+    student, teacher = (load_classifier("cifar-resnet-8", NAMES, 16) for _ in range(2))
+    if channels_last:
+        prefer_channels_last(student)
+        prefer_channels_last(teacher)
+    args = BKDConfig(
+        output_dir=str(tmp_path), num_train_epochs=5, per_device_train_batch_size=32, learning_rate=0.01, optim="sgd",
+        momentum=0.9, max_grad_norm=0, use_cpu=True, bf16=bf16, save_strategy="no", logging_strategy="epoch",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = BKDTrainer(student, teacher, args, train_dataset=dataset)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def plain(digits, tmp_path_factory):
+    """Neither of them: fp32, rows of pixels one after another, every image decoded when it is seen."""
+    return curve(digits, tmp_path_factory.mktemp("plain"), channels_last=False, cache_images="none")
+
+
+@pytest.mark.parametrize(
+    ("optimisation", "tolerance"),
+    [
+        ({"cache_images": "memory", "channels_last": False}, 0),
+        ({"channels_last": True}, 1e-3),  # the same sums in another order
+        ({"bf16": True}, 0.03),  # 8 bits of mantissa: about 0.4 % in each product
+    ],
+)
+def test_loss_curve_stays(digits, plain, tmp_path, optimisation, tolerance):
+    assert plain[-1] < 0.85 * plain[0]  # there is a curve
+    assert curve(digits, tmp_path, **optimisation) == pytest.approx(plain, rel=tolerance, abs=0)

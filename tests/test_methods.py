@@ -202,7 +202,7 @@ def class_weights() -> torch.Tensor:
             lambda s, t, y: L.cross_entropy_loss(s, y, class_weights=class_weights()) + L.kd_loss(s, t),
         ),
     ],
-    ids=str,
+    ids=lambda value: "formula" if callable(value) else str(value),
 )
 def test_logged_loss_is_that_of_the_method(tmp_path, batch, options, expected):
     method = METHODS[options["method"]]

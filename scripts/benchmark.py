@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
@@ -35,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure; exit code 1 if something that is measured failed, 2 for bad input."""
     words = sys.argv[1:] if argv is None else list(argv)
     console = Console(highlight=False)
+    datasets.disable_progress_bars()
     try:
         options = parse(words)
-        command = shlex.join(["python", "scripts/benchmark.py", *words])
+        # As others may see it: without the folders of this machine.
+        shown = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in words]
+        command = shlex.join(["python", "scripts/benchmark.py", *shown])
         results = run(options, Path(__file__).with_name("run_bkd.py"), command, say=console.print)
         paths = save_benchmark(results, options.output_dir)
     except (InputError, RuntimeError) as error:

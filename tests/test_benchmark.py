@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -26,6 +27,7 @@ from bkd_hf.benchmark import (
     Contestant,
     Gate,
     GateCallback,
+    Job,
     Stopwatch,
     seconds_until,
     synthetic_image,
@@ -69,7 +71,6 @@ def test_everyone_takes_part(results):
         assert len(contestant["windows"]) == 2
         assert contestant["peak_memory"] > 10**8  # torch alone takes more
         assert set(contestant["parts"]) == set(PARTS)
-        # At most the last digits: of rounding, and of processes that share a batch.
         assert contestant["global_batch_size"] == 4
     parts = {name: contestant["parts"] for name, contestant in measured["contestants"].items()}
     assert parts["ce"]["teacher"] == 0
@@ -160,23 +161,24 @@ def test_a_gated_trainer_takes_the_steps_of_its_windows(tmp_path):
     assert not {"compute_loss", "get_batch_samples"} & set(vars(trainer))  # put back
 
 
-def quick_job(folder: Path, **changes):
+def quick_job(folder: Path, contestant: str = "limit") -> Job:
     options = BenchmarkOptions(output_dir=folder, quick=True, num_threads=1, use_cpu=True)
     (folder / "logs").mkdir(exist_ok=True)
-    source = benchmark_module._provide_images(options, False, lambda line: None)
-    job = benchmark_module._job("quick", "limit", options.setting("cifar"), source, options, threads=1)
-    return SimpleNamespace(**{**vars(job), **changes}) if changes else job
+    source = benchmark_module._provide_images(options, contestant == "loader", lambda line: None)
+    setting = options.setting("resnet18" if contestant == "loader" else "cifar")
+    return benchmark_module._job("quick", contestant, setting, source, options, threads=1)
 
 
 def test_a_contestant_is_frozen_between_its_windows(tmp_path):
-    contestant = Contestant(quick_job(tmp_path), benchmark_module._process_context("cpu"))
+    contestant = Contestant(quick_job(tmp_path, "loader"), benchmark_module._process_context("cpu"))
     try:
         process = psutil.Process(contestant._processes[0].pid)
         for _ in range(2):
-            assert process.status() == psutil.STATUS_STOPPED
-            before = process.cpu_times()
+            workers = process.children()
+            assert [worker.status() for worker in workers] == [psutil.STATUS_STOPPED]
+            before = process.cpu_times()[:2]
             time.sleep(0.05)
-            assert process.cpu_times() == before
+            assert process.cpu_times()[:2] == before  # it waits
             assert contestant.advance(3)["steps"] == 3
         contestant.finish()  # compares the steps taken with those asked for
         assert contestant.steps == 7
@@ -184,11 +186,19 @@ def test_a_contestant_is_frozen_between_its_windows(tmp_path):
         contestant.kill()
 
 
-def test_a_contestant_that_fails_is_told_with_its_log(tmp_path, monkeypatch):
+def test_nothing_is_left_of_a_benchmark_that_is_gone(tmp_path):
+    contestant = Contestant(quick_job(tmp_path, "loader"), benchmark_module._process_context("cpu"))
+    process = psutil.Process(contestant._processes[0].pid)
+    processes = [process, *process.children()]
+    contestant._connection.close()  # as when the main process was killed
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    contestant._join()
+
+
+def test_a_contestant_that_fails_is_told_with_its_log(tmp_path):
     job = quick_job(tmp_path)
-    broken = benchmark_module.dataclasses.replace(
-        job, source=benchmark_module.dataclasses.replace(job.source, name=str(tmp_path / "missing"))
-    )
+    broken = dataclasses.replace(job, source=dataclasses.replace(job.source, name=str(tmp_path / "missing")))
     with pytest.raises(RuntimeError, match=r"(?s)quick failed.*missing: there is no such file"):
         Contestant(broken, benchmark_module._process_context("cpu"))
 

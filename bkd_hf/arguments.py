@@ -25,7 +25,7 @@ from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
 from .precision import PRECISIONS, default_precision
-from .transforms import AUGMENTATIONS
+from .transforms import AUGMENTATIONS, CACHE_IMAGES
 
 #: The Hub's name for a licence that nobody has chosen.
 UNKNOWN_LICENSE = "unknown"
@@ -171,7 +171,11 @@ class DataArguments:
         default=True, metadata={"help": "Mirror half of the training images; not for digits or letters."}
     )
     cache_images: str = field(
-        default="auto", metadata={"help": "Keep decoded images in memory: auto (if they fit), memory, none."}
+        default="auto",
+        metadata={
+            "help": "Keep decoded images: in memory, on disk (one file for all processes and later runs), none, or "
+            "auto (in memory, or with several processes on disk, if they fit)."
+        },
     )
     many_shot_threshold: int = field(
         default=MANY_SHOT_THRESHOLD, metadata={"help": "Classes with more training images are many-shot."}
@@ -190,7 +194,7 @@ class DataArguments:
             raise InputError(f"--imbalance_ratio must be a finite number ≥ 1, got {ratio}.")
         _check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
         _check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
-        _check_choice("cache_images", self.cache_images, ("auto", "memory", "none"))
+        _check_choice("cache_images", self.cache_images, CACHE_IMAGES)
         for name in ("max_train_samples", "max_eval_samples", "max_class_count"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -57,7 +57,7 @@ from .run_folder import (
 )
 from .teacher import FrozenTeacher, align_labels, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
-from .transforms import ImageDataset, channel_statistics, default_augmentation
+from .transforms import ImageDataset, channel_statistics, default_augmentation, default_num_workers
 from .views import same_pixels
 
 _TABLE_ROWS = (
@@ -127,10 +127,12 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         "train": _decode(splits["train"], processor, arguments.data, augmented=True, teacher=teacher_processor),
         "eval": _decode(splits["eval"], processor, arguments.data),
     }
-    if not images["train"].in_memory and not arguments.training.dataloader_num_workers:
+    workers = default_num_workers(images["train"], threads, arguments.training.device.type == "cuda")
+    if workers and not arguments.training.dataloader_num_workers:
         for args in (arguments.training, arguments.teacher_training):
-            args.dataloader_num_workers = threads
-        say(f"Images are decoded when they are seen, by {threads} workers a process: they do not stay in memory.")
+            args.dataloader_num_workers = workers
+        why = "" if images["train"].in_memory else ": they do not stay in memory"
+        say(f"Images are prepared by {workers} worker{'s' if workers > 1 else ''} a process{why}.")
     make_stage = functools.partial(_Stage, data=data, post_hoc_tau=arguments.data.post_hoc_tau, say=say)
     student = make_stage(arguments.model.model_name_or_path, arguments.training, processor, images)
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.

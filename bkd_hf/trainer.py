@@ -38,6 +38,7 @@ from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, Sam
 from .schedules import StepDecay
 from .teacher import FrozenTeacher, load_teacher, num_labels
 from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, describe_views, is_augmented
+from .transforms import ImageDataset, collate_images
 from .weights import check_class_counts, class_balanced_weights, deferred_weights
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,7 @@ class BKDTrainer(Trainer):
         teacher_model: A module, a folder or a Hub id. It is frozen, kept in evaluation mode, and never saved.
             `None` trains with the method's classification loss alone, on the very same path.
         args: Options.
-        data_collator: As for `Trainer`.
+        data_collator: As for `Trainer`; by default `collate_images` for an [`ImageDataset`].
         train_dataset: As for `Trainer`; a map-style data set gives the guarantees above.
         eval_dataset: As for `Trainer`.
         processing_class: Saved with the model.
@@ -124,6 +125,8 @@ class BKDTrainer(Trainer):
         if teacher_model is not None and teacher_model is model:
             raise ValueError("teacher_model is the student itself: freezing it would stop all training. Pass a copy.")
 
+        if data_collator is None and isinstance(train_dataset or eval_dataset, ImageDataset):
+            data_collator = collate_images
         super().__init__(
             model=model,
             args=args,

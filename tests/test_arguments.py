@@ -132,7 +132,7 @@ def test_bad_yaml(tmp_path, text, message):
         ("--imbalance_ratio inf", "--imbalance_ratio"),
         ("--imbalance_profile zipf", "--imbalance_profile must be one of exp, step, pareto, got 'zipf'"),
         ("--train_augmentation mixup", "--train_augmentation must be one of"),
-        ("--cache_images disk", "--cache_images must be one of"),
+        ("--cache_images tape", "--cache_images must be one of"),
         ("--max_train_samples 0", "--max_train_samples must be at least 1"),
         ("--image_size 4", "--image_size must be at least 8"),
         ("--num_threads 0", "--num_threads must be at least 1"),

@@ -10,13 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import ConvNextImageProcessorPil, ViTImageProcessorPil
+from transformers import (
+    ConvNextImageProcessorPil,
+    MobileViTImageProcessorPil,
+    ViTImageProcessorPil,
+    default_data_collator,
+)
 
 from bkd_hf import ImageDataset, InputError, default_augmentation, load_image_dataset
 from bkd_hf.randomness import hash_uniform
+from bkd_hf.sampling import SampledExamples
 from bkd_hf.transforms import (
     channel_statistics,
+    collate_images,
+    decode_for_crop,
     decode_image,
+    default_num_workers,
     draw_shifts,
     random_resized_crop_box,
     shift_and_flip,
@@ -36,16 +45,26 @@ def stored(image: Image.Image, format: str = "PNG", **kwargs) -> dict:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def photos(number: int = 12, seed: int = 0) -> datasets.Dataset:
+def labelled(images: list[dict]) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    return datasets.Dataset.from_dict({"image": images, "label": [0, 1] * (len(images) // 2)}, features=features)
+
+
+def photos(number: int = 12, seed: int = 0, sizes: tuple[int, int] = (20, 60), **kwargs) -> datasets.Dataset:
     """Images of different sizes with smooth content."""
     generator = np.random.default_rng(seed)
     images = []
     for _ in range(number):
         pixels = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-        size = tuple(int(n) for n in generator.integers(20, 60, 2))
-        images.append(stored(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)))
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    return datasets.Dataset.from_dict({"image": images, "label": [0, 1] * (number // 2)}, features=features)
+        size = tuple(int(n) for n in generator.integers(*sizes, 2))
+        images.append(stored(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), **kwargs))
+    return labelled(images)
+
+
+def bytes_of(dataset: ImageDataset) -> np.ndarray:
+    """All examples of a data set made with `vit_processor`, as bytes."""
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3]))
+    return ((pixels_of(dataset, range(len(dataset))) * std + mean) * 255).numpy()
 
 
 def pixels_of(dataset, indices) -> torch.Tensor:
@@ -72,15 +91,30 @@ def test_evaluation_pixels_are_the_processors_own(processor):
         torch.testing.assert_close(ours, own.float(), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "processor",
+    [vit_processor(24), ConvNextImageProcessorPil(size={"shortest_edge": 24}), MobileViTImageProcessorPil(
+        size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}
+    )],
+    ids=["kept", "zoomed", "channels flipped"],
+)  # fmt: skip
+def test_images_of_the_models_own_size(processor):
+    generator = np.random.default_rng(0)
+    data = labelled([stored(Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)))] * 2)
+    own = processor(images=list(data["image"]), return_tensors="pt")["pixel_values"].float()
+    torch.testing.assert_close(pixels_of(ImageDataset(data, processor), range(2)), own, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("augmentation", ["pad_crop", "random_resized_crop"])
-def test_augmentation_is_a_function_of_seed_epoch_and_index(augmentation):
+def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path, augmentation):
     data = photos()
     make = lambda **kwargs: ImageDataset(data, vit_processor(), augmentation, **kwargs)  # noqa: E731
     dataset = make(data_seed=3)
     everything = pixels_of(dataset, range(12))
     assert torch.equal(pixels_of(dataset, [7, 2]), everything[[7, 2]])  # whatever the batch
     assert torch.equal(dataset[5]["pixel_values"], everything[5])
-    assert torch.equal(pixels_of(make(data_seed=3, cache_images="none"), range(12)), everything)
+    for cache in ("none", "disk"):
+        assert torch.equal(pixels_of(make(data_seed=3, cache_images=cache, cache_dir=tmp_path), range(12)), everything)
     for workers in (0, 2):
         loader = DataLoader(make(data_seed=3), batch_size=5, num_workers=workers)
         assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), everything)
@@ -112,13 +146,22 @@ def test_shift_and_flip_by_hand():
     assert np.array_equal(corner[1:, :-1], image[0, :-1, 1:, 0])
 
 
+def test_shift_and_flip_of_images_of_another_size():
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (40, 12, 20, 3), dtype=np.uint8)
+    shifts, mirrored = draw_shifts(generator.random((40, 2)), 24, 40), generator.random(40) < 0.5
+    moved = shift_and_flip(images, shifts, mirrored)
+    for image, (down, right), flip, result in zip(images, np.rint(shifts * (12, 20)), mirrored, moved, strict=True):
+        rows, columns = np.arange(12) + int(down), np.arange(20) + int(right)
+        outside = ((rows < 0) | (rows > 11))[:, None] | ((columns < 0) | (columns > 19))
+        expected = np.where(outside[..., None], 0, image[rows.clip(0, 11)][:, columns.clip(0, 19)])
+        assert np.array_equal(result, expected[:, ::-1] if flip else expected)
+
+
 def test_flips_can_be_switched_off():
     row = np.zeros((16, 16, 3), dtype=np.uint8)
     row[:, :4] = 255  # bright on the left
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    data = datasets.Dataset.from_dict(
-        {"image": [stored(Image.fromarray(row))] * 40, "label": [0, 1] * 20}, features=features
-    )
+    data = labelled([stored(Image.fromarray(row))] * 40)
     for flip, sides in ((True, {True, False}), (False, {True})):
         pixels = pixels_of(ImageDataset(data, vit_processor(), "pad_crop", horizontal_flip=flip), range(40))
         on_the_left = pixels[:, 0, 8, :8].mean(1) > pixels[:, 0, 8, 8:].mean(1)
@@ -161,7 +204,7 @@ def test_modes_and_orientation():
     assert decode_image(stored(deep)).getpixel((0, 0)) == (200, 200, 200)
 
 
-@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize("cache", ["memory", "none", "disk"])
 def test_corrupt_image_is_named(tmp_path, cache):
     good = tmp_path / "good.png"
     Image.new("RGB", (4, 4)).save(good)
@@ -170,7 +213,7 @@ def test_corrupt_image_is_named(tmp_path, cache):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     data = datasets.Dataset.from_dict({"image": [str(good), str(bad)], "label": [0, 1]}, features=features)
     with pytest.raises(InputError, match=r"Image 1 \(.*broken.png\) cannot be decoded"):
-        ImageDataset(data, vit_processor(), cache_images=cache)[1]
+        ImageDataset(data, vit_processor(), cache_images=cache, cache_dir=tmp_path)[1]
 
 
 def test_defaults_by_size_and_bad_arguments():
@@ -182,7 +225,137 @@ def test_defaults_by_size_and_bad_arguments():
     with pytest.raises(InputError, match="augmentation must be one of"):
         ImageDataset(photos(), vit_processor(), "mixup")
     with pytest.raises(InputError, match="cache_images must be one of"):
-        ImageDataset(photos(), vit_processor(), cache_images="disk")
+        ImageDataset(photos(), vit_processor(), cache_images="tape")
+
+
+# ---- JPEGs at reduced scale
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "factor"),
+    [
+        ((0, 0, 640, 480), (80, 60), 8),
+        ((0, 0, 640, 480), (81, 60), 4),
+        ((0, 0, 640, 480), (80, 61), 4),
+        ((3, 5, 323, 245), (100, 100), 2),
+        ((3, 5, 203, 204), (100, 100), 1),
+        ((10, 10, 20, 20), (224, 224), 1),
+    ],
+)
+def test_jpegs_are_decoded_as_large_as_the_crop_needs(box, size, factor):
+    photo = stored(Image.new("RGB", (640, 480)), "JPEG")
+    image, part = decode_for_crop(photo, lambda width, height: box, [(8, 8), size])
+    assert image.size == (640 // factor, 480 // factor)
+    assert part == tuple(edge / factor for edge in box)
+    assert decode_for_crop(photo, lambda width, height: box, [size], reduced=False)[0].size == (640, 480)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_crops_are_chosen_in_the_upright_image(format, orientation):
+    generator = np.random.default_rng(0)
+    scene = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((335, 201), 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = stored(scene, format, exif=exif)
+    upright, seen = decode_image(photo), []
+
+    def lower_left_corner(width: int, height: int) -> tuple[int, int, int, int]:
+        seen.append((width, height))
+        return 0, height // 2, width // 2, height
+
+    image, part = decode_for_crop(photo, lower_left_corner, [(16, 16)])
+    assert seen == [upright.size]
+    assert max(image.size) == (84 if format == "JPEG" else 335)
+    shown = np.asarray(image.resize((16, 16), box=part), dtype=float)
+    expected = np.asarray(upright.resize((16, 16), box=lower_left_corner(*upright.size)), dtype=float)
+    assert np.abs(shown - expected).mean() < 1
+
+
+def test_reduced_decoding_alters_pixels_by_little():
+    jpegs = photos(16, sizes=(150, 400), format="JPEG", quality=90)
+    make = lambda reduced: ImageDataset(  # noqa: E731
+        jpegs, vit_processor(32), "random_resized_crop", cache_images="none", reduced_decoding=reduced
+    )
+    reduced, full = bytes_of(make(True)), bytes_of(make(False))
+    assert np.array_equal(reduced, bytes_of(make(True)))
+    of_image = np.abs(reduced - full).mean(axis=(1, 2, 3))
+    assert 0.01 < of_image.mean() < 1.5
+    assert of_image.max() < 3
+    cached = ImageDataset(jpegs, vit_processor(32), "random_resized_crop", cache_images="memory")
+    assert np.array_equal(bytes_of(cached), full)  # decoded in full
+
+
+def test_processors_own_view_is_of_the_whole_jpeg():
+    jpegs = photos(4, sizes=(150, 400), format="JPEG", quality=90)
+    own = vit_processor(32)(images=list(jpegs["image"]), return_tensors="pt")["pixel_values"]
+    ours = pixels_of(ImageDataset(jpegs, vit_processor(32), cache_images="none"), range(4))
+    torch.testing.assert_close(ours, own.float(), rtol=0, atol=2e-6)
+
+
+def test_description_of_views_tells_reduced_decoding():
+    make = lambda **kwargs: ImageDataset(  # noqa: E731
+        photos(), vit_processor(), **{"augmentation": "random_resized_crop", "cache_images": "none", **kwargs}
+    ).describe_views()
+    assert make() != make(reduced_decoding=False)
+    assert make(cache_images="memory") == make(cache_images="memory", reduced_decoding=False)
+    assert make(augmentation="none") == make(augmentation="none", reduced_decoding=False)
+
+
+# ---- Batches
+
+
+def check_batch(examples: list[dict]) -> None:
+    batch, usual = collate_images(examples), default_data_collator(examples)
+    assert set(batch) == set(usual)
+    for name, tensor in usual.items():
+        assert torch.equal(batch[name], tensor)
+        assert batch[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
+def test_batches_are_put_together_without_a_copy(augmentation):
+    dataset = ImageDataset(photos(), vit_processor(), augmentation, teacher_processor=vit_processor(24))
+    examples = SampledExamples(dataset).__getitems__([3, -2, 5])
+    check_batch(examples)
+    batch = collate_images(examples)
+    for name in ("pixel_values", "teacher_pixel_values"):
+        assert batch[name].data_ptr() == examples[0][name].data_ptr()
+
+
+def test_any_examples_are_put_together():
+    numbers = torch.arange(24.0).reshape(4, 3, 2)
+    sideways = torch.arange(24.0).reshape(2, 3, 4).unbind(dim=2)
+    for parts in (
+        list(numbers),
+        list(numbers)[:3],
+        list(numbers)[1:],
+        list(numbers)[::-1],
+        [numbers[0], numbers[0]],
+        [*numbers, *numbers.clone()],
+        list(numbers.transpose(1, 2)),
+        list(sideways),
+        [torch.zeros(2, 3), torch.ones(2, 3)],
+        [torch.tensor(1.0), torch.tensor(2.0)],
+        [torch.zeros(0), torch.zeros(0)],
+    ):
+        examples = [{"x": part, "label": i, "y": [i, 2.5]} for i, part in enumerate(parts)]
+        check_batch(examples)
+    check_batch([{"label": label} for label in torch.arange(3)])
+    check_batch([{"x": x, "label_ids": label} for x, label in zip(numbers, torch.eye(4), strict=True)])
+
+
+def test_workers_where_they_pay():
+    small = ImageDataset(photos(), vit_processor(32), "pad_crop")
+    seen = ImageDataset(photos(), vit_processor(32), "pad_crop", cache_images="none")
+    large = ImageDataset(photos(), vit_processor(65), "pad_crop")
+    cut = ImageDataset(photos(), vit_processor(32), "random_resized_crop")
+    assert default_num_workers(small, 8, on_cuda=True) == default_num_workers(small, 8, on_cuda=False) == 0
+    for dataset in (seen, large, cut):
+        assert default_num_workers(dataset, 8, on_cuda=False) == 8
+        assert default_num_workers(dataset, 8, on_cuda=True) == 7
+        assert default_num_workers(dataset, 1, on_cuda=True) == 1
+        assert default_num_workers(dataset, 96, on_cuda=True) == 16
 
 
 def test_channel_statistics():

@@ -1376,8 +1376,8 @@ def to_markdown(results: dict[str, Any], figure: str | None = None) -> str:
     ratios = dict.fromkeys((ratio["name"], ratio["meaning"]) for ratio in results["ratios"])
     parts = [
         "# Benchmark",
-        f"{hardware['device']}, {threads} CPU thread{'s' if threads > 1 else ''}, {hardware['precision']}; {versions}. "
-        f"Made by `{results['command']}`.",
+        f"{hardware['device']}, {threads} CPU thread{'s' if threads > 1 else ''}, {hardware['precision']}; "
+        f"{versions}. Made by `{results['command']}`.",
         f"Rates are medians over {options['windows']} windows of about {options['window_seconds']:g} s, after a "
         "warm-up. Contestants take turns, a window each, in processes of their own whose data "
         "workers are frozen in between; the range of a ratio is over turns. All but c run in the precision above, "

@@ -177,6 +177,12 @@ class DataArguments:
             "auto (in memory, or with several processes on disk, if they fit)."
         },
     )
+    reduced_decoding: bool = field(
+        default=True,
+        metadata={
+            "help": "Decode JPEGs of the training at 1/2, 1/4 or 1/8 of their size where the crop needs no more."
+        },
+    )
     many_shot_threshold: int = field(
         default=MANY_SHOT_THRESHOLD, metadata={"help": "Classes with more training images are many-shot."}
     )

@@ -65,7 +65,7 @@ from .errors import InputError
 from .losses import bkd_loss
 from .metrics import long_tail_metrics
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
-from .pipeline import set_num_threads
+from .pipeline import keep_freed_memory, set_num_threads
 from .precision import default_precision
 from .results import describe_hardware, describe_versions, save_json
 from .teacher import load_teacher
@@ -552,8 +552,13 @@ class Contestant:
         try:
             report = self._connection.recv()
         except (EOFError, ConnectionResetError) as error:
-            log = Path(self.job.log).read_text(encoding="utf-8", errors="replace")
-            raise RuntimeError(f"{self.job.name} failed; its log ends with:\n{log[-3000:]}") from error
+            for process in self._processes:
+                process.join(timeout=10)
+            codes = ", ".join(str(process.exitcode) for process in self._processes)
+            log = Path(self.job.log).read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+            raise RuntimeError(
+                f"{self.job.name} failed (exit code {codes}); its log ends with:\n{log[-3000:]}"
+            ) from error
         if freeze:
             self._freeze(True)
         return report
@@ -638,6 +643,7 @@ def _take_part(job: Job, rank: int, connection: Connection | None) -> None:
         torch.set_num_threads(job.threads)
     else:  # what `run_bkd.py` does to its process
         set_num_threads(job.threads)
+        keep_freed_memory()
     runners: dict[str, Callable[[Job], Any]] = {"limit": _BareLoop, "decoder": _Decoder, "loader": _Loader}
     runner = runners.get(job.contestant, _Training)(job)
     synchronize = torch.cuda.synchronize if job.device == "cuda" else lambda: None
@@ -1173,8 +1179,8 @@ def measure_imports(repetitions: int, say: Callable[[str], None]) -> dict[str, A
     }
 
 
-#: Training images and classes that are counted; test images and classes of metrics: those of iNaturalist 2018, twice.
-_SCALE = (1_000_000, 10_000, 48_852, 8_142)
+#: Training images and classes that are counted; test images and classes that metrics are of.
+_SCALE = (1_000_000, 10_000, 1_000_000, 10_000)
 
 
 def measure_scale(num_images: int, num_classes: int, num_tested: int, num_tested_classes: int) -> dict[str, Any]:
@@ -1187,9 +1193,10 @@ def measure_scale(num_images: int, num_classes: int, num_tested: int, num_tested
     measured: dict[str, Any] = {"num_images": num_images, "num_classes": num_classes}
     for name, dataset in {"counting": images, "counting_shuffled": shuffled}.items():
         measured[f"{name}_seconds"] = _seconds(class_counts, dataset)
-    # Logits are 4 bytes each, and their metrics were seen to take 8 times as much: fewer images where memory is short.
-    num_tested = min(num_tested, psutil.virtual_memory().available // (48 * num_tested_classes))
-    logits = generator.standard_normal((num_tested, num_tested_classes), dtype=np.float32)
+    # Repeated from a few: as float32 they would take 40 GB, which the metrics need not hold at once.
+    logits = _Repeated(
+        generator.standard_normal((min(num_tested, 2000), num_tested_classes), dtype=np.float32), num_tested
+    )
     counts = np.full(num_tested_classes, 10)
     before = _peak_memory()
     seconds = _seconds(long_tail_metrics, logits, generator.integers(0, num_tested_classes, num_tested), counts)
@@ -1197,9 +1204,18 @@ def measure_scale(num_images: int, num_classes: int, num_tested: int, num_tested
         "num_tested": num_tested,
         "num_tested_classes": num_tested_classes,
         "metrics_seconds": seconds,
-        "logits_bytes": logits.nbytes,
-        "metrics_peak_memory_beyond_logits": _peak_memory() - before,
+        "metrics_peak_memory": _peak_memory() - before,
     }
+
+
+class _Repeated:
+    """Rows that come again and again, as if they were `num_rows`."""
+
+    def __init__(self, rows: np.ndarray, num_rows: int):
+        self.rows, self.shape = rows, (num_rows, rows.shape[1])
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.rows[np.arange(*part.indices(self.shape[0])) % len(self.rows)]
 
 
 def _seconds(function: Callable[..., Any], *args: Any) -> float:
@@ -1359,9 +1375,7 @@ def _rate_cells(measured: dict[str, Any]) -> list[str]:
 def _scale_rows(scale: dict[str, Any]) -> list[list[str]]:
     counted = f"{scale['num_images']:,} images × {scale['num_classes']:,} classes"
     tested = f"{scale['num_tested']:,} images × {scale['num_tested_classes']:,} classes"
-    memory = (
-        f"{scale['logits_bytes'] / 1e9:.2f} GB of logits + {scale['metrics_peak_memory_beyond_logits'] / 1e9:.2f} GB"
-    )
+    memory = f"{scale['metrics_peak_memory'] / 1e9:.2f} GB beyond the logits"
     return [
         [f"counting classes, {counted}", f"{scale['counting_seconds']:.3f} s", ""],
         [f"the same in a shuffled selection, {counted}", f"{scale['counting_shuffled_seconds']:.3f} s", ""],
@@ -1371,13 +1385,13 @@ def _scale_rows(scale: dict[str, Any]) -> list[list[str]]:
 
 def to_markdown(results: dict[str, Any], figure: str | None = None) -> str:
     """Return the report; `figure` is the path of the picture in it."""
-    hardware, options, threads = results["hardware"], results["options"], results["hardware"]["cpu_threads"]
+    hardware, options = results["hardware"], results["options"]
+    threads = f"{hardware['cpu_threads']} CPU thread{'s' if hardware['cpu_threads'] > 1 else ''}"
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     ratios = dict.fromkeys((ratio["name"], ratio["meaning"]) for ratio in results["ratios"])
     parts = [
         "# Benchmark",
-        f"{hardware['device']}, {threads} CPU thread{'s' if threads > 1 else ''}, {hardware['precision']}; "
-        f"{versions}. Made by `{results['command']}`.",
+        f"{hardware['device']}, {threads}, {hardware['precision']}; {versions}. Made by `{results['command']}`.",
         f"Rates are medians over {options['windows']} windows of about {options['window_seconds']:g} s, after a "
         "warm-up. Contestants take turns, a window each, in processes of their own whose data "
         "workers are frozen in between; the range of a ratio is over turns. All but c run in the precision above, "

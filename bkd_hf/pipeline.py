@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import math
@@ -60,6 +61,8 @@ from .trainer import BKDTrainer
 from .transforms import ImageDataset, channel_statistics, default_augmentation, default_num_workers
 from .views import same_pixels
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
 _TABLE_ROWS = (
     ("overall", "accuracy"),
     ("many-shot", "many_shot_accuracy"),
@@ -85,6 +88,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     output_dir = Path(arguments.training.output_dir)
     say = _Announcer()
     threads = set_num_threads(arguments.model.num_threads)
+    keep_freed_memory()
     if arguments.training.disable_tqdm:
         logging.disable_progress_bar()
     _warn_of_options_without_effect(arguments)
@@ -185,6 +189,20 @@ def set_num_threads(num_threads: int | None = None) -> int:
         num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(num_threads)
     return num_threads
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, where it is glibc.
+
+    It would give the activations of each training step back to the system, to get the same memory anew, page by page,
+    in the next one: on a CPU a seventh of a step of a ResNet-32, a fifth of one of a ResNet-18 at 224 pixels.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library, or another system
+        return
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 # ---- The stages ---------------------------------------------------------------------------------------------------
@@ -483,6 +501,7 @@ def _decode(
         horizontal_flip=options.horizontal_flip,
         cache_images=options.cache_images,  # type: ignore[arg-type]
         teacher_processor=teacher,
+        reduced_decoding=options.reduced_decoding,
     )
 
 

@@ -67,8 +67,11 @@ class Rendering:
 
     def normalise(self, views: np.ndarray) -> torch.Tensor:
         """B×H×W×3 bytes to B×3×H×W float32, by the processor's arithmetic."""
-        pixels = torch.from_numpy(np.ascontiguousarray(views)).to(torch.float32)
-        return pixels.mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
+        batch, height, width, channels = views.shape
+        # By whole rows: torch takes several times as long with operands of three numbers.
+        rows = torch.from_numpy(np.ascontiguousarray(views)).view(batch * height, width * channels).to(torch.float32)
+        rows.mul_(self._scale.repeat(width)).add_(self._shift.repeat(width))
+        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (renderings live as long as their data set)
     def region(self, width: int, height: int) -> Box:

@@ -331,7 +331,7 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     )  # fmt: skip
     assert "--max_class_count has no effect" in output
     assert "has no evaluation split" in output
-    assert "Images are decoded when they are seen, by" in output
+    assert "Images are prepared by" in output
     results = load_results(tmp_path / "run")
     assert results["data"]["name"] == "data"
     assert "1 of 4 classes (grey) have no evaluation image" in output

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
 from bkd_hf.models import prefer_channels_last
@@ -20,7 +24,7 @@ def digits():
 
 def curve(digits, tmp_path: Path, channels_last: bool = True, bf16: bool = False, **options) -> list[float]:
     """The loss, epoch by epoch."""
-    dataset = ImageDataset(digits, load_processor("cifar-resnet-8", 16), "pad_crop", **options)
+    dataset = ImageDataset(digits, load_processor("cifar-resnet-8", 16), **{"augmentation": "pad_crop"} | options)
     torch.manual_seed(0)
     student, teacher = (load_classifier("cifar-resnet-8", NAMES, 16) for _ in range(2))
     if channels_last:
@@ -53,3 +57,24 @@ def plain(digits, tmp_path_factory):
 def test_loss_curve_stays(digits, plain, tmp_path, optimisation, tolerance):
     assert plain[-1] < 0.85 * plain[0]  # there is a curve
     assert curve(digits, tmp_path, **optimisation) == pytest.approx(plain, rel=tolerance, abs=0)
+
+
+def test_loss_curve_stays_when_photographs_are_decoded_reduced(tmp_path):
+    """JPEGs of 256×256 pixels, whose crops are shown at 16×16: decoded at 1/2 to 1/8 of their size, or in full."""
+    generator = np.random.default_rng(0)
+    photographs = []
+    for _ in range(64):
+        coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        coarse.resize((256, 256), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        photographs.append({"bytes": file.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+    images = datasets.Dataset.from_dict(
+        {"image": photographs, "label": [i % 10 for i in range(64)]}, features=features
+    )
+    reduced, full = (
+        curve(images, tmp_path, augmentation="random_resized_crop", cache_images="none", reduced_decoding=on)
+        for on in (True, False)
+    )
+    assert reduced != full
+    assert reduced == pytest.approx(full, rel=0.02)

@@ -15,6 +15,8 @@ MANY_SHOT_THRESHOLD = 100
 #: Fewer training images than this: few-shot.
 FEW_SHOT_THRESHOLD = 20
 
+_VALUES_AT_A_TIME = 2**22
+
 
 def long_tail_metrics(
     logits: np.ndarray,
@@ -30,7 +32,7 @@ def long_tail_metrics(
     their own accuracy is `None`.
 
     Args:
-        logits: N×C, unnormalised log-probabilities.
+        logits: N×C, unnormalised log-probabilities; anything that has a shape and can be sliced, e.g. a memory map.
         labels: N class numbers.
         class_counts: C numbers of *training* images, which sort the classes into many-shot (more than
             `many_shot_threshold`), few-shot (fewer than `few_shot_threshold`) and medium-shot (the others).
@@ -46,9 +48,9 @@ def long_tail_metrics(
     Raises:
         ValueError: If there is nothing to measure, shapes do not fit, or a threshold makes no sense.
     """
-    logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    logits, labels = (logits if hasattr(logits, "shape") else np.asarray(logits)), np.asarray(labels)
     counts = check_class_counts(class_counts)
-    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not labels.size:
+    if len(logits.shape) != 2 or labels.shape != logits.shape[:1] or not labels.size:
         raise ValueError(f"Expected N×C logits and N ≥ 1 labels, got shapes {logits.shape} and {labels.shape}.")
     if counts.size != logits.shape[1]:
         raise ValueError(f"There are {counts.size} class counts, but the logits have {logits.shape[1]} classes.")
@@ -57,7 +59,7 @@ def long_tail_metrics(
     check_shot_thresholds(many_shot_threshold, few_shot_threshold)
 
     num_classes = counts.size
-    predictions = logits.argmax(axis=1)
+    predictions, in_top5, confidence = _answers(logits, labels)
     correct = predictions == labels
     num_labelled = np.bincount(labels, minlength=num_classes)
     num_predicted = np.bincount(predictions, minlength=num_classes)
@@ -68,8 +70,7 @@ def long_tail_metrics(
 
     metrics: dict[str, Any] = {"accuracy": correct.mean()}
     if num_classes > 5:
-        top5 = np.argpartition(logits, -5, axis=1)[:, -5:]
-        metrics["top5_accuracy"] = (top5 == labels[:, None]).any(axis=1).mean()
+        metrics["top5_accuracy"] = in_top5.mean()
     metrics["balanced_accuracy"] = recall.mean()
     metrics["macro_f1"] = f1.mean()
     for name, group in shot_groups(counts, many_shot_threshold, few_shot_threshold).items():
@@ -79,7 +80,7 @@ def long_tail_metrics(
     with np.errstate(divide="ignore"):
         metrics["harmonic_mean_accuracy"] = 1 / np.mean(1 / recall)
         metrics["geometric_mean_accuracy"] = np.exp(np.mean(np.log(recall)))
-    metrics["expected_calibration_error"] = expected_calibration_error(logits, labels)
+    metrics["expected_calibration_error"] = _calibration_error(confidence, correct)
     metrics = {name: float(value) for name, value in metrics.items()}
     per_class = np.divide(num_correct, num_labelled, where=tested, out=np.full(num_classes, np.nan))
     metrics["per_class_accuracy"] = [float(value) if ok else None for value, ok in zip(per_class, tested, strict=True)]
@@ -146,13 +147,36 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins:
         labels: N class numbers.
         num_bins: Number of bins.
     """
-    logits = np.asarray(logits, dtype=np.float64)
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    confidence = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
-    correct = logits.argmax(axis=1) == np.asarray(labels)
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    predictions, _, confidence = _answers(logits, labels)
+    return _calibration_error(confidence, predictions == labels, num_bins)
+
+
+def _calibration_error(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> float:
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def _answers(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each image the predicted class, whether the label is among the five best, and the largest probability.
+
+    Some images at a time: a copy of a million images × ten thousand classes in float64 would take 80 GB.
+    """
+    num_images, num_classes = logits.shape
+    predictions, confidence = np.empty(num_images, dtype=np.int64), np.empty(num_images)
+    in_top5 = np.ones(num_images, dtype=bool)
+    rows = max(1, _VALUES_AT_A_TIME // num_classes)
+    for start in range(0, num_images, rows):
+        part = slice(start, start + rows)
+        values = np.asarray(logits[part], dtype=np.float64)
+        predictions[part] = values.argmax(axis=1)
+        if num_classes > 5:
+            best = np.argpartition(values, -5, axis=1)[:, -5:]
+            in_top5[part] = (best == labels[part, None]).any(axis=1)
+        largest = values.max(axis=1, keepdims=True)
+        confidence[part] = 1 / np.exp(values - largest).sum(axis=1)
+    return predictions, in_top5, confidence
 
 
 def wilson_interval(

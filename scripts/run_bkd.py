@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.errors import InputError, PublishError
 from bkd_hf.pipeline import run
@@ -27,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running
     return 0
 
 

@@ -119,6 +119,8 @@ def main() -> None:
     }
     if BKDConfig(output_dir="unused", use_cpu=True).process_index == 0:
         torch.save(outcomes, options.output)
+    if num_processes > 1:
+        torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running
 
 
 if __name__ == "__main__":

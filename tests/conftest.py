@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Tiny models: more threads only wait for each other.
 torch.set_num_threads(1)
+
+# The same examples at every run: what is green here is green for the next one, too.
+settings.register_profile("deterministic", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("deterministic")
 
 TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent

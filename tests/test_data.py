@@ -293,7 +293,7 @@ def test_empty_splits(tmp_path):
         load_image_dataset(str(tmp_path / "parquet"))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1000), ratio=st.floats(1, 50))
 def test_subsets_of_any_seed_have_the_counts(seed, ratio):
     subset = make_long_tailed(balanced_set(5, 50), "label", ratio, split_seed=seed)

@@ -87,7 +87,7 @@ def test_the_target_multiplies_the_softened_probabilities_by_the_weights():
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 10_000),
     temperature=st.floats(0.2, 20),
@@ -107,8 +107,11 @@ def test_weights_act_on_classes(seed, temperature, scale, weights):
     torch.testing.assert_close(rescaled, balanced, rtol=1e-9, atol=1e-12)
     # A weight per example would leave a student that equals its teacher without loss; one per class does not.
     of_itself = balanced_distillation_loss(teacher, teacher, weights, temperature, reduction="none")
+    assert (of_itself > -1e-12).all()
     if weights.max() / weights.min() > 1.5:
-        assert (of_itself > 0).all()
+        # Only rounding is left of the difference where a class has next to no probability to move.
+        movable = (teacher / temperature).softmax(-1).min(-1).values > 1e-6
+        assert (of_itself[movable] > 0).all()
     # Permuting the classes together changes nothing.
     order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
     permuted = balanced_distillation_loss(student[:, order], teacher[:, order], weights[order], temperature, "none")
@@ -219,7 +222,7 @@ def test_hand_computed_values_of_the_other_methods():
     assert dkd_loss(zeros, teacher, label, 1.0, alpha=1.0, beta=99.0).item() == pytest.approx(expected)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), temperature=st.floats(0.5, 10), alpha=st.floats(0, 5), beta=st.floats(0, 10))
 def test_decoupled_distillation_is_its_definition(seed, temperature, alpha, beta):
     student, teacher, labels = random_batch(seed)
@@ -239,7 +242,7 @@ def test_decoupled_distillation_is_its_definition(seed, temperature, alpha, beta
     torch.testing.assert_close(parts, kd_loss(student, teacher, temperature, "none"), rtol=1e-7, atol=1e-8)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), tau=st.floats(-2, 2))
 def test_methods_contain_each_other(seed, tau):
     logits, teacher, labels = random_batch(seed)

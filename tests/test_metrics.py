@@ -7,7 +7,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
@@ -36,7 +36,6 @@ def test_by_hand():
     assert "top5_accuracy" not in metrics
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 1000), classes=st.integers(6, 20))
 def test_agrees_with_scikit_learn(seed, classes):
     generator = np.random.default_rng(seed)

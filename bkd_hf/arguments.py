@@ -253,11 +253,12 @@ class RunArguments:
 
 
 _TEACHER_PREFIX = "--teacher_"
+_TEACHER_CACHE_OPTIONS = ("teacher_cache", "teacher_cache_views", "teacher_cache_dtype")
 #: Options that the teacher's training shares with the student's, or that mean nothing to it.
 NOT_FOR_TEACHER = {
     "output_dir", "bf16", "fp16", "use_cpu", "push_to_hub", "distillation_loss", "temperature", "distillation_weight",
     "deferred_reweighting_start", "dive_temperature", "dive_alpha", "dive_power", "dkd_temperature", "dkd_alpha",
-    "dkd_beta", "dkd_warmup_epochs", "teacher_cache", "teacher_cache_views", "teacher_cache_dtype",
+    "dkd_beta", "dkd_warmup_epochs", *_TEACHER_CACHE_OPTIONS,
 }  # fmt: skip
 #: Options of `TrainingArguments` that --help shows; --help_all shows the rest too.
 _COMMON_TRAINING_OPTIONS = {
@@ -328,8 +329,7 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     namespace = parser.parse_args(student)
     _choose_precision(namespace, from_file, command_line)
     teacher_namespace = argparse.Namespace(**vars(namespace))
-    cache_options = ("teacher_cache", "teacher_cache_views", "teacher_cache_dtype")
-    for name in ("push_to_hub", "hub_model_id", *cache_options, *METHOD_OPTIONS):
+    for name in ("push_to_hub", "hub_model_id", *_TEACHER_CACHE_OPTIONS, *METHOD_OPTIONS):
         setattr(teacher_namespace, name, parser.get_default(name))
     teacher_namespace.method = METHODS[namespace.method].teacher if namespace.method in METHODS else "ce"
     parser.parse_args([*from_file_teacher, *command_line_teacher], namespace=teacher_namespace)

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 from transformers.utils import logging
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .randomness import hash_uniform
 
 logger = logging.get_logger(__name__)
@@ -396,12 +396,10 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
             if path.is_dir()
             else "It is no file or folder here, and the Hub does not give it"
         )
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = reason.rstrip(".") + "."
-        if isinstance(error, IndexError):  # how `load_from_disk` fails on a split without rows
-            reason = "one of its splits is empty."
+        # An IndexError is how `load_from_disk` fails on a split without rows.
+        reason = "one of its splits is empty" if isinstance(error, IndexError) else first_line(error)
         raise InputError(
-            f"--dataset_name {name} cannot be loaded. {where}: {reason} Give a Hub id, a folder with one folder per "
+            f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, a folder with one folder per "
             'class, a saved data set, a parquet file, or "digits".'
         ) from error
     return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict({"train": data})

@@ -1,4 +1,8 @@
-"""The exceptions that scripts print as one line."""
+"""The exceptions that scripts print as one line, and how they do."""
+
+from __future__ import annotations
+
+import sys
 
 
 class InputError(ValueError):
@@ -18,3 +22,14 @@ class PublishError(RuntimeError):
     def __init__(self, message: str, is_temporary: bool):
         super().__init__(message)
         self.is_temporary = is_temporary
+
+
+def tell(error: Exception) -> int:
+    """Print an error as one line; return the exit code of a script: 2 for bad input, else 1."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, InputError) else 1
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as far as it fits into one of ours: without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
 _HEAD_NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
@@ -183,10 +183,8 @@ def prefer_channels_last(model: nn.Module) -> bool:
 
 
 def _not_loadable(name: str, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    reason = reason.rstrip(".") + "."
     where = "a folder here" if Path(name).is_dir() else "no folder here; on the Hub"
     return InputError(
-        f"The model {name} cannot be loaded ({where}): {reason} Give a Hub id, a folder written by save_pretrained, "
-        "or cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
+        f"The model {name} cannot be loaded ({where}): {first_line(error)}. Give a Hub id, a folder written by "
+        "save_pretrained, or cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
     )

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from .model_card import build as build_card
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .plots import save_plots
 from .precision import precision_of
-from .publishing import CARD_NAME, check_repo_access, prepare_teacher, publish_folder
+from .publishing import CARD_NAME, check_repo_access, folders_of_run, publish_folder
 from .results import (
     RESULTS_NAME,
     describe_data,
@@ -295,10 +295,12 @@ class _Match:
 
     Attributes:
         columns: For each class of the data the teacher's output that is about it, `None` where there is none.
+        missing: The classes without one.
         why_trained: Why the teacher has to be trained on the data first; `None` if it has not.
     """
 
-    columns: list[int | None]
+    columns: list[int | None] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     why_trained: str | None = None
 
 
@@ -310,16 +312,16 @@ def _match_teacher(options: ModelArguments, class_names: list[str]) -> _Match:
     """
     name = options.teacher_model_name_or_path
     if name is None or cifar_resnet_depth(name) is not None:
-        return _Match([], "there is none yet")
+        return _Match(why_trained="there is none yet")
     if options.finetune_teacher:
-        return _Match([], "--finetune_teacher")
-    option, names = (
-        f"--teacher_model_name_or_path {name}",
-        teacher_label_names(name, **options.from_pretrained_kwargs()),
-    )
+        return _Match(why_trained="--finetune_teacher")
+    option = f"--teacher_model_name_or_path {name}"
+    names = teacher_label_names(name, **options.from_pretrained_kwargs())
     if isinstance(names, int):
         if names != len(class_names):
-            return _Match([], f"its head has {names} outputs without names, the data {len(class_names)} classes")
+            return _Match(
+                why_trained=f"its head has {names} outputs without names, the data {len(class_names)} classes"
+            )
         if not options.assume_label_order:
             raise InputError(
                 f"{option} does not name its {names} classes (LABEL_0, …), so they cannot be matched with those of "
@@ -331,14 +333,14 @@ def _match_teacher(options: ModelArguments, class_names: list[str]) -> _Match:
     missing = [name for name, column in zip(class_names, columns, strict=True) if column is None]
     if len(missing) == len(class_names):
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        return _Match([], f"its head is for other classes ({shown})")
+        return _Match(why_trained=f"its head is for other classes ({shown})")
     if missing and not options.allow_partial_teacher:
         raise InputError(
             f"{option} {_lacking(missing, class_names)}. --teacher_label_map tells what they are called there; "
             "--allow_partial_teacher leaves them without distillation; --finetune_teacher trains the teacher on the "
             "data first."
         )
-    return _Match(columns)
+    return _Match(columns, missing)
 
 
 def _lacking(missing: list[str], class_names: list[str]) -> str:
@@ -367,7 +369,7 @@ def _provide_teacher(
             images["train"] = decode(splits["train"], augmented=True)
     name = given or arguments.model.model_name_or_path
     if not match.why_trained:
-        return _use_teacher(arguments, make_stage(name, arguments.training, processor, images), match.columns)
+        return _use_teacher(arguments, make_stage(name, arguments.training, processor, images), match)
     stage = make_stage(name, arguments.teacher_training, processor, images)
     if given is not None and cifar_resnet_depth(given) is None:
         stage.say(f"The teacher {given} is fine-tuned on the data first: {match.why_trained}.")
@@ -407,18 +409,15 @@ def _train_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeache
     return teacher, record["results"]
 
 
-def _use_teacher(
-    arguments: RunArguments, stage: _Stage, columns: list[int | None]
-) -> tuple[FrozenTeacher, dict[str, Any]]:
+def _use_teacher(arguments: RunArguments, stage: _Stage, match: _Match) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Load a teacher that was trained elsewhere, its outputs in the order of the data's classes; with its results."""
     options, name, data, say = arguments.model, stage.name, stage.data, stage.say
     option, class_names = f"--teacher_model_name_or_path {name}", data["class_names"]
-    missing = [name for name, column in zip(class_names, columns, strict=True) if column is None]
-    if missing:
-        about = _lacking(missing, class_names)
+    if match.missing:
+        about = _lacking(match.missing, class_names)
         say(f"WARNING: {option} {about}. These classes are learned from the labels alone.")
-    elif columns != list(range(len(class_names))):
-        say(f"The teacher's outputs are put into the order of the data, by name ({len(columns)} of its classes).")
+    elif match.columns != list(range(len(class_names))):
+        say(f"The teacher's outputs are put into the order of the data, by name ({len(class_names)} of its classes).")
 
     for alone in options_of_teacher_alone(arguments):
         warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=2)
@@ -435,10 +434,10 @@ def _use_teacher(
             f"{METHODS[method].teacher}.",
             stacklevel=2,
         )
-    teacher = load_teacher(name, columns, **options.from_pretrained_kwargs())
+    teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
     results = stage.evaluate(teacher)
-    _check_above_chance(option, results["metrics"], data, columns, options.force_teacher)
+    _check_above_chance(option, results["metrics"], data, match.columns, options.force_teacher)
     return teacher, {**results, "model": origin.model or results["model"], "method": origin.method}
 
 
@@ -550,10 +549,7 @@ def _publish(arguments: RunArguments, say: _Announcer) -> None:
     training, publishing = arguments.training, arguments.publishing
     if not publishing.push_to_hub or not PartialState().is_main_process:
         return
-    folders = {_repo_id(arguments): Path(training.output_dir)}
-    if publishing.push_teacher:
-        folders[f"{_repo_id(arguments)}-teacher"] = prepare_teacher(training.output_dir)
-    for repo_id, folder in folders.items():
+    for repo_id, folder in folders_of_run(training.output_dir, _repo_id(arguments), publishing.push_teacher).items():
         url = publish_folder(
             folder,
             repo_id,

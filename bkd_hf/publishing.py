@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import InputError, PublishError
+from .errors import InputError, PublishError, first_line
 from .model_card import build, of_teacher
 from .plots import save_plots
 from .results import RESULTS_NAME, load_results, save_json
+from .run_folder import read_json
 from .splits import SPLIT_NAME, split_files
 
 _T = TypeVar("_T")
@@ -178,6 +179,18 @@ def write_cards(publication: Publication, folder: str | os.PathLike[str]) -> lis
     return paths
 
 
+def folders_of_run(folder: str | os.PathLike[str], repo_id: str, with_teacher: bool = False) -> dict[str, Path]:
+    """Return what a run publishes: folders for [`publish_folder`], by repository; a teacher's is `REPO_ID-teacher`.
+
+    Raises:
+        InputError: If no teacher was trained in that run.
+    """
+    folders = {repo_id: Path(folder)}
+    if with_teacher:
+        folders[f"{repo_id}-teacher"] = prepare_teacher(folder)
+    return folders
+
+
 def prepare_teacher(folder: str | os.PathLike[str]) -> Path:
     """Make the teacher that was trained in a run publishable on its own: with results and figures.
 
@@ -251,9 +264,7 @@ def _existing(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
 
 def _own_code(folder: Path) -> list[str]:
     """Files with the code of a model that is not part of transformers, as its configuration names them."""
-    config = (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").exists() else {}
-    )
+    config = read_json(folder / "config.json") or {}
     classes = [
         name
         for names in config.get("auto_map", {}).values()
@@ -352,11 +363,7 @@ def _http_error(error: BaseException | None) -> BaseException | None:
 
 
 def _status(error: BaseException) -> int | None:
-    return (
-        error.response.status_code
-        if isinstance(error, HfHubHTTPError)
-        else getattr(getattr(error, "response", None), "status_code", None)
-    )
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _retry_after(error: BaseException) -> float:
@@ -366,11 +373,7 @@ def _retry_after(error: BaseException) -> float:
 
 def _reason(error: BaseException, status: int | None) -> str:
     if status is None:
-        return f"the Hub cannot be reached ({type(error).__name__}: {_first_line(error)})"
-    reason = _REASONS.get(status, "the Hub has a fault: try again later" if status >= 500 else _first_line(error))
+        return f"the Hub cannot be reached ({type(error).__name__}: {first_line(error)})"
+    reason = _REASONS.get(status, "the Hub has a fault: try again later" if status >= 500 else first_line(error))
     said = getattr(error, "server_message", None)
     return f"{reason} ({status}{': ' + said if said and status in (400, 403, 409) else ''})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

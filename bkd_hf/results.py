@@ -142,7 +142,7 @@ def describe_classes(
     """
     return {
         "name": without_folders(name),
-        "hub_id": None if name == "digits" else hub_id(name),
+        "hub_id": hub_id(name),
         "fingerprint": fingerprints[0],
         "eval_fingerprint": fingerprints[1],
         "num_train_images": sum(counts),
@@ -355,7 +355,7 @@ def recordable(options: dict[str, Any]) -> dict[str, Any]:
 
 def hub_id(name: str) -> str | None:
     """Return the name of a data set or model that is on the Hub; `None` for what is here."""
-    here = name.startswith((".", "~", "/")) or Path(name).exists()
+    here = name == "digits" or name.startswith((".", "~", "/")) or Path(name).exists()
     return None if here else name
 
 

@@ -125,7 +125,8 @@ class BKDTrainer(Trainer):
         if teacher_model is not None and teacher_model is model:
             raise ValueError("teacher_model is the student itself: freezing it would stop all training. Pass a copy.")
 
-        if data_collator is None and isinstance(train_dataset or eval_dataset, ImageDataset):
+        any_dataset = eval_dataset if train_dataset is None else train_dataset
+        if data_collator is None and isinstance(any_dataset, ImageDataset):
             data_collator = collate_images
         super().__init__(
             model=model,

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from bkd_hf.benchmark import BenchmarkOptions, run, save_benchmark, tables
-from bkd_hf.errors import InputError
+from bkd_hf.benchmark import BenchmarkOptions, run
+from bkd_hf.benchmark_report import save_benchmark, tables
+from bkd_hf.errors import InputError, tell
 
 
 def parse(argv: Sequence[str] | None = None) -> BenchmarkOptions:
@@ -45,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = run(options, Path(__file__).with_name("run_bkd.py"), command, say=console.print)
         paths = save_benchmark(results, options.output_dir)
     except (InputError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -9,7 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from bkd_hf.errors import InputError
+from bkd_hf.errors import InputError, tell
 
 _SCRIPT = Path(__file__).with_name("run_bkd.py")
 
@@ -63,8 +63,7 @@ def main() -> int:
         options, rest = parse()
         return tabulate(options) if options.folders else compare(options, rest)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on with the cells that are not finished", file=sys.stderr)
         return 130

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bkd_hf.data import PARETO_ALPHA, PROFILES
-from bkd_hf.errors import InputError, PublishError
-from bkd_hf.results import without_folders
+from bkd_hf.errors import InputError, PublishError, tell
+from bkd_hf.results import hub_id, without_folders
 from bkd_hf.splits import SPLIT_NAME, build_split_from_files, check_output_folder, draw_split, save_split
 
 _EPILOG = r"""examples:
@@ -125,10 +125,9 @@ def describe(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     pairs = zip((f"--{name}" for name in told), words, strict=True)
     command = shlex.join(["python", "scripts/make_long_tailed.py", *(word for pair in pairs for word in pair)])
     source = options.dataset_name
-    is_hub_id = source not in (None, "digits") and without_folders(source) == source and not Path(source).exists()
     return {
         "name": told.pop("dataset_name", None) or split_name(told["train_list"]),
-        "source_id": source if is_hub_id else None,
+        "source_id": None if source is None else hub_id(source),
         **told,
         "command": command,
     }
@@ -156,8 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         make(parse(argv))
     except (InputError, PublishError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted: the same command makes it, and publishes it where it is finished", file=sys.stderr)
         return 130

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from bkd_hf.errors import InputError, PublishError
+from bkd_hf.errors import InputError, PublishError, tell
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _publish(options)
     except (InputError, PublishError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted: nothing was published; the same command tries again", file=sys.stderr)
         return 130
@@ -46,13 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _publish(options: argparse.Namespace) -> None:
-    from bkd_hf.publishing import prepare, prepare_teacher, publish_folder, write_cards
+    from bkd_hf.publishing import folders_of_run, prepare, publish_folder, write_cards
 
-    folders = {options.repo_id: options.folder}
     prepare(options.folder, options.repo_id)  # what is wrong with the folder or the name is said first
-    if options.push_teacher:
-        folders[f"{options.repo_id}-teacher"] = prepare_teacher(options.folder)
-    for repo_id, folder in folders.items():
+    for repo_id, folder in folders_of_run(options.folder, options.repo_id, options.push_teacher).items():
         about = {"license": options.license, "dataset_id": options.dataset_id}
         if not options.dry_run:
             access = {"private": options.private, "token": options.token, "revision": options.revision}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.errors import InputError, PublishError
+from bkd_hf.errors import InputError, PublishError, tell
 from bkd_hf.pipeline import run
 from bkd_hf.trainer import TeacherLogitsError
 
@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parse_arguments(argv, digits_recipe=Path(__file__).parent / "recipes" / "digits.yaml"))
     except (InputError, PublishError, TeacherLogitsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         return 130

@@ -283,7 +283,7 @@ def test_options_are_checked(tmp_path, options, named):
 
 
 def test_two_processes_fill_what_one_reads(tmp_path):
-    """A run by two processes, killed while it fills the cache, run again, and then one by one process."""
+    """A run by two processes fills the cache; one by one process, with the same teacher, finds all in it."""
     script = str(REPOSITORY / "scripts" / "run_bkd.py")
     options = [
         "--config", str(REPOSITORY / "scripts" / "recipes" / "digits.yaml"), "--train_augmentation", "pad_crop",

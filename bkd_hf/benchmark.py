@@ -64,12 +64,12 @@ from .errors import InputError
 from .losses import bkd_loss
 from .metrics import long_tail_metrics
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
-from .pipeline import keep_freed_memory, set_num_threads
+from .pipeline import keep_freed_memory, set_num_threads, start_workers_by_default
 from .precision import default_precision
 from .results import describe_hardware, describe_versions
 from .teacher import load_teacher
 from .trainer import BKDTrainer
-from .transforms import ImageDataset, default_augmentation, random_resized_crop_box
+from .transforms import ImageDataset, collate_images, default_augmentation, random_resized_crop_box
 from .weights import class_balanced_weights
 
 SCHEMA_VERSION = 1
@@ -685,6 +685,7 @@ def _image_dataset(job: Job, images: datasets.Dataset) -> ImageDataset:
         augmentation=default_augmentation(processor),
         # A benchmark's few files would fit into memory; those of a real data set of this kind do not.
         cache_images="none" if job.setting.from_files else "auto",
+        as_bytes=True,  # as `run_bkd.py`
     )
 
 
@@ -766,11 +767,8 @@ def _resident_batches(job: Job, images: datasets.Dataset) -> list[tuple[torch.Te
     examples = _image_dataset(job, images.select(range(number * size)))
     batches = []
     for start in range(0, number * size, size):
-        batch = examples.__getitems__(list(range(start, start + size)))
-        pixels = torch.stack([example["pixel_values"] for example in batch])
-        labels = torch.tensor([example["labels"] for example in batch])
-        channels_last = pixels.to(job.device, memory_format=torch.channels_last)
-        batches.append((channels_last, labels.to(job.device)))
+        batch = collate_images(examples.__getitems__(list(range(start, start + size))))
+        batches.append((batch["pixel_values"].to(job.device), batch["labels"].to(job.device)))
     return batches
 
 
@@ -815,16 +813,11 @@ def _bkd_trainer(
         given += ["--teacher_cache", f"{job.folder}/teacher_cache"]
         given += ["--teacher_cache_views", str(job.teacher_cache_views)]
     train_dataset = _image_dataset(job, images)
-    if not train_dataset.in_memory:
-        given += ["--dataloader_num_workers", str(job.threads)]
+    args = _training_arguments(Path(job.folder), job, given, job.batch_size)
+    start_workers_by_default(args, train_dataset, job.threads)
     for model in filter(None, (student, teacher)):
         prefer_channels_last(model)
-    return BKDTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=_training_arguments(Path(job.folder), job, given, job.batch_size),
-        train_dataset=train_dataset,
-    )
+    return BKDTrainer(model=student, teacher_model=teacher, args=args, train_dataset=train_dataset)
 
 
 class _StockTrainer(Trainer):

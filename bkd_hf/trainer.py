@@ -381,7 +381,8 @@ class BKDTrainer(Trainer):
         except InputError as error:
             if args.teacher_cache != "auto":
                 raise
-            logger.warning(f"The teacher's logits are not cached: {error}")
+            again = "Views come again all the same, as for methods that are compared with this one"
+            logger.warning(f"The teacher's logits are not cached: {error} {again} (--teacher_cache_views).")
             return None
         fill = [self.is_world_process_zero() and cache.try_to_lock()]  # one run of all, with all its processes
         cache.open(fill=broadcast_object_list(fill)[0])
@@ -481,6 +482,8 @@ class BKDTrainer(Trainer):
         self.teacher_cache = self._open_teacher_cache()
         if self.teacher_cache is not None:
             collator = NumberedCollator(collator)
+            if isinstance(dataset, ImageDataset) and self.teacher_cache.is_complete():
+                dataset = dataset.for_student_alone()
         sampler = GlobalBatchSampler(
             len(dataset),
             batch_size=self._train_batch_size,
@@ -501,6 +504,9 @@ class BKDTrainer(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             in_order=args.dataloader_in_order,
+            # Its own: a loader takes a number from it whenever it starts workers, how often depends on resumption, and
+            # from the common generator it would shift all dropout that follows.
+            generator=torch.Generator().manual_seed(args.seed),
             worker_init_fn=functools.partial(
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),

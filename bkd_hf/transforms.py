@@ -5,6 +5,7 @@ Augmentation is a function of (seed, epoch, index): the same pixels for any numb
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -33,7 +34,7 @@ from .data import IMAGE_COLUMN, LABEL_COLUMN, class_counts, fingerprint, labels_
 from .errors import InputError
 from .image_cache import shared_images
 from .randomness import hash_uniform
-from .views import Box, Rendering, output_size, same_pixels
+from .views import Box, PixelBytes, Rendering, output_size, same_pixels, whole
 
 logger = logging.get_logger(__name__)
 
@@ -86,7 +87,7 @@ class ImageDataset(torch.utils.data.Dataset):
             this machine share and that later runs on the same images find (see `bkd_hf.image_cache`); `"none"`:
             decode it each time it is seen; `"auto"`: in memory, if the images take less than a quarter of what is
             free; where this machine runs several processes (`LOCAL_WORLD_SIZE`), on the disk, if they take less than
-            a quarter of its memory.
+            a quarter of its memory; `"none"` for photographs so large that `reduced_decoding` alters them.
         train_transform: Called with each PIL image (RGB) instead of all augmentation and normalisation; returns a
             3×H×W tensor. Whether it gives the same pixels after a resume is then up to it.
         teacher_processor: The teacher's image processor; without effect if it gives the same pixels as `processor`.
@@ -94,6 +95,8 @@ class ImageDataset(torch.utils.data.Dataset):
         reduced_decoding: Whether JPEGs are decoded only as large as their random resized crop needs, which is up to
             twice as fast and alters pixels a little: see [`decode_for_crop`]. Without effect on cached images, which
             are decoded in full.
+        as_bytes: Whether pixels stay bytes ([`PixelBytes`], put together by [`collate_images`]) until a batch is sent
+            to the model's device: less to carry for workers, and for the way to a GPU. The numbers are the same.
 
     Raises:
         InputError: If an argument is unknown, an image cannot be decoded, a processor gives no fixed size, a
@@ -112,6 +115,7 @@ class ImageDataset(torch.utils.data.Dataset):
         teacher_processor: BaseImageProcessor | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         reduced_decoding: bool = True,
+        as_bytes: bool = False,
     ):
         if augmentation not in AUGMENTATIONS:
             raise InputError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}.")
@@ -126,6 +130,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.data_seed = data_seed
         self.train_transform = train_transform
         self.reduced_decoding = reduced_decoding
+        self.as_bytes = as_bytes
         self._stored = _StoredImages(dataset)
         student = Rendering(processor)
         self._renderings = {"pixel_values": student}
@@ -161,6 +166,12 @@ class ImageDataset(torch.utils.data.Dataset):
         size = max(max(rendering.height, rendering.width) for rendering in self._renderings.values())
         return not self._cached or self._needs_originals or size > SMALL_IMAGE_SIZE
 
+    def for_student_alone(self) -> ImageDataset:
+        """Return the same views without those for the teacher, which then cost nothing, at the same epoch always."""
+        alone = copy.copy(self)
+        alone._renderings = {"pixel_values": self._renderings["pixel_values"]}
+        return alone
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation the next examples get."""
         self._epoch[0] = epoch
@@ -195,6 +206,8 @@ class ImageDataset(torch.utils.data.Dataset):
         """Return the examples of these indices; `i + r · len(self)` is image i augmented for the r-th time."""
         repetitions, images = np.divmod(np.asarray(indices), len(self))
         pixels = self._pixels(images, repetitions)
+        if not self.as_bytes:
+            pixels = {name: values.to("cpu") for name, values in pixels.items()}
         examples = zip(*(values.unbind() for values in pixels.values()), strict=True)
         return [
             {**dict(zip(pixels, values, strict=True)), "labels": label}
@@ -203,11 +216,11 @@ class ImageDataset(torch.utils.data.Dataset):
 
     # ---- Views ----------------------------------------------------------------------------------------------------
 
-    def _pixels(self, indices: np.ndarray, repetitions: np.ndarray) -> dict[str, torch.Tensor]:
+    def _pixels(self, indices: np.ndarray, repetitions: np.ndarray) -> dict[str, PixelBytes | torch.Tensor]:
         if self.train_transform is not None:
             return {"pixel_values": torch.stack([self.train_transform(self._original(i)) for i in indices.tolist()])}
         views = self._views_of(indices, repetitions)
-        return {name: rendering.normalise(views[name]) for name, rendering in self._renderings.items()}
+        return {name: rendering.as_pixels(views[name]) for name, rendering in self._renderings.items()}
 
     def _views_of(self, indices: np.ndarray, repetitions: np.ndarray) -> dict[str, np.ndarray]:
         """B×H×W×3 bytes for each model, of one and the same view of each image."""
@@ -242,7 +255,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _fixed_size_views(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         if self._cached:
-            return {name: views[indices] for name, views in self._cached.items()}
+            return {name: self._cached[name][indices] for name in self._renderings}
         return self._gathered((self._processed(index) for index in indices.tolist()), len(indices))
 
     def _processed(self, index: int) -> dict[str, np.ndarray]:
@@ -271,7 +284,10 @@ class ImageDataset(torch.utils.data.Dataset):
     # ---- Cache ----------------------------------------------------------------------------------------------------
 
     def _fill_cache(self, cache_images: CacheImages, folder: Path) -> None:
-        place = _place_for(self._num_bytes()) if cache_images == "auto" else cache_images
+        place = cache_images
+        if cache_images == "auto":
+            # In full they would look a little different: whether there is room for them must not decide that.
+            place = "none" if self._gains_by_reduced_decoding() else _place_for(self._num_bytes())
         if place == "disk":
             names = ["original"] if self._needs_originals else list(self._renderings)
             try:
@@ -304,8 +320,22 @@ class ImageDataset(torch.utils.data.Dataset):
         """Size of all that is cached: of originals, about."""
         if not self._needs_originals:
             return 3 * len(self) * sum(r.height * r.width for r in self._renderings.values())
-        sample = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int).tolist()
-        return round(3 * len(self) * np.mean([math.prod(self._stored.read(index, _stored_size)) for index in sample]))
+        return round(3 * len(self) * np.mean([math.prod(size) for size, _ in self._sample()]))
+
+    def _gains_by_reduced_decoding(self) -> bool:
+        """Whether some images are so large that a crop of them may be decoded at half their size."""
+        largest = max(max(r.height, r.width) for r in self._renderings.values())
+        return (
+            self.reduced_decoding
+            and self.augmentation == "random_resized_crop"
+            and self.train_transform is None
+            and any(kind in _REDUCIBLE_FORMATS and min(size) >= 2 * largest for size, kind in self._sample())
+        )
+
+    def _sample(self) -> list[tuple[tuple[int, int], str | None]]:
+        """Size and format of some stored images."""
+        indices = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int)
+        return [self._stored.read(index, _size_and_format) for index in indices.tolist()]
 
     def _cache_key(self) -> str:
         """A name for what is cached that says all on which its content depends."""
@@ -350,25 +380,14 @@ def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
     copied: the batch is that tensor.
     """
     names = [name for name in examples[0] if name not in ("label", "label_ids")]  # which get another name
-    wholes = {name: _whole([example[name] for example in examples]) for name in names}
-    batch = {name: whole for name, whole in wholes.items() if whole is not None}
+    batch: dict[str, Any] = {}
+    for name in names:
+        parts = [example[name] for example in examples]
+        joined = PixelBytes.join(parts) if isinstance(parts[0], PixelBytes) else whole(parts)
+        if joined is not None:
+            batch[name] = joined
     others = [{name: value for name, value in example.items() if name not in batch} for example in examples]
     return {**batch, **default_data_collator(others)}
-
-
-def _whole(parts: list[Any]) -> torch.Tensor | None:
-    """The tensor of which these are all the parts, in order; `None` if there is none."""
-    first = parts[0]
-    if not all(isinstance(part, torch.Tensor) for part in parts) or first.requires_grad:
-        return None
-    begin, step = first.untyped_storage().data_ptr(), first.nbytes
-    layout = (first.shape, first.stride(), first.dtype)
-    if first.untyped_storage().nbytes() != len(parts) * step or any(
-        part.data_ptr() != begin + i * step or (part.shape, part.stride(), part.dtype) != layout
-        for i, part in enumerate(parts)
-    ):
-        return None
-    return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
 
 
 # ---- Decoding -----------------------------------------------------------------------------------------------------
@@ -467,9 +486,9 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _stored_size(stored: dict[str, Any]) -> tuple[int, int]:
+def _size_and_format(stored: dict[str, Any]) -> tuple[tuple[int, int], str | None]:
     with _open(stored) as image:
-        return image.size
+        return image.size, image.format
 
 
 def _identity(stored: dict[str, Any]) -> bytes:

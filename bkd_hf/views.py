@@ -1,5 +1,7 @@
 """How one image processor renders an image: which part of it, at what size, in which numbers.
 
+Views stay bytes for as long as they travel (`PixelBytes`), and become numbers on the device of the model.
+
 The processor's own code is asked, not imitated: its arithmetic is measured on black and white, and undone to get the
 bytes that it works on; which part of an image it keeps is read off coordinates that were sent through it. So every
 processor that resizes, crops, and maps bytes to numbers channel by channel is understood, whatever its options are.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,70 @@ from .errors import InputError
 Box = tuple[float, float, float, float]
 
 _PROBES = ((96, 64), (64, 96), (80, 80))  # width, height
+
+
+class PixelBytes:
+    """A batch of images as bytes, with the arithmetic that makes a model's numbers of them where they arrive.
+
+    `.to(device)` is a tensor, B×3×H×W float32: a quarter as much has to travel between processes and to a GPU, which
+    does the arithmetic then. `Trainer` and `accelerate` call it as they do for any tensor of a batch.
+
+    Args:
+        values: B×H×W×3 bytes.
+        scale: Of each channel.
+        shift: Of each channel, added to the scaled byte.
+    """
+
+    def __init__(self, values: torch.Tensor, scale: tuple[float, ...], shift: tuple[float, ...]):
+        self.values, self.scale, self.shift = values, scale, shift
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def to(self, device: str | int | torch.device, non_blocking: bool = False) -> torch.Tensor:
+        """Return B×3×H×W float32, on a device."""
+        values = self.values.to(device, non_blocking=non_blocking)
+        batch, height, width, channels = values.shape
+        # By whole rows: torch takes several times as long with operands of three numbers.
+        rows = values.view(batch * height, width * channels).to(torch.float32)
+        rows.mul_(_row(self.scale, width, rows.device)).add_(_row(self.shift, width, rows.device))
+        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+    def pin_memory(self) -> PixelBytes:
+        """Return the same in memory from which a GPU can fetch it; called by torch's `DataLoader`."""
+        return PixelBytes(self.values.pin_memory(), self.scale, self.shift)
+
+    def unbind(self) -> list[PixelBytes]:
+        """Return the images one by one, as batches of one."""
+        return [PixelBytes(values[None], self.scale, self.shift) for values in self.values]
+
+    @staticmethod
+    def join(parts: Sequence[PixelBytes]) -> PixelBytes:
+        """Put batches together, without a copy if they are the parts of one (see [`whole`]).
+
+        Raises:
+            ValueError: If their arithmetic differs.
+        """
+        first, tensors = parts[0], [part.values for part in parts]
+        if any((part.scale, part.shift) != (first.scale, first.shift) for part in parts):
+            raise ValueError("Images of data sets with different image processors do not fit into one batch.")
+        values = whole(tensors)
+        return PixelBytes(torch.cat(tensors) if values is None else values.flatten(0, 1), first.scale, first.shift)
+
+
+def whole(parts: Sequence[Any]) -> torch.Tensor | None:
+    """The tensor of which these are all the parts, in order; `None` if there is none."""
+    first = parts[0]
+    if not all(isinstance(part, torch.Tensor) for part in parts) or first.requires_grad:
+        return None
+    begin, step = first.untyped_storage().data_ptr(), first.nbytes
+    layout = (first.shape, first.stride(), first.dtype)
+    if first.untyped_storage().nbytes() != len(parts) * step or any(
+        part.data_ptr() != begin + i * step or (part.shape, part.stride(), part.dtype) != layout
+        for i, part in enumerate(parts)
+    ):
+        return None
+    return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
 
 
 class Rendering:
@@ -65,13 +132,9 @@ class Rendering:
         pixels = np.asarray(view)
         return pixels[:, :, ::-1] if self._flips_channels else pixels
 
-    def normalise(self, views: np.ndarray) -> torch.Tensor:
-        """B×H×W×3 bytes to B×3×H×W float32, by the processor's arithmetic."""
-        batch, height, width, channels = views.shape
-        # By whole rows: torch takes several times as long with operands of three numbers.
-        rows = torch.from_numpy(np.ascontiguousarray(views)).view(batch * height, width * channels).to(torch.float32)
-        rows.mul_(self._scale.repeat(width)).add_(self._shift.repeat(width))
-        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    def as_pixels(self, views: np.ndarray) -> PixelBytes:
+        """B×H×W×3 bytes, with the processor's arithmetic."""
+        return PixelBytes(torch.from_numpy(np.ascontiguousarray(views)), self._scale, self._shift)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (renderings live as long as their data set)
     def region(self, width: int, height: int) -> Box:
@@ -89,7 +152,8 @@ class Rendering:
     def _bytes(self, image: Image.Image) -> np.ndarray:
         """H×W×3 bytes after the processor's own resizing and cropping."""
         pixels = np.moveaxis(_pixel_values(self.processor, image), 0, -1)
-        return np.rint((pixels - self._shift.numpy()) / self._scale.numpy()).clip(0, 255).astype(np.uint8)
+        scale, shift = (np.array(values, dtype=np.float32) for values in (self._scale, self._shift))
+        return np.rint((pixels - shift) / scale).clip(0, 255).astype(np.uint8)
 
     def _shows_the_same(self, other: Rendering) -> bool:
         return all(
@@ -128,12 +192,18 @@ def _pixel_values(processor: BaseImageProcessor, image: Image.Image) -> np.ndarr
     return np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])
 
 
-def _arithmetic(processor: BaseImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
+def _arithmetic(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Scale and shift of each channel that turn a byte into what the processor would make of it."""
     black, white = (_pixel_values(processor, Image.new("RGB", _PROBES[0], (byte,) * 3)) for byte in (0, 255))
     shift = black.mean(axis=(1, 2), dtype=np.float64)
     scale = (white.mean(axis=(1, 2), dtype=np.float64) - shift) / 255
-    return torch.tensor(scale, dtype=torch.float32), torch.tensor(shift, dtype=torch.float32)
+    return tuple(scale.tolist()), tuple(shift.tolist())
+
+
+@functools.lru_cache(maxsize=64)
+def _row(values: tuple[float, ...], width: int, device: torch.device) -> torch.Tensor:
+    """One value for each channel, repeated for a row of pixels; made once, as each copy to a GPU takes time."""
+    return torch.tensor(values, dtype=torch.float32).repeat(width).to(device)
 
 
 def _ends(values: np.ndarray, length: int) -> tuple[float, float]:

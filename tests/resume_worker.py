@@ -62,6 +62,7 @@ def train(kind: str, workers: int, output_dir: Path, kill_at: int | None, resume
             logging_steps=3,
             save_steps=4,
             dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0 and kind == "vit",
             use_cpu=True,
             disable_tqdm=True,
         ),

@@ -83,6 +83,28 @@ def test_second_run_is_bitwise_the_run_that_filled_the_cache(models, digits, tmp
     assert torch.equal(second[1], first[1])
 
 
+def test_a_full_cache_saves_the_teachers_pixels_too(models, digits, tmp_path):
+    """A teacher that takes other pixels: they are rendered while the cache is filled, and no more after that."""
+    of_teacher = load_processor("cifar-resnet-8", 8, [0.2] * 3, [0.3] * 3)
+    rendered = []
+
+    class Watched(ImageDataset):
+        def __getitems__(self, indices):
+            examples = super().__getitems__(indices)
+            rendered.extend("teacher_pixel_values" in example for example in examples)
+            return examples
+
+    dataset = Watched(digits, load_processor("cifar-resnet-8", 8), "pad_crop", teacher_processor=of_teacher)
+    first = train(models, dataset, tmp_path)
+    assert all(rendered)
+    rendered.clear()
+    second = train(models, dataset, tmp_path)
+    assert len(rendered) == 4 * len(digits)
+    assert not any(rendered)
+    assert second[0] == first[0]
+    assert torch.equal(second[1], first[1])
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
 def test_losses_are_those_of_the_online_teacher(models, digits, tmp_path, dtype, tolerance):
     train(models, images(digits), tmp_path, teacher_cache_dtype=dtype)

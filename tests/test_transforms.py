@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +31,7 @@ from bkd_hf.transforms import (
     random_resized_crop_box,
     shift_and_flip,
 )
-from bkd_hf.views import output_size
+from bkd_hf.views import PixelBytes, output_size
 
 
 def vit_processor(size: int = 16, **kwargs) -> ViTImageProcessorPil:
@@ -285,6 +286,21 @@ def test_reduced_decoding_alters_pixels_by_little():
     assert np.array_equal(bytes_of(cached), full)  # decoded in full
 
 
+def test_auto_does_not_keep_what_reduced_decoding_alters():
+    """Or the room in memory would decide what a model sees."""
+
+    def kept(data, size: int, **options) -> bool:
+        return ImageDataset(data, vit_processor(size), **{"augmentation": "random_resized_crop", **options}).in_memory
+
+    jpegs = photos(4, sizes=(150, 200), format="JPEG")
+    assert not kept(jpegs, 32)
+    assert kept(jpegs, 120)  # no crop has pixels to spare
+    assert kept(jpegs, 32, reduced_decoding=False)
+    assert kept(jpegs, 32, augmentation="none")
+    assert kept(photos(4, sizes=(150, 200)), 32)  # PNG
+    assert kept(jpegs, 32, cache_images="memory")
+
+
 def test_processors_own_view_is_of_the_whole_jpeg():
     jpegs = photos(4, sizes=(150, 400), format="JPEG", quality=90)
     own = vit_processor(32)(images=list(jpegs["image"]), return_tensors="pt")["pixel_values"]
@@ -320,6 +336,35 @@ def test_batches_are_put_together_without_a_copy(augmentation):
     batch = collate_images(examples)
     for name in ("pixel_values", "teacher_pixel_values"):
         assert batch[name].data_ptr() == examples[0][name].data_ptr()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
+def test_bytes_become_the_same_numbers_where_they_arrive(augmentation, workers):
+    def batches(as_bytes: bool) -> DataLoader:
+        dataset = ImageDataset(photos(), vit_processor(), augmentation, teacher_processor=vit_processor(24))
+        dataset.as_bytes = as_bytes
+        return DataLoader(dataset, batch_size=5, collate_fn=collate_images, num_workers=workers)
+
+    for ours, usual in zip(batches(True), batches(False), strict=True):
+        for name, size in (("pixel_values", 16), ("teacher_pixel_values", 24)):
+            assert ours[name].values.dtype == torch.uint8
+            assert len(ours[name]) == len(ours["labels"])
+            sent = send_to_device(ours, "cpu")[name]  # as accelerate does with every batch of a Trainer
+            assert sent.shape == (len(ours["labels"]), 3, size, size)
+            assert torch.equal(sent, usual[name])
+
+
+def test_bytes_are_joined_without_a_copy_and_not_with_others():
+    dataset = ImageDataset(photos(), vit_processor(), as_bytes=True)
+    examples = dataset.__getitems__([0, 1, 2])
+    joined = PixelBytes.join([example["pixel_values"] for example in examples])
+    assert joined.values.data_ptr() == examples[0]["pixel_values"].values.data_ptr()
+    picked = PixelBytes.join([examples[2]["pixel_values"], examples[0]["pixel_values"]])
+    assert torch.equal(picked.values, joined.values[[2, 0]])
+    other = ImageDataset(photos(), vit_processor(rescale_factor=1 / 128), as_bytes=True)
+    with pytest.raises(ValueError, match="different image processors"):
+        PixelBytes.join([examples[0]["pixel_values"], other[0]["pixel_values"]])
 
 
 def test_any_examples_are_put_together():

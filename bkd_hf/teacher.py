@@ -61,7 +61,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Return the logits, B×C; −∞ for classes that the teacher does not know."""
-        with torch.inference_mode():
+        # Without autograd's bookkeeping; compiled code has none of it anyway, and cannot enter that mode.
+        with torch.inference_mode(not torch.compiler.is_compiling()):
             logits = self.model(**inputs)
         if not isinstance(logits, torch.Tensor):
             logits = logits.logits if hasattr(logits, "logits") else logits[0]

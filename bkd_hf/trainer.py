@@ -492,6 +492,8 @@ class BKDTrainer(Trainer):
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy == "random",
             drop_last=args.dataloader_drop_last,
+            # A step of another size would be compiled anew, for any size, and all later ones would be slower.
+            pad_last=args.torch_compile,
             class_balanced_labels=_training_labels(self.train_dataset) if args.sampler == "class_balanced" else None,
         )
         loader = DataLoader(

@@ -9,10 +9,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
 from bkd_hf.models import prefer_channels_last
+from tests.tiny_models import tiny_vit
 
 NAMES = [str(digit) for digit in range(10)]
 
@@ -50,6 +52,7 @@ def plain(digits, tmp_path_factory):
     ("optimisation", "tolerance"),
     [
         ({"cache_images": "memory", "channels_last": False}, 0),
+        ({"as_bytes": True, "channels_last": False}, 0),  # normalised where they arrive, by the same arithmetic
         ({"channels_last": True}, 1e-3),  # the same sums in another order
         ({"bf16": True}, 0.03),  # 8 bits of mantissa: about 0.4 % in each product
     ],
@@ -78,3 +81,32 @@ def test_loss_curve_stays_when_photographs_are_decoded_reduced(tmp_path):
     )
     assert reduced != full
     assert reduced == pytest.approx(full, rel=0.02)
+
+
+def vit_weights(digits, tmp_path, **options) -> torch.Tensor:
+    """All weights of a ViT after two epochs of distillation, as one vector."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # compiling is a property of the process
+    args = BKDConfig(
+        output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=16, learning_rate=0.05, optim="sgd",
+        use_cpu=True, save_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    student, teacher = tiny_vit(1, 10, 16), tiny_vit(2, 10, 16)
+    BKDTrainer(
+        student, teacher, args, train_dataset=ImageDataset(digits, load_processor("cifar-resnet-8", 16))
+    ).train()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+
+
+def test_a_short_last_step_is_not_compiled_anew(digits, tmp_path):
+    """It is filled up with examples that do not count, and a model without BatchNorm ends as without that."""
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    graphs = []
+    for size in (64, 76):  # four full steps; four, and one of 12
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = vit_weights(digits.select(range(size)), tmp_path, **options)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
+    eager = vit_weights(digits.select(range(76)), tmp_path)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-6)

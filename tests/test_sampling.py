@@ -66,6 +66,17 @@ def test_idle_processes_get_ignored_copies():
     assert data[3]["labels"] == 3
 
 
+@given(size=st.integers(1, 200), cut=ways_to_cut, epoch=st.integers(0, 5))
+def test_padded_steps_are_the_same_in_micro_batches_of_one_size(size, cut, epoch):
+    plain, padded = (GlobalBatchSampler(size, *cut, seed=3, pad_last=pad) for pad in (False, True))
+    for sampler in (plain, padded):
+        sampler.set_epoch(epoch)
+    assert {len(batch) for batch in padded} == {cut[0]}
+    assert len(list(padded)) == len(padded) == len(plain)
+    assert steps(padded, size) == steps(plain, size)
+    assert all(-1 - i in range(size) for batch in padded for i in batch if i < 0)
+
+
 def class_balanced(labels: np.ndarray, *cut: int, seed: int = 0, epoch: int = 0) -> GlobalBatchSampler:
     sampler = GlobalBatchSampler(len(labels), *cut, seed=seed, class_balanced_labels=labels)
     sampler.set_epoch(epoch)

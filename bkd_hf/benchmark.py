@@ -68,6 +68,7 @@ from .pipeline import keep_freed_memory, set_num_threads, start_workers_by_defau
 from .precision import default_precision
 from .results import describe_hardware, describe_versions
 from .teacher import load_teacher
+from .teacher_cache import DEFAULT_VIEWS, TeacherCache
 from .trainer import BKDTrainer
 from .transforms import ImageDataset, collate_images, default_augmentation, random_resized_crop_box
 from .weights import class_balanced_weights
@@ -126,6 +127,35 @@ SETTINGS = {
     "large-teacher": Setting("resnet-18", "vit-base"),
 }
 _TINY = Setting("cifar-resnet-8", "cifar-resnet-8", 32, 4, 4)
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """A long-tailed training set of the literature.
+
+    Attributes:
+        name: As it is called.
+        num_images: Of training.
+        num_classes: How many.
+        pixels: Of a usual image.
+        setting: Which measured rates stand for training on it.
+        epochs: How long it is trained, as is usual.
+    """
+
+    name: str
+    num_images: int
+    num_classes: int
+    pixels: int
+    setting: str = "resnet18"
+    epochs: int = 90
+
+
+PUBLISHED_SETS = (
+    PublishedSet("CIFAR-100-LT, ratio 100", _CIFAR_LT_IMAGES, 100, 32 * 32, "cifar", 200),
+    PublishedSet("ImageNet-LT", 115_846, 1_000, 500 * 375),
+    PublishedSet("Places-LT", 62_500, 365, 256 * 256),
+    PublishedSet("iNaturalist 2018", 437_513, 8_142, 800 * 600),
+)
 
 
 @dataclass
@@ -223,9 +253,10 @@ def run(options: BenchmarkOptions, script: Path, command: str, say: Callable[[st
         say: Called with lines that tell how far it came.
 
     Returns:
-        The content of `benchmark.json`: `ratios` (see `_ratios`), `settings` (of training), `pipeline`, `start_up`,
-        `imports`, `scale`, `versions`, `hardware`, `command` and `options`. Rates are medians over windows, with the
-        smallest and the largest; times are in seconds if their names say nothing else.
+        The content of `benchmark.json`: `ratios` (see `_ratios`), `settings` (of training), `projections` (see
+        [`project`]), `pipeline`, `start_up`, `imports`, `scale`, `versions`, `hardware`, `command` and `options`.
+        Rates are medians over windows, with the smallest and the largest; times are in seconds if their names say
+        nothing else.
 
     Raises:
         InputError: If the data cannot be loaded.
@@ -254,6 +285,7 @@ def run(options: BenchmarkOptions, script: Path, command: str, say: Callable[[st
     return {
         **results,
         "ratios": _ratios(results, options.device),
+        "projections": project(results["settings"]),
         "command": command,
         "options": told,
         "versions": describe_versions(),
@@ -1286,3 +1318,46 @@ def _judged(
     reached = None if target is None else (value >= target if at_least else value <= target)
     told = {"name": name, "setting": setting, "meaning": meaning, **entry, "unit": unit}
     return {**told, "target": target, "at_least": at_least, "reached": reached}
+
+
+# ---- On paper ------------------------------------------------------------------------------------------------------
+
+
+def project(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Tell how long published sets would take at the measured rates, and how much room they need.
+
+    Args:
+        settings: What was measured, by setting.
+
+    Returns:
+        For each of `PUBLISHED_SETS` whose setting was measured: its attributes; `hours` and `cached_hours` of a
+        student with its teacher, online and with the teacher cache (K = 16 views, filled on the way; where it was
+        measured), on 1 and on 8 devices: eightfold, or as several processes were measured on devices of their own;
+        `cache_size` of float16 logits and `decoded_size` of all images, in bytes.
+    """
+    projections = []
+    for published in PUBLISHED_SETS:
+        measured = settings.get(published.setting, {}).get("contestants", {})
+        if "trainer" not in measured:
+            continue
+        speed_of_8 = 8 * _speed_up_by_device(measured)
+        online = published.num_images / measured["trainer"]["images_per_second"]["median"] / 3600
+        hours = published.epochs * online
+        told = {**dataclasses.asdict(published), "hours": {"1": hours, "8": hours / speed_of_8}}
+        if "cache" in measured:
+            cached = published.num_images / measured["cache"]["images_per_second"]["median"] / 3600
+            hours = DEFAULT_VIEWS * online + (published.epochs - DEFAULT_VIEWS) * cached
+            told["cached_hours"] = {"1": hours, "8": hours / speed_of_8}
+        told["cache_size"] = TeacherCache.size_in_bytes(DEFAULT_VIEWS, published.num_images, published.num_classes)
+        told["decoded_size"] = 3 * published.pixels * published.num_images
+        projections.append(told)
+    return projections
+
+
+def _speed_up_by_device(measured: dict[str, Any]) -> float:
+    """How much of its speed a device keeps beside others; 1 where several processes shared one machine's cores."""
+    several, alone = measured.get("processes"), measured["trainer"]
+    if several is None or several["global_batch_size"] == alone["global_batch_size"]:
+        return 1.0
+    rates = [contestant["images_per_second"]["median"] for contestant in (several, alone)]
+    return rates[0] / rates[1] / several["num_processes"]

@@ -44,6 +44,10 @@ def tables(results: dict[str, Any]) -> list[Table]:
         names = {"decoder": "JPEG files to RGB", "loader": "BKDTrainer's training data"}
         rows = [[names[who], *_rate_cells(measured)[:2]] for who, measured in results["pipeline"].items()]
         found.append(("Input pipeline alone, 224 px", ["", "images/s", "range"], rows))
+    if results["projections"]:
+        head = ["", "images", "classes", "epochs", "rates of", "1 device", "8", "cached, 1", "8", "cache", "decoded"]
+        title = "On paper: hours of a student with its teacher, at the rates above"
+        found.append((title, head, [_projection_row(projection) for projection in results["projections"]]))
     if "scale" in results:
         found.append(("Scale", ["", "time", "memory"], _scale_rows(results["scale"])))
     return found
@@ -85,6 +89,17 @@ def _rate_cells(measured: dict[str, Any]) -> list[str]:
     ]
 
 
+def _projection_row(projection: dict[str, Any]) -> list[str]:
+    hours = [projection.get(kind, {}).get(devices) for kind in ("hours", "cached_hours") for devices in ("1", "8")]
+    return [
+        projection["name"],
+        *(f"{projection[name]:,}" for name in ("num_images", "num_classes", "epochs")),
+        projection["setting"],
+        *("–" if value is None else f"{value:,.2g}" if value < 10 else f"{value:,.0f}" for value in hours),
+        *(f"{projection[name] / 1e9:,.2f} GB" for name in ("cache_size", "decoded_size")),
+    ]
+
+
 def _scale_rows(scale: dict[str, Any]) -> list[list[str]]:
     counted = f"{scale['num_images']:,} images × {scale['num_classes']:,} classes"
     tested = f"{scale['num_tested']:,} images × {scale['num_tested_classes']:,} classes"
@@ -113,6 +128,12 @@ def to_markdown(results: dict[str, Any], figure: str | None = None) -> str:
         "\n".join(f"- **{letter}** ({name}): {meaning}" for name, (letter, meaning) in CONTESTANTS.items()),
         "\n".join(f"- **{name}**: {meaning}" for name, meaning in ratios),
     ]
+    if results["projections"]:
+        parts.append(
+            "On paper, 8 devices are eight times as fast, unless several GPUs were measured; *cached* is with the "
+            "teacher cache of 16 views, in float16, filled on the way; *decoded* is the memory that all images would "
+            "take: if it is not there, they are decoded when they are seen."
+        )
     for title, head, rows in tables(results):
         lines = [head, ["---"] * len(head), *rows]
         parts += [f"## {title}", "\n".join(f"| {' | '.join(cells)} |" for cells in lines)]

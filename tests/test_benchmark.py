@@ -29,6 +29,7 @@ from bkd_hf.benchmark import (
     GateCallback,
     Job,
     Stopwatch,
+    project,
     seconds_until,
     synthetic_image,
 )
@@ -79,6 +80,7 @@ def test_everyone_takes_part(results):
     assert measured["contestants"]["processes"]["num_processes"] == 2
     assert set(results["pipeline"]) == {"decoder", "loader"}
     assert {"versions", "hardware", "options", "command", "scale"} <= set(results)
+    assert [projection["name"] for projection in results["projections"]] == ["CIFAR-100-LT, ratio 100"]
 
 
 def test_rates_are_those_of_the_windows(results):
@@ -116,10 +118,33 @@ def test_the_report_states_targets_and_names_no_folder(folder):
     for target in ("≥ 0.95", "≥ 2", "≤ 1.05", "≥ 0.9"):
         assert f"| {target}" in report
     assert report.index("## Ratios") < report.index("## cifar")
+    assert "| CIFAR-100-LT, ratio 100 | 10,847 | 100 | 200 | cifar |" in report
     assert "![" in report
     assert (folder / "benchmark.png").stat().st_size > 10_000
     for name in ("benchmark.md", "benchmark.json"):
         assert str(folder) not in (folder / name).read_text(encoding="utf-8")
+
+
+def measured_at(rate: float, **other) -> dict:
+    return {"images_per_second": {"median": rate}, "global_batch_size": 128, "num_processes": 1} | other
+
+
+def test_published_sets_at_measured_rates():
+    contestants = {"trainer": measured_at(1000), "cache": measured_at(2000)}
+    names = [projection["name"] for projection in project({"resnet18": {"contestants": contestants}})]
+    assert names == ["ImageNet-LT", "Places-LT", "iNaturalist 2018"]  # the other's rates were not measured
+    places = project({"resnet18": {"contestants": contestants}})[1]
+    assert places["hours"]["1"] == pytest.approx(90 * 62.5 / 3600)
+    assert places["hours"]["8"] == pytest.approx(90 * 62.5 / 3600 / 8)
+    assert places["cached_hours"]["1"] == pytest.approx((16 * 62.5 + 74 * 31.25) / 3600)
+    assert places["cache_size"] == 16 * 62_500 * (2 * 365 + 1)
+    assert places["decoded_size"] == 62_500 * 256 * 256 * 3
+    # Two GPUs that are 1.5 times as fast as one; two processes that share a batch are no devices.
+    for others, speed_up in (({"global_batch_size": 256}, 6), ({}, 8)):
+        several = contestants | {"processes": measured_at(1500, num_processes=2, **others)}
+        hours = project({"resnet18": {"contestants": several}})[0]["hours"]
+        assert hours["1"] / hours["8"] == pytest.approx(speed_up)
+    assert project({"resnet18": {"contestants": {"limit": measured_at(1)}}}) == []
 
 
 # ---- Contestants

@@ -38,8 +38,8 @@ class GlobalBatchSampler:
         seed: Seed of the order.
         shuffle: Whether to shuffle each epoch anew.
         drop_last: Whether to leave out the last global batch of an epoch if it is not full.
-        pad_last: Whether to fill it up with ignored copies of the epoch's examples, so that all micro-batches have the
-            same size. The loss is the same mean; models with BatchNorm see the copies in that step's statistics.
+        pad_last: Whether to fill its micro-batches up with ignored copies of the epoch's first examples, so that all
+            have the same size. The loss is the same mean; BatchNorm sees the copies in that step's statistics.
         class_balanced_labels: The class number of each example, for class-balanced sampling; `None` for each example
             once an epoch.
     """
@@ -66,7 +66,6 @@ class GlobalBatchSampler:
         self.batch_size = None
         self.drop_last = False
 
-        self._pad_last = pad_last
         self._by_class: list[np.ndarray] | None = None
         if class_balanced_labels is not None:
             labels = np.asarray(class_balanced_labels)
@@ -76,6 +75,7 @@ class GlobalBatchSampler:
         self._num_full = num_examples // self._global_batch_size
         remainder = num_examples % self._global_batch_size
         self._num_last = 0 if drop_last else remainder
+        self._padded_size = batch_size if pad_last and self._num_full else 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration yields."""
@@ -92,11 +92,8 @@ class GlobalBatchSampler:
         for start in range(0, end_of_full, self._global_batch_size):
             yield from self._cut(order[start : start + self._global_batch_size], self.accumulation_steps)
         if self._num_last:
-            rounds = math.ceil(self._num_last / self._per_round)
-            last = order[end_of_full:]
-            if self._pad_last:
-                last = np.concatenate([last, -1 - np.resize(order, rounds * self._per_round - last.size)])
-            yield from self._cut(last, rounds)
+            for batch in self._cut(order[end_of_full:], math.ceil(self._num_last / self._per_round)):
+                yield batch + (-1 - order[: max(0, self._padded_size - len(batch))]).tolist()
 
     def _order(self) -> np.ndarray:
         generator = np.random.default_rng([self.seed, self.epoch])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Return the logits, B×C; −∞ for classes that the teacher does not know."""
-        # Without autograd's bookkeeping; compiled code has none of it anyway, and cannot enter that mode.
-        with torch.inference_mode(not torch.compiler.is_compiling()):
+        # Spares autograd's bookkeeping; compiled code has none of it, and fails where it changes that mode itself.
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode():
             logits = self.model(**inputs)
         if not isinstance(logits, torch.Tensor):
             logits = logits.logits if hasattr(logits, "logits") else logits[0]

@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from huggingface_hub import HfApi
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -186,6 +186,7 @@ class BKDTrainer(Trainer):
         self._first_step_with_bad_teacher = torch.tensor(_NO_STEP, device=args.device)
         self._first_batch_checked = False
         self._train_batch_sampler: GlobalBatchSampler | None = None
+        self._loader_generator = torch.Generator()
         self._update_steps_per_epoch: int | None = None
 
     # ---- The loss -------------------------------------------------------------------------------------------------
@@ -493,7 +494,7 @@ class BKDTrainer(Trainer):
             shuffle=args.train_sampling_strategy == "random",
             drop_last=args.dataloader_drop_last,
             # A step of another size would be compiled anew, for any size, and all later ones would be slower.
-            pad_last=args.torch_compile,
+            pad_last=self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
             class_balanced_labels=_training_labels(self.train_dataset) if args.sampler == "class_balanced" else None,
         )
         loader = DataLoader(
@@ -506,9 +507,9 @@ class BKDTrainer(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             in_order=args.dataloader_in_order,
-            # Its own: a loader takes a number from it whenever it starts workers, how often depends on resumption, and
-            # from the common generator it would shift all dropout that follows.
-            generator=torch.Generator().manual_seed(args.seed),
+            # Its own, seeded by the epoch: a loader takes a number from it whenever it begins, or starts workers; from
+            # the common generator that would shift all dropout after it, and not alike after a resumption.
+            generator=self._loader_generator,
             worker_init_fn=functools.partial(
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),
@@ -523,6 +524,7 @@ class BKDTrainer(Trainer):
 
         The order is that of the epoch, the augmentation that of its view.
         """
+        self._loader_generator.manual_seed(self.args.seed + epoch)
         self._view = epoch % self.num_views if self.num_views else epoch
         for part, number in ((self._train_batch_sampler, epoch), (self.train_dataset, self._view)):
             if part is not None and hasattr(part, "set_epoch"):
@@ -643,8 +645,10 @@ class BKDTrainer(Trainer):
         """Evaluate as `Trainer`, with a loss that counts each example once."""
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
-        # The loss is computed from gathered logits: means per process count the padding of the last batch.
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        # The loss is computed from gathered logits: means per process count the padding of the last batch. Loaders
+        # take numbers from the common generator, how many depends on their workers: the training must not notice.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         logits, labels = output.predictions, output.label_ids
         if self.preprocess_logits_for_metrics is None and isinstance(logits, np.ndarray) and labels is not None:
             loss = cross_entropy_loss(

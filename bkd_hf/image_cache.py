@@ -42,7 +42,10 @@ class MappedImages:
         self._sizes = np.load(folder / f"{name}.sizes.npy")
         self._ends = np.cumsum(3 * self._sizes.prod(axis=1))
         # A plain view of the map: indexing numpy's memmap class itself takes several times as long.
-        self._pixels = np.memmap(folder / f"{name}.pixels", dtype=np.uint8, mode="r").view(np.ndarray)
+        path = folder / f"{name}.pixels"
+        self._pixels = np.zeros(0, np.uint8)  # as a file without content cannot be mapped
+        if path.stat().st_size:
+            self._pixels = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         if self._pixels.size != self._ends[-1]:
             raise ValueError(f"{self._pixels.size} bytes of {name}, where there should be {self._ends[-1]}")
 

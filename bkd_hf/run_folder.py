@@ -27,7 +27,7 @@ WITHOUT_INFLUENCE = {
     "output_dir", "overwrite", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "report_to",
     "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub",
     "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "token",
-    "cache_dir", "num_threads", "dataloader_num_workers", "dataloader_pin_memory",
+    "cache_dir", "num_threads", "cache_images", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context",
     "save_total_limit", "local_rank", "ddp_backend", "ddp_timeout", "resume_from_checkpoint", "do_train", "do_eval",
     "do_predict", "skip_memory_metrics", "debug",

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -87,14 +87,14 @@ class ImageDataset(torch.utils.data.Dataset):
             this machine share and that later runs on the same images find (see `bkd_hf.image_cache`); `"none"`:
             decode it each time it is seen; `"auto"`: in memory, if the images take less than a quarter of what is
             free; where this machine runs several processes (`LOCAL_WORLD_SIZE`), on the disk, if they take less than
-            a quarter of its memory; `"none"` for photographs so large that `reduced_decoding` alters them.
+            a quarter of its memory.
         train_transform: Called with each PIL image (RGB) instead of all augmentation and normalisation; returns a
             3×H×W tensor. Whether it gives the same pixels after a resume is then up to it.
         teacher_processor: The teacher's image processor; without effect if it gives the same pixels as `processor`.
         cache_dir: Folder of the decoded images on the disk; by default `bkd_hf` in the cache folder of `datasets`.
         reduced_decoding: Whether JPEGs are decoded only as large as their random resized crop needs, which is up to
-            twice as fast and alters pixels a little: see [`decode_for_crop`]. Without effect on cached images, which
-            are decoded in full.
+            twice as fast and alters pixels a little: see [`decode_for_crop`]. Images that are large enough for it are
+            decoded each time, wherever the others are kept.
         as_bytes: Whether pixels stay bytes ([`PixelBytes`], put together by [`collate_images`]) until a batch is sent
             to the model's device: less to carry for workers, and for the way to a GPU. The numbers are the same.
 
@@ -129,7 +129,6 @@ class ImageDataset(torch.utils.data.Dataset):
         self.horizontal_flip = horizontal_flip
         self.data_seed = data_seed
         self.train_transform = train_transform
-        self.reduced_decoding = reduced_decoding
         self.as_bytes = as_bytes
         self._stored = _StoredImages(dataset)
         student = Rendering(processor)
@@ -141,6 +140,10 @@ class ImageDataset(torch.utils.data.Dataset):
                     "others: use an augmentation of ImageDataset, or a teacher with the same processor."
                 )
             self._renderings["teacher_pixel_values"] = Rendering(teacher_processor, region_of=student)
+        # Width and height for which JPEGs may be decoded smaller; the same with and without the teacher's rendering.
+        self._reduced_for = None
+        if reduced_decoding and augmentation == "random_resized_crop" and train_transform is None:
+            self._reduced_for = [(rendering.width, rendering.height) for rendering in self._renderings.values()]
         self._size_kept = {name: _size_kept(rendering) for name, rendering in self._renderings.items()}
         # In shared memory, so that workers that stay alive between epochs see it change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -153,7 +156,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @property
     def in_memory(self) -> bool:
-        """Whether all images are decoded, in memory or in a mapped file; if not, they are each time they are seen."""
+        """Whether decoded images are kept, in memory or in a mapped file; if not, each is decoded when it is seen."""
         return bool(self._cached)
 
     @property
@@ -192,7 +195,7 @@ class ImageDataset(torch.utils.data.Dataset):
             "augmentation": self.augmentation,
             "horizontal_flip": self.horizontal_flip,
             "data_seed": self.data_seed,
-            "reduced_decoding": self.reduced_decoding and self._needs_originals and not self._cached,
+            "reduced_for": self._reduced_for,
             "processors": {name: rendering.describe() for name, rendering in self._renderings.items()},
         }
 
@@ -246,12 +249,12 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _crop(self, index: int, choose_box: Callable[[int, int], Box]) -> tuple[Image.Image, Box]:
         """As much of an image as the models need to see a part of it, and where in that the part is."""
-        sizes = [(rendering.width, rendering.height) for rendering in self._renderings.values()]
-        if self._cached:
+        if self._keeps(index):
             image = self._original(index)
             return image, choose_box(*image.size)
-        decode = functools.partial(decode_for_crop, choose_box=choose_box, sizes=sizes, reduced=self.reduced_decoding)
-        return self._stored.read(index, decode)
+        return self._stored.read(
+            index, functools.partial(decode_for_crop, choose_box=choose_box, sizes=self._reduced_for)
+        )
 
     def _fixed_size_views(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         if self._cached:
@@ -277,17 +280,18 @@ class ImageDataset(torch.utils.data.Dataset):
         return {name: np.empty((number, r.height, r.width, 3), np.uint8) for name, r in self._renderings.items()}
 
     def _original(self, index: int) -> Image.Image:
-        if self._cached:
+        if self._keeps(index):
             return Image.fromarray(self._cached["original"][index])
         return self._stored.read(index, decode_image)
+
+    def _keeps(self, index: int) -> bool:
+        """Whether an original is there, decoded."""
+        return bool(self._cached) and self._cached["original"][index].size > 0
 
     # ---- Cache ----------------------------------------------------------------------------------------------------
 
     def _fill_cache(self, cache_images: CacheImages, folder: Path) -> None:
-        place = cache_images
-        if cache_images == "auto":
-            # In full they would look a little different: whether there is room for them must not decide that.
-            place = "none" if self._gains_by_reduced_decoding() else _place_for(self._num_bytes())
+        place = _place_for(self._num_bytes()) if cache_images == "auto" else cache_images
         if place == "disk":
             names = ["original"] if self._needs_originals else list(self._renderings)
             try:
@@ -312,7 +316,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """What is cached of each image, by name: H×W×3 bytes."""
         for index in logging.tqdm(range(len(self)), desc="Decoding images", leave=False):
             if self._needs_originals:
-                yield {"original": np.asarray(self._stored.read(index, decode_image))}
+                yield {"original": self._stored.read(index, self._kept_original)}
             else:
                 yield self._processed(index)
 
@@ -320,27 +324,36 @@ class ImageDataset(torch.utils.data.Dataset):
         """Size of all that is cached: of originals, about."""
         if not self._needs_originals:
             return 3 * len(self) * sum(r.height * r.width for r in self._renderings.values())
-        return round(3 * len(self) * np.mean([math.prod(size) for size, _ in self._sample()]))
+        sample = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int).tolist()
+        return round(3 * len(self) * np.mean([self._stored.read(index, self._num_pixels_kept) for index in sample]))
 
-    def _gains_by_reduced_decoding(self) -> bool:
-        """Whether some images are so large that a crop of them may be decoded at half their size."""
-        largest = max(max(r.height, r.width) for r in self._renderings.values())
-        return (
-            self.reduced_decoding
-            and self.augmentation == "random_resized_crop"
-            and self.train_transform is None
-            and any(kind in _REDUCIBLE_FORMATS and min(size) >= 2 * largest for size, kind in self._sample())
+    def _num_pixels_kept(self, stored: dict[str, Any]) -> int:
+        with _open(stored) as image:
+            return 0 if self._may_be_reduced(image) else math.prod(image.size)
+
+    def _kept_original(self, stored: dict[str, Any]) -> np.ndarray:
+        """H×W×3 bytes of an image; 0×0×3 of one that is decoded anew for each view, at the size that it needs.
+
+        So what is kept decides how long a view takes, and not what it shows.
+        """
+        with _open(stored) as image:
+            return np.zeros((0, 0, 3), np.uint8) if self._may_be_reduced(image) else np.asarray(_upright_rgb(image))
+
+    def _may_be_reduced(self, image: Image.Image) -> bool:
+        """Whether some crops of a stored image are decoded at half of its size, or less (see `decode_for_crop`)."""
+        if self._reduced_for is None or image.format not in _REDUCIBLE_FORMATS:
+            return False
+        either_way_up = (image.size, image.size[::-1])
+        return any(
+            all(w >= 2 * width and h >= 2 * height for width, height in self._reduced_for) for w, h in either_way_up
         )
-
-    def _sample(self) -> list[tuple[tuple[int, int], str | None]]:
-        """Size and format of some stored images."""
-        indices = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int)
-        return [self._stored.read(index, _size_and_format) for index in indices.tolist()]
 
     def _cache_key(self) -> str:
         """A name for what is cached that says all on which its content depends."""
         made_by: dict[str, Any] = {"pillow": PIL.__version__}
-        if not self._needs_originals:
+        if self._needs_originals:
+            made_by["reduced_for"] = self._reduced_for
+        else:
             made_by["transformers"] = transformers.__version__
             made_by |= {name: rendering.describe() for name, rendering in self._renderings.items()}
         digest = xxhash.xxh3_128(json.dumps(made_by).encode())
@@ -402,8 +415,7 @@ def decode_image(stored: dict[str, Any]) -> Image.Image:
 def decode_for_crop(
     stored: dict[str, Any],
     choose_box: Callable[[int, int], Box],
-    sizes: Iterable[tuple[int, int]],
-    reduced: bool = True,
+    sizes: Sequence[tuple[int, int]] | None,
 ) -> tuple[Image.Image, Box]:
     """Decode as much of an image as it takes to show a part of it.
 
@@ -415,14 +427,13 @@ def decode_for_crop(
     Args:
         stored: As for [`decode_image`].
         choose_box: Called with the width and the height of the upright image: the part.
-        sizes: Width and height at which the part will be shown, in pixels, of each model.
-        reduced: Whether JPEGs are decoded at a smaller size at all.
+        sizes: Width and height at which the part will be shown, in pixels, of each model; `None` to decode in full.
 
     Returns:
         The image, RGB and upright, and the part's place in it.
     """
     with _open(stored) as image:
-        if not reduced or image.format not in _REDUCIBLE_FORMATS:
+        if sizes is None or image.format not in _REDUCIBLE_FORMATS:
             image = _upright_rgb(image)
             return image, choose_box(*image.size)
         orientation = image.getexif().get(ExifTags.Base.Orientation)
@@ -486,11 +497,6 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _size_and_format(stored: dict[str, Any]) -> tuple[tuple[int, int], str | None]:
-    with _open(stored) as image:
-        return image.size, image.format
-
-
 def _identity(stored: dict[str, Any]) -> bytes:
     """What tells a stored image from others: its bytes, or those of the name, size and time of its file."""
     if stored["bytes"] is not None:
@@ -511,6 +517,8 @@ def _size_kept(rendering: Rendering) -> tuple[int, int] | None:
 
 def _place_for(num_bytes: int, shared: bool = True) -> CacheImages:
     """Where `cache_images="auto"` keeps decoded images of this size, if processes may share them."""
+    if not num_bytes:
+        return "none"
     processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), psutil.virtual_memory()
     if processes == 1:
         return "memory" if num_bytes <= _CACHE_SHARE_OF_MEMORY * memory.available else "none"

@@ -247,7 +247,7 @@ def test_jpegs_are_decoded_as_large_as_the_crop_needs(box, size, factor):
     image, part = decode_for_crop(photo, lambda width, height: box, [(8, 8), size])
     assert image.size == (640 // factor, 480 // factor)
     assert part == tuple(edge / factor for edge in box)
-    assert decode_for_crop(photo, lambda width, height: box, [size], reduced=False)[0].size == (640, 480)
+    assert decode_for_crop(photo, lambda width, height: box, None)[0].size == (640, 480)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -283,22 +283,33 @@ def test_reduced_decoding_alters_pixels_by_little():
     assert 0.01 < of_image.mean() < 1.5
     assert of_image.max() < 3
     cached = ImageDataset(jpegs, vit_processor(32), "random_resized_crop", cache_images="memory")
-    assert np.array_equal(bytes_of(cached), full)  # decoded in full
+    assert np.array_equal(bytes_of(cached), reduced)
 
 
-def test_auto_does_not_keep_what_reduced_decoding_alters():
-    """Or the room in memory would decide what a model sees."""
+@pytest.mark.parametrize("cache", ["auto", "memory", "disk"])
+def test_what_is_kept_does_not_decide_what_is_seen(tmp_path, cache):
+    """Of large and small JPEGs and of other formats: only what is never decoded at a smaller size is kept."""
+    parts = [photos(4, sizes=sizes, format=kind) for sizes in ((150, 200), (30, 60)) for kind in ("JPEG", "PNG")]
+    for data in (parts[0], datasets.concatenate_datasets(parts)):  # the first has nothing to keep
+        options = {"teacher_processor": vit_processor(40), "cache_dir": tmp_path}
+        kept, seen = (
+            ImageDataset(data, vit_processor(32), "random_resized_crop", cache_images=where, **options)
+            for where in (cache, "none")
+        )
+        for ours, theirs in zip(kept.__getitems__(range(len(data))), seen.__getitems__(range(len(data))), strict=True):
+            assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
+            assert torch.equal(ours["teacher_pixel_values"], theirs["teacher_pixel_values"])
+        assert kept.describe_views() == seen.describe_views()
 
-    def kept(data, size: int, **options) -> bool:
-        return ImageDataset(data, vit_processor(size), **{"augmentation": "random_resized_crop", **options}).in_memory
 
-    jpegs = photos(4, sizes=(150, 200), format="JPEG")
-    assert not kept(jpegs, 32)
-    assert kept(jpegs, 120)  # no crop has pixels to spare
-    assert kept(jpegs, 32, reduced_decoding=False)
-    assert kept(jpegs, 32, augmentation="none")
-    assert kept(photos(4, sizes=(150, 200)), 32)  # PNG
-    assert kept(jpegs, 32, cache_images="memory")
+def test_the_student_sees_the_same_with_and_without_the_teachers_view():
+    """A crop may be large enough to be decoded at half its size for the student, and not for the teacher."""
+    jpegs = photos(16, sizes=(150, 200), format="JPEG", quality=90)
+    dataset = ImageDataset(jpegs, vit_processor(32), "random_resized_crop", teacher_processor=vit_processor(90))
+    alone = dataset.for_student_alone()
+    assert "teacher_pixel_values" not in alone[0]
+    dataset.set_epoch(3)
+    assert torch.equal(pixels_of(alone, range(16)), pixels_of(dataset, range(16)))
 
 
 def test_processors_own_view_is_of_the_whole_jpeg():
@@ -313,7 +324,7 @@ def test_description_of_views_tells_reduced_decoding():
         photos(), vit_processor(), **{"augmentation": "random_resized_crop", "cache_images": "none", **kwargs}
     ).describe_views()
     assert make() != make(reduced_decoding=False)
-    assert make(cache_images="memory") == make(cache_images="memory", reduced_decoding=False)
+    assert make() == make(cache_images="memory")
     assert make(augmentation="none") == make(augmentation="none", reduced_decoding=False)
 
 

@@ -174,7 +174,7 @@ class DataArguments:
         default="auto",
         metadata={
             "help": "Keep decoded images: in memory, on disk (one file for all processes and later runs), none, or "
-            "auto (in memory, or with several processes on disk, if they fit)."
+            "auto (in memory, or with several processes on disk, if they fit). Views are the same."
         },
     )
     reduced_decoding: bool = field(
@@ -278,7 +278,7 @@ _FRESH_WEIGHTS_DEFAULTS = {
 #: Where the script's policy differs from TrainingArguments': a run says what it does, and can be continued.
 SCRIPT_DEFAULTS = {
     "logging_strategy": "epoch", "logging_nan_inf_filter": False, "save_strategy": "epoch", "save_total_limit": 1,
-    "hub_strategy": "end",
+    "hub_strategy": "end", "dataloader_persistent_workers": True,
 }  # fmt: skip
 _OWN_HELP = {
     "output_dir": "Where everything is written; outputs/DATASET_MODEL_seedSEED if not given.",

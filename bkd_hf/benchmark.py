@@ -62,9 +62,10 @@ from .data import (
 )
 from .errors import InputError
 from .losses import bkd_loss
+from .machine import keep_freed_memory, set_num_threads
 from .metrics import long_tail_metrics
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
-from .pipeline import keep_freed_memory, set_num_threads, start_workers_by_default
+from .pipeline import choose_workers
 from .precision import default_precision
 from .results import describe_hardware, describe_versions
 from .teacher import load_teacher
@@ -151,7 +152,7 @@ class PublishedSet:
 
 
 PUBLISHED_SETS = (
-    PublishedSet("CIFAR-100-LT, ratio 100", _CIFAR_LT_IMAGES, 100, 32 * 32, "cifar", 200),
+    PublishedSet("CIFAR-100-LT", _CIFAR_LT_IMAGES, 100, 32 * 32, "cifar", 200),
     PublishedSet("ImageNet-LT", 115_846, 1_000, 500 * 375),
     PublishedSet("Places-LT", 62_500, 365, 256 * 256),
     PublishedSet("iNaturalist 2018", 437_513, 8_142, 800 * 600),
@@ -846,7 +847,7 @@ def _bkd_trainer(
         given += ["--teacher_cache_views", str(job.teacher_cache_views)]
     train_dataset = _image_dataset(job, images)
     args = _training_arguments(Path(job.folder), job, given, job.batch_size)
-    start_workers_by_default(args, train_dataset, job.threads)
+    choose_workers(args, train_dataset, job.threads)
     for model in filter(None, (student, teacher)):
         prefer_channels_last(model)
     return BKDTrainer(model=student, teacher_model=teacher, args=args, train_dataset=train_dataset)
@@ -923,6 +924,7 @@ class _Loader:
         # The start of an epoch takes long for few images: with each of them many times, it is in few windows.
         many = images.select(np.tile(np.arange(len(images)), math.ceil(100_000 * job.threads / len(images))))
         self.trainer = _bkd_trainer(job, many, *_models(job, images.features[LABEL_COLUMN].names))
+        self.trainer.args.dataloader_num_workers = job.threads  # as many as the decoder's
 
     def train(self, gate: Gate) -> int:
         """Load batches until the gate says that it is enough; return their number."""

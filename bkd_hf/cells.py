@@ -21,6 +21,7 @@ import torch
 from .arguments import RunArguments, parse_arguments
 from .config import BKDConfig
 from .errors import InputError
+from .machine import available_cores
 from .methods import METHODS
 from .results import load_results
 from .run_folder import options_of_teacher_alone, run_state
@@ -225,7 +226,7 @@ class CellRunner:
     def _threads(self, cell: Cell) -> list[str]:
         if self.jobs == 1 or self.launcher or any(option.startswith("--num_threads") for option in cell.options):
             return []
-        return ["--num_threads", str(max(1, (os.cpu_count() or 1) // self.jobs))]
+        return ["--num_threads", str(max(1, available_cores() // self.jobs))]
 
     def _log(self, cell: Cell) -> Path:
         return self.logs / f"{cell.method}-seed{cell.seed}.log"

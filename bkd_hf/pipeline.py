@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
+import gc
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
@@ -29,8 +29,9 @@ from .arguments import DataArguments, ModelArguments, RunArguments
 from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
+from .machine import keep_freed_memory, set_num_threads
 from .methods import METHODS
-from .metrics import LongTailEvaluation
+from .metrics import LongTailEvaluation, shot_groups
 from .model_card import build as build_card
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .plots import save_plots
@@ -60,8 +61,6 @@ from .teacher import FrozenTeacher, align_labels, load_teacher, teacher_label_na
 from .trainer import BKDTrainer
 from .transforms import ImageDataset, channel_statistics, default_augmentation, default_num_workers
 from .views import same_pixels
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 _TABLE_ROWS = (
     ("overall", "accuracy"),
@@ -114,6 +113,8 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     )
     counts = data["class_counts"]
     _warn_of_untested_classes(data)
+    for args in (arguments.training, arguments.teacher_training):
+        _check_metric_for_best_model(args, data)
     say(
         f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
         f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
@@ -128,12 +129,12 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     if not same_pixels(processor, teacher_processor):
         say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
     images = {
-        "train": _decode(splits["train"], processor, arguments.data, augmented=True, teacher=teacher_processor),
-        "eval": _decode(splits["eval"], processor, arguments.data),
+        "train": _decode(splits["train"], processor, arguments, augmented=True, teacher=teacher_processor),
+        "eval": _decode(splits["eval"], processor, arguments),
     }
-    for args in (arguments.teacher_training, arguments.training):
-        workers = start_workers_by_default(args, images["train"], threads)
-    if workers:
+    choose_workers(arguments.teacher_training, images["train"], threads)
+    if choose_workers(arguments.training, images["train"], threads):
+        workers = arguments.training.dataloader_num_workers
         why = "" if images["train"].in_memory else ": they do not stay in memory"
         say(f"Images are prepared by {workers} worker{'s' if workers > 1 else ''} a process{why}.")
     make_stage = functools.partial(_Stage, data=data, post_hoc_tau=arguments.data.post_hoc_tau, say=say)
@@ -177,49 +178,23 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     return results
 
 
-def set_num_threads(num_threads: int | None = None) -> int:
-    """Give torch the cores of this process: `accelerate launch` leaves it one thread on a CPU machine.
+def choose_workers(args: BKDConfig, dataset: ImageDataset, num_threads: int) -> bool:
+    """Have other processes prepare the images, if the options do not say how many and it pays; whether they do.
 
-    Args:
-        num_threads: How many; by default the available cores divided among the processes of this machine.
-    """
-    if num_threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    torch.set_num_threads(num_threads)
-    return num_threads
-
-
-def start_workers_by_default(args: BKDConfig, dataset: ImageDataset, num_threads: int) -> int:
-    """Have other processes prepare the images where that pays and the options do not say how many; return how many.
-
-    They stay alive from epoch to epoch. Started anew, they would be copies of a process that holds a training: on a
-    CPU, whose memory is then copied page by page as the training goes on, an epoch of a ResNet-18 began 2 s late.
+    They stay alive from epoch to epoch, unless the options say otherwise. Started anew, they would be copies of a
+    process that holds a training: on a CPU, whose memory is then copied page by page as the training goes on, an epoch
+    of a ResNet-18 began 2 s late.
 
     Args:
         args: The options, which are changed.
         dataset: The training images.
         num_threads: CPU threads of this process.
     """
-    if args.dataloader_num_workers:
-        return 0
-    args.dataloader_num_workers = default_num_workers(dataset, num_threads, args.device.type == "cuda")
-    args.dataloader_persistent_workers = args.dataloader_num_workers > 0
-    return args.dataloader_num_workers
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, where it is glibc.
-
-    It would give the activations of each training step back to the system, to get the same memory anew, page by page,
-    in the next one: on a CPU a seventh of a step of a ResNet-32, a fifth of one of a ResNet-18 at 224 pixels.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another C library, or another system
-        return
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    mallopt(_M_MMAP_THRESHOLD, 2**30)
+    chooses = not args.dataloader_num_workers
+    if chooses:
+        args.dataloader_num_workers = default_num_workers(dataset, num_threads, args.device.type == "cuda")
+    args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
+    return chooses and args.dataloader_num_workers > 0
 
 
 # ---- The stages ---------------------------------------------------------------------------------------------------
@@ -285,11 +260,14 @@ class _Stage:
         trainer.save_metrics("train", outcome.metrics)
         evaluation = trainer.predict(self.images["eval"], metric_key_prefix="eval")
         trainer.save_metrics("eval", evaluation.metrics)
-        return {
+        results = {
             **self._describe(model, evaluation),
             "training": clock.summary(trainer, len(self.images["train"])),
             "history": history_of(trainer.state),
         }
+        del trainer  # which its callbacks know: its workers would stay, idle, beside those of the next stage
+        gc.collect()
+        return results
 
     def evaluate(self, teacher: FrozenTeacher) -> dict[str, Any]:
         """Evaluate a teacher that was trained elsewhere, by its answers about the classes of the data."""
@@ -299,7 +277,10 @@ class _Stage:
             eval_dataset=self.images["eval"],
             class_counts=self.data["class_counts"],
         )
-        return self._describe(teacher, trainer.predict(self.images["eval"]))
+        results = self._describe(teacher, trainer.predict(self.images["eval"]))
+        del trainer
+        gc.collect()
+        return results
 
     def _describe(self, model: nn.Module, evaluation: PredictionOutput) -> dict[str, Any]:
         logits, labels = evaluation.predictions, evaluation.label_ids
@@ -380,7 +361,7 @@ def _provide_teacher(
     given = arguments.model.teacher_model_name_or_path
     processor = processors[1]
     if not same_pixels(*processors):
-        decode = functools.partial(_decode, processor=processor, options=arguments.data)
+        decode = functools.partial(_decode, processor=processor, arguments=arguments)
         images = {"eval": decode(splits["eval"])}
         if match.why_trained:
             images["train"] = decode(splits["train"], augmented=True)
@@ -505,10 +486,11 @@ def _load_teacher_processor(options: ModelArguments, of_student: BaseImageProces
 def _decode(
     split: datasets.Dataset,
     processor: BaseImageProcessor,
-    options: DataArguments,
+    arguments: RunArguments,
     augmented: bool = False,
     teacher: BaseImageProcessor | None = None,
 ) -> ImageDataset:
+    options = arguments.data
     augmentation = options.train_augmentation if augmented else "none"
     return ImageDataset(
         split,
@@ -518,7 +500,10 @@ def _decode(
         cache_images=options.cache_images,  # type: ignore[arg-type]
         teacher_processor=teacher,
         reduced_decoding=options.reduced_decoding,
-        as_bytes=True,
+        # accelerate, where it sends the main process's batches to the others, knows how to cut tensors only.
+        as_bytes=not any(
+            args.accelerator_config.dispatch_batches for args in (arguments.training, arguments.teacher_training)
+        ),
     )
 
 
@@ -658,6 +643,21 @@ def _device_name(args: BKDConfig, threads: int) -> str:
     return f"{processes}{' each' if args.world_size > 1 else ''}, {precision_of(args)}."
 
 
+def _check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
+    """Refuse a name that no evaluation will give; `Trainer` would at the first one."""
+    name = args.metric_for_best_model
+    if name is None:
+        return
+    thresholds = data["many_shot_threshold"], data["few_shot_threshold"]
+    groups = shot_groups(np.asarray(data["class_counts"]), *thresholds).values()
+    tested = np.asarray(data["eval_class_counts"]) > 0
+    labels = np.array([np.flatnonzero(group & tested)[0] for group in groups if (group & tested).any()])
+    answers = EvalPrediction(np.zeros((len(labels), len(tested))), labels)
+    names = ["loss", *LongTailEvaluation(data["class_counts"], *thresholds)(answers)]
+    if name.removeprefix("eval_") not in names:
+        raise InputError(f"--metric_for_best_model {name}: the evaluations of this run give {', '.join(names)}.")
+
+
 def _warn_of_untested_classes(data: dict[str, Any]) -> None:
     counts = data["eval_class_counts"]
     untested = [name for name, count in zip(data["class_names"], counts, strict=True) if not count]
@@ -698,13 +698,12 @@ def _warn_of_options_without_effect(arguments: RunArguments) -> None:
             warn("teacher_model_name_or_path", f"--method {arguments.training.method} has no distillation loss")
         for name in options_of_teacher_alone(arguments):
             warn(f"teacher_{name}", f"--method {arguments.training.method} has no distillation loss")
+    about_given_teacher = ("teacher_label_map", "assume_label_order", "allow_partial_teacher", "force_teacher")
     if teacher is None or cifar_resnet_depth(teacher) is not None:
-        for name in (
-            "teacher_label_map",
-            "assume_label_order",
-            "allow_partial_teacher",
-            "force_teacher",
-            "finetune_teacher",
-        ):
+        for name in (*about_given_teacher, "finetune_teacher"):
             if given(model, name):
                 warn(name, "it is about a teacher given by --teacher_model_name_or_path")
+    elif model.finetune_teacher:
+        for name in about_given_teacher:
+            if given(model, name):
+                warn(name, "--finetune_teacher gives the teacher a head for the classes of the data")

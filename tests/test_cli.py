@@ -243,6 +243,13 @@ def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
 # ---- Methods
 
 
+def test_batches_can_come_from_the_main_process(tmp_path, run_here):
+    """What accelerate cuts then are tensors; pixels as bytes are none."""
+    dispatch = ["--accelerator_config", '{"dispatch_batches": true}', "--max_steps", "2"]
+    run_here(*QUICK, *dispatch, "--method", "ce", "--output_dir", str(tmp_path / "run"))
+    assert load_results(tmp_path / "run")["student"]["training"]["steps"] == 2
+
+
 def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path, run_here):
     output = run_here(
         *QUICK, "--output_dir", str(tmp_path / "run"), "--method", "ldam-drw", "--teacher_learning_rate", "1"
@@ -352,6 +359,10 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
         (["--temperature", "0"], "--temperature must be a finite number > 0"),
         (["--imbalance_ratio", "1000"], "without images, as the largest class has 130"),
         (["--max_class_count", "5000"], "Lower max_count"),
+        (
+            ["--metric_for_best_model", "acuracy"],
+            "--metric_for_best_model acuracy: the evaluations of this run give loss, accuracy, top5_accuracy",
+        ),
         (["--max_train_samples", "3"], "--max_train_samples 3 is fewer than one example for each of the 10 classes"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -405,8 +405,10 @@ def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run_her
         "--model_name_or_path", str(tmp_path / "student"), "--dataloader_num_workers", "0", "--disable_tqdm", "true",
         "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "run"),
         "--num_train_epochs", "2", "--teacher_num_train_epochs", "1",
+        "--finetune_teacher", "true", "--allow_partial_teacher", "true",
     )  # fmt: skip
-    assert "is fine-tuned on the data first: its head is for other classes (ant, bee, cat, …)." in output
+    assert "is fine-tuned on the data first: --finetune_teacher." in output
+    assert "--allow_partial_teacher has no effect: --finetune_teacher gives the teacher a head" in output
     assert output.count("learned from scratch: classifier") == 2
     results = load_results(tmp_path / "run")
     assert results["hardware"]["precision"] == "bf16"

@@ -1256,9 +1256,9 @@ def _seconds(function: Callable[..., Any], *args: Any) -> float:
 def _ratios(results: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """Return what there are targets for, and what else is best said in one number.
 
-    Each has `name`, `setting`, `meaning`, `value`, `low` and `high` (over windows, each compared with the one of the
-    same turn; over repetitions), `unit`, `target`, `at_least` (or at most) and `reached`; of b/a there is also the
-    `overhead_seconds_per_step`.
+    Each has `name`, `setting`, `meaning`, `value`, `low` and `high` (median, smallest and largest over windows, each
+    compared with the one of the same turn, or over repetitions), `unit`, `target`, `at_least` (or at most) and
+    `reached`; of b/a there is also the `overhead_seconds_per_step`.
     """
     on_gpu = device == "cuda"
     ratios = []
@@ -1276,8 +1276,8 @@ def _ratios(results: dict[str, Any], device: str) -> list[dict[str, Any]]:
                 meaning = f"{what}, {over} / {under}"
                 ratios.append(_judged(name, setting, meaning, entry, "", target, at_least))
                 if name == "b/a":
-                    ours, bare = (contestants[who]["seconds_per_step"]["median"] for who in (over, under))
-                    ratios[-1]["overhead_seconds_per_step"] = ours - bare
+                    steps = zip(*(_step_seconds(contestants[who]) for who in (over, under)), strict=True)
+                    ratios[-1]["overhead_seconds_per_step"] = statistics.median(ours - bare for ours, bare in steps)
     if "pipeline" in results:
         entry = _quotient(results["pipeline"]["loader"], results["pipeline"]["decoder"], "images_per_second")
         meaning = "images per second, the training data of BKDTrainer / decoding its JPEG files, on the same cores"
@@ -1299,18 +1299,23 @@ def _ratios(results: dict[str, Any], device: str) -> list[dict[str, Any]]:
 
 
 def _quotient(over: dict[str, Any], under: dict[str, Any], key: str) -> dict[str, float]:
-    """Quotient of the medians; the smallest and the largest quotient of a turn."""
-    rates = [
-        [
-            window["steps"] / window["seconds"] * measured["global_batch_size"]
-            if key == "images_per_second"
-            else window["seconds"] / window["steps"]
-            for window in measured["windows"]
-        ]
-        for measured in (over, under)
-    ]
-    turns = [a / b for a, b in zip(*rates, strict=True)]
-    return {"value": over[key]["median"] / under[key]["median"], "low": min(turns), "high": max(turns)}
+    """Median, smallest and largest quotient of a turn.
+
+    Windows of the same turn are compared: a machine that drifts is then the same for both.
+    """
+    quotients = []
+    for ours, theirs in zip(_step_seconds(over), _step_seconds(under), strict=True):
+        if key == "images_per_second":
+            quotients.append(over["global_batch_size"] / ours / (under["global_batch_size"] / theirs))
+        else:
+            quotients.append(ours / theirs)
+    spread = _spread(quotients)
+    return {"value": spread["median"], "low": spread["min"], "high": spread["max"]}
+
+
+def _step_seconds(measured: dict[str, Any]) -> list[float]:
+    """Of each window."""
+    return [window["seconds"] / window["steps"] for window in measured["windows"]]
 
 
 def _judged(

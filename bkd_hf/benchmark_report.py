@@ -120,10 +120,10 @@ def to_markdown(results: dict[str, Any], figure: str | None = None) -> str:
         "# Benchmark",
         f"{hardware['device']}, {threads}, {hardware['precision']}; {versions}. Made by `{results['command']}`.",
         f"Rates are medians over {options['windows']} windows of about {options['window_seconds']:g} s, after a "
-        "warm-up. Contestants take turns, a window each, in processes of their own whose data "
-        "workers are frozen in between; the range of a ratio is over turns. All but c run in the precision above, "
-        "with channels-last convolutions, in a process set up as `run_bkd.py` sets up its own. Peak memory is that of "
-        "a process without its data workers, or what it allocated on the GPU.",
+        "warm-up. Contestants take turns, a window each, in processes of their own whose data workers are frozen in "
+        "between; a ratio is the median over turns, each compared within itself. All but c run in the precision "
+        "above, with channels-last convolutions, in a process set up as `run_bkd.py` sets up its own. Peak memory is "
+        "that of a process without its data workers, or what it allocated on the GPU.",
         "\n".join(f"- **{letter}** ({name}): {meaning}" for name, (letter, meaning) in CONTESTANTS.items()),
         "\n".join(f"- **{name}**: {meaning}" for name, meaning in ratios),
     ]

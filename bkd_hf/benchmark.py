@@ -1038,8 +1038,6 @@ def _job(
 
 
 def _why_not(job: Job) -> str | None:
-    if job.contestant == "cache" and "teacher_cache" not in {f.name for f in dataclasses.fields(BKDConfig)}:
-        return "BKDConfig has no teacher_cache"
     if job.contestant == "processes" and job.num_processes < 2:
         return "there is one GPU"
     return None
@@ -1083,19 +1081,24 @@ def _warm_up(contestant: Contestant, options: BenchmarkOptions) -> int:
 
 
 def _summary(job: Job, windows: list[dict[str, Any]], profile: dict[str, Any] | None) -> dict[str, Any]:
-    rates = [job.global_batch_size * window["steps"] / window["seconds"] for window in windows]
+    rates = [job.global_batch_size / seconds for seconds in _step_seconds(windows)]
     summary = {
         "num_processes": job.num_processes,
         "threads": job.threads,
         "global_batch_size": job.global_batch_size,
         "windows": [{key: window[key] for key in ("seconds", "steps", "epoch")} for window in windows],
         "images_per_second": _spread(rates),
-        "seconds_per_step": _spread([window["seconds"] / window["steps"] for window in windows]),
+        "seconds_per_step": _spread(_step_seconds(windows)),
         "peak_memory": windows[-1]["peak_memory"],
     }
     if profile is not None:
         summary["parts"] = {part: seconds / profile["steps"] for part, seconds in profile["parts"].items()}
     return summary
+
+
+def _step_seconds(windows: Sequence[dict[str, Any]]) -> list[float]:
+    """Of each window."""
+    return [window["seconds"] / window["steps"] for window in windows]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -1276,7 +1279,7 @@ def _ratios(results: dict[str, Any], device: str) -> list[dict[str, Any]]:
                 meaning = f"{what}, {over} / {under}"
                 ratios.append(_judged(name, setting, meaning, entry, "", target, at_least))
                 if name == "b/a":
-                    steps = zip(*(_step_seconds(contestants[who]) for who in (over, under)), strict=True)
+                    steps = zip(*(_step_seconds(contestants[who]["windows"]) for who in (over, under)), strict=True)
                     ratios[-1]["overhead_seconds_per_step"] = statistics.median(ours - bare for ours, bare in steps)
     if "pipeline" in results:
         entry = _quotient(results["pipeline"]["loader"], results["pipeline"]["decoder"], "images_per_second")
@@ -1304,18 +1307,13 @@ def _quotient(over: dict[str, Any], under: dict[str, Any], key: str) -> dict[str
     Windows of the same turn are compared: a machine that drifts is then the same for both.
     """
     quotients = []
-    for ours, theirs in zip(_step_seconds(over), _step_seconds(under), strict=True):
+    for ours, theirs in zip(_step_seconds(over["windows"]), _step_seconds(under["windows"]), strict=True):
         if key == "images_per_second":
             quotients.append(over["global_batch_size"] / ours / (under["global_batch_size"] / theirs))
         else:
             quotients.append(ours / theirs)
     spread = _spread(quotients)
     return {"value": spread["median"], "low": spread["min"], "high": spread["max"]}
-
-
-def _step_seconds(measured: dict[str, Any]) -> list[float]:
-    """Of each window."""
-    return [window["seconds"] / window["steps"] for window in measured["windows"]]
 
 
 def _judged(
@@ -1347,7 +1345,7 @@ def project(settings: dict[str, Any]) -> list[dict[str, Any]]:
         measured = settings.get(published.setting, {}).get("contestants", {})
         if "trainer" not in measured:
             continue
-        speed_of_8 = 8 * _speed_up_by_device(measured)
+        speed_of_8 = 8 * _share_of_speed_beside_others(measured)
         online = published.num_images / measured["trainer"]["images_per_second"]["median"] / 3600
         hours = published.epochs * online
         told = {**dataclasses.asdict(published), "hours": {"1": hours, "8": hours / speed_of_8}}
@@ -1361,7 +1359,7 @@ def project(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return projections
 
 
-def _speed_up_by_device(measured: dict[str, Any]) -> float:
+def _share_of_speed_beside_others(measured: dict[str, Any]) -> float:
     """How much of its speed a device keeps beside others; 1 where several processes shared one machine's cores."""
     several, alone = measured.get("processes"), measured["trainer"]
     if several is None or several["global_batch_size"] == alone["global_batch_size"]:

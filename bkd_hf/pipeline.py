@@ -147,6 +147,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         say.stage("Teacher")
         processors = (processor, teacher_processor)
         teacher, teacher_results = _provide_teacher(arguments, match, splits, images, processors, make_stage)
+        gc.collect()  # its trainer and callbacks know each other: their workers would stay, idle, beside the student's
 
     say.stage("Student")
     student_results = student.train(student_model, teacher)
@@ -260,14 +261,11 @@ class _Stage:
         trainer.save_metrics("train", outcome.metrics)
         evaluation = trainer.predict(self.images["eval"], metric_key_prefix="eval")
         trainer.save_metrics("eval", evaluation.metrics)
-        results = {
+        return {
             **self._describe(model, evaluation),
             "training": clock.summary(trainer, len(self.images["train"])),
             "history": history_of(trainer.state),
         }
-        del trainer  # which its callbacks know: its workers would stay, idle, beside those of the next stage
-        gc.collect()
-        return results
 
     def evaluate(self, teacher: FrozenTeacher) -> dict[str, Any]:
         """Evaluate a teacher that was trained elsewhere, by its answers about the classes of the data."""
@@ -277,10 +275,7 @@ class _Stage:
             eval_dataset=self.images["eval"],
             class_counts=self.data["class_counts"],
         )
-        results = self._describe(teacher, trainer.predict(self.images["eval"]))
-        del trainer
-        gc.collect()
-        return results
+        return self._describe(teacher, trainer.predict(self.images["eval"]))
 
     def _describe(self, model: nn.Module, evaluation: PredictionOutput) -> dict[str, Any]:
         logits, labels = evaluation.predictions, evaluation.label_ids

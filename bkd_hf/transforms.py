@@ -249,9 +249,9 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _crop(self, index: int, choose_box: Callable[[int, int], Box]) -> tuple[Image.Image, Box]:
         """As much of an image as the models need to see a part of it, and where in that the part is."""
-        if self._keeps(index):
-            image = self._original(index)
-            return image, choose_box(*image.size)
+        kept = self._kept(index)
+        if kept is not None:
+            return kept, choose_box(*kept.size)
         return self._stored.read(
             index, functools.partial(decode_for_crop, choose_box=choose_box, sizes=self._reduced_for)
         )
@@ -280,13 +280,13 @@ class ImageDataset(torch.utils.data.Dataset):
         return {name: np.empty((number, r.height, r.width, 3), np.uint8) for name, r in self._renderings.items()}
 
     def _original(self, index: int) -> Image.Image:
-        if self._keeps(index):
-            return Image.fromarray(self._cached["original"][index])
-        return self._stored.read(index, decode_image)
+        kept = self._kept(index)
+        return self._stored.read(index, decode_image) if kept is None else kept
 
-    def _keeps(self, index: int) -> bool:
-        """Whether an original is there, decoded."""
-        return bool(self._cached) and self._cached["original"][index].size > 0
+    def _kept(self, index: int) -> Image.Image | None:
+        """A decoded original, if it is there."""
+        pixels = self._cached["original"][index] if self._cached else None
+        return None if pixels is None or not pixels.size else Image.fromarray(pixels)
 
     # ---- Cache ----------------------------------------------------------------------------------------------------
 

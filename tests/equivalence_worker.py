@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -120,8 +122,11 @@ def main() -> None:
     if BKDConfig(output_dir="unused", use_cpu=True).process_index == 0:
         torch.save(outcomes, options.output)
     if num_processes > 1:
-        torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is written; threads that gloo still has could abort the interpreter on its way out

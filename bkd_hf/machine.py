@@ -1,8 +1,9 @@
-"""What a process takes of its machine: cores and memory."""
+"""What a process takes of its machine: cores, memory, and threads that it must end."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 
 import torch
@@ -39,3 +40,14 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_MMAP_THRESHOLD, 2**30)
+
+
+def leave_process_group() -> None:
+    """Leave the process group, if there is one, and end its threads.
+
+    A process that ends with the threads of gloo running may be aborted, with all its work done. Models in
+    `DistributedDataParallel` hold them; their trainers, which know each other, go only when garbage is collected.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()

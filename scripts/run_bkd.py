@@ -8,10 +8,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.errors import InputError, PublishError, tell
+from bkd_hf.machine import leave_process_group
 from bkd_hf.pipeline import run
 from bkd_hf.trainer import TeacherLogitsError
 
@@ -29,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()  # its threads may abort a process that ends with them running
+        leave_process_group()
     return 0
 
 

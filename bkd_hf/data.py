@@ -14,6 +14,7 @@ import numpy as np
 from transformers.utils import logging
 
 from .errors import InputError, first_line
+from .image_folder import load_image_folder
 from .randomness import hash_uniform
 
 logger = logging.get_logger(__name__)
@@ -386,8 +387,10 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
                 raise InputError(f"--dataset_name {name}: a single file must be a .parquet file.")
             data = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache_dir)
         else:
-            source = str(path) if path.is_dir() else name
-            data = datasets.load_dataset(source, config_name, cache_dir=cache_dir, token=token)
+            data = load_image_folder(path) if path.is_dir() and config_name is None else None
+            if data is None:
+                source = str(path) if path.is_dir() else name
+                data = datasets.load_dataset(source, config_name, cache_dir=cache_dir, token=token)
     except InputError:
         raise
     except (ValueError, OSError, RuntimeError, IndexError) as error:  # what `datasets` raises for what it cannot read

@@ -89,7 +89,8 @@ def load_classifier(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **overrides,
-            **from_pretrained_kwargs,
+            # The default is the type that the file has, and training in half precision loses small updates.
+            **{"dtype": torch.float32, **from_pretrained_kwargs},
         )
     except InputError:
         raise

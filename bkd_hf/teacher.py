@@ -181,7 +181,7 @@ def load_teacher(
         return FrozenTeacher(teacher, columns)
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
-            teacher, output_loading_info=True, **from_pretrained_kwargs
+            teacher, output_loading_info=True, **{"dtype": torch.float32, **from_pretrained_kwargs}
         )
     except (OSError, ValueError) as error:
         raise InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {error}") from error

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from bkd_hf import CifarResNetConfig, CifarResNetForImageClassification, InputError, load_classifier, load_processor
+from bkd_hf.teacher import load_teacher
+from tests.tiny_models import tiny_vit
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,17 @@ def test_head_of_a_pretrained_model_is_replaced(tmp_path):
     assert other.config.id2label == {0: "x", 1: "y", 2: "z"}
     assert other.classifier.weight.shape == (3, 64)
     assert torch.equal(other.conv.weight, first.conv.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_that_were_saved_in_half_precision_are_trained_in_full(tmp_path, dtype):
+    tiny_vit(0, 3).to(dtype).save_pretrained(tmp_path)
+    model = load_classifier(str(tmp_path), ["a", "b", "c"])
+    teacher = load_teacher(str(tmp_path))
+    assert {parameter.dtype for parameter in (*model.parameters(), *teacher.parameters())} == {torch.float32}
+    # Half precision remains a choice, where somebody makes it.
+    chosen = load_classifier(str(tmp_path), ["a", "b", "c"], dtype=dtype)
+    assert {parameter.dtype for parameter in chosen.parameters()} == {dtype}
 
 
 def test_bad_names(tmp_path):

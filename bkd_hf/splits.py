@@ -37,6 +37,8 @@ from .results import save_json
 
 SPLIT_NAME = "split.json"
 SCHEMA_VERSION = 1
+#: Stands in a card for the id that the repository will have.
+PLACEHOLDER = "USER/NAME"
 
 _CARD_TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
 _FIGURE_NAME = "class_counts.png"
@@ -160,13 +162,19 @@ def build_split_from_files(
         InputError: If a file is missing, naming all that are, or the lists do not fit together.
     """
     lists = {"train": Path(train), "test": Path(test)} | ({"validation": Path(validation)} if validation else {})
-    _check_inputs([*lists.values(), *([Path(class_names)] if class_names else [])], Path(image_folder))
+    inputs = [*lists.values(), *([Path(class_names)] if class_names else [])]
+    missing = [str(path) for path in inputs if not path.is_file()]
+    if not Path(image_folder).is_dir():
+        missing.append(f"{image_folder} (a folder)")
+        raise InputError("\n".join(["These are not there:", *missing]))
     are_json = {path.suffix.lower() == ".json" for path in lists.values()}
     if len(are_json) > 1:
         raise InputError(f"{', '.join(map(str, lists.values()))}: give all as lists, or all as .json files.")
 
     files, labels, names = {}, {}, None
     for split, path in lists.items():
+        if str(path) in missing:
+            continue
         if are_json == {True}:
             files[split], labels[split], categories = read_inaturalist_json(path, image_folder)
             if names not in (None, categories):
@@ -174,7 +182,12 @@ def build_split_from_files(
             names = categories
         else:
             files[split], labels[split] = read_list_file(path, image_folder)
-    _check_images(files, Path(image_folder))
+    listed = dict.fromkeys(file for part in files.values() for file in part)
+    images = [str(file.relative_to(image_folder)) for file in listed if not file.is_file()]
+    if missing or images:
+        lines = ["These are not there:", *missing] if missing else []
+        lines += [f"{len(images):,} of {len(listed):,} images are not in {image_folder}:", *images] if images else []
+        raise InputError("\n".join(lines))
     num_classes = len(names) if names else max(labels["train"]) + 1
     _check_labels(lists, labels, num_classes)
     if class_names is not None:
@@ -209,23 +222,6 @@ def _read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[st
     if twice := [name for name, number in Counter(names).items() if number > 1]:
         raise InputError(f"--class_names {path} has names of several classes: {_some(twice)}.")
     return names
-
-
-def _check_inputs(files: Iterable[Path], image_folder: Path) -> None:
-    missing = [str(path) for path in files if not path.is_file()]
-    missing += [] if image_folder.is_dir() else [f"{image_folder} (a folder)"]
-    if missing:
-        raise InputError("\n".join(["These are not there:", *missing]))
-
-
-def _check_images(files: Mapping[str, Sequence[Path]], image_folder: Path) -> None:
-    everything = dict.fromkeys(file for part in files.values() for file in part)
-    missing = [file for file in everything if not file.is_file()]
-    if missing:
-        names = [str(file.relative_to(image_folder)) for file in missing]
-        raise InputError(
-            "\n".join([f"{len(missing):,} of {len(everything):,} images are not in {image_folder}:", *names])
-        )
 
 
 def _check_labels(lists: Mapping[str, Path], labels: Mapping[str, Sequence[int]], num_classes: int) -> None:
@@ -305,7 +301,6 @@ def save_split(
     folder: str | os.PathLike[str],
     how: Mapping[str, Any],
     license: str = "unknown",
-    repo_id: str | None = None,
 ) -> dict[str, Any]:
     """Write a split as a data set that `datasets.load_dataset` reads, from the folder or from the Hub.
 
@@ -319,7 +314,6 @@ def save_split(
         folder: Where to. If it holds this split already, only the card is written again.
         how: How it was made, for record and card: `name`, `command`, and the options that matter, without folders.
         license: License of the images, as the Hub calls it.
-        repo_id: Where the split will be on the Hub, for the card.
 
     Returns:
         The record: `schema_version`, `how`, `class_names`, and for each of the `splits` its `num_images`,
@@ -338,7 +332,7 @@ def save_split(
         record = _describe(splits, how)
         if (folder / SPLIT_NAME).exists():
             _check_unchanged(folder, record)
-            _write_card(folder, record, license, repo_id)
+            _write_card(folder, record, license)
         else:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "data").mkdir(parents=True)
@@ -347,7 +341,7 @@ def save_split(
             figure = plot_class_counts(_title(how), record["class_names"], record["splits"]["train"]["class_counts"])
             figure.savefig(partial / _FIGURE_NAME, facecolor="white")
             save_json(record, partial / SPLIT_NAME)
-            _write_card(partial, record, license, repo_id)
+            _write_card(partial, record, license)
             _check_reload(partial, record)
             os.replace(partial, place)
     except OSError as error:
@@ -463,7 +457,7 @@ def _check_reload(folder: Path, record: dict[str, Any]) -> None:
 # ---- Card ----------------------------------------------------------------------------------------------------------
 
 
-def _write_card(folder: Path, record: dict[str, Any], license: str, repo_id: str | None) -> None:
+def _write_card(folder: Path, record: dict[str, Any], license: str) -> None:
     how, parts = record["how"], record["splits"]
     card_data = DatasetCardData(
         license=license,
@@ -504,13 +498,19 @@ def _write_card(folder: Path, record: dict[str, Any], license: str, repo_id: str
         many_shot_threshold=MANY_SHOT_THRESHOLD,
         few_shot_threshold=FEW_SHOT_THRESHOLD,
         source=_source(how),
-        where=repo_id or "USER/NAME",
+        where=PLACEHOLDER,
+        exact=exact,
     )
     card.save(folder / "README.md")
 
 
+def exact(value: float) -> str:
+    """Return a number as one writes it, with all its digits."""
+    return repr(float(value)).removesuffix(".0")
+
+
 def _title(how: Mapping[str, Any]) -> str:
-    drawn = f", long-tailed ({how['profile']}, ratio {how['imbalance_ratio']:g})" if "profile" in how else ""
+    drawn = f", long-tailed ({how['profile']}, ratio {exact(how['imbalance_ratio'])})" if "profile" in how else ""
     return how["name"] + drawn
 
 

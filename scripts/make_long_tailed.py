@@ -14,7 +14,7 @@ from typing import Any
 from bkd_hf.data import PARETO_ALPHA, PROFILES
 from bkd_hf.errors import InputError, PublishError, tell
 from bkd_hf.results import hub_id, without_folders
-from bkd_hf.splits import SPLIT_NAME, build_split_from_files, check_output_folder, draw_split, save_split
+from bkd_hf.splits import SPLIT_NAME, build_split_from_files, check_output_folder, draw_split, exact, save_split
 
 _EPILOG = r"""examples:
   python scripts/make_long_tailed.py --dataset_name uoft-cs/cifar100 --label_column_name fine_label \
@@ -121,7 +121,7 @@ def describe(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     """Return what split and card say of how the split was made."""
     told = {name: getattr(options, name) for name in names}
     told = {name: without_folders(value) if isinstance(value, str) else value for name, value in told.items()}
-    words = [f"{value:g}" if isinstance(value, float) else str(value) for value in told.values()]
+    words = [exact(value) if isinstance(value, float) else str(value) for value in told.values()]
     pairs = zip((f"--{name}" for name in told), words, strict=True)
     command = shlex.join(["python", "scripts/make_long_tailed.py", *(word for pair in pairs for word in pair)])
     source = options.dataset_name
@@ -165,11 +165,16 @@ def main(argv: list[str] | None = None) -> int:
 def make(options: argparse.Namespace) -> None:
     """Build, save, and publish."""
     check_output_folder(options.output_dir, options.how)
+    splits = None
+    if options.dataset_name is None:  # quick, so that what is missing is named before the Hub is asked
+        splits = build_split_from_files(
+            options.train_list, options.test_list, options.image_folder, options.val_list, options.class_names
+        )
     if options.push_to_hub:
         from bkd_hf.publishing import check_repo_access, publish_folder
 
         check_repo_access(options.push_to_hub, options.token, "dataset", options.private)
-    if options.dataset_name is not None:
+    if splits is None:
         splits = draw_split(
             options.dataset_name,
             options.imbalance_ratio,
@@ -184,15 +189,8 @@ def make(options: argparse.Namespace) -> None:
             eval_split=options.eval_split_name,
             token=options.token,
         )
-    else:
-        splits = build_split_from_files(
-            options.train_list, options.test_list, options.image_folder, options.val_list, options.class_names
-        )
     was_there = (options.output_dir / SPLIT_NAME).exists()
-    repo_id = options.push_to_hub
-    if repo_id and "/" not in repo_id:  # that of the token's own user
-        repo_id = f"USER/{repo_id}"
-    record = save_split(splits, options.output_dir, options.how, options.license, repo_id)
+    record = save_split(splits, options.output_dir, options.how, options.license)
     for split, content in record["splits"].items():
         counts = content["class_counts"]
         shape = f"{max(counts):,} to {min(counts):,} in each of {len(counts):,} classes"

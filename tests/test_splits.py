@@ -171,7 +171,7 @@ def test_card(digits):
     ("profile", "told"), [("step", "for the first half"), ("pareto", "(−1/α) − 1,  ratio = 4,  α = 6")]
 )
 def test_card_of_other_profiles(make, tmp_path, profile, told):
-    assert make(*DIGITS[:2], "--imbalance_ratio", 4, "--profile", profile, "--output_dir", tmp_path / "s") == 0
+    assert make(*DIGITS[:2], "--imbalance_ratio", "4.0", "--profile", profile, "--output_dir", tmp_path / "s") == 0
     assert told in (tmp_path / "s" / "README.md").read_text(encoding="utf-8")
 
 
@@ -182,14 +182,21 @@ def test_card_of_many_classes_with_awkward_names(tmp_path):
     data = {"image": [{"bytes": bytes([i % 256]), "path": None} for i in range(labels.size)], "label": labels}
     dataset = datasets.Dataset.from_dict(data, features=features)
     how = {"name": "many", "train_list": "train.txt", "test_list": "test.txt", "command": "make"}
-    save_split(datasets.DatasetDict(train=dataset, test=dataset), tmp_path / "many", how, repo_id="user/many")
+    save_split(datasets.DatasetDict(train=dataset, test=dataset), tmp_path / "many", how)
     text = (tmp_path / "many" / "README.md").read_text(encoding="utf-8")
     assert "the 100 largest" in text
     assert "the 100 smallest" in text
     assert text.count("| class ") == 197
     assert r"| 0 | a\|b &lt;c&gt; | 2 | 2 |" in text
-    assert 'load_dataset("user/many")' in text
+    assert 'load_dataset("USER/NAME")' in text  # filled in when it is published
     assert front_matter(tmp_path / "many")["dataset_info"]["features"][1]["dtype"]["class_label"]["names"]["1"] == "no"
+
+
+def test_the_command_keeps_all_digits(make, tmp_path):
+    assert make(*DIGITS[:2], "--imbalance_ratio", "12.3456789", "--output_dir", tmp_path / "s") == 0
+    text = (tmp_path / "s" / "README.md").read_text(encoding="utf-8")
+    assert "--imbalance_ratio 12.3456789 " in text
+    assert "ratio = 12.3456789" in text
 
 
 def test_a_hub_data_set_is_named_as_the_source(digits, tmp_path):
@@ -391,6 +398,14 @@ def test_all_missing_files_are_named_at_once(birds, make, tmp_path, capsys):
     assert lines[1:] == ["train/n03/photo 0.JPEG", "train/n02/photo 0.JPEG", "test/n01/photo 1.JPEG"]
     assert not (tmp_path / "split").exists()
     (birds / "Birds_LT_train.txt").unlink()
+    assert make(*list_options(birds), "--push_to_hub", "user/birds") == 2  # before the Hub is asked
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "error: These are not there:",
+        str(birds / "Birds_LT_train.txt"),
+        f"1 of 6 images are not in {birds / 'images'}:",
+        "test/n01/photo 1.JPEG",
+    ]
     shutil.rmtree(birds / "images")
     assert make(*list_options(birds), "--class_names", "nowhere.txt") == 2
     lines = capsys.readouterr().err.splitlines()
@@ -559,9 +574,6 @@ def test_publishing(make, tmp_path, monkeypatch, capsys):
     ]
     assert "Published: https://huggingface.co/datasets/user/digits-lt" in capsys.readouterr().out
     assert b"secret" not in b"".join(contents(tmp_path / "split").values())
-    assert 'load_dataset("user/digits-lt")' in (tmp_path / "split" / "README.md").read_text(encoding="utf-8")
-    assert make(*options, "--push_to_hub", "digits-lt") == 0
-    assert 'load_dataset("USER/digits-lt")' in (tmp_path / "split" / "README.md").read_text(encoding="utf-8")
 
 
 def test_help(make, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
@@ -49,6 +49,16 @@ _USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 #: Options that choose a method and its losses.
 METHOD_OPTIONS = ("method", *_PARTS, *_USED_BY)
+
+
+def option_is_used(name: str, choices: Mapping[str, Any]) -> bool:
+    """Whether the losses, weights and sampler of these choices look at an option."""
+    return any(choices.get(part) in users for part, users in _USED_BY.get(name, {}).items())
+
+
+def used_by(part: str, choices: Mapping[str, Any]) -> list[str]:
+    """Options that the choice for a part of the method (such as `"distillation_loss"`) looks at."""
+    return [name for name, parts in _USED_BY.items() if choices.get(part) in parts.get(part, ())]
 
 
 @dataclass
@@ -295,7 +305,7 @@ class BKDConfig(TrainingArguments):
             require(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")
 
     def _is_used(self, name: str) -> bool:
-        return any(getattr(self, part) in choices for part, choices in _USED_BY[name].items())
+        return option_is_used(name, vars(self))
 
     def _deferred_starts(self) -> dict[str, float]:
         starts = {

@@ -80,7 +80,7 @@ def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | 
             "image": [str(folder / image) for image in members],
             "label": [numbers[image.parent.name] for image in members],
         }
-        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+        splits[split] = datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
     return datasets.DatasetDict(splits)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, LongTailEvaluation
 from .models import label_names
 from .results import describe_classes, describe_model, describe_run, history_of, summarize_training
 from .teacher import FrozenTeacher
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
     from .trainer import BKDTrainer
 
 
-def measure(trainer: BKDTrainer, dataset_name: str | None = None) -> dict[str, Any]:
+def measure(trainer: BKDTrainer, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
     """Measure a trainer's student and teacher on its `eval_dataset`; all processes have to call it.
 
     Args:
         trainer: The trainer.
-        dataset_name: Id on the Hub of the data, or what it is called.
+        dataset_name: What the data is called.
+        dataset_id: Its id on the Hub, where it is there.
 
     Returns:
         The content of a `results.json` (see `bkd_hf.results`).
@@ -39,8 +41,11 @@ def measure(trainer: BKDTrainer, dataset_name: str | None = None) -> dict[str, A
     prediction = trainer.predict(images)
     names = label_names(trainer.model.config) or [str(number) for number in range(len(counts))]
     eval_counts = np.bincount(prediction.label_ids, minlength=len(counts)).tolist()
-    data = describe_classes(dataset_name or "own data", names, counts.tolist(), eval_counts)
-    data["hub_id"] = dataset_name and data["hub_id"]
+    data = {
+        **describe_classes("own data", names, counts.tolist(), eval_counts, *_thresholds(trainer)),
+        "name": dataset_name or dataset_id or "own data",
+        "hub_id": dataset_id,
+    }
     student = describe_model(_name(trainer.model), trainer.model, prediction.predictions, prediction.label_ids, data)
     seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     if seconds:
@@ -64,8 +69,16 @@ def _measure_teacher(trainer: BKDTrainer, teacher: FrozenTeacher, images: Any, d
 
 
 def _name(model: Any) -> str:
-    """Where a model was loaded from; what it is, if it was made from a configuration."""
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    """Where a model was loaded from; empty, if it was made from a configuration."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "")
+
+
+def _thresholds(trainer: BKDTrainer) -> tuple[int, int]:
+    """Bounds of many- and few-shot classes that the trainer's evaluations have."""
+    evaluation = trainer.compute_metrics
+    if isinstance(evaluation, LongTailEvaluation):
+        return evaluation.many_shot_threshold, evaluation.few_shot_threshold
+    return MANY_SHOT_THRESHOLD, FEW_SHOT_THRESHOLD
 
 
 def _seen_by_teacher(trainer: BKDTrainer) -> Any:

@@ -13,14 +13,17 @@ import jinja2
 import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .arguments import NOT_FOR_TEACHER, SCRIPT_DEFAULTS, UNKNOWN_LICENSE
-from .config import METHOD_OPTIONS, method_defaults
+from .config import METHOD_OPTIONS, method_defaults, option_is_used, used_by
+from .errors import InputError
 from .methods import METHODS
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
 from .plots import figure_names
-from .results import adjusts_itself, effective_batch_size, load_results, training_options
+from .results import adjusts_itself, check_schema, effective_batch_size, load_results, training_options
 from .run_folder import WITHOUT_INFLUENCE
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -30,7 +33,7 @@ _WEAK_ACCURACY = 0.2
 _FEW_TEST_IMAGES = 10
 _MAX_LISTED_CLASSES = 500
 _MAX_WEAKEST_CLASSES = 100
-_MAX_NAMED_CLASSES = 20
+_MAX_NAMED_CLASSES = 100
 _NUM_RANK_GROUPS = 20
 
 _METRICS = (  # title, key in `long_tail_metrics`, and its name in the metadata, for those that are there too
@@ -95,10 +98,14 @@ def build(
         The card: `str(card)` is its Markdown, `card.save(path)` writes it, `card.validate()` asks the Hub.
 
     Raises:
-        InputError: If a file is no `results.json`, or of another schema version.
+        InputError: If it is no `results.json`, or of another schema version, or `dataset_id` is malformed.
     """
-    if not isinstance(results, dict):
+    if isinstance(results, dict):
+        check_schema(results)
+    else:
         results = load_results(results)
+    if dataset_id is not None:
+        check_repo_id(dataset_id)
     license = license or UNKNOWN_LICENSE
     data, student, teacher = results["data"], results["student"], results["teacher"]
     dataset_id = dataset_id or data.get("hub_id")
@@ -109,7 +116,7 @@ def build(
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["long-tailed", "imbalanced-data", *_method_tags(results), "bkd_hf", *tags],
+        tags=list(dict.fromkeys(["long-tailed", "imbalanced-data", *_method_tags(results), "bkd_hf", *tags])),
         datasets=[dataset_id] if dataset_id else None,
         base_model=base_model or student.get("hub_id"),
         metrics=["accuracy", "balanced_accuracy"],
@@ -139,11 +146,39 @@ def build(
         citations=_citations(results),
         accuracies=_accuracy_rows(results),
         classes=_class_table(results),
+        test_images=_test_images(results),
+        is_best_checkpoint=training_options(results)["load_best_model_at_end"],
         limitations=_limitations(results),
         trainings=_training_rows(results),
         recipe=to_recipe(results, dataset_id),
+        is_from_script=bool(results["options"]["model"]),
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+
+
+def choices_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what somebody chose for a card that [`build`] wrote, as arguments of `build`; nothing without a card."""
+    if not Path(path).exists():
+        return {}
+    metadata = ModelCard.load(Path(path), ignore_metadata_errors=True).data
+    found = {
+        "license": None if metadata.license == UNKNOWN_LICENSE else metadata.license,
+        "dataset_id": next(iter(metadata.datasets or []), None),
+        "base_model": metadata.base_model,
+        "language": metadata.language,
+        "tags": metadata.tags,
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise an `InputError` unless this can be the id of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(
+            f"{repo_id!r} cannot be the id of a repository: expected USER/NAME, of letters, digits, '-', '_' and '.'."
+        ) from error
 
 
 def of_teacher(results: dict[str, Any]) -> dict[str, Any]:
@@ -154,10 +189,14 @@ def of_teacher(results: dict[str, Any]) -> dict[str, Any]:
     """
     options = results["options"]
     training = {**options["training"], **options["teacher_training"]}
+    # What is said of a model is said of the student: here that is the teacher.
+    model = {name: value for name, value in options["model"].items() if not name.startswith("teacher_")}
+    model |= {"model_name_or_path": results["teacher"]["hub_id"] or results["teacher"]["model"]} if model else {}
     return {
         **results,
         "method": results["teacher"].get("method") or "ce",
-        "options": {**options, "training": training, "teacher_training": {}},
+        "options": {**options, "model": model, "training": training, "teacher_training": {}},
+        "command": None,
         "teacher": None,
         "student": results["teacher"],
     }
@@ -177,7 +216,13 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
             for name, value in options.items()
             if name not in without
             and value not in (None, [], {})
-            and (name == "method" or name not in METHOD_OPTIONS or value != defaults.get(name))
+            # Not what the method says already, nor what it does not look at.
+            and (
+                name not in METHOD_OPTIONS
+                or name == "method"
+                or value != defaults.get(name)
+                or option_is_used(name, {**defaults, **options})
+            )
         }
 
     options = results["options"]
@@ -219,7 +264,7 @@ def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list
             task_name="Image classification",
             dataset_type=dataset_id or data["name"],
             dataset_name=f"{data['name']} (training images per class: {max(counts):,} to {min(counts):,})",
-            dataset_split=results["options"]["data"].get("eval_split_name"),
+            dataset_split=data.get("eval_split") or results["options"]["data"].get("eval_split_name"),
             metric_type=metric_type,
             metric_name=f"Accuracy, {title}",
             metric_value=round(float(metrics[key]), 6),
@@ -321,7 +366,7 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
         per_device, accumulated = options["per_device_train_batch_size"], options["gradient_accumulation_steps"]
         for title, value in {
             "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters)",
-            "method": method or ("ce" if model == "teacher" else "bkd"),
+            "method": f"{method or ('ce' if model == 'teacher' else 'bkd')}: {_loss(options)}",
             "epochs, steps": f"{about['epochs']:g}, {about['steps']:,}",
             "images in a step": f"{effective_batch_size(results, model):,} = {per_device} × {accumulated} accumulated "
             f"× {processes} process{'es' if processes > 1 else ''}",
@@ -332,6 +377,18 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
         }.items():
             rows.setdefault(title, []).append(_escape(value))
     return {"models": models, "rows": rows}
+
+
+def _loss(options: dict[str, Any]) -> str:
+    """E.g. "cross_entropy + bkd (temperature 2, distillation_weight 1, class_balance_beta 0.9999)"."""
+    terms = []
+    for part in ("classification_loss", "distillation_loss"):
+        if options.get(part) not in (None, "none"):
+            numbers = [f"{name} {options[name]:g}" for name in used_by(part, options) if options.get(name) is not None]
+            terms.append(options[part] + (f" ({', '.join(numbers)})" if numbers else ""))
+    about = {"class_weighting": "none", "sampler": "instance"}
+    others = [f"{part} {options[part]}" for part, usual in about.items() if options.get(part) not in (None, usual)]
+    return " + ".join(terms) + "".join(f", {other}" for other in others)
 
 
 def _adjusted(results: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -358,9 +415,9 @@ def _limitations(results: dict[str, Any]) -> list[str]:
     weak = weak[np.argsort(accuracies[weak], kind="stable")]
     if weak.size:
         listed = _listed([f"{_escape(names[index])} ({_percent(accuracies[index])} %)" for index in weak])
+        number = f"{weak.size:,} of {len(names):,} classes {'is' if weak.size == 1 else 'are'}"
         found.append(
-            f"**{weak.size:,} of {len(names):,} classes are recognised less than one time in five**: {listed}. Do not "
-            "rely on the model for them."
+            f"**{number} recognised less than one time in five**: {listed}. Do not rely on it for {_them(weak)}."
         )
     else:
         worst = int(np.nanargmin(accuracies))
@@ -383,15 +440,19 @@ def _limitations(results: dict[str, Any]) -> list[str]:
     untested, barely = np.flatnonzero(tested == 0), np.flatnonzero((tested > 0) & (tested < _FEW_TEST_IMAGES))
     if untested.size:
         listed = _listed([_escape(names[index]) for index in untested])
-        found.append(f"{untested.size:,} classes have no test image, so nothing is known of them: {listed}.")
+        found.append(f"{_classes(untested)} no test image, so nothing is known of {_them(untested)}: {listed}.")
     if barely.size:
         found.append(
-            f"{barely.size:,} classes have fewer than {_FEW_TEST_IMAGES} test images: their own accuracies are "
-            "guesses; see the intervals."
+            f"{_classes(barely)} fewer than {_FEW_TEST_IMAGES} test images: what is said of {_them(barely)} alone is "
+            "a guess; see the intervals."
         )
     adjusted = _adjusted(results)
     if teacher and adjusted and adjusted[1]["accuracy"] >= metrics["accuracy"]:
         found.append("The adjusted teacher is as good overall: distillation gained nothing beyond that here.")
+    if training_options(results)["load_best_model_at_end"]:
+        found.append(
+            "The checkpoint was chosen by the images that all these numbers are of, which flatters them: expect less."
+        )
     error = metrics["expected_calibration_error"]
     if error >= 0.05:
         found.append(
@@ -408,6 +469,18 @@ def _limitations(results: dict[str, Any]) -> list[str]:
         "images like those of its test set were tried."
     )
     return found
+
+
+def _test_images(results: dict[str, Any]) -> str:
+    """Which images the accuracies are of."""
+    data = results["data"]
+    split = data.get("eval_split")
+    number = f"{data['num_eval_images']:,} test images"
+    if split is None:
+        return number
+    if split == "train":
+        return f"{number}, which were set aside of the training data"
+    return f"{number} (split `{split}`)"
 
 
 def _parts(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -453,6 +526,14 @@ def _time(seconds: float) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - _MAX_NAMED_CLASSES
     return ", ".join(names[:_MAX_NAMED_CLASSES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _classes(numbers: np.ndarray) -> str:
+    return "1 class has" if numbers.size == 1 else f"{numbers.size:,} classes have"
+
+
+def _them(numbers: np.ndarray) -> str:
+    return "it" if numbers.size == 1 else "them"
 
 
 def _escape(text: Any) -> str:

@@ -9,9 +9,11 @@ Schema, version 1 (fractions for metrics, seconds for times; `null` where someth
     method              the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
     seed                seed of the training
     command             what was called, or null (from Python)
-    data                name, hub_id (null if it is not from the Hub), fingerprint and eval_fingerprint (hashes of
-                        labels and images), num_train_images, num_eval_images, class_names, class_counts (training),
-                        eval_class_counts, many_shot_threshold, few_shot_threshold
+    data                name, hub_id (null if it is not from the Hub), eval_split (name of the split that was
+                        evaluated on, "train" for images that were set aside of it; null if not known), fingerprint
+                        and eval_fingerprint (hashes of labels and images), num_train_images, num_eval_images,
+                        class_names, class_counts (training), eval_class_counts, many_shot_threshold,
+                        few_shot_threshold
     teacher, student    model, hub_id (null if it is not from the Hub), architecture, num_parameters, metrics (see
                         `long_tail_metrics`), post_hoc_metrics (the same after post-hoc logit adjustment, and its
                         tau), confusions, and where it was trained in this run:
@@ -22,7 +24,7 @@ Schema, version 1 (fractions for metrics, seconds for times; `null` where someth
     versions            of Python and the libraries, and commit, of bkd_hf where it is a git checkout
     hardware            device, cpu_cores, cpu_threads, num_processes, precision
 
-Results of earlier versions lack method, command, hub_id, architecture and commit.
+Results of earlier versions lack method, command, hub_id, eval_split, architecture and commit.
 
 It holds no absolute path and no user name: a local model or data set is recorded by the name of its folder.
 """
@@ -34,6 +36,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -59,10 +62,14 @@ from .teacher import FrozenTeacher
 RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
 
+_REQUIRED = ("options", "seed", "data", "teacher", "student", "versions", "hardware")
 _MAX_CONFUSIONS = 2000
 _METHOD_PARTS = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
 _CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
+# Folders in the text of an option, such as JSON.
+_FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
+_FOLDER_OPTIONS = {"output_dir", "teacher_cache", "cache_dir", "config", "teacher_label_map", "deepspeed"}
 # Neither a result nor of interest to others.
 _NOT_RECORDED = {"output_dir", "hub_model_id", "cache_dir", "run_name", "logging_dir"}
 
@@ -82,15 +89,31 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"There is no {path}: the run is not finished, or this is no output folder.") from error
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: neither JSON nor text
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
+    check_schema(results, path)
+    return results
+
+
+def check_schema(results: Any, source: str | os.PathLike[str] = "This run") -> None:
+    """Refuse what is not the content of a `results.json` of this version.
+
+    Args:
+        results: As read.
+        source: Where from, for the message.
+
+    Raises:
+        InputError: If it is of another schema version, or parts are missing.
+    """
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
-            f"{path} has schema version {version}; this version of bkd_hf ({__version__}) reads {SCHEMA_VERSION}. "
+            f"{source} has schema version {version}; this version of bkd_hf ({__version__}) reads {SCHEMA_VERSION}. "
             "Run it again, or use the version of bkd_hf that wrote it."
         )
-    return results
+    missing = [name for name in _REQUIRED if name not in results]
+    if missing:
+        raise InputError(f"{source} is not whole: it has no {', '.join(missing)}. Run it again.")
 
 
 def save_json(content: Any, path: str | os.PathLike[str]) -> None:
@@ -117,7 +140,14 @@ def describe_data(
         many_shot_threshold,
         few_shot_threshold,
         fingerprints=(fingerprint(train), fingerprint(evaluation)),
+        eval_split=_eval_split(train, evaluation),
     )
+
+
+def _eval_split(train: datasets.Dataset, evaluation: datasets.Dataset) -> str | None:
+    if evaluation.split is None:
+        return None
+    return "train" if evaluation.split == train.split else str(evaluation.split)
 
 
 def describe_classes(
@@ -128,6 +158,7 @@ def describe_classes(
     many_shot_threshold: int = MANY_SHOT_THRESHOLD,
     few_shot_threshold: int = FEW_SHOT_THRESHOLD,
     fingerprints: tuple[str | None, str | None] = (None, None),
+    eval_split: str | None = None,
 ) -> dict[str, Any]:
     """Return the `data` section.
 
@@ -139,10 +170,12 @@ def describe_classes(
         many_shot_threshold: Classes with more training images are many-shot.
         few_shot_threshold: Classes with fewer training images are few-shot.
         fingerprints: Of training and evaluation images, where they are known.
+        eval_split: Name of the split that is evaluated on, where it is known.
     """
     return {
         "name": without_folders(name),
         "hub_id": hub_id(name),
+        "eval_split": eval_split,
         "fingerprint": fingerprints[0],
         "eval_fingerprint": fingerprints[1],
         "num_train_images": sum(counts),
@@ -208,7 +241,7 @@ def describe_model(
     """Return what is told of a model: what it is, and how well it does.
 
     Args:
-        name: Folder, Hub id, or `cifar-resnet-…`.
+        name: Folder, Hub id, or `cifar-resnet-…`; empty for what was made from a configuration.
         model: The model.
         logits: N×C, of the evaluation images.
         labels: N class numbers.
@@ -217,8 +250,8 @@ def describe_model(
     """
     classifier = model.model if isinstance(model, FrozenTeacher) else model
     return {
-        "model": without_folders(name),
-        "hub_id": hub_id(name) if cifar_resnet_depth(name) is None else None,
+        "model": without_folders(name) if name else type(classifier).__name__,
+        "hub_id": hub_id(name) if name and cifar_resnet_depth(name) is None else None,
         "architecture": type(classifier).__name__,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         **describe_predictions(logits, labels, data, post_hoc_tau),
@@ -310,7 +343,7 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def describe_command(arguments: Sequence[str], num_processes: int) -> str:
-    """Return the command line of `run_bkd.py`, as others may see it: without tokens and the folders of this machine.
+    """Return the command line of `run_bkd.py`, as others can use it: without publishing, and without folders.
 
     Args:
         arguments: What follows the script.
@@ -318,14 +351,20 @@ def describe_command(arguments: Sequence[str], num_processes: int) -> str:
     """
     launcher = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
     shown: list[str] = []
+    option = ""
     for argument in arguments:
-        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
-        if (shown and _is_secret(shown[-1])) or (equals and _is_secret(option)):
-            value = "TOKEN"
-        elif value.startswith(("/", "~", "..")):
-            value = Path(value).name
-        shown.append(option + equals + value)
+        is_option = argument.startswith("--")
+        given, equals, value = argument.partition("=") if is_option else ("", "", argument)
+        option = given.lstrip("-").replace("-", "_") if is_option else option
+        if not _is_private(option):
+            shown.append(given + equals + _shown(value, option))
     return shlex.join([*launcher, "scripts/run_bkd.py", *shown])
+
+
+def _shown(value: str, option: str) -> str:
+    if value.startswith("scripts/"):  # the recipes of bkd_hf are where they are for everybody
+        return value
+    return Path(value).name if option in _FOLDER_OPTIONS else without_folders(value)
 
 
 def describe_hardware(args: BKDConfig) -> dict[str, Any]:
@@ -343,30 +382,45 @@ def describe_hardware(args: BKDConfig) -> dict[str, Any]:
 def recordable(options: dict[str, Any]) -> dict[str, Any]:
     """Return options without secrets and without anything that tells where on a machine the run was."""
 
-    def told(value: Any) -> Any:
+    def told(value: Any, option: str) -> Any:
         if isinstance(value, dict):
-            return {name: told(inner) for name, inner in value.items()}
+            return {name: told(inner, option) for name, inner in value.items()}
         if isinstance(value, (list, tuple)):
-            return [told(inner) for inner in value]
-        return without_folders(value) if isinstance(value, str) else value
+            return [told(inner, option) for inner in value]
+        return _shown(value, option) if isinstance(value, str) else value
 
-    return {name: told(value) for name, value in options.items() if not _is_secret(name) and name not in _NOT_RECORDED}
+    return {
+        name: told(value, name)
+        for name, value in options.items()
+        if not _is_secret(name) and name not in _NOT_RECORDED
+    }
 
 
 def hub_id(name: str) -> str | None:
     """Return the name of a data set or model that is on the Hub; `None` for what is here."""
-    here = name == "digits" or name.startswith((".", "~", "/")) or Path(name).exists()
+    here = name == "digits" or _is_path(name) or os.path.exists(name)
     return None if here else name
 
 
-def without_folders(name: str) -> str:
-    """Return the last part of a name that is a path on this machine; a Hub id as it is."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.is_absolute() or name.startswith((".", "~")) or path.exists() else name
+def without_folders(text: str) -> str:
+    """Return the last part of a path on this machine; a Hub id as it is; other text without the folders in it."""
+    if _is_path(text) or os.path.exists(text):
+        return Path(os.path.expanduser(text)).resolve().name
+    return _FOLDERS.sub("", text)
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text without blanks is no Hub id, which has one slash at most."""
+    is_word = not any(character.isspace() or character in "{[,;:" for character in text)
+    return is_word and (text.startswith((".", "~", "/")) or text.count("/") > 1)
+
+
+def _is_private(name: str) -> bool:
+    return _is_secret(name) or name in ("push_to_hub", "push_teacher") or name.startswith("hub_")
 
 
 def _is_secret(name: str) -> bool:
-    return name.lstrip("-").replace("-", "_").split("_")[-1] == "token"
+    return name.split("_")[-1] == "token"
 
 
 def _without_nan(content: Any) -> Any:

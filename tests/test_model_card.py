@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.model_card import build, of_teacher, to_recipe
-from bkd_hf.results import describe_command, describe_model, describe_training, recordable
+from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
 from bkd_hf.run_folder import _told
 from tests.conftest import REPOSITORY
 
@@ -122,8 +122,39 @@ def test_weak_and_untested_classes_are_named():
     results = results_with([200, 50, 5, 3], [50, 50, 50, 0])
     results["student"]["metrics"]["per_class_accuracy"][2] = 0.02
     limits = str(build(results)).partition("## Limitations")[2]
-    assert "1 of 4 classes are recognised less than one time in five**: class 2 (2.0 %)" in limits
-    assert "1 classes have no test image, so nothing is known of them: class 3" in limits
+    assert "1 of 4 classes is recognised less than one time in five**: class 2 (2.0 %)" in limits
+    assert "1 class has no test image, so nothing is known of it: class 3" in limits
+
+
+@pytest.mark.parametrize(
+    ("split", "told"),
+    [
+        (None, "400 test images, after the last epoch"),
+        ("validation", "400 test images (split `validation`), after the last epoch"),
+        ("train", "400 test images, which were set aside of the training data, after the last epoch"),
+    ],
+)
+def test_which_images_the_numbers_are_of(results, split, told):
+    results["data"]["eval_split"] = split
+    assert told in str(build(results))
+
+
+def test_a_chosen_checkpoint_is_told(results):
+    results["options"]["training"]["load_best_model_at_end"] = True
+    card = str(build(results))
+    assert "of the checkpoint that was best on them" in card
+    assert "after the last epoch" not in card
+    assert "which flatters them" in card
+
+
+def test_all_that_the_loss_is_made_of_is_told(results):
+    card = str(build(results))
+    assert r"bkd: cross\_entropy + bkd (temperature 2, distillation\_weight 1, class\_balance\_beta 0.9999)" in card
+    recipe = yaml.safe_load(to_recipe(results))
+    assert [recipe[name] for name in ("method", "temperature", "distillation_weight", "class_balance_beta")] == [
+        "bkd", 2.0, 1.0, 0.9999,
+    ]  # fmt: skip
+    assert not {"focal_gamma", "dkd_beta", "classification_loss"} & set(recipe)  # not looked at, or said by the method
 
 
 def test_two_classes():
@@ -180,10 +211,25 @@ def test_results_are_not_changed(results):
     assert results == before
 
 
-def test_other_schema_version_is_refused(tmp_path):
-    (tmp_path / "results.json").write_text('{"schema_version": 0}')
-    with pytest.raises(InputError, match="schema version 0"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"schema_version": 0}', "schema version 0"),
+        (b'{"schema_version": 1}', "is not whole: it has no options, seed, data, .*. Run it again"),
+        (b"[1]", "schema version None"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+    ],
+)
+def test_other_files_and_schema_versions_are_refused(tmp_path, content, message):
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(InputError, match=message):
         build(tmp_path)
+
+
+def test_other_schema_version_is_refused_from_python_too(results):
+    with pytest.raises(InputError, match="schema version 2"):
+        build({**results, "schema_version": 2})
 
 
 def test_card_of_the_teacher(results):
@@ -191,6 +237,14 @@ def test_card_of_the_teacher(results):
     value = metadata(card)["model-index"][0]["results"][0]["metrics"][0]["value"]
     assert value == pytest.approx(results["teacher"]["metrics"]["accuracy"], abs=1e-6)
     assert "| accuracy in % | this model |" in str(card)
+
+
+def test_recipe_of_the_teacher_trains_the_teacher(results):
+    results["teacher"]["model"] = "cifar-resnet-20"
+    results["options"]["model"]["teacher_model_name_or_path"] = "cifar-resnet-20"
+    recipe = yaml.safe_load(to_recipe(of_teacher(results)))
+    assert (recipe["model_name_or_path"], recipe["method"]) == ("cifar-resnet-20", "ce")
+    assert "teacher_model_name_or_path" not in recipe
 
 
 # ---- How to do it again
@@ -221,23 +275,50 @@ def test_recipe_gives_the_same_options(options, results, tmp_path):
 def test_command_tells_nothing_of_the_machine():
     command = describe_command(
         ["--dataset_name", "/home/max/birds", "--hub_token", "hf_abc", "--token=hf_def", "--output_dir=~/runs/x",
-         "--teacher_model_name_or_path", "../teachers/vit", "--config", "scripts/recipes/digits.yaml", "--alpha", "2"],
+         "--teacher_model_name_or_path", "../teachers/vit", "--config", "scripts/recipes/digits.yaml", "--alpha", "2",
+         "--push_to_hub", "--hub-model-id", "max/x", "--hub_private_repo", "true", "--model_name_or_path", "max/vit",
+         "--teacher_cache=cache/max", "--accelerator_config", '{"x": "/home/max/y"}', "--lr_step_epochs", "1", "2"],
         num_processes=2,
     )  # fmt: skip
     assert command == (
-        "accelerate launch --num_processes 2 scripts/run_bkd.py --dataset_name birds --hub_token TOKEN --token=TOKEN "
-        "--output_dir=x --teacher_model_name_or_path vit --config scripts/recipes/digits.yaml --alpha 2"
+        "accelerate launch --num_processes 2 scripts/run_bkd.py --dataset_name birds --output_dir=x "
+        "--teacher_model_name_or_path vit --config scripts/recipes/digits.yaml --alpha 2 --model_name_or_path max/vit "
+        """--teacher_cache=max --accelerator_config '{"x": "y"}' --lr_step_epochs 1 2"""
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "on_the_hub"),
+    [
+        ("user/birds", "user/birds", True),
+        ("imagenet-1k", "imagenet-1k", True),
+        ("gone/max/birds", "birds", False),
+        ("/gone/max/birds", "birds", False),
+        ("./birds", "birds", False),
+        ("~max/birds", "birds", False),
+        ("digits", "digits", False),
+    ],
+)
+def test_paths_are_told_from_hub_ids(name, told, on_the_hub):
+    assert without_folders(name) == told
+    assert hub_id(name) == (name if on_the_hub else None)
 
 
 def test_recorded_options_tell_nothing_of_the_machine():
     options = {
         "deepspeed": {"config": "/home/max/ds.json"},
         "files": ["/home/max/a"],
+        "address": "https://example.org/a/b?c",
+        "rate": "lr=1/2, path=/home/max/b.txt",
         "hub_token": "hf_x",
         "push_token": 1,
     }
-    assert recordable(options) == {"deepspeed": {"config": "ds.json"}, "files": ["a"]}
+    assert recordable(options) == {
+        "deepspeed": {"config": "ds.json"},
+        "files": ["a"],
+        "address": "https://example.org/a/b?c",
+        "rate": "lr=1/2, path=b.txt",
+    }
 
 
 def test_hub_model_is_told_from_a_folder(results, tmp_path):

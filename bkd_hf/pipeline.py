@@ -33,10 +33,11 @@ from .machine import keep_freed_memory, set_num_threads
 from .methods import METHODS
 from .metrics import LongTailEvaluation, shot_groups
 from .model_card import build as build_card
+from .model_card import check_repo_id
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .plots import save_plots
 from .precision import precision_of
-from .publishing import CARD_NAME, check_repo_access, folders_of_run, publish_folder
+from .publishing import CARD_NAME, check_repo_access, publish_run
 from .results import (
     RESULTS_NAME,
     describe_data,
@@ -126,6 +127,11 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     teacher_processor = _load_teacher_processor(arguments.model, processor) if distils else processor
     # Before any image is decoded: a teacher that does not fit should not cost that time.
     match = _match_teacher(arguments.model, data["class_names"]) if distils else None
+    if arguments.publishing.push_to_hub and arguments.publishing.push_teacher and not (match and match.why_trained):
+        raise InputError(
+            "--push_teacher: no teacher is trained in this run, and one that was given is where it comes from. Leave "
+            "the option out."
+        )
     if not same_pixels(processor, teacher_processor):
         say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
     images = {
@@ -537,6 +543,8 @@ def _repo_id(arguments: RunArguments) -> str:
 
 def _check_publishing(arguments: RunArguments) -> None:
     """Notice a wrong name or token before any work."""
+    if arguments.publishing.hub_dataset_id is not None:
+        check_repo_id(arguments.publishing.hub_dataset_id)
     if arguments.publishing.push_to_hub and PartialState().is_main_process:
         token, private = arguments.training.hub_token or arguments.model.token, arguments.training.hub_private_repo
         check_repo_access(_repo_id(arguments), token, private=private)
@@ -547,16 +555,16 @@ def _publish(arguments: RunArguments, say: _Announcer) -> None:
     training, publishing = arguments.training, arguments.publishing
     if not publishing.push_to_hub or not PartialState().is_main_process:
         return
-    for repo_id, folder in folders_of_run(training.output_dir, _repo_id(arguments), publishing.push_teacher).items():
-        url = publish_folder(
-            folder,
-            repo_id,
-            private=training.hub_private_repo,
-            token=training.hub_token or arguments.model.token,
-            license=publishing.hub_license,
-            dataset_id=publishing.hub_dataset_id,
-            revision=training.hub_revision,
-        )
+    for url in publish_run(
+        training.output_dir,
+        _repo_id(arguments),
+        publishing.push_teacher,
+        private=training.hub_private_repo,
+        token=training.hub_token or arguments.model.token,
+        license=publishing.hub_license,
+        dataset_id=publishing.hub_dataset_id,
+        revision=training.hub_revision,
+    ):
         say(f"Published: {url}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import json
@@ -10,21 +11,20 @@ import re
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
+from huggingface_hub.errors import HTTPError
 
 from .errors import InputError, PublishError, first_line
-from .model_card import build, of_teacher
-from .plots import save_plots
+from .model_card import build, check_repo_id, choices_of_card, of_teacher
+from .plots import figure_names, save_plots
 from .results import RESULTS_NAME, load_results, save_json
 from .run_folder import read_json
-from .splits import SPLIT_NAME, split_files
+from .splits import PLACEHOLDER, SPLIT_NAME, split_files
 
 _T = TypeVar("_T")
 
@@ -32,14 +32,19 @@ CARD_NAME = "README.md"
 TEACHER_FOLDER = "teacher"
 #: What is pushed of a run, beside the code of a model that is not part of transformers.
 MODEL_FILES = (
-    CARD_NAME, "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", RESULTS_NAME, "figures/*.png",
+    "config.json", "preprocessor_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+    "vocab.txt", "merges.txt", RESULTS_NAME,
 )  # fmt: skip
 _METRIC_FILES = (CARD_NAME, "long_tail.py", "metrics.py", "app.py", "requirements.txt")
 _TEXT_FILES = {".json", ".md", ".py", ".txt"}
-_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{20,}")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/[\w.+@-]+/[\w.+@-]+")
+_OF_EVERY_MACHINE = ("/bin", "/dev", "/etc", "/lib", "/proc", "/sys", "/usr")
 #: Seconds for which a request that failed for a passing reason is tried again.
 PATIENCE = 20.0
+#: Seconds without a byte after which a connection counts as broken.
+SILENCE = 120.0
 _TRANSIENT_STATUSES = {408, 409, 429, 500, 502, 503, 504}
 _REASONS = {
     400: "the Hub refuses it as invalid",
@@ -83,6 +88,7 @@ def publish_folder(
     dataset_id: str | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    retry_options: str = "",
     **card_options: Any,
 ) -> str:
     """Push what a folder holds for others, in one commit: all of it arrives, or nothing.
@@ -95,10 +101,11 @@ def publish_folder(
         repo_id: `USER/NAME`, or `NAME` for the token's own user. Made if it is not there.
         private: Whether a new repository is private.
         token: With write access; the stored one if not given.
-        license: For the card.
-        dataset_id: Id on the Hub of the training data, where it was read from a folder.
+        license: For the card; what the card in the folder says if not given.
+        dataset_id: Id on the Hub of the training data, where it was read from a folder; else as `license`.
         revision: Branch.
         commit_message: Title of the commit.
+        retry_options: Further options of the command that an error names.
         card_options: Further arguments of [`bkd_hf.model_card.build`].
 
     Returns:
@@ -109,15 +116,19 @@ def publish_folder(
             what should not leave this machine.
         PublishError: If the Hub does not take it.
     """
-    publication = prepare(folder, repo_id, license=license, dataset_id=dataset_id, **card_options)
-    check_publication(publication, token)
+    _check_token(token)
+    about = {"license": license, "dataset_id": dataset_id, **card_options}
+    publication = prepare(folder, repo_id, token=token, **about)
     retry = f"python scripts/publish.py {shlex.quote(str(folder))} --repo_id {shlex.quote(repo_id)}"
     given = {"license": license, "dataset_id": dataset_id, "revision": revision}
     retry += " --private" if private else ""
+    retry += " --token …" if token and token != get_token() else ""
+    retry += retry_options
     retry += "".join(f" --{name} {shlex.quote(value)}" for name, value in given.items() if value)
     with_hub = functools.partial(_with_hub, repo_id=repo_id, way_out=f"Nothing is lost: `{retry}` tries again.")
     url = with_hub(lambda: _open_repository(repo_id, publication.repo_type, private, token))
-    write_cards(publication, folder)
+    if url.repo_id != repo_id:  # NAME alone; the card needs USER/NAME
+        publication = prepare(folder, url.repo_id, token=token, **about)
     with_hub(
         lambda: HfApi().create_commit(
             repo_id=url.repo_id,
@@ -131,6 +142,7 @@ def publish_folder(
             token=token,
         )
     )  # fmt: skip
+    write_cards(publication, folder)
     return str(url)
 
 
@@ -139,13 +151,23 @@ def prepare(
     repo_id: str,
     license: str | None = None,
     dataset_id: str | None = None,
+    token: str | None = None,
     **card_options: Any,
 ) -> Publication:
     """Find out what would be published of a folder (arguments as [`publish_folder`]); nothing is sent.
 
     Raises:
-        InputError: If there is nothing finished in the folder, or the id is malformed.
+        InputError: If there is nothing finished in the folder, the id is malformed, or a file holds what should not
+            leave this machine.
     """
+    publication = _collect(folder, repo_id, license, dataset_id, **card_options)
+    _check_contents(publication, Path(folder), token)
+    return publication
+
+
+def _collect(
+    folder: str | os.PathLike[str], repo_id: str, license: str | None, dataset_id: str | None, **card_options: Any
+) -> Publication:
     check_repo_id(repo_id)
     folder = Path(folder)
     if not folder.is_dir():
@@ -153,30 +175,66 @@ def prepare(
     is_metric, is_split = (folder / "long_tail.py").exists(), (folder / SPLIT_NAME).exists()
     if (is_metric or is_split) and (license or dataset_id):
         raise InputError(f"{folder} has a card of its own: --license and --dataset_id are for the card of a student.")
-    if is_metric:
-        return Publication("space", _existing(folder, _METRIC_FILES), {})
-    if is_split:
-        return Publication("dataset", split_files(folder), {})
+    if is_metric or is_split:
+        files = _existing(folder, _METRIC_FILES) if is_metric else split_files(folder)
+        text = files.pop(CARD_NAME).read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+        return Publication("space" if is_metric else "dataset", files, {CARD_NAME: text})
     if not (folder / RESULTS_NAME).exists():
         raise InputError(
             f"{folder} is no finished run: it has no {RESULTS_NAME}. An interrupted run is continued by the command "
             "that began it."
         )
     results = load_results(folder)
-    files = _existing(folder, [*MODEL_FILES, *_own_code(folder)])
+    figures = [f"figures/{name}" for name in figure_names(results)]
+    if not all((folder / name).exists() for name in figures):
+        save_plots(results, folder / "figures")
+    files = _existing(folder, [*MODEL_FILES, *_own_code(folder), *figures])
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise InputError(f"{folder} has {RESULTS_NAME}, but no model (config.json and model.safetensors).")
-    files.pop(CARD_NAME, None)
-    card = build(results, repo_id, license, dataset_id, **card_options)
+    if not any(name.startswith(("preprocessor", "tokenizer")) for name in files):
+        warnings.warn(
+            f"{folder} has no preprocessor_config.json: the published model cannot be used by a pipeline. Save its "
+            "image processor there (from Python: give it to the trainer as processing_class).",
+            stacklevel=4,
+        )
+    given = {"license": license, "dataset_id": dataset_id, **card_options}
+    told = {name: value for name, value in given.items() if value not in (None, [], ())}
+    card = build(results, repo_id, **{**choices_of_card(folder / CARD_NAME), **told})
     return Publication("model", files, {CARD_NAME: str(card)})
 
 
 def write_cards(publication: Publication, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write the cards into the folder too, so that it holds what a reader sees on the Hub; return their paths."""
-    paths = [Path(folder) / name for name in publication.cards]
-    for path, text in zip(paths, publication.cards.values(), strict=True):
-        path.write_text(text, encoding="utf-8")
+    """Write the card of a run into its folder too, so that it holds what a reader sees on the Hub; return its path.
+
+    The cards of splits and of the metric stay as they are: they can be published under several names.
+    """
+    paths = [Path(folder) / name for name in publication.cards if publication.repo_type == "model"]
+    for path in paths:
+        path.write_text(publication.cards[path.name], encoding="utf-8")
     return paths
+
+
+def publish_run(
+    folder: str | os.PathLike[str], repo_id: str, with_teacher: bool = False, **options: Any
+) -> Iterator[str]:
+    """Publish a run, and its teacher if wanted.
+
+    Args:
+        folder: Output folder of the finished run.
+        repo_id: Of the student.
+        with_teacher: Whether the teacher that was trained in the run is published too, as `REPO_ID-teacher`.
+        options: For [`publish_folder`].
+
+    Yields:
+        The URL of each repository.
+
+    Raises:
+        InputError: As `publish_folder`, or if no teacher was trained in that run.
+        PublishError: If the Hub does not take it.
+    """
+    for name, part in folders_of_run(folder, repo_id, with_teacher).items():
+        rest = " --push_teacher" if with_teacher and part == Path(folder) else ""
+        yield publish_folder(part, name, retry_options=rest, **options)
 
 
 def folders_of_run(folder: str | os.PathLike[str], repo_id: str, with_teacher: bool = False) -> dict[str, Path]:
@@ -211,16 +269,6 @@ def prepare_teacher(folder: str | os.PathLike[str]) -> Path:
     save_json(of_teacher(results), teacher / RESULTS_NAME)
     save_plots(of_teacher(results), teacher / "figures")
     return teacher
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise an `InputError` unless this can be the id of a repository."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(
-            f"{repo_id!r} cannot be the id of a repository: expected USER/NAME, of letters, digits, '-', '_' and '.'."
-        ) from error
 
 
 def check_repo_access(
@@ -274,26 +322,41 @@ def _own_code(folder: Path) -> list[str]:
     return sorted({f"{name.split('.')[0]}.py" for name in classes if name and "--" not in name})
 
 
-def check_publication(publication: Publication, token: str | None = None) -> None:
-    """Refuse what should not leave this machine: tokens, and the folders of its user.
+def _check_contents(publication: Publication, folder: Path, token: str | None) -> None:
+    """Refuse what should not leave this machine: tokens, and folders of this machine.
 
     Raises:
         InputError: Naming the file.
     """
-    _check_token(token)
-    home = str(Path.home())
-    secrets = {
-        "a token": [secret.encode() for secret in (token, get_token()) if secret],
-        "the path of your home folder": [home.encode() + b"/"] if len(home) > 1 else [],
-        "a path with your user name": [f"/{part}/{getpass.getuser()}/".encode() for part in ("home", "Users")],
+    texts = {
+        name: path.read_text(encoding="utf-8", errors="replace")
+        for name, path in publication.files.items()
+        if path.suffix in _TEXT_FILES
     }
-    texts = {name: path.read_bytes() for name, path in publication.files.items() if path.suffix in _TEXT_FILES}
-    for name, content in {**texts, **{name: text.encode() for name, text in publication.cards.items()}}.items():
-        found = [what for what, values in secrets.items() if any(value in content for value in values)]
-        if _TOKEN.search(content):
+    own_folders = _own_folders(folder)
+    for name, content in {**texts, **publication.cards}.items():
+        found = [f"a path of your machine ({path})" for path in own_folders if f"{path}/" in content]
+        found += [f"a path of your machine ({path})" for path in _existing_paths(content)]
+        if _TOKEN.search(content) or any(secret in content for secret in (token, get_token()) if secret):
             found.append("a token")
         if found:
             raise InputError(f"{name} holds {found[0]}, which is not for others: nothing was pushed. Remove it there.")
+
+
+def _own_folders(folder: Path) -> list[str]:
+    """Folders whose paths tell who and where one is."""
+    places = [folder.resolve().parent, Path.cwd()]
+    with contextlib.suppress(RuntimeError):  # a user without an entry in the system's list of users
+        places += [Path.home(), Path.home().resolve()]
+    with contextlib.suppress(OSError, KeyError):
+        places += [Path("/home", getpass.getuser()), Path("/Users", getpass.getuser())]
+    return [str(place) for place in dict.fromkeys(places) if len(place.parts) > 2 or place == Path("/root")]
+
+
+def _existing_paths(content: str) -> list[str]:
+    """Beginnings of absolute paths in a text, where these folders are on this machine."""
+    starts = dict.fromkeys(_ABSOLUTE_PATH.findall(content))
+    return [start for start in starts if not start.startswith(_OF_EVERY_MACHINE) and os.path.exists(start)]
 
 
 # ---- The Hub -------------------------------------------------------------------------------------------------------
@@ -312,9 +375,12 @@ def _open_repository(repo_id: str, repo_type: str, private: bool | None, token: 
     api = HfApi(token=token)
     sdk = "gradio" if repo_type == "space" else None
     url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
-    # create_repo is content with a repository that can be read.
-    api.auth_check(url.repo_id, repo_type=repo_type, write=True)
-    if private and not api.repo_info(url.repo_id, repo_type=repo_type).private:
+    try:  # create_repo is content with a repository that can be read
+        api.auth_check(url.repo_id, repo_type=repo_type, write=True)
+    except HTTPError as error:
+        if _status(error) in (401, 403):  # else nothing is known yet: not every Hub answers this
+            raise
+    if private and api.repo_info(url.repo_id, repo_type=repo_type).private is False:
         raise InputError(
             f"{url.repo_id} is there already, and public: make it private on the Hub first, or choose another name."
         )
@@ -326,7 +392,8 @@ def _with_hub(request: Callable[[], _T], repo_id: str, way_out: str, patience: f
     end, wait = time.monotonic() + (PATIENCE if patience is None else patience), 1.0
     while True:
         try:
-            return request()
+            with _limited_silence():
+                return request()
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -348,6 +415,18 @@ def _with_hub(request: Callable[[], _T], repo_id: str, way_out: str, patience: f
             raise PublishError(
                 f"{repo_id} could not be published: {_reason(cause, status)}. {way_out}", is_temporary
             ) from error
+
+
+@contextlib.contextmanager
+def _limited_silence() -> Iterator[None]:
+    """Have requests fail that get no byte for long; huggingface_hub would wait for ever."""
+    client = get_session()
+    before = client.timeout
+    client.timeout = SILENCE
+    try:
+        yield
+    finally:
+        client.timeout = before
 
 
 def _http_error(error: BaseException | None) -> BaseException | None:

@@ -183,6 +183,7 @@ class BKDTrainer(Trainer):
             self._class_weights = weights.to(device=args.device, dtype=torch.float32)
         self._mean_weight_of_step: torch.Tensor | None = None
         self._loss_parts: dict[str, torch.Tensor] = {}
+        self._has_new_weights = False  # that results.json does not tell of
         self._first_step_with_bad_teacher = torch.tensor(_NO_STEP, device=args.device)
         self._first_batch_checked = False
         self._train_batch_sampler: GlobalBatchSampler | None = None
@@ -674,6 +675,7 @@ class BKDTrainer(Trainer):
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._loss_parts = {}
+        self._has_new_weights = True
         self._first_step_with_bad_teacher.fill_(_NO_STEP)
         try:
             outcome = super().train(*args, **kwargs)
@@ -722,13 +724,14 @@ class BKDTrainer(Trainer):
 
     # ---- Publishing -----------------------------------------------------------------------------------------------
 
-    def save_results(self, dataset_name: str | None = None) -> dict[str, Any]:
+    def save_results(self, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
         """Measure student and teacher on `eval_dataset`; write `results.json` and the figures into `output_dir`.
 
         All processes have to call it.
 
         Args:
-            dataset_name: Id on the Hub of the data, or what it is called.
+            dataset_name: What the data is called.
+            dataset_id: Its id on the Hub, where it is there.
 
         Returns:
             The content of `results.json` (see `bkd_hf.results`).
@@ -740,7 +743,8 @@ class BKDTrainer(Trainer):
         from .plots import save_plots
         from .results import RESULTS_NAME, save_json
 
-        results = measure(self, dataset_name)
+        results = measure(self, dataset_name, dataset_id)
+        self._has_new_weights = False
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -748,24 +752,47 @@ class BKDTrainer(Trainer):
             save_plots(results, folder / "figures")
         return results
 
-    def create_model_card(self, **kwargs: Any) -> None:
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
         """Write the model card, `README.md`, from the `results.json` in `output_dir` (see `bkd_hf.model_card`).
 
-        Without that file all is measured first, for which all processes have to call it.
+        If there is none, or this trainer has trained since, all is measured first, for which all processes have to
+        call it.
 
         Args:
-            kwargs: As for `Trainer`: `license`, `tags`, `model_name` (the headline), `finetuned_from` (id on the Hub
-                of the model that the student started from), `dataset_tags` (id on the Hub of the data), `dataset`
-                (what the data is called), `language`. `tasks` and `dataset_args` are known from the results.
+            language: As for `Trainer`.
+            license: As for `Trainer`.
+            tags: As for `Trainer`.
+            model_name: The headline.
+            finetuned_from: Id on the Hub of the model that the student started from.
+            tasks: Known from the results, and ignored.
+            dataset_tags: Id on the Hub of the data; of several the first.
+            dataset: What the data is called.
+            dataset_args: Known from the results, and ignored.
         """
         from .model_card import build
         from .results import RESULTS_NAME
 
         folder = Path(self.args.output_dir)
-        if not (folder / RESULTS_NAME).exists():
-            self.save_results(kwargs.get("dataset") or kwargs.get("dataset_tags"))
+        if not (folder / RESULTS_NAME).exists() or self._has_new_weights:
+            self.save_results(_joined(dataset), _first(dataset_tags))
         if self.is_world_process_zero():
-            build(folder, self.hub_model_id or self._repo_id(), **_card_options(**kwargs)).save(folder / "README.md")
+            card = build(
+                folder,
+                self.hub_model_id or self._repo_id(),
+                **_card_options(language, license, tags, model_name, finetuned_from, dataset_tags),
+            )
+            card.save(folder / "README.md")
 
     def push_to_hub(
         self,
@@ -800,7 +827,8 @@ class BKDTrainer(Trainer):
 
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
-        self.save_results(kwargs.get("dataset") or kwargs.get("dataset_tags"))
+        self.save_results(_joined(kwargs.pop("dataset", None)), _first(kwargs.get("dataset_tags")))
+        known = {name: value for name, value in kwargs.items() if name not in ("tasks", "dataset_args")}
         if not self.is_world_process_zero():
             return None
         publish = functools.partial(
@@ -811,7 +839,7 @@ class BKDTrainer(Trainer):
             token=token or self.args.hub_token,
             revision=revision or self.args.hub_revision,
             commit_message=commit_message,
-            **_card_options(**kwargs),
+            **_card_options(**known),
         )
         return publish() if blocking else HfApi().run_as_future(publish)
 
@@ -898,10 +926,7 @@ def _card_options(
     tags: str | list[str] | None = None,
     model_name: str | None = None,
     finetuned_from: str | None = None,
-    tasks: str | list[str] | None = None,
-    dataset_tags: str | None = None,
-    dataset: str | None = None,
-    dataset_args: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
 ) -> dict[str, Any]:
     """What `Trainer.create_model_card` takes, as `bkd_hf.model_card.build` takes it."""
     return {
@@ -910,8 +935,16 @@ def _card_options(
         "tags": [tags] if isinstance(tags, str) else tags or [],
         "title": model_name,
         "base_model": finetuned_from,
-        "dataset_id": dataset_tags,
+        "dataset_id": _first(dataset_tags),
     }
+
+
+def _first(names: str | list[str] | None) -> str | None:
+    return names if names is None or isinstance(names, str) else next(iter(names), None)
+
+
+def _joined(names: str | list[str] | None) -> str | None:
+    return names if names is None or isinstance(names, str) else ", ".join(names)
 
 
 def _count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray | None:

@@ -45,20 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _publish(options: argparse.Namespace) -> None:
-    from bkd_hf.publishing import folders_of_run, prepare, publish_folder, write_cards
+    from bkd_hf.publishing import folders_of_run, prepare, publish_run, write_cards
 
-    prepare(options.folder, options.repo_id)  # what is wrong with the folder or the name is said first
-    for repo_id, folder in folders_of_run(options.folder, options.repo_id, options.push_teacher).items():
-        about = {"license": options.license, "dataset_id": options.dataset_id}
-        if not options.dry_run:
-            access = {"private": options.private, "token": options.token, "revision": options.revision}
-            print(f"Published: {publish_folder(folder, repo_id, **about, **access)}")
-            continue
-        publication = prepare(folder, repo_id, **about)
-        print(f"Would be pushed to {repo_id} ({publication.repo_type}):")
-        for name, size in publication.sizes().items():
-            print(f"  {size:>13,}  {name}")
-        for card in write_cards(publication, folder):
+    folder, repo_id, with_teacher = options.folder, options.repo_id, options.push_teacher
+    about = {"license": options.license, "dataset_id": options.dataset_id}
+    prepare(folder, repo_id, **about)  # what is wrong with the folder or the name is said first
+    if not options.dry_run:
+        access = {"private": options.private, "token": options.token, "revision": options.revision}
+        for url in publish_run(folder, repo_id, with_teacher, **about, **access):
+            print(f"Published: {url}")
+        return
+    for name, part in folders_of_run(folder, repo_id, with_teacher).items():
+        publication = prepare(part, name, **about)
+        print(f"Would be pushed to {name} ({publication.repo_type}):")
+        for file, size in publication.sizes().items():
+            print(f"  {size:>13,}  {file}")
+        for card in write_cards(publication, part):
             print(f"The card is in {card}.")
 
 

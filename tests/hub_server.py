@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import urllib.request
 from collections.abc import Iterator
@@ -222,6 +223,7 @@ REPOSITORIES: dict[tuple[str, str], Repository] = {}
 REQUESTS: list[str] = []
 FAILING: dict[str, tuple[str, float]] = {}  # route → fault, times
 LOCK = threading.Lock()
+SILENCE = 10.0  # seconds
 
 API = r"/api/(?P<kind>model|dataset|space)s/(?P<id>[^/]+/[^/]+)"
 WEB = r"/(?:(?P<kind>dataset|space)s/)?(?P<id>[^/]+/[^/]+)"
@@ -248,11 +250,13 @@ READ_ONLY = (403, "Forbidden: you must use a write token to upload to a reposito
 FAULTS = {
     "401": refusal(*BAD_TOKEN),
     "403": refusal(*READ_ONLY),
+    "404": refusal(404, "Sorry, we can't find the page you are looking for."),  # a Hub without this route
     "409": refusal(409, "Another commit operation is in progress for this repository. Please try again later."),
     "429": refusal(429, "We had to rate limit you, you hit the quota of 1000 api requests.", Retry_After="1"),
     "500": refusal(500, "Internal Error - We're working hard to fix this as soon as possible!"),
     "503": Answer(503, b"<html><h1>503 Service Unavailable ERROR</h1></html>", {"Content-Type": "text/html"}),
     "cut": None,  # the connection breaks within the request
+    "silent": None,  # the request is taken, and nothing follows
     "lost": None,  # the request is served, and the connection breaks before the answer
 }
 
@@ -282,6 +286,9 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read((int(self.headers.get("Content-Length", 0)) + 1) // 2)
             return self.cut()
         self.body, self.query = self.read_body(), parse_qs(query)
+        if fault == "silent":
+            time.sleep(SILENCE)
+            return self.cut()
         self.groups = {name: unquote(value or "") for name, value in match.groupdict().items()} if match else {}
         try:
             with LOCK:

@@ -49,12 +49,13 @@ def faults(folder: Path) -> dict[str, Any]:
     """Each fault, first passing, then for ever."""
     publish, found = script("publish").main, {}
     publishing.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)  # do not wait in earnest
+    publishing.SILENCE = 0.5
     cases = [
         ("create", "503", 1), ("preupload", "500", 1), ("lfs", "429", 1), ("put", "cut", 1), ("commit", "cut", 1),
-        ("commit", "409", 1), ("commit", "lost", 1), ("validate", "503", 1),
+        ("commit", "409", 1), ("commit", "lost", 1), ("validate", "503", 1), ("commit", "silent", 1),
         ("create", "401", None), ("create", "403", None), ("create", "500", None), ("create", "cut", None),
         ("commit", "403", None), ("commit", "409", None), ("commit", "429", None), ("commit", "503", None),
-        ("commit", "cut", None), ("put", "403", None),
+        ("commit", "cut", None), ("put", "403", None), ("preupload", "silent", None),
     ]  # fmt: skip
     for route, fault, times in cases:
         repo_id = f"user/{route}-{fault}-{times or 'ever'}"
@@ -71,6 +72,27 @@ def faults(folder: Path) -> dict[str, Any]:
     return found
 
 
+def plain_hub(folder: Path) -> dict[str, Any]:
+    """A Hub that knows no more than publishing needs; names without a user; what was chosen for a card before."""
+    publish, found = script("publish").main, {}
+    hub.fail("auth", "404", None)
+    before = len(hub.requests())
+    found["first"] = call(
+        publish, str(folder), "--repo_id", "plain", "--license", "mit", "--dataset_id", "user/digits", "--private"
+    )
+    found["requests"] = hub.requests()[before:]
+    found["again"] = call(publish, str(folder), "--repo_id", "user/plain", "--private")
+    hub.fail("auth", "404", 0)
+    found["commits"] = hub.commits("user/plain")
+    found["card"] = hub.files("user/plain")["README.md"].decode()
+    hub.fail("commit", "500", None)
+    found["with teacher"] = call(
+        publish, str(folder), "--repo_id", "user/plain", "--license", "afl-3.0", "--push_teacher"
+    )
+    hub.fail("commit", "500", 0)
+    return found
+
+
 def refusals(folder: Path, scratch: Path) -> dict[str, str]:
     publish = script("publish").main
     unfinished, old = scratch / "unfinished", scratch / "old"
@@ -83,6 +105,8 @@ def refusals(folder: Path, scratch: Path) -> dict[str, str]:
     shutil.copytree(folder, leaking, ignore=shutil.ignore_patterns("checkpoint-*", "teacher"))
     config = json.loads((leaking / "config.json").read_text())
     (leaking / "config.json").write_text(json.dumps({**config, "from": f"{Path.home()}/models"}))
+    elsewhere = scratch / "elsewhere" / "models"
+    elsewhere.mkdir(parents=True)
     hub.add("user/public", {})
     before = len(hub.requests())
     calls = {
@@ -94,7 +118,11 @@ def refusals(folder: Path, scratch: Path) -> dict[str, str]:
             publish, str(REPOSITORY / "bkd_hf" / "long_tail"), "--repo_id", "user/x", "--license", "mit"
         ),
         "leak": call(publish, str(leaking), "--repo_id", "user/x"),
+        "leak, dry": call(publish, str(leaking), "--repo_id", "user/x", "--dry_run"),
+        "dataset": call(publish, str(folder), "--repo_id", "user/x", "--dataset_id", "my digits"),
     }
+    (leaking / "config.json").write_text(json.dumps({**config, "from": f"{elsewhere}/vit"}))
+    calls["other path"] = call(publish, str(leaking), "--repo_id", "user/x")
     silent = len(hub.requests()) == before
     hub.add("user/readable", {})
     for case, token, repo_id in (
@@ -142,10 +170,18 @@ def from_python(scratch: Path) -> dict[str, Any]:
     )  # fmt: skip
     trainer.train()
     pushed_while_training = hub.commits("user/python")
-    url = trainer.push_to_hub(license="mit", dataset="Digits", tags="tiny")
+    url = trainer.push_to_hub(license="mit", dataset="Digits (mine)", dataset_tags=["user/digits"], tags="tiny")
     card = hub.files("user/python")["README.md"].decode()
     files = sorted(hub.files("user/python"))
-    return {"url": url, "while_training": pushed_while_training, "files": files, "card": card}
+    trainer.create_model_card("en", "mit")
+    same = json.loads((scratch / "python" / "results.json").read_text())["student"]["training"]["steps"]
+    args.max_steps = 3
+    trainer.train()
+    trainer.create_model_card(license="mit", dataset=["Digits", "more"])
+    new = json.loads((scratch / "python" / "results.json").read_text())["student"]["training"]["steps"]
+    return {
+        "url": url, "while_training": pushed_while_training, "files": files, "card": card, "steps": [same, new],
+    }  # fmt: skip
 
 
 def split_and_metric(scratch: Path) -> dict[str, Any]:
@@ -165,6 +201,8 @@ def split_and_metric(scratch: Path) -> dict[str, Any]:
         "names": loaded["train"].features["label"].names,
         "labels": reloaded["train"]["label"][:],
         "space": space, "space_files": sorted(hub.files("user/long_tail", "space")), "metric": value,
+        "space_card": hub.files("user/long_tail", "space")["README.md"].decode(),
+        "card": hub.files("user/digits-lt", "dataset")["README.md"].decode(),
     }  # fmt: skip
 
 
@@ -172,6 +210,7 @@ if __name__ == "__main__":
     output_dir, scratch = map(Path, sys.argv[1:])
     outcome = {
         "dry_run": dry_run(output_dir),
+        "plain": plain_hub(output_dir),
         "refusals": refusals(output_dir, scratch),
         "faults": faults(output_dir),
         "python": from_python(scratch),

@@ -16,6 +16,7 @@ from PIL import Image
 
 from bkd_hf import load_image_dataset, load_processor, make_long_tailed
 from bkd_hf.modeling_cifar_resnet import CifarResNetForImageClassification
+from bkd_hf.publishing import prepare
 from tests.conftest import REPOSITORY, launch_two_processes
 from tests.hub_server import Hub
 
@@ -62,7 +63,9 @@ def output_dir(hub, home, environment) -> Path:
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.count("Published: ") == 2  # student and teacher, by the main process alone
     (folder / ".env").write_text(f"HF_TOKEN={environment['HF_TOKEN']}")
-    (folder / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "model-old.safetensors", "vocab.bak", "tokenizer_old.json", "figures/me.png"):
+        (folder / name).write_text("mine")
+    (folder / "figures" / "training_curves.png").unlink()  # drawn again
     return folder
 
 
@@ -150,6 +153,42 @@ def test_dry_run_lists_files_and_writes_the_card(outcome, output_dir):
     assert "license: mit" in dry_run["card"]
 
 
+def test_a_hub_with_the_routes_that_are_needed_is_enough(outcome):
+    plain = outcome["plain"]
+    assert plain["first"]["code"] == 0, plain["first"]
+    needed = (
+        "POST /api/repos/create|POST /api/validate-yaml|GET /api/models/user/plain|PUT /__storage__/.*"
+        "|POST /api/models/user/plain/(preupload|commit)/main|POST /user/plain.git/info/lfs/objects/batch"
+    )
+    others = [request for request in plain["requests"] if not re.fullmatch(needed, request)]
+    assert others == ["GET /api/models/user/plain/auth-check/write"]  # which this Hub does not know
+
+
+def test_a_card_keeps_what_was_chosen_for_it(outcome):
+    plain = outcome["plain"]
+    assert (plain["again"]["code"], plain["commits"]) == (0, ["Publish with bkd_hf"])
+    metadata = yaml.safe_load(plain["card"].split("---")[1])
+    assert (metadata["license"], metadata["datasets"]) == ("mit", ["user/digits"])
+    assert 'pipeline("image-classification", "user/plain"' in plain["card"]  # pushed to "plain"
+
+
+def test_the_command_that_goes_on_is_whole(outcome, output_dir):
+    error = outcome["plain"]["with teacher"]["err"]
+    assert f"publish.py {output_dir} --repo_id user/plain --push_teacher --license afl-3.0` tries again" in error
+
+
+def test_a_user_without_name_and_home_can_publish(output_dir, monkeypatch):
+    def unknown(*_):
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    def homeless(*_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert "model.safetensors" in prepare(output_dir, "user/x").files
+
+
 # ---- When it does not work
 
 
@@ -161,7 +200,10 @@ def test_dry_run_lists_files_and_writes_the_card(outcome, output_dir):
         ("unfinished", "no finished run"),
         ("schema", "schema version 99"),
         ("card of its own", "has a card of its own"),
-        ("leak", "config.json holds the path of your home folder"),
+        ("leak", "config.json holds a path of your machine"),
+        ("leak, dry", "config.json holds a path of your machine"),
+        ("other path", "config.json holds a path of your machine"),
+        ("dataset", "'my digits' cannot be the id of a repository"),
         ("license", "the Hub refuses its card"),
         ("no token", "There is no token for the Hub"),
         ("wrong token", "the Hub does not accept the token"),
@@ -176,12 +218,12 @@ def test_refusals(outcome, case, reason):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert reason in error
-    assert outcome["refusals"]["silent"]  # the first six need no Hub
+    assert outcome["refusals"]["silent"]  # what is wrong here needs no Hub
 
 
 def test_faults_that_pass_are_waited_for(outcome):
     passing = {name: fault for name, fault in outcome["faults"].items() if name.endswith("1")}
-    assert len(passing) == 8
+    assert len(passing) == 9
     for name, fault in passing.items():
         assert fault["code"] == 0, (name, fault)
         assert fault["commits"] == ["Publish with bkd_hf"], name  # and pushing again changes nothing
@@ -189,14 +231,14 @@ def test_faults_that_pass_are_waited_for(outcome):
 
 def test_faults_that_stay_end_in_one_message_and_lose_nothing(outcome, output_dir):
     staying = {name: fault for name, fault in outcome["faults"].items() if name.endswith("ever")}
-    assert len(staying) == 10
+    assert len(staying) == 11
     for name, fault in staying.items():
         assert fault["code"] == 1, (name, fault)
         error = [line for line in fault["err"].splitlines() if line.startswith("error: ")]
         assert len(error) == 1, fault
         assert "Traceback" not in fault["err"]
         status = name.split()[1]
-        assert ("cannot be reached" if status == "cut" else f"({status}") in error[0]
+        assert ("cannot be reached" if status in ("cut", "silent") else f"({status}") in error[0]
         assert f"python scripts/publish.py {output_dir} --repo_id user/" in error[0]
         assert fault["on_disk"]
         assert fault["again"] == 0
@@ -215,7 +257,12 @@ def test_trainer_pushes_once_with_a_card(outcome):
     assert metadata["license"] == "mit"
     assert "tiny" in metadata["tags"]
     assert "| teacher | student | difference |" in pushed["card"]
-    assert "Digits" in pushed["card"]
+    assert "classes of\n[Digits (mine)](https://huggingface.co/datasets/user/digits)" in pushed["card"]
+    assert metadata["datasets"] == ["user/digits"]
+    assert not {"base_model", "teacher_model"} & set(metadata)  # they are from nowhere on the Hub
+    assert "run_bkd.py" not in pushed["card"]
+    assert "`None`" not in pushed["card"]
+    assert pushed["steps"] == [2, 3]  # measured again after it was trained again
 
 
 def test_split_can_be_pushed_and_loaded(outcome):
@@ -226,11 +273,14 @@ def test_split_can_be_pushed_and_loaded(outcome):
     expected = make_long_tailed(load_image_dataset("digits")["train"], imbalance_ratio=10, split_seed=3)
     assert split["labels"] == expected["label"][:]
     assert split["splits"] == {"train": len(expected), "test": 400}
+    assert 'load_dataset("user/digits-lt")' in split["card"]
+    assert "--dataset_name user/digits-lt\n" in split["card"]
 
 
 def test_metric_can_be_pushed_as_a_space(outcome):
     split = outcome["split"]
     assert split["space"]["code"] == 0, split["space"]
     assert {"README.md", "app.py", "long_tail.py", "metrics.py", "requirements.txt"} <= set(split["space_files"])
+    assert 'evaluate.load("user/long_tail")' in split["space_card"]
     assert split["metric"]["many_shot_accuracy"] == 1.0
     assert split["metric"]["few_shot_accuracy"] == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -343,8 +344,12 @@ def _how(comparison: Comparison) -> str:
 
 
 def _differing_options(cells: Sequence[dict[str, Any]], within_a_method: bool = False) -> dict[str, list[str]]:
-    """Options that are not the same in all cells, and their values; across methods, beside those of the methods."""
-    from .config import METHOD_OPTIONS  # loads transformers
+    """Options that are not the same in all cells, and their values; across methods, beside those of the methods.
+
+    One that is not recorded, because it is not told or was not there yet, has its default.
+    """
+    from .arguments import DataArguments, ModelArguments  # loads transformers
+    from .config import METHOD_OPTIONS, BKDConfig
     from .run_folder import WITHOUT_INFLUENCE
 
     may_differ = {*WITHOUT_INFLUENCE, "seed", "data_seed", "teacher_model_name_or_path"}
@@ -361,8 +366,10 @@ def _differing_options(cells: Sequence[dict[str, Any]], within_a_method: bool = 
         }
         for results in cells
     ]
+    told = [f for kind in (ModelArguments, DataArguments, BKDConfig) for f in dataclasses.fields(kind)]
+    defaults = {f.name: getattr(f.default, "value", f.default) for f in told}
     for name in sorted({name for options in groups for name in options} - may_differ):
-        values[name] = {str(options.get(name, "the default")) for options in groups}
+        values[name] = {str(options.get(name, defaults.get(name))) for options in groups}
     return {name: sorted(found) for name, found in values.items() if len(found) > 1}
 
 

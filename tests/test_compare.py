@@ -125,6 +125,15 @@ def test_seeds_of_a_method_with_other_options_have_no_mean(cells, name):
         Comparison(cells)
 
 
+def test_an_option_that_is_not_recorded_has_its_default():
+    old, new = cell("bkd", 0, 0.40), cell("bkd", 1, 0.41)
+    new["options"]["training"]["precision"] = "auto"  # which there was not when the other was run
+    assert Comparison([old, new]).estimate("bkd", "overall").n == 2
+    new["options"]["training"]["precision"] = "fp32"
+    with pytest.raises(InputError, match="`precision` is auto or fp32"):
+        Comparison([old, new])
+
+
 def test_other_options_are_pointed_out(cells):
     cells[6]["options"]["training"] |= {"num_train_epochs": 30, "disable_tqdm": True}
     markdown = to_markdown(Comparison(cells))

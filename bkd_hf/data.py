@@ -11,6 +11,10 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets.exceptions import DatasetsError
+from datasets.table import CastError
 from transformers.utils import logging
 
 from .errors import InputError, first_line
@@ -197,10 +201,13 @@ def labels_of(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) -> np
     """Return the labels as int64, without reading any image.
 
     Raises:
-        InputError: If there is no such column, or it does not hold whole numbers.
+        InputError: If there is no such column, it does not hold whole numbers, or an example has none.
     """
     if label_column not in dataset.column_names:
         raise InputError(f"There is no label column {label_column!r}; the columns are {dataset.column_names}.")
+    missing = _without_value(dataset, label_column)
+    if missing.size:
+        raise InputError(f"Column {label_column!r}: {_without(missing, 'label')}.")
     labels = _column_values(dataset, label_column)
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise InputError(
@@ -242,18 +249,30 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
 
     Returns:
         32 hexadecimal digits.
+
+    Raises:
+        InputError: If an image is missing, or its file is.
     """
     digest = hashlib.blake2b(digest_size=16)
     if LABEL_COLUMN in dataset.column_names:
         digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
-    for image in stored_images(dataset):
+    missing = _without_image(dataset)
+    if missing.size:
+        raise InputError(f"Column {IMAGE_COLUMN!r}: {_without(missing, 'image')}.")
+    for index, image in enumerate(stored_images(dataset)):
         if image["bytes"] is not None:
             digest.update(image["bytes"])
-        elif read_files:
-            digest.update(Path(image["path"]).read_bytes())
-        else:
-            path = Path(image["path"])
-            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode())
+            continue
+        path = Path(image["path"])
+        try:
+            digest.update(
+                path.read_bytes() if read_files else f"{path.parent.name}/{path.name} {path.stat().st_size}".encode()
+            )
+        except OSError as error:
+            raise InputError(
+                f"Image {index} ({path}) cannot be read: {error.strerror or error}. Repair its path (if relative, "
+                "it is looked up in the current folder), or remove the image."
+            ) from error
     return digest.hexdigest()
 
 
@@ -264,8 +283,33 @@ def stored_images(dataset: datasets.Dataset) -> Iterable[dict[str, Any]]:
 
 def _column_values(dataset: datasets.Dataset, column: str) -> np.ndarray:
     # Reading a selection through the data set's own indexing takes 10 s for a million shuffled rows; this, 10 ms.
-    values = dataset.data.column(column).to_numpy()
+    return _selected(dataset, dataset.data.column(column))
+
+
+def _selected(dataset: datasets.Dataset, column: pa.ChunkedArray) -> np.ndarray:
+    values = column.to_numpy()
     return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
+
+
+def _without_value(dataset: datasets.Dataset, column: str) -> np.ndarray:
+    """Numbers of the examples that have nothing in a column."""
+    return np.flatnonzero(_selected(dataset, pc.is_null(dataset.data.column(column))))
+
+
+def _without_image(dataset: datasets.Dataset) -> np.ndarray:
+    """Numbers of the examples whose image is stored neither as bytes nor as the path of a file."""
+    images = dataset.cast_column(IMAGE_COLUMN, datasets.Image(decode=False)).data.column(IMAGE_COLUMN)
+    parts = (pc.is_null(pc.struct_field(images, part)) for part in ("bytes", "path"))
+    return np.flatnonzero(_selected(dataset, pc.and_(*parts)))
+
+
+def _without(examples: np.ndarray, what: str) -> str:
+    """E.g. "3 examples have no label (first: example 7); remove them from the data set"."""
+    several = len(examples) > 1
+    return (
+        f"{len(examples)} example{'s have' if several else ' has'} no {what} (first: example {examples[0]}); remove "
+        f"{'them' if several else 'it'} from the data set"
+    )
 
 
 def _name_classes(dataset: datasets.Dataset, label_column: str, classes: np.ndarray) -> str:
@@ -336,6 +380,9 @@ def load_image_dataset(
         if len(data[split_name]) == 0:
             raise InputError(f"{name}: split {split_name!r} is empty; name another by --{split}_split_name.")
         splits[split] = _standard_columns(data[split_name], image_column, label_column)
+        empty = _without_image(splits[split])
+        if empty.size:
+            raise InputError(f"{name}: split {split_name!r}, column {image_column!r}: {_without(empty, 'image')}.")
 
     splits = _to_class_labels(name, splits, label_column)
     counts = np.asarray(class_counts(splits["train"]))
@@ -393,19 +440,28 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
                 data = datasets.load_dataset(source, config_name, cache_dir=cache_dir, token=token)
     except InputError:
         raise
-    except (ValueError, OSError, RuntimeError, IndexError) as error:  # what `datasets` raises for what it cannot read
+    # What `datasets` raises for what it cannot read.
+    except (ValueError, OSError, RuntimeError, IndexError, DatasetsError) as error:
         where = (
             "It is a folder here, but holds no data set that `datasets` can read"
             if path.is_dir()
             else "It is no file or folder here, and the Hub does not give it"
         )
-        # An IndexError is how `load_from_disk` fails on a split without rows.
-        reason = "one of its splits is empty" if isinstance(error, IndexError) else first_line(error)
+        reason = _why_not_loaded(error)
         raise InputError(
             f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, a folder with one folder per "
             'class, a saved data set, a parquet file, or "digits".'
         ) from error
     return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict({"train": data})
+
+
+def _why_not_loaded(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+    if isinstance(cause, IndexError):  # how `load_from_disk` fails on a split without rows
+        return "one of its splits is empty"
+    if isinstance(cause, CastError):
+        return f"its files differ in their columns, or in their types ({' '.join(str(cause).split())})"
+    return first_line(cause)
 
 
 def _find_splits(
@@ -470,6 +526,10 @@ def _standard_columns(dataset: datasets.Dataset, image_column: str, label_column
 
 def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
     """Give the label column of every split the same `ClassLabel` feature."""
+    for split, dataset in splits.items():
+        missing = _without_value(dataset, LABEL_COLUMN)
+        if missing.size:
+            raise InputError(f"{name}: {split} split, column {label_column!r}: {_without(missing, 'label')}.")
     feature = splits["train"].features[LABEL_COLUMN]
     if isinstance(feature, datasets.ClassLabel):
         other = splits["eval"].features[LABEL_COLUMN] if "eval" in splits else feature
@@ -489,9 +549,6 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         )
 
     values = {split: _column_values(dataset, LABEL_COLUMN) for split, dataset in splits.items()}
-    for split, column in values.items():
-        if column.dtype.kind == "f" or (column.dtype == object and any(value is None for value in column)):
-            raise InputError(f"{name}: column {label_column!r} of the {split} split has examples without a label.")
     known = np.unique(values["train"])
     if known.dtype.kind in "iu" and not np.array_equal(known, np.arange(known.size)):
         logger.warning(

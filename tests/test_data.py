@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -164,6 +165,11 @@ def test_counts_of_bad_labels():
         class_counts(datasets.Dataset.from_dict({"label": [0.5, 1.5]}), "label")
     with pytest.raises(InputError, match="Label -1"):
         class_counts(datasets.Dataset.from_dict({"label": [0, -1]}), "label")
+    # What is missing is looked for, and counted, in the selection alone.
+    gaps = datasets.Dataset.from_dict({"label": [None, 0, 1, None]})
+    with pytest.raises(InputError, match=r"'label': 1 example has no label \(first: example 2\)"):
+        class_counts(gaps.select([1, 2, 3]), "label")
+    assert class_counts(gaps.select([1, 2]), "label") == [1, 1]
 
 
 # ---- Loading
@@ -245,7 +251,8 @@ def test_integers_with_gaps_are_renumbered(tmp_path, caplog):
         ([0, 0, 0], datasets.ClassLabel(names=["only"]), "one class only"),
         (["x", "x", "x"], datasets.Value("string"), "one class only"),
         ([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "ghost"]), r"1 of 3 classes \(ghost\) have a name but no"),
-        (["a", None, "b"], datasets.Value("string"), "without a label"),
+        (["a", None, "b"], datasets.Value("string"), r"'label': 1 example has no label \(first: example 1\)"),
+        ([0, 1, None, None], datasets.ClassLabel(names=["a", "b"]), r"'label': 2 examples have no label \(first: exa"),
         ([0, -1, 1], datasets.ClassLabel(names=["a", "b"]), "Label -1"),
     ],
 )
@@ -254,6 +261,34 @@ def test_bad_labels(tmp_path, labels, feature, message):
     image_set(labels, feature).to_parquet(path)
     with pytest.raises(InputError, match=message):
         load_image_dataset(str(path))
+
+
+@pytest.mark.parametrize("nothing", [None, {"bytes": None, "path": None}])
+def test_missing_images_are_refused(tmp_path, nothing):
+    path = tmp_path / "data.parquet"
+    images = pa.array([png(0), nothing, png(2), nothing], datasets.Image().pa_type)
+    table = pa.table({"img": images, "label": [0, 1, 0, 1]})
+    datasets.Dataset(table).cast_column("img", datasets.Image()).to_parquet(path)
+    with pytest.raises(
+        InputError, match=r"data\.parquet: split 'train', column 'img': 2 examples have no image \(first: example 1\)"
+    ):
+        load_image_dataset(str(path))
+
+
+def test_paths_without_a_file_are_refused(tmp_path):
+    path, label = tmp_path / "data.parquet", [0, 1] * 4
+    datasets.Dataset.from_dict({"file": ["nowhere.png"] * 8, "label": label}).to_parquet(path)
+    loaded = load_image_dataset(str(path), image_column="file")
+    for read_files in (False, True):
+        with pytest.raises(InputError, match=r"Image 0 \(nowhere\.png\) cannot be read: No such file or directory"):
+            fingerprint(loaded["train"], read_files)
+
+
+def test_files_with_other_columns_are_refused(tmp_path):
+    image_set([0, 1] * 4, datasets.Value("int64")).to_parquet(tmp_path / "a.parquet")
+    image_set([0, 1] * 4, datasets.Value("int64"), "other").to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(InputError, match=r"cannot be loaded.* its files differ in their columns"):
+        load_image_dataset(str(tmp_path))
 
 
 @pytest.mark.parametrize(

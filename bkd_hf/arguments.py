@@ -127,7 +127,9 @@ class DataArguments:
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    image_column_name: str | None = field(default=None, metadata={"help": "Found by its type if not given."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Found by its type if not given; a column of paths has to be named."}
+    )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Found by its type or a usual name if not given."}
     )

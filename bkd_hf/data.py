@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -342,7 +342,8 @@ def load_image_dataset(
         name: `"digits"` (comes with scikit-learn, needs no network), a Hub id, a folder written by `save_to_disk`, a
             folder of class folders, a folder of parquet files, or one parquet file.
         config_name: Configuration of a Hub data set.
-        image_column: Name of the image column; found by its type if not given.
+        image_column: Name of the image column: images, with or without the type that `datasets` gives them, or paths;
+            found by its type if not given, unless it holds paths.
         label_column: Name of the label column; found by its type or a usual name if not given.
         train_split: Name of the training split; `"train"`, or the only one, if not given.
         eval_split: Name of the evaluation split. If not given, the first of validation, val, test, … that exists;
@@ -490,16 +491,14 @@ def _find_columns(
         if column is not None and column not in features:
             raise InputError(f"--{option} {column}: {name} has the columns {', '.join(features)}.")
     if image_column is None:
-        found = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+        found = _image_columns(features)
         if len(found) != 1:
             raise InputError(
                 f"{name} has {len(found)} image columns; name the one to use by --image_column_name. The columns are "
                 f"{', '.join(features)}."
             )
         image_column = found[0]
-    elif not isinstance(features[image_column], datasets.Image) and getattr(
-        features[image_column], "dtype", ""
-    ) not in ("string", "binary"):  # paths or encoded images
+    elif not _image_columns({image_column: features[image_column]}) and not _is(features[image_column], "string"):
         raise InputError(f"--image_column_name {image_column}: the column holds {features[image_column]}, not images.")
     if label_column is None:
         found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -514,6 +513,23 @@ def _find_columns(
                 f"{', '.join(features)}."
             )
     return image_column, label_column
+
+
+def _image_columns(features: Mapping[str, Any]) -> list[str]:
+    """Columns of images, whether or not the file says so: tables of pandas, polars and others do not.
+
+    A plain column of bytes may hold anything; it is one of images where no other is.
+    """
+    images = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and _is(feature.get("bytes"), "binary"))
+    ]
+    return images or [column for column, feature in features.items() if _is(feature, "binary")]
+
+
+def _is(feature: Any, kind: str) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in (kind, f"large_{kind}")
 
 
 def _standard_columns(dataset: datasets.Dataset, image_column: str, label_column: str) -> datasets.Dataset:

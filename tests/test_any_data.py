@@ -7,6 +7,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -58,6 +60,39 @@ def test_columns_and_labels(tmp_path, image_column, label_column, labels, names)
     assert splits["train"].column_names == ["image", "label"]
     assert splits["train"].features["label"].names == names
     assert len(splits["train"]) + len(splits["eval"]) == 20
+
+
+@pytest.mark.parametrize("named", [None, "photo"])
+@pytest.mark.parametrize(
+    ("kind", "as_stored"),
+    [
+        (pa.struct({"bytes": pa.binary(), "path": pa.string()}), lambda image: image),
+        (pa.struct({"path": pa.large_string(), "bytes": pa.large_binary()}), lambda image: image),
+        (pa.struct({"bytes": pa.binary()}), lambda image: {"bytes": image["bytes"]}),
+        (pa.binary(), lambda image: image["bytes"]),
+        (pa.large_binary(), lambda image: image["bytes"]),
+    ],
+    ids=["struct", "struct of polars", "bytes in a struct", "bytes", "bytes of polars"],
+)
+def test_tables_that_do_not_say_which_column_holds_images(tmp_path, kind, as_stored, named):
+    path = tmp_path / "data.parquet"
+    images = pa.array([as_stored(image) for image in plain(20)], kind)
+    pq.write_table(pa.table({"id": list(range(20)), "photo": images, "label": ["cat", "dog"] * 10}), path)
+    loaded = load_image_dataset(str(path), image_column=named)
+    assert loaded["train"][0]["image"].size == SIZE
+    assert loaded["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_columns_of_bytes_are_images_where_nothing_else_is(tmp_path):
+    stored = pa.array(plain(8), datasets.Image().pa_type)
+    columns = {"image": stored, "mask": pa.array([b"?"] * 8, pa.binary()), "label": [0, 1] * 4}
+    pq.write_table(pa.table(columns), tmp_path / "one.parquet")
+    assert load_image_dataset(str(tmp_path / "one.parquet"))["train"][0]["image"].size == SIZE
+    columns["image"] = stored.field("bytes")
+    pq.write_table(pa.table(columns), tmp_path / "two.parquet")
+    with pytest.raises(InputError, match="has 2 image columns; name the one to use by --image_column_name"):
+        load_image_dataset(str(tmp_path / "two.parquet"))
+    assert load_image_dataset(str(tmp_path / "two.parquet"), image_column="image")["train"][0]["image"].size == SIZE
 
 
 def test_nested_folders_with_splits(tmp_path):

@@ -27,6 +27,7 @@ _HOMES = {
     "methods": ["METHODS"],
     "metrics": [
         "LongTailEvaluation",
+        "NotFiniteError",
         "expected_calibration_error",
         "long_tail_metrics",
         "post_hoc_logit_adjustment",
@@ -39,7 +40,7 @@ _HOMES = {
     "publishing": ["publish_folder"],
     "results": ["load_results"],
     "teacher": ["FrozenTeacher", "align_labels", "load_teacher"],
-    "trainer": ["BKDTrainer", "TeacherLogitsError"],
+    "trainer": ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"],
     "transforms": ["ImageDataset", "default_augmentation"],
     "weights": ["class_balanced_weights", "deferred_weights"],
 }

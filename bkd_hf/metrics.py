@@ -11,6 +11,7 @@ import numpy as np
 from .long_tail.metrics import (
     FEW_SHOT_THRESHOLD,
     MANY_SHOT_THRESHOLD,
+    NotFiniteError,
     check_class_counts,
     check_shot_thresholds,
     expected_calibration_error,
@@ -27,6 +28,7 @@ __all__ = [
     "FEW_SHOT_THRESHOLD",
     "MANY_SHOT_THRESHOLD",
     "LongTailEvaluation",
+    "NotFiniteError",
     "check_class_counts",
     "check_shot_thresholds",
     "expected_calibration_error",

@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from huggingface_hub import HfApi
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
@@ -32,8 +33,9 @@ from .data import labels_of
 from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture
-from .metrics import LongTailEvaluation
+from .metrics import LongTailEvaluation, NotFiniteError
 from .models import head_modules
+from .precision import precision_of
 from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples
 from .schedules import StepDecay
 from .teacher import FrozenTeacher, load_teacher, num_labels
@@ -46,11 +48,16 @@ logger = logging.get_logger(__name__)
 #: Inputs with this prefix go to the teacher, without it.
 TEACHER_PREFIX = "teacher_"
 
+_TEACHER, _STUDENT = 0, 1
 _NO_STEP = torch.iinfo(torch.int64).max
 
 
-class TeacherLogitsError(RuntimeError):
+class TeacherLogitsError(NotFiniteError):
     """The teacher's logits are not finite; the message names the training step."""
+
+
+class TrainingDivergedError(NotFiniteError):
+    """The student's loss or weights are not finite; the message names the training step."""
 
 
 class BKDTrainer(Trainer):
@@ -96,6 +103,8 @@ class BKDTrainer(Trainer):
             a class that needs images has none, there is a teacher but no distillation, or the student of `ldam` has no
             cosine head.
         TeacherLogitsError: While training, if the teacher's logits are not finite.
+        TrainingDivergedError: While training, if the student's loss is not finite: at the next log, evaluation or
+            checkpoint, and before the latter if its weights are not.
     """
 
     # The loss is a mean over the whole optimizer step: Trainer must not divide it by the accumulation steps again.
@@ -184,7 +193,7 @@ class BKDTrainer(Trainer):
         self._mean_weight_of_step: torch.Tensor | None = None
         self._loss_parts: dict[str, torch.Tensor] = {}
         self._has_new_weights = False  # that results.json does not tell of
-        self._first_step_with_bad_teacher = torch.tensor(_NO_STEP, device=args.device)
+        self._first_bad_steps = torch.full((2,), _NO_STEP, device=args.device)  # of teacher and student
         self._first_batch_checked = False
         self._train_batch_sampler: GlobalBatchSampler | None = None
         self._loader_generator = torch.Generator()
@@ -230,6 +239,8 @@ class BKDTrainer(Trainer):
             self._add_loss_parts(labels != IGNORE_INDEX, ce_loss=ce, kd_loss=kd)
 
         loss = self._share_of_mean(loss, labels != IGNORE_INDEX, num_items_in_batch)
+        if model.training:
+            self._watch(_STUDENT, loss.detach().isfinite(), self.state.global_step + 1)
         return (loss, outputs) if return_outputs else loss
 
     def _distil(
@@ -250,7 +261,10 @@ class BKDTrainer(Trainer):
             student_logits, teacher_logits = student_logits[:, known], teacher_logits[:, known]
             weights = None if weights is None else weights[known]
             labels = self._among(known, labels)
-        self._watch(teacher_logits)
+        self._watch(_TEACHER, teacher_logits.isfinite().all(), self.state.global_step + 1)
+        if not self._first_batch_checked:
+            self._first_batch_checked = True
+            self._stop_if_not_finite()
         losses = self._distillation_loss(student_logits, teacher_logits, labels, weights)
         return losses if known is None else torch.where(labels == IGNORE_INDEX, 0.0, losses)
 
@@ -402,24 +416,37 @@ class BKDTrainer(Trainer):
             return None
         return DEFAULT_VIEWS if is_augmented(self.train_dataset) else 1
 
-    def _watch(self, teacher_logits: torch.Tensor) -> None:
-        """Note the first step at which the teacher's logits are not finite, without waiting for the device."""
-        bad = ~teacher_logits.isfinite().all()
-        step = torch.where(bad, self.state.global_step + 1, _NO_STEP)
-        self._first_step_with_bad_teacher = torch.minimum(self._first_step_with_bad_teacher, step)
-        if not self._first_batch_checked:
-            self._first_batch_checked = True
-            self._stop_if_teacher_is_bad()
+    # ---- Numbers that are none ------------------------------------------------------------------------------------
 
-    def _stop_if_teacher_is_bad(self) -> None:
+    def _watch(self, model: int, is_finite: torch.Tensor, step: int) -> None:
+        """Note the first step at which something of a model is not finite, without waiting for the device."""
+        first = self._first_bad_steps[model]
+        torch.minimum(first, torch.where(is_finite, _NO_STEP, step), out=first)
+
+    def _stop_if_not_finite(self) -> None:
         # Over all processes, so that they stop together.
-        step = int(self.accelerator.gather(self._first_step_with_bad_teacher).min())
-        if step != _NO_STEP:
+        steps = self.accelerator.gather(self._first_bad_steps).view(-1, 2).amin(dim=0).tolist()
+        first = min(steps)
+        if first == _NO_STEP:
+            return
+        saved = f"at step {first}. The student was not saved since; the last checkpoint, if there is one, is good."
+        if steps[_TEACHER] == first:  # which spoils the student's loss at once
             raise TeacherLogitsError(
-                f"The teacher's logits are not finite (NaN or Inf) at step {step}. The student was not saved since; "
-                "the last checkpoint is good. Check the teacher's weights and precision (try without --fp16/--bf16), "
-                "and the images of this step."
+                f"The teacher's logits are not finite (NaN or Inf) {saved} Check the teacher's weights and precision "
+                "(try without --fp16/--bf16), and the images of this step."
             )
+        raise TrainingDivergedError(
+            f"The training diverged: loss or weights are not finite (NaN or Inf) {saved} Try a lower --learning_rate "
+            f"(it is {self.args.learning_rate:g}), --max_grad_norm 1 (it is {self.args.max_grad_norm or 'off'}), or "
+            f"--precision fp32 (it is {precision_of(self.args)}), in a new --output_dir."
+        )
+
+    def _stop_unless_good_to_save(self) -> None:
+        # A step with a finite loss can be the one that spoils the weights. In buffers −∞ may be a mask.
+        tensors = [_local(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())]
+        fine = torch.stack([(tensor < math.inf).all().to(self.args.device) for tensor in tensors]).all()
+        self._watch(_STUDENT, fine, self.state.global_step)
+        self._stop_if_not_finite()
 
     # ---- Logging --------------------------------------------------------------------------------------------------
 
@@ -438,9 +465,10 @@ class BKDTrainer(Trainer):
 
         Raises:
             TeacherLogitsError: If the teacher's logits were not finite since the last log.
+            TrainingDivergedError: If the loss was not.
         """
-        if self.is_in_train and self.teacher_model is not None:
-            self._stop_if_teacher_is_bad()
+        if self.is_in_train:
+            self._stop_if_not_finite()
         if "loss" in logs and self._loss_parts:
             totals = self.accelerator.reduce(self._loss_parts, reduction="sum")
             count = totals.pop("count").item()
@@ -644,6 +672,8 @@ class BKDTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as `Trainer`, with a loss that counts each example once."""
+        if self.is_in_train:
+            self._stop_if_not_finite()
         if prediction_loss_only is None:
             prediction_loss_only = self.args.prediction_loss_only
         # The loss is computed from gathered logits: means per process count the padding of the last batch. Loaders
@@ -676,21 +706,19 @@ class BKDTrainer(Trainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._loss_parts = {}
         self._has_new_weights = True
-        self._first_step_with_bad_teacher.fill_(_NO_STEP)
+        self._first_bad_steps.fill_(_NO_STEP)
         try:
             outcome = super().train(*args, **kwargs)
         finally:
             if self.teacher_cache is not None:
                 self.teacher_cache.close()
-        if self.teacher_model is not None:
-            self._stop_if_teacher_is_bad()
+        self._stop_unless_good_to_save()
         return outcome
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.teacher_model is not None:
-            self._stop_if_teacher_is_bad()
+        self._stop_unless_good_to_save()
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -918,6 +946,11 @@ class _SetEpoch(TrainerCallback):
     def on_epoch_end(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.teacher_cache is not None:
             self.trainer.teacher_cache.flush()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a parameter that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _card_options(

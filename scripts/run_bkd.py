@@ -11,18 +11,18 @@ from pathlib import Path
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.errors import InputError, PublishError, tell
 from bkd_hf.machine import leave_process_group
+from bkd_hf.metrics import NotFiniteError
 from bkd_hf.pipeline import run
-from bkd_hf.trainer import TeacherLogitsError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; one line and exit code 2 for bad input, 1 for a teacher that fails, or a Hub that does not take it."""
+    """Run; one line and exit code 2 for bad input, 1 for a training that diverges, or a Hub that does not take it."""
     warnings.formatwarning = lambda message, category, *_: (
         f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
     )
     try:
         run(parse_arguments(argv, digits_recipe=Path(__file__).parent / "recipes" / "digits.yaml"))
-    except (InputError, PublishError, TeacherLogitsError) as error:
+    except (InputError, PublishError, NotFiniteError) as error:
         return tell(error)
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)

@@ -383,6 +383,19 @@ def test_bad_input_is_one_line_without_a_traceback(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_diverged_training_is_one_line_and_no_result(tmp_path):
+    options = [*QUICK, "--method", "ce", "--max_train_samples", "100", "--learning_rate", "1e30"]
+    process = subprocess.run(
+        [sys.executable, SCRIPT, *options, "--output_dir", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 1
+    assert "error: The training diverged: loss or weights are not finite (NaN or Inf) at step" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
 def test_corrupt_image_is_named_before_training(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)

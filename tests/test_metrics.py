@@ -13,11 +13,24 @@ from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
 
 import bkd_hf
-from bkd_hf import expected_calibration_error, long_tail_metrics, shot_groups, wilson_interval
+from bkd_hf import NotFiniteError, expected_calibration_error, long_tail_metrics, shot_groups, wilson_interval
 
 
 def one_hot(predictions: list[int], classes: int) -> np.ndarray:
     return 5.0 * np.eye(classes)[predictions]
+
+
+@pytest.mark.parametrize("row", [[0, math.nan, 0], [0, math.inf, 0], [-math.inf] * 3])
+def test_answers_that_are_no_numbers_are_refused(row):
+    logits, labels = np.stack([np.zeros(3), np.asarray(row)]), np.array([0, 1])
+    for measure in (
+        lambda: long_tail_metrics(logits, labels, [5, 5, 5]),
+        lambda: expected_calibration_error(logits, labels),
+    ):
+        with pytest.raises(NotFiniteError, match="logits of image 1 are not finite"):
+            measure()
+    # A teacher that does not know a class says −∞ of it.
+    assert long_tail_metrics(np.array([[0, -math.inf]]), np.array([0]), [5, 5])["accuracy"] == 1.0
 
 
 def test_by_hand():

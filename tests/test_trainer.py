@@ -18,6 +18,7 @@ from bkd_hf import (
     FrozenTeacher,
     InputError,
     TeacherLogitsError,
+    TrainingDivergedError,
     bkd_loss,
     class_balanced_weights,
     load_classifier,
@@ -272,6 +273,49 @@ def test_bad_teacher_is_found_at_the_next_log(tmp_path):
     with pytest.raises(TeacherLogitsError, match="at step 2"):
         trainer.train()
     assert trainer.state.global_step == 3
+
+
+# ---- Divergence
+
+
+class Diverges(Linear):
+    """A student whose logits are NaN from some training step on."""
+
+    def __init__(self, step: int):
+        super().__init__(1)
+        self.step = step
+
+    def forward(self, features: torch.Tensor) -> ImageClassifierOutput:
+        logits = super().forward(features).logits
+        is_bad = self.training and len(self.seen) >= self.step
+        return ImageClassifierOutput(logits=logits * float("nan") if is_bad else logits)
+
+
+def numbers() -> list[dict]:
+    return [{"features": torch.tensor([i / 10]), "labels": i % 5} for i in range(40)]  # two steps an epoch
+
+
+@pytest.mark.parametrize(("teacher", "logging_steps", "stopped_at"), [(None, 3, 6), (Linear(1), 500, 6)])
+def test_diverged_training_is_stopped_before_the_next_log_or_save(tmp_path, teacher, logging_steps, stopped_at):
+    trainer = trainer_for(
+        tmp_path, Diverges(4), teacher, numbers(), num_train_epochs=4, logging_steps=logging_steps,
+        save_strategy="steps", save_steps=3, learning_rate=0.5,
+    )  # fmt: skip
+    with pytest.raises(TrainingDivergedError, match=r"diverged.* at step 4\..* --learning_rate \(it is 0\.5\)"):
+        trainer.train()
+    assert trainer.state.global_step == stopped_at
+    assert [path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_last_step_that_spoils_the_weights_is_not_saved(tmp_path):
+    options = {"num_train_epochs": 1, "learning_rate": 1e38, "max_grad_norm": 0, "per_device_train_batch_size": 40}
+    data = [{**example, "features": 1e3 * example["features"]} for example in numbers()]
+    trainer = trainer_for(tmp_path, Linear(1), None, data, save_strategy="epoch", **options)
+    with pytest.raises(TrainingDivergedError, match="at step 1"):
+        trainer.train()
+    assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+    with pytest.raises(TrainingDivergedError, match="at step 1"):  # nor is what a caller would save
+        trainer_for(tmp_path, Linear(1), None, data, **options).train()
 
 
 # ---- Class counts

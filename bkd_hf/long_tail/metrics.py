@@ -18,6 +18,10 @@ FEW_SHOT_THRESHOLD = 20
 _VALUES_AT_A_TIME = 2**22
 
 
+class NotFiniteError(ValueError):
+    """What a model says is no number: a training that diverged, or a teacher that does not compute."""
+
+
 def long_tail_metrics(
     logits: np.ndarray,
     labels: np.ndarray,
@@ -46,6 +50,7 @@ def long_tail_metrics(
         `expected_calibration_error` (15 bins), and the list `per_class_accuracy`.
 
     Raises:
+        NotFiniteError: If the best logit of an image is not finite. A `ValueError`, as the following.
         ValueError: If there is nothing to measure, shapes do not fit, or a threshold makes no sense.
     """
     logits, labels = (logits if hasattr(logits, "shape") else np.asarray(logits)), np.asarray(labels)
@@ -146,6 +151,9 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins:
         logits: N×C.
         labels: N class numbers.
         num_bins: Number of bins.
+
+    Raises:
+        NotFiniteError: If the best logit of an image is not finite.
     """
     logits, labels = np.asarray(logits), np.asarray(labels)
     predictions, _, confidence = _answers(logits, labels)
@@ -170,11 +178,17 @@ def _answers(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     for start in range(0, num_images, rows):
         part = slice(start, start + rows)
         values = np.asarray(logits[part], dtype=np.float64)
+        largest = values.max(axis=1, keepdims=True)  # NaN where one of them is
+        wrong = np.flatnonzero(~np.isfinite(largest))
+        if wrong.size:
+            raise NotFiniteError(
+                f"The logits of image {start + wrong[0]} are not finite (NaN or Inf): they answer nothing. The "
+                "model has diverged, or its precision has too small a range."
+            )
         predictions[part] = values.argmax(axis=1)
         if num_classes > 5:
             best = np.argpartition(values, -5, axis=1)[:, -5:]
             in_top5[part] = (best == labels[part, None]).any(axis=1)
-        largest = values.max(axis=1, keepdims=True)
         confidence[part] = 1 / np.exp(values - largest).sum(axis=1)
     return predictions, in_top5, confidence
 

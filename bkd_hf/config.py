@@ -208,6 +208,11 @@ class BKDConfig(TrainingArguments):
         self._apply_method()
         self._check_ranges()
         super().__post_init__()
+        if self.mixed_precision == "fp16" and self.device.type == "cpu":
+            raise ValueError(
+                "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision "
+                "bf16 or fp32."
+            )
         for message in self._options_without_effect():
             warnings.warn(message, UserWarning, stacklevel=3)
 

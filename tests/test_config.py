@@ -47,6 +47,12 @@ def test_out_of_range(options, message):
         make(**options)
 
 
+def test_fp16_is_refused_where_it_would_be_fp32():
+    with pytest.raises(ValueError, match=r"--fp16 .* needs a GPU.* Use --precision bf16 or fp32"):
+        make(fp16=True)
+    assert make(bf16=True).mixed_precision == "bf16"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length, seed_worker
+from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from . import methods
@@ -134,6 +135,13 @@ class BKDTrainer(Trainer):
         if teacher_model is not None and teacher_model is model:
             raise ValueError("teacher_model is the student itself: freezing it would stop all training. Pass a copy.")
 
+        if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+            # Trainer would cut each batch among the GPUs by DataParallel, and the number of its examples with it.
+            logger.warning_once(
+                f"The first of {args.n_gpu} GPUs is used: start with `accelerate launch` to use all, or choose one by "
+                "CUDA_VISIBLE_DEVICES."
+            )
+            args._n_gpu = 1
         any_dataset = eval_dataset if train_dataset is None else train_dataset
         if data_collator is None and isinstance(any_dataset, ImageDataset):
             data_collator = collate_images

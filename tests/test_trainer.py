@@ -448,6 +448,17 @@ def test_features_of_trainer(tmp_path, options):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_one_process_uses_one_gpu(tmp_path):
+    losses = []
+    for visible in (1, 2):
+        options = config(tmp_path, method="cb-ce", per_device_train_batch_size=10, gradient_accumulation_steps=2)
+        options._n_gpu = visible
+        trainer = BKDTrainer(model=resnet(1), args=options, train_dataset=images())
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("model", [vit, resnet])
 def test_load_best_model_at_end_loads_the_best(tmp_path, model):
     best: dict[str, torch.Tensor] = {}

@@ -276,6 +276,7 @@ class BKDConfig(TrainingArguments):
         require(0 <= self.class_balance_beta < 1, "class_balance_beta", "in [0, 1)")
         start = self.deferred_reweighting_start
         require(start is None or 0 <= start < math.inf, "deferred_reweighting_start", "a finite number ≥ 0")
+        require(0 <= self.label_smoothing_factor < 1, "label_smoothing_factor", "in [0, 1)")
         require(
             not self.label_smoothing_factor or self.classification_loss not in WITHOUT_LABEL_SMOOTHING,
             "label_smoothing_factor",

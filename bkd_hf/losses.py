@@ -109,15 +109,16 @@ def cross_entropy_loss(
         class_weights: C positive weights, e.g. of [`class_balanced_weights`]; `None` for 1.
 
     Raises:
-        ValueError: If shapes do not fit, a label is out of range (looked at on the CPU only), or the reduction is
-            unknown.
+        ValueError: If shapes do not fit, a label is out of range or a weight not positive (looked at on the CPU
+            only), or the reduction is unknown.
     """
     _check_labels(logits, labels)
     (logits,) = _at_least_float32(logits)
     losses = F.cross_entropy(
         logits, labels.long(), ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="none"
     )
-    mass = example_weights(labels, class_weights, like=losses)
+    weights = None if class_weights is None else _checked_weights(class_weights, logits)
+    mass = example_weights(labels, weights, like=losses)
     return _reduce(losses * mass, reduction, mass)
 
 
@@ -399,7 +400,12 @@ def _at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _log_weights(class_weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    num_classes = like.shape[-1]
+    # The logarithm is taken before rounding to the logits' precision.
+    return _checked_weights(class_weights, like).log().to(device=like.device, dtype=like.dtype)
+
+
+def _checked_weights(class_weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    num_classes = logits.shape[-1]
     class_weights = torch.as_tensor(class_weights)
     if class_weights.shape != (num_classes,):
         raise ValueError(
@@ -407,9 +413,8 @@ def _log_weights(class_weights: torch.Tensor, like: torch.Tensor) -> torch.Tenso
             f"the weights have shape {tuple(class_weights.shape)}."
         )
     if class_weights.device.type == "cpu" and not bool(((class_weights > 0) & class_weights.isfinite()).all()):
-        raise ValueError("class_weights must be positive and finite: a weight of 0 would forbid the class.")
-    # The logarithm is taken before rounding to the logits' precision.
-    return class_weights.log().to(device=like.device, dtype=like.dtype)
+        raise ValueError("class_weights must be positive and finite: a weight of 0 would leave the class out.")
+    return class_weights
 
 
 def _reduce(losses: torch.Tensor, reduction: str, mass: torch.Tensor | None = None) -> torch.Tensor:

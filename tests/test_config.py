@@ -32,6 +32,8 @@ def test_every_own_option_has_help():
         ({"distillation_weight": -1}, "--distillation_weight must be a finite number ≥ 0, got -1"),
         ({"class_balance_beta": 1.0}, r"--class_balance_beta must be in \[0, 1\), got 1.0"),
         ({"class_balance_beta": -0.1}, "--class_balance_beta"),
+        ({"label_smoothing_factor": 1.5}, r"--label_smoothing_factor must be in \[0, 1\), got 1.5"),
+        ({"label_smoothing_factor": -0.1}, "--label_smoothing_factor"),
         ({"deferred_reweighting_start": -1}, "--deferred_reweighting_start"),
         ({"momentum": 1.0}, "--momentum"),
         ({"lr_step_epochs": [10, 5], "lr_step_factors": [0.1, 0.01]}, "--lr_step_epochs must be increasing"),

@@ -335,6 +335,16 @@ def test_no_gradient_reaches_the_teacher(name):
         (lambda s, t, y: dkd_loss(s, t, y, beta=-1), "beta must be"),
         (lambda s, t, y: dkd_loss(s, t, y + 5), "is outside the range of the 5 classes"),
         (lambda s, t, y: cross_entropy_loss(s, y + 5, class_weights=WEIGHTS), "is outside the range"),
+        (
+            lambda s, t, y: cross_entropy_loss(s, y, class_weights=torch.ones(7)),
+            r"5 classes, the weights have shape \(7",
+        ),
+        (lambda s, t, y: focal_loss(s, y, class_weights=torch.ones(3)), r"5 classes, the weights have shape \(3"),
+        (lambda s, t, y: ldam_loss(s, y, COUNTS, class_weights=-WEIGHTS), "positive and finite"),
+        (
+            lambda s, t, y: balanced_softmax_loss(s, y, COUNTS, class_weights=torch.full((5,), math.nan)),
+            "positive and",
+        ),
         (lambda s, t, y: dkd_loss(s, t[:, :3], y), "the student has 5, the teacher 3"),
     ],
 )

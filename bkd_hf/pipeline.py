@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -58,7 +57,7 @@ from .run_folder import (
     origin_of,
     read_json,
 )
-from .teacher import FrozenTeacher, align_labels, load_teacher, teacher_label_names
+from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
 from .transforms import ImageDataset, channel_statistics, default_augmentation, default_num_workers
 from .views import same_pixels
@@ -445,20 +444,26 @@ def _check_above_chance(
 ) -> None:
     """Refuse a teacher that guesses: the one check that catches every mistake in its classes and in its pixels."""
     known = [
-        accuracy
-        for accuracy, column in zip(metrics["per_class_accuracy"], columns, strict=True)
+        (accuracy, num_images)
+        for accuracy, num_images, column in zip(
+            metrics["per_class_accuracy"], data["eval_class_counts"], columns, strict=True
+        )
         if accuracy is not None and column is not None
     ]
     if not known:
         return
-    accuracy, chance = sum(known) / len(known), 1 / len(known)
-    noise = 3 * math.sqrt(chance * (1 - chance) / data["num_eval_images"])
-    if accuracy >= chance + max(noise, 0.02 * (1 - chance)):
+    accuracies, num_images = zip(*known, strict=True)
+    verdict = beats_guessing(accuracies, num_images)
+    if verdict:
         return
+    accuracy, chance = sum(accuracies) / len(accuracies), 1 / len(accuracies)
     message = (
         f"{option} is right for {100 * accuracy:.1f} % of the evaluation images (mean over classes), where guessing "
         f"gives {100 * chance:.1f} %"
     )
+    if verdict is None:
+        warnings.warn(f"{message}: {sum(num_images)} images are too few to tell whether it guesses.", stacklevel=3)
+        return
     if not force:
         raise InputError(
             f"{message}: its classes or its image processor are not what they seem. Check id2label and "

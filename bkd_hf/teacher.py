@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -159,6 +160,29 @@ def _numbers_by_name(names: Sequence[Any], key: Callable[[Any], Any]) -> dict[An
 
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def beats_guessing(accuracies: Sequence[float], num_images: Sequence[int]) -> bool | None:
+    """Tell whether a classifier does more than guess.
+
+    A guess is right for 1/C of the images of a class, give or take; for the mean over C classes that is
+    σ = √( (1/C) · (1 − 1/C) · Σ_c 1/n_c ) / C. Three σ above 1/C, and a fiftieth of the way from there to 1, is no
+    guess; nor, if the images are too few for that, is half of the way.
+
+    Args:
+        accuracies: Of C classes, fractions.
+        num_images: n > 0 of each, on which they were measured.
+
+    Returns:
+        `None` where it may be either.
+    """
+    number = len(accuracies)
+    chance, mean = 1 / number, sum(accuracies) / number
+    sigma = math.sqrt(chance * (1 - chance) * sum(1 / n for n in num_images)) / number
+    least, half = 0.02 * (1 - chance), 0.5 * (1 - chance)
+    if mean >= chance + max(min(3 * sigma, half), least):
+        return True
+    return None if 3 * sigma > half or mean >= chance + max(sigma, least) else False
 
 
 def load_teacher(

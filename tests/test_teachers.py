@@ -30,7 +30,7 @@ from bkd_hf import (
 )
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.models import head_modules
-from bkd_hf.teacher import align_labels
+from bkd_hf.teacher import align_labels, beats_guessing
 from bkd_hf.views import Rendering, same_pixels
 from tests.architectures import tiny
 from tests.test_cli import QUICK, RECIPE, finished, refused, run_here  # noqa: F401 (fixtures)
@@ -311,6 +311,28 @@ def test_teacher_that_guesses_is_refused(finished, tmp_path, run_here):  # noqa:
     assert "--force_teacher" in message
     output = run_here(*options_for(tmp_path, teacher), "--force_teacher", "--num_train_epochs", "1")
     assert "it is used all the same (--force_teacher)" in output
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "num_images", "expected"),
+    [
+        ([1.0, 1.0], [2, 2], True),  # as good as it can be shown
+        ([1.0, 1.0], [1, 1], True),
+        ([1.0, 0.75], [4, 4], True),
+        ([0.5, 0.5], [2, 2], None),  # a good one may have had bad luck
+        ([0.8, 0.6], [20, 20], None),
+        ([0.5, 0.5], [40, 40], False),
+        ([1.0, 0.0], [100, 10], False),  # says the same of all
+        ([0.6, 0.6], [500, 500], True),
+        ([0.11] * 10, [1000] * 10, False),
+        ([0.2] * 10, [1000] * 10, True),
+        ([0.004] * 1000, [50] * 1000, False),  # by far no chance, but of no use
+        ([0.4, 0.4, 0.4], [1000, 1000, 1], None),  # one image of a class says little about it
+        ([1.0], [10], True),
+    ],
+)
+def test_what_beats_guessing(accuracies, num_images, expected):
+    assert beats_guessing(accuracies, num_images) is expected
 
 
 def test_teacher_with_other_pixels_is_rendered_for_itself(finished, tmp_path, run_here):  # noqa: F811

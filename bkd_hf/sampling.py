@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,21 @@ class GlobalBatchSampler:
     def _cut(self, global_batch: np.ndarray, rounds: int) -> Iterator[list[int]]:
         for part in np.array_split(global_batch, rounds * self.num_processes):
             yield part.tolist() if part.size else [-1 - int(global_batch[0])]
+
+
+def innermost(dataset: Any) -> Iterator[Any]:
+    """Yield the data sets that one is made of: those in a `Subset` (`.dataset`) or a `ConcatDataset` (`.datasets`).
+
+    One that has a `set_epoch` of its own is asked no further, as it may pass on what it is told.
+    """
+    parts = getattr(dataset, "datasets", None)
+    if not isinstance(parts, Sequence):
+        parts = [dataset.dataset] if hasattr(dataset, "dataset") else []
+    if hasattr(dataset, "set_epoch") or not parts:
+        yield dataset
+    else:
+        for part in parts:
+            yield from innermost(part)
 
 
 class SampledExamples(torch.utils.data.Dataset):

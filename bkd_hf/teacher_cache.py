@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from huggingface_hub import constants
 
 from .errors import InputError
+from .sampling import innermost
 
 if TYPE_CHECKING:
     from .teacher import FrozenTeacher
@@ -251,4 +252,4 @@ def describe_views(dataset: Any, sampler: str) -> dict[str, Any]:
 
 def is_augmented(dataset: Any) -> bool:
     """Whether the examples of a data set differ from epoch to epoch."""
-    return getattr(dataset, "augmentation", "none") != "none"
+    return any(getattr(part, "augmentation", "none") != "none" for part in innermost(dataset))

@@ -37,7 +37,7 @@ from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture
 from .metrics import LongTailEvaluation, NotFiniteError
 from .models import head_modules
 from .precision import precision_of
-from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples
+from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples, innermost
 from .schedules import StepDecay
 from .teacher import FrozenTeacher, load_teacher, num_labels
 from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, describe_views, is_augmented
@@ -84,7 +84,7 @@ class BKDTrainer(Trainer):
         teacher_model: A module, a folder or a Hub id. It is frozen, kept in evaluation mode, and never saved.
             `None` trains with the method's classification loss alone, on the very same path.
         args: Options.
-        data_collator: As for `Trainer`; by default `collate_images` for an [`ImageDataset`].
+        data_collator: As for `Trainer`; by default `collate_images` for an [`ImageDataset`], or parts of one.
         train_dataset: As for `Trainer`; a map-style data set gives the guarantees above.
         eval_dataset: As for `Trainer`.
         processing_class: Saved with the model.
@@ -143,7 +143,7 @@ class BKDTrainer(Trainer):
             )
             args._n_gpu = 1
         any_dataset = eval_dataset if train_dataset is None else train_dataset
-        if data_collator is None and isinstance(any_dataset, ImageDataset):
+        if data_collator is None and all(isinstance(part, ImageDataset) for part in innermost(any_dataset)):
             data_collator = collate_images
         super().__init__(
             model=model,
@@ -563,9 +563,11 @@ class BKDTrainer(Trainer):
         """
         self._loader_generator.manual_seed(self.args.seed + epoch)
         self._view = epoch % self.num_views if self.num_views else epoch
-        for part, number in ((self._train_batch_sampler, epoch), (self.train_dataset, self._view)):
-            if part is not None and hasattr(part, "set_epoch"):
-                part.set_epoch(number)
+        if self._train_batch_sampler is not None:
+            self._train_batch_sampler.set_epoch(epoch)
+        for part in innermost(self.train_dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self._view)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # type: ignore[has-type]

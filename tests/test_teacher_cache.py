@@ -129,6 +129,24 @@ def test_views_come_again_and_without_the_option_they_do_not(models, digits, tmp
     assert seen == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("views", [None, 2])
+def test_parts_of_data_sets_are_augmented_anew(models, digits, tmp_path, views):
+    """Also where pixels stay bytes, which only `collate_images` puts together."""
+    seen = []
+
+    class Watched(ImageDataset):
+        def set_epoch(self, epoch):
+            seen.append(epoch)
+            super().set_epoch(epoch)
+
+    first, second = (Watched(digits, load_processor("cifar-resnet-8", 8), "pad_crop", as_bytes=True) for _ in "ab")
+    part, _ = torch.utils.data.random_split(first, [40, 36], torch.Generator().manual_seed(0))
+    for dataset in (part, torch.utils.data.ConcatDataset([part, torch.utils.data.Subset(second, range(20))])):
+        train(models, dataset, tmp_path, teacher_cache="auto", teacher_cache_views=views)
+    epochs = [0, 1, 2, 3] if views is None else [0, 1, 0, 1]
+    assert seen == [*epochs, *(epoch for epoch in epochs for _ in range(2))]
+
+
 def test_one_view_is_enough_where_nothing_is_augmented(models, digits, tmp_path):
     dataset = images(digits, augmentation="none")
     cached = train(models, dataset, tmp_path, teacher_cache_views=None)

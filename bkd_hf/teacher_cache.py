@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
+from transformers import PreTrainedConfig
 
 from .errors import InputError
 from .sampling import innermost
@@ -36,6 +38,12 @@ DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.flo
 
 #: K for augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
+
+# Entries of a model's configuration; the type of its weights is known from these.
+_WITHOUT_INFLUENCE = {
+    "transformers_version", "_name_or_path", "_commit_hash", "architectures", "auto_map", "dtype", "torch_dtype",
+    "id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states",
+}  # fmt: skip
 
 _LOGITS, _FLAGS, _ABOUT, _LOCK = "logits.bin", "flags.bin", "about.json", "lock"
 
@@ -220,12 +228,29 @@ class TeacherCache:
 
 
 def describe_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
-    """Return what a teacher's logits depend on, beside its inputs: its weights, and the order of its outputs."""
+    """Return what a teacher's logits depend on, beside its inputs: architecture, weights, order of its outputs."""
+    model = teacher.model
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(teacher.model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return {"class": type(teacher.model).__name__, "weights": digest.hexdigest(), "columns": teacher.columns}
+    config = getattr(model, "config", None)
+    return {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "modules": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),
+        "config": _influential(json.loads(config.to_json_string(use_diff=False)))
+        if isinstance(config, PreTrainedConfig)
+        else None,
+        "weights": digest.hexdigest(),
+        "columns": teacher.columns,
+    }
+
+
+def _influential(config: Any) -> Any:
+    """Return a model's configuration, and those in it, without names and origins."""
+    if not isinstance(config, dict):
+        return config
+    return {name: _influential(value) for name, value in config.items() if name not in _WITHOUT_INFLUENCE}
 
 
 def describe_views(dataset: Any, sampler: str) -> dict[str, Any]:

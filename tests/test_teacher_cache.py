@@ -23,8 +23,9 @@ from bkd_hf import (
     load_classifier,
     load_image_dataset,
     load_processor,
+    load_teacher,
 )
-from bkd_hf.teacher_cache import TeacherCache
+from bkd_hf.teacher_cache import TeacherCache, describe_teacher
 from tests.conftest import REPOSITORY, WORKER_ENVIRONMENT, launch_two_processes
 
 NAMES = [str(digit) for digit in range(10)]
@@ -192,6 +193,31 @@ def test_nothing_else_is_taken_for_the_same(models, digits, tmp_path, change):
     else:
         options = {"teacher_cache_dtype": "float16"}
     assert train([models[0], teacher], dataset, tmp_path, **options)[2] > 0
+
+
+def test_teachers_of_another_architecture_are_others():
+    """Also where their weights are the same."""
+    weights = load_classifier("cifar-resnet-8", NAMES, 8, cosine_scale=10).state_dict()
+
+    def described(scale: float, names: list[str] = NAMES) -> dict:
+        model = load_classifier("cifar-resnet-8", names, 8, cosine_scale=scale)
+        model.load_state_dict(weights)
+        return describe_teacher(FrozenTeacher(model))
+
+    assert described(10)["weights"] == described(30)["weights"]
+    assert described(10) == described(10) != described(30)
+    assert described(10) == described(10, [f"digit {name}" for name in NAMES])
+
+    linear = torch.nn.Linear(3, 10)
+    activations = (torch.nn.ReLU(), torch.nn.Tanh())
+    first, second = (describe_teacher(FrozenTeacher(torch.nn.Sequential(linear, each))) for each in activations)
+    assert first != second
+
+
+def test_a_saved_teacher_is_the_same(tmp_path):
+    teacher = load_classifier("cifar-resnet-8", NAMES, 8)
+    teacher.save_pretrained(tmp_path)
+    assert describe_teacher(load_teacher(str(tmp_path))) == describe_teacher(FrozenTeacher(teacher))
 
 
 # ---- Files

@@ -22,7 +22,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
+from transformers import (
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length, seed_worker
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
@@ -398,6 +406,7 @@ class BKDTrainer(Trainer):
             return None
         folder = TeacherCache.default_folder() if args.teacher_cache == "auto" else args.teacher_cache
         try:
+            self._check_that_batches_come_again()
             images = describe_views(self.train_dataset, args.sampler)
             about = {"teacher": self._about_teacher, "precision": args.mixed_precision, "images": images}
             size = self.num_views or 1, len(self.train_dataset), len(self._known_class_counts())
@@ -405,12 +414,33 @@ class BKDTrainer(Trainer):
         except InputError as error:
             if args.teacher_cache != "auto":
                 raise
-            again = "Views come again all the same, as for methods that are compared with this one"
-            logger.warning(f"The teacher's logits are not cached: {error} {again} (--teacher_cache_views).")
+            again = ""
+            if self.num_views is not None:
+                again = (
+                    " Views come again all the same, as for methods that are compared with this one "
+                    "(--teacher_cache_views)."
+                )
+            logger.warning(f"The teacher's logits are not cached: {error}{again}")
             return None
         fill = [self.is_world_process_zero() and cache.try_to_lock()]  # one run of all, with all its processes
         cache.open(fill=broadcast_object_list(fill)[0])
         return cache
+
+    def _check_that_batches_come_again(self) -> None:
+        if not self._numbers_examples:
+            raise InputError(
+                "--teacher_cache needs a training set with a length and random access, --train_sampling_strategy "
+                "random or sequential, and neither split_batches nor dispatch_batches of accelerate. Use "
+                "--teacher_cache off."
+            )
+        known = default_data_collator, collate_images
+        if self.data_collator not in known and not isinstance(
+            self.data_collator, (DefaultDataCollator, DataCollatorWithPadding)
+        ):
+            raise InputError(
+                "--teacher_cache does not go with a data_collator of your own, which may change the examples, or mix "
+                "them, each time in another way. Use --teacher_cache off."
+            )
 
     @property
     def num_views(self) -> int | None:
@@ -420,7 +450,7 @@ class BKDTrainer(Trainer):
         """
         if self.args.teacher_cache_views is not None:
             return self.args.teacher_cache_views
-        if self.args.teacher_cache == "off":
+        if self.args.teacher_cache == "off" or not self._numbers_examples:
             return None
         return DEFAULT_VIEWS if is_augmented(self.train_dataset) else 1
 
@@ -493,15 +523,8 @@ class BKDTrainer(Trainer):
         `dispatch_batches` take `Trainer`'s own path, without the guarantee for the last step of an epoch.
         """
         dataset, args = self.train_dataset, self.args
-        config = args.accelerator_config
-        if (
-            dataset is None
-            or isinstance(dataset, torch.utils.data.IterableDataset)
-            or not has_length(dataset)
-            or args.train_sampling_strategy not in ("random", "sequential")
-            or config.split_batches
-            or config.dispatch_batches
-        ):
+        if not self._numbers_examples:
+            self._open_teacher_cache()
             if args.sampler == "class_balanced":
                 raise ValueError(
                     "--sampler class_balanced needs a training set with a length and random access, "
@@ -555,6 +578,19 @@ class BKDTrainer(Trainer):
         prepared = self.accelerator.prepare(loader)
         self._update_steps_per_epoch = math.ceil(len(prepared) / args.gradient_accumulation_steps)
         return prepared
+
+    @property
+    def _numbers_examples(self) -> bool:
+        """Whether batches are cut by a [`GlobalBatchSampler`], which knows the numbers of their examples."""
+        dataset, config = self.train_dataset, self.args.accelerator_config
+        return not (
+            dataset is None
+            or isinstance(dataset, torch.utils.data.IterableDataset)
+            or not has_length(dataset)
+            or self.args.train_sampling_strategy not in ("random", "sequential")
+            or config.split_batches
+            or config.dispatch_batches
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Tell sampler and data set which epoch begins: accelerate reaches them in some set-ups only.

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from transformers import default_data_collator
 
 from bkd_hf import (
     BKDConfig,
@@ -54,7 +56,9 @@ def images(digits, **options) -> ImageDataset:
     return ImageDataset(digits, load_processor("cifar-resnet-8", 8), **{"augmentation": "pad_crop", **options})
 
 
-def train(models, dataset, tmp_path: Path, **options) -> tuple[list[dict[str, float]], torch.Tensor, int]:
+def train(
+    models, dataset, tmp_path: Path, data_collator=None, **options
+) -> tuple[list[dict[str, float]], torch.Tensor, int]:
     """Losses of the epochs, the student's weights as one vector, and how often the teacher was asked."""
     student, teacher = copy.deepcopy(models)
     args = BKDConfig(
@@ -64,7 +68,9 @@ def train(models, dataset, tmp_path: Path, **options) -> tuple[list[dict[str, fl
         | options,
     )  # fmt: skip
     CountingTeacher.calls = 0
-    trainer = BKDTrainer(student, CountingTeacher(teacher), args, train_dataset=dataset, class_counts=[8] * 10)
+    trainer = BKDTrainer(
+        student, CountingTeacher(teacher), args, data_collator, train_dataset=dataset, class_counts=[8] * 10
+    )
     trainer.train()
     losses = [
         {k: v for k, v in entry.items() if "loss" in k} for entry in trainer.state.log_history if "loss" in entry
@@ -308,6 +314,8 @@ def test_size_is_known_beforehand(tmp_path):
         ({"sampler": "class_balanced"}, "does not go with --sampler class_balanced"),
         ({"dataset": "transform"}, "does not go with a train_transform"),
         ({"dataset": "list"}, "those of a list need not be"),
+        ({"data_collator": lambda examples: default_data_collator(examples)}, "a data_collator of your own"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "neither split_batches nor dispatch_batches"),
     ],
 )
 def test_refused_where_views_are_no_function_of_epoch_and_number(models, digits, tmp_path, options, reason, caplog):
@@ -320,6 +328,18 @@ def test_refused_where_views_are_no_function_of_epoch_and_number(models, digits,
     with pytest.raises(InputError, match=reason):
         train(models, dataset, tmp_path, **options)
     assert train(models, dataset, tmp_path, teacher_cache="auto", max_steps=1, **options)[2] == 1
+    assert "The teacher's logits are not cached: --teacher_cache" in caplog.text
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_stream_has_no_cache(models, digits, tmp_path, caplog):
+    stream = datasets.Dataset.from_dict({"pixel_values": torch.rand(40, 3, 8, 8), "labels": [0, 1] * 20})
+    stream, epochs = stream.to_iterable_dataset().with_format("torch"), []
+    stream.set_epoch = epochs.append
+    with pytest.raises(InputError, match="needs a training set with a length and random access"):
+        train(models, stream, tmp_path, max_steps=6, teacher_cache_views=None)
+    train(models, stream, tmp_path, max_steps=6, teacher_cache_views=None, teacher_cache="auto")
+    assert set(epochs) == {0, 1}  # in another order each
     assert not (tmp_path / "cache").exists()
 
 

@@ -172,8 +172,8 @@ class BKDTrainer(Trainer):
         self.label_names = self.label_names or ["labels"]  # type: ignore[has-type]
 
         # Student
-        if args.freeze_backbone and train_dataset is not None:
-            self._freeze_backbone()
+        if args.freeze_backbone and train_dataset is not None and model_init is None:
+            self._freeze_backbone(self.model)
 
         # Data
         self.class_counts: np.ndarray | None = None
@@ -633,7 +633,7 @@ class BKDTrainer(Trainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.args.head_learning_rate is not None:
-            head = {id(parameter) for module in self._head().values() for parameter in module.parameters()}
+            head = {id(parameter) for module in self._head(self.model).values() for parameter in module.parameters()}
             groups = []
             for group in optimizer.param_groups:
                 for in_head, rate in ((False, group["lr"]), (True, self.args.head_learning_rate)):
@@ -642,19 +642,27 @@ class BKDTrainer(Trainer):
             optimizer.param_groups = groups
         return optimizer
 
-    def _head(self) -> dict[str, nn.Module]:
-        head = head_modules(self.model)
+    @staticmethod
+    def _head(model: nn.Module) -> dict[str, nn.Module]:
+        head = head_modules(model)
         if not head:
             raise ValueError(
                 f"--freeze_backbone and --head_learning_rate need a model whose head can be told from the rest, which "
-                f"{type(self.model).__name__} is not: call it `classifier`."
+                f"{type(model).__name__} is not: call it `classifier`."
             )
         return head
 
-    def _freeze_backbone(self) -> None:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a student by `model_init`, at the start and again when training begins; its backbone may be frozen."""
+        model = super().call_model_init(trial)
+        if self.args.freeze_backbone:
+            self._freeze_backbone(model)
+        return model
+
+    def _freeze_backbone(self, model: nn.Module) -> None:
         """Train the head alone, with the rest in evaluation mode: not even statistics of BatchNorm change."""
-        head = self._head()
-        self.model.requires_grad_(False)
+        head = self._head(model)
+        model.requires_grad_(False)
         for module in head.values():
             module.requires_grad_(True)
 
@@ -665,7 +673,7 @@ class BKDTrainer(Trainer):
                 for module in head.values():
                     module.train()
 
-        self.model.register_forward_pre_hook(keep_in_evaluation_mode)
+        model.register_forward_pre_hook(keep_in_evaluation_mode)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Norm of the gradients; where nothing is clipped it is for the log alone, and taken at logged steps only."""

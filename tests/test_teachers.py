@@ -391,6 +391,19 @@ def test_frozen_backbone_keeps_its_weights_and_statistics(tmp_path, make):
     assert moved == {"classifier.weight", "classifier.bias"}
 
 
+def test_backbone_of_a_student_that_is_made_when_training_begins_is_frozen_too(tmp_path):
+    trainer = BKDTrainer(
+        args=config(tmp_path, method="ce", freeze_backbone=True), train_dataset=images(), model_init=lambda: resnet(1)
+    )
+    trainer.train()
+    changed = [
+        name
+        for name, value in trainer.model.state_dict().items()
+        if not torch.equal(value, resnet(1).state_dict()[name])
+    ]
+    assert changed == ["classifier.weight", "classifier.bias"]
+
+
 def test_head_has_its_own_learning_rate(tmp_path):
     trainer = trainer_for(
         tmp_path, teacher=None, learning_rate=0.0, head_learning_rate=0.05, lr_scheduler_type="constant"

@@ -492,9 +492,25 @@ def _open(stored: dict[str, Any]) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode[0] in "IF":  # what convert() would clip
+        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Bytes of 16-bit, 32-bit and floating-point images; how much white is, where the mode leaves it open, they show.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= (255 if mode == "F" else 65535)):
+        known = "0 to 1 or 0 to 255" if mode == "F" else "0 to 255 or 0 to 65535"
+        raise ValueError(f"its values run from {low:g} to {high:g}, where {known} is understood")
+    if mode == "F":
+        return np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
+    # Some versions of Pillow open 16-bit files as 32 bits.
+    return (values >> (0 if mode == "I" and high <= 255 else 8)).astype(np.uint8)
 
 
 def _identity(stored: dict[str, Any]) -> bytes:

@@ -204,6 +204,32 @@ def test_modes_and_orientation():
     assert decode_image(stored(deep)).getpixel((0, 0)) == (200, 200, 200)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "values", "seen"),
+    [
+        (np.uint16, [0, 200], [0, 0]),  # dark, as 65535 is white
+        (np.uint16, [0, 65535], [0, 255]),
+        (np.int32, [0, 198], [0, 198]),
+        (np.int32, [0, 198 * 256], [0, 198]),
+        (np.float32, [0, 0.5], [0, 128]),
+        (np.float32, [0, 1], [0, 255]),
+        (np.float32, [0, 198.4], [0, 198]),
+        (np.int32, [-1, 5], None),
+        (np.int32, [0, 65536], None),
+        (np.float32, [-0.5, 0.5], None),
+        (np.float32, [0, 300], None),
+        (np.float32, [0, np.nan], None),
+    ],
+)
+def test_depths(dtype, values, seen):
+    image = stored(Image.fromarray(np.array([values], dtype=dtype)), "TIFF")
+    if seen is None:
+        with pytest.raises(InputError, match=r"Image 1 cannot be decoded: its values run from .* is understood"):
+            ImageDataset(labelled([stored(Image.new("L", (2, 1))), image]), vit_processor())
+    else:
+        assert np.asarray(decode_image(image)).tolist() == [[[value] * 3 for value in seen]]
+
+
 @pytest.mark.parametrize("cache", ["memory", "none", "disk"])
 def test_corrupt_image_is_named(tmp_path, cache):
     good = tmp_path / "good.png"

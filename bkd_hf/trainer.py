@@ -143,6 +143,11 @@ class BKDTrainer(Trainer):
         if teacher_model is not None and teacher_model is model:
             raise ValueError("teacher_model is the student itself: freezing it would stop all training. Pass a copy.")
 
+        has_counts = class_counts is not None or train_dataset is not None
+        if isinstance(compute_metrics, LongTailEvaluation) or (
+            compute_metrics is None and preprocess_logits_for_metrics is None and has_counts
+        ):
+            _check_that_metrics_see_all(args)
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             # Trainer would cut each batch among the GPUs by DataParallel, and the number of its examples with it.
             logger.warning_once(
@@ -1000,6 +1005,18 @@ class _SetEpoch(TrainerCallback):
     def on_epoch_end(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.teacher_cache is not None:
             self.trainer.teacher_cache.flush()
+
+
+def _check_that_metrics_see_all(args: BKDConfig) -> None:
+    for option, is_refused in (
+        ("batch_eval_metrics true", args.batch_eval_metrics),
+        ("eval_do_concat_batches false", not args.eval_do_concat_batches),
+    ):
+        if is_refused:
+            raise InputError(
+                f"--{option}: the long-tail metrics are those of all evaluation examples at once. Leave the option "
+                "out, or pass a compute_metrics of your own."
+            )
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from bkd_hf import (
     BKDTrainer,
     FrozenTeacher,
     InputError,
+    LongTailEvaluation,
     TeacherLogitsError,
     TrainingDivergedError,
     bkd_loss,
@@ -177,6 +178,18 @@ def test_evaluation_is_plain_cross_entropy_with_long_tail_metrics(tmp_path):
     assert mine["eval_mine"] == 1.0
     assert "eval_accuracy" not in mine
     assert trainer.predict(images()).predictions.shape == (40, 5)
+
+
+@pytest.mark.parametrize("option", [{"batch_eval_metrics": True}, {"eval_do_concat_batches": False}])
+def test_metrics_need_all_examples_at_once(tmp_path, option):
+    for compute_metrics in (None, LongTailEvaluation(COUNTS)):
+        with pytest.raises(InputError, match=f"--{next(iter(option))} .* all evaluation examples at once"):
+            trainer_for(tmp_path, compute_metrics=compute_metrics, **option)
+
+    def mine(prediction, compute_result: bool = True) -> dict[str, float]:
+        return {"mine": 1.0}
+
+    assert trainer_for(tmp_path, compute_metrics=mine, **option).evaluate()["eval_mine"] == 1.0
 
 
 @pytest.mark.parametrize("start", [None, 1, 0.5])

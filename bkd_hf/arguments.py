@@ -277,6 +277,8 @@ _FRESH_WEIGHTS_DEFAULTS = {
     "max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.025, "num_train_epochs": 200.0,
     "per_device_train_batch_size": 128, "per_device_eval_batch_size": 500,
 }  # fmt: skip
+#: As a number of workers: not said, so to be chosen by the images and the machine.
+CHOOSE_WORKERS = -1
 #: Where the script's policy differs from TrainingArguments': a run says what it does, and can be continued.
 SCRIPT_DEFAULTS = {
     "logging_strategy": "epoch", "logging_nan_inf_filter": False, "save_strategy": "epoch", "save_total_limit": 1,
@@ -289,6 +291,7 @@ _OWN_HELP = {
     "hub_token": "Token with write access, if not stored by `hf auth login` or in HF_TOKEN.",
     "hub_revision": "Branch to push to.",
     "hub_private_repo": "Make the repository private.",
+    "dataloader_num_workers": "Processes that prepare the batches; 0: none, -1: as many as pay.",
     "use_cpu": "Use the CPU even if there is a GPU; set where there is none.",
 }
 _EPILOG = """\
@@ -432,7 +435,12 @@ def _build_parser(show_all: bool = False) -> _Parser:
     run.add_argument("--overwrite", action="store_true", help="Delete an earlier run in OUTPUT_DIR and start anew.")
     run.add_argument("-h", "--help", action="help", help="Show the usual options.")
     run.add_argument("--help_all", action="store_true", help="Show all options of TrainingArguments too.")
-    parser.set_defaults(output_dir=None, use_cpu=not torch.accelerator.is_available(), **SCRIPT_DEFAULTS)
+    parser.set_defaults(
+        output_dir=None,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_num_workers=CHOOSE_WORKERS,
+        **SCRIPT_DEFAULTS,
+    )
     inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
     own_group = parser.add_argument_group("method and optimisation")
     training_group = parser.add_argument_group("training (transformers.TrainingArguments)")

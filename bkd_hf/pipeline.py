@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from .arguments import DataArguments, ModelArguments, RunArguments
+from .arguments import CHOOSE_WORKERS, DataArguments, ModelArguments, RunArguments
 from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
@@ -196,10 +196,11 @@ def choose_workers(args: BKDConfig, dataset: ImageDataset, num_threads: int) -> 
         dataset: The training images.
         num_threads: CPU threads of this process.
     """
-    chooses = not args.dataloader_num_workers
+    chooses = args.dataloader_num_workers == CHOOSE_WORKERS
     if chooses:
         args.dataloader_num_workers = default_num_workers(dataset, num_threads, args.device.type == "cuda")
-    args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
+    if not args.dataloader_num_workers:  # what is about workers, torch refuses without any
+        args.dataloader_persistent_workers, args.dataloader_prefetch_factor = False, None
     return chooses and args.dataloader_num_workers > 0
 
 

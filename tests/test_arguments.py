@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bkd_hf import InputError
+from bkd_hf import ImageDataset, InputError
 from bkd_hf.arguments import parse_arguments
+from bkd_hf.pipeline import choose_workers
 from bkd_hf.precision import default_precision
 from tests.conftest import REPOSITORY
+from tests.test_transforms import photos, vit_processor
 
 RECIPES = REPOSITORY / "scripts" / "recipes"
 DIGITS = RECIPES / "digits.yaml"
@@ -164,6 +166,17 @@ def test_precision(options, bf16, fp16):
     arguments = parse_arguments([*options.split(), "--use_cpu", "true"])
     for args in (arguments.training, arguments.teacher_training):
         assert (args.bf16, args.fp16) == (bf16, fp16)
+
+
+@pytest.mark.parametrize(("options", "workers"), [("", 2), ("--dataloader_num_workers 0", 0)])
+def test_number_of_workers_is_chosen_where_it_is_not_given(options, workers):
+    images = ImageDataset(photos(), vit_processor(), cache_images="none")
+    arguments = parse_arguments([*options.split(), "--use_cpu", "true"])
+    for args in (arguments.training, arguments.teacher_training):
+        assert choose_workers(args, images, num_threads=2) == (not options)
+        assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (workers, workers > 0)
+    arguments = parse_arguments([*options.split(), "--teacher_dataloader_num_workers", "1"])
+    assert arguments.teacher_training.dataloader_num_workers == 1
 
 
 def test_contradicting_precisions_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -51,9 +52,14 @@ class FrozenTeacher(nn.Module):
         super().train(False)
         return self
 
-    def as_classifier(self) -> nn.Module:
+    def as_classifier(self) -> TeacherAsClassifier:
         """Return a module whose output has `.logits`, as a `Trainer` evaluates it."""
-        return _Classifier(self)
+        return TeacherAsClassifier(self)
+
+    @property
+    def input_names(self) -> list[str]:
+        """What the model takes, by name."""
+        return list(inspect.signature(self.model.forward).parameters)
 
     @property
     def columns(self) -> list[int] | None:
@@ -75,13 +81,15 @@ class FrozenTeacher(nn.Module):
         return aligned.masked_fill(self._columns < 0, float("-inf"))
 
 
-class _Classifier(nn.Module):
+class TeacherAsClassifier(nn.Module):
+    """A teacher whose output has `.logits`, whatever it takes."""
+
     def __init__(self, teacher: FrozenTeacher):
         super().__init__()
         self.teacher = teacher
 
-    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
-        return ImageClassifierOutput(logits=self.teacher(pixel_values=pixel_values))
+    def forward(self, **inputs: Any) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.teacher(**inputs))
 
 
 def num_labels(model: nn.Module) -> int | None:

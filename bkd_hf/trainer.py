@@ -6,7 +6,6 @@ Its competitors run through it too (`bkd_hf.methods`), so that comparisons are o
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -47,7 +46,7 @@ from .models import head_modules
 from .precision import precision_of
 from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples, innermost
 from .schedules import StepDecay
-from .teacher import FrozenTeacher, load_teacher, num_labels
+from .teacher import FrozenTeacher, TeacherAsClassifier, load_teacher, num_labels
 from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, describe_views, is_augmented
 from .transforms import ImageDataset, collate_images
 from .weights import check_class_counts, class_balanced_weights, deferred_weights
@@ -614,9 +613,10 @@ class BKDTrainer(Trainer):
         if self._signature_columns is None:  # type: ignore[has-type]
             super()._set_signature_columns_if_needed()
             columns = ["labels", *(self._signature_columns or [])]  # type: ignore[has-type]
+            if isinstance(self.model, TeacherAsClassifier):
+                columns += self.model.teacher.input_names
             if self.teacher_model is not None:
-                names = inspect.signature(self.teacher_model.model.forward).parameters
-                columns += [f"{TEACHER_PREFIX}{name}" for name in names]
+                columns += [f"{TEACHER_PREFIX}{name}" for name in self.teacher_model.input_names]
             self._signature_columns = columns
 
     def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from bkd_hf import (
@@ -552,6 +552,29 @@ def test_iterable_data_set_takes_trainers_own_path(tmp_path):
     assert trainer.state.global_step == 2
     with pytest.raises(ValueError, match="needs class_counts"):
         BKDTrainer(model=Linear(1), teacher_model=Linear(1), args=config(tmp_path, max_steps=2), train_dataset=data)
+
+
+def test_student_and_teacher_of_text_are_measured(tmp_path):
+    def bert(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        return BertForSequenceClassification(BertConfig(vocab_size=20, num_labels=5, **size))
+
+    table = datasets.Dataset.from_dict(
+        {
+            "input_ids": [[i % 20, 3, i % 7, 0] for i in range(40)],
+            "attention_mask": [[1, 1, 1, i % 2] for i in range(40)],
+            "text": ["not for the models"] * 40,
+            "label": np.repeat(np.arange(5), COUNTS).tolist(),
+        }
+    )
+    teacher = bert(2)
+    trainer = trainer_for(tmp_path, bert(1), teacher, table, max_steps=1)
+    trainer.train()
+    results = trainer.save_results("texts")
+    inputs = {name: torch.tensor(table[name][:]) for name in ("input_ids", "attention_mask")}
+    right = teacher(**inputs).logits.argmax(dim=1) == torch.tensor(table["label"][:])
+    assert results["teacher"]["metrics"]["accuracy"] == pytest.approx(right.float().mean().item())
 
 
 def test_frozen_teacher_answers_with_logits_of_any_model():

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from .config import METHOD_OPTIONS, BKDConfig
 from .data import PROFILES
 from .errors import InputError
-from .methods import METHODS
+from .methods import METHODS, RECOMMENDED
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
 from .precision import PRECISIONS, default_precision
@@ -64,6 +64,10 @@ class ModelArguments:
     )
     force_teacher: bool = field(
         default=False, metadata={"help": "Use a teacher that is no better than guessing on the evaluation images."}
+    )
+    force_distillation: bool = field(
+        default=False,
+        metadata={"help": "Distil even if the targets know the labels no more (they are looked at before training)."},
     )
     finetune_teacher: bool = field(
         default=False, metadata={"help": "Train the given teacher on the data first, whatever its head is for."}
@@ -259,8 +263,8 @@ _TEACHER_CACHE_OPTIONS = ("teacher_cache", "teacher_cache_views", "teacher_cache
 #: Options that the teacher's training shares with the student's, or that mean nothing to it.
 NOT_FOR_TEACHER = {
     "output_dir", "bf16", "fp16", "use_cpu", "push_to_hub", "distillation_loss", "temperature", "distillation_weight",
-    "deferred_reweighting_start", "dive_temperature", "dive_alpha", "dive_power", "dkd_temperature", "dkd_alpha",
-    "dkd_beta", "dkd_warmup_epochs", *_TEACHER_CACHE_OPTIONS,
+    "deferred_reweighting_start", "class_balance_power", "student_init", "dive_temperature", "dive_alpha",
+    "dive_power", "dkd_temperature", "dkd_alpha", "dkd_beta", "dkd_warmup_epochs", *_TEACHER_CACHE_OPTIONS,
 }  # fmt: skip
 #: Options of `TrainingArguments` that --help shows; --help_all shows the rest too.
 _COMMON_TRAINING_OPTIONS = {
@@ -282,7 +286,7 @@ CHOOSE_WORKERS = -1
 #: Where the script's policy differs from TrainingArguments': a run says what it does, and can be continued.
 SCRIPT_DEFAULTS = {
     "logging_strategy": "epoch", "logging_nan_inf_filter": False, "save_strategy": "epoch", "save_total_limit": 1,
-    "hub_strategy": "end", "dataloader_persistent_workers": True,
+    "hub_strategy": "end", "dataloader_persistent_workers": True, "method": RECOMMENDED,
 }  # fmt: skip
 _OWN_HELP = {
     "output_dir": "Where everything is written; outputs/DATASET_MODEL_seedSEED if not given.",

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from .errors import InputError
-from .methods import METHODS
+from .methods import METHODS, RECOMMENDED
 from .plots import save_comparison_plots
 from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
 
@@ -259,8 +259,41 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
             "them).",
             _table(["method", "n", *shown], adjusted),
         ]
+    if verdict := _against_what_is_free(comparison):
+        parts += ["## Against what costs nothing", verdict]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     return "\n\n".join(parts) + "\n"
+
+
+def _against_what_is_free(comparison: Comparison) -> str | None:
+    """Say which methods are not better overall than `ce`, as it is and after post-hoc adjustment; `None` without."""
+    if "ce" not in comparison.cells:
+        return None
+    beaten = []
+    others = [method for method in comparison.methods if method != "ce"]
+    for method in others:
+        values = comparison.values(method, "overall")
+        free = {
+            name: {
+                seed: value for seed, value in comparison.values("ce", "overall", post_hoc).items() if seed in values
+            }
+            for name, post_hoc in (("`ce`", False), ("`ce` after post-hoc adjustment", True))
+        }
+        means = {name: float(np.mean(list(found.values()))) for name, found in free.items() if found}
+        if not means:
+            continue
+        best = max(means, key=lambda name: means[name])
+        mean = float(np.mean([values[seed] for seed in free[best]]))
+        if mean <= means[best]:
+            beaten.append(f"`{method}` ({mean:.1f} against {means[best]:.1f} of {best})")
+    if not others:
+        return None
+    if not beaten:
+        return "Every method is better overall than `ce`, as it is and after post-hoc adjustment, over the same seeds."
+    return (
+        "**Not better overall than what needs no training beyond `ce`**, over the same seeds: "
+        f"{', '.join(beaten)}. Longer training, or --method {RECOMMENDED}, may help."
+    )
 
 
 # ---- Rows -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from .methods import (
     DISTILLATION_LOSSES,
     METHODS,
     SAMPLERS,
+    STUDENT_INITS,
     WITHOUT_LABEL_SMOOTHING,
 )
 from .teacher_cache import DEFAULT_VIEWS, DTYPES
@@ -27,12 +28,14 @@ _PARTS: dict[str, Collection[str]] = {
     "class_weighting": CLASS_WEIGHTINGS,
     "distillation_loss": DISTILLATION_LOSSES.keys(),
     "sampler": SAMPLERS,
+    "student_init": STUDENT_INITS,
 }
 # Which choices look at an option; the rest of the options hold for every method.
 _USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "temperature": {"distillation_loss": ("kd", "bkd")},
     "distillation_weight": {"distillation_loss": ("kd", "bkd")},
     "class_balance_beta": {"class_weighting": ("reweight", "drw"), "distillation_loss": ("bkd",)},
+    "class_balance_power": {"distillation_loss": ("bkd",)},
     "deferred_reweighting_start": {"distillation_loss": ("bkd",)},
     "class_weighting_start": {"class_weighting": ("drw",)},
     "focal_gamma": {"classification_loss": ("focal",)},
@@ -110,6 +113,14 @@ class BKDConfig(TrainingArguments):
             "--method says."
         },
     )
+    student_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the student starts from: model (the weights of --model_name_or_path), teacher (the "
+            "teacher's, without the class frequencies if the classification loss leaves them out), or auto (the "
+            "teacher's if both are alike and see the same pixels); not given: as --method says."
+        },
+    )
     temperature: float = field(
         default=2.0,
         metadata={
@@ -129,6 +140,15 @@ class BKDConfig(TrainingArguments):
             "help": "β in [0, 1) of the class weights (1-β)/(1-β^n), wherever there are any: 0 gives uniform weights, "
             "→ 1 the inverse class frequency.",
             "aliases": ["--beta"],
+        },
+    )
+    class_balance_power: str | None = field(
+        default=None,
+        metadata={
+            "help": "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; "
+            "auto for 1/T, which takes the class frequencies out once; or measured, the largest in [1/T, 1] at which "
+            "the targets keep 95 % of the teacher's right answers about training images. Not given: as --method says, "
+            "for bkd 1."
         },
     )
     deferred_reweighting_start: float | None = field(
@@ -256,6 +276,11 @@ class BKDConfig(TrainingArguments):
                 setattr(self, name, value)
         for name, choices in _PARTS.items():
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
+        if self.class_balance_power not in ("auto", "measured"):
+            try:
+                self.class_balance_power = float(self.class_balance_power)  # type: ignore[arg-type,assignment]
+            except ValueError:
+                self._require(False, "class_balance_power", "a finite number ≥ 0, auto or measured")
 
     def _check_ranges(self) -> None:
         require = self._require
@@ -271,6 +296,14 @@ class BKDConfig(TrainingArguments):
             "dkd_warmup_epochs",
         ):
             require(0 <= getattr(self, name) < math.inf, name, "a finite number ≥ 0")
+        power: Any = self.class_balance_power
+        is_number = isinstance(power, float)
+        require(not is_number or 0 <= power < math.inf, "class_balance_power", "a finite number ≥ 0, auto or measured")
+        require(
+            self.distillation_loss == "bkd" or power == method_defaults(self.method)["class_balance_power"],
+            "class_balance_power",
+            f"left out: --distillation_loss {self.distillation_loss} has no class weights that it could be a power of",
+        )
         require(math.isfinite(self.logit_adjustment_tau), "logit_adjustment_tau", "a finite number")
         require(0 <= self.dive_alpha <= 1, "dive_alpha", "in [0, 1]")
         require(0 <= self.class_balance_beta < 1, "class_balance_beta", "in [0, 1)")

@@ -4,6 +4,17 @@ Notation, as in the paper: ``z_s`` student logits, ``z_t`` teacher logits (both 
 temperature, ``w`` the class weights. Every function returns the mean over the batch unless `reduction` says otherwise,
 works in float32 at least (float64 for float64 inputs), and sends no gradient to the teacher. A mean over no example,
 where all are ignored, is not a number.
+
+Which class frequencies a loss asks for, and why p in the targets softmax(z_t/T + p · log w) matters:
+
+1. With class frequencies π, cross-entropy is least at z = log p(x|y) + log π: the tail as it is. Balanced answers are
+   z − log π (Bayes), that is z + log w with w ∝ 1/π; balanced softmax, CE(z + log π), is least at just these.
+2. softmax(z_t/T + p · log w) = softmax((z_t + pT · log w)/T): the paper's p = 1 takes T · log π off, at T = 2 twice.
+3. A teacher that is s times too sure of its training images, z_t = s · (log p(x|y) + log π), needs s · log w, p = s/T:
+   p = 1/T if it is calibrated there, p = 1 if it knows them by heart and is T times too sure.
+4. Where it is not that sure, p = 1 lets log w outvote z_t, and the target names the rarest class for every image.
+5. So both terms should ask for balanced answers: balanced softmax, and the largest p in [1/T, 1] that the teacher's
+   answers about training images bear (`bkd_hf.targets.strongest_power`). That is `--method bkd-calibrated`.
 """
 
 from __future__ import annotations
@@ -33,7 +44,8 @@ def kd_loss(
 
         KD = T² · KL( softmax(z_t / T) ‖ softmax(z_s / T) )
 
-    T² keeps the size of the gradient independent of T.
+    T² keeps the size of the gradient independent of T. The student takes over the teacher's class frequencies, whatever
+    they are.
 
     Args:
         student_logits: B×C.
@@ -53,14 +65,18 @@ def balanced_distillation_loss(
     class_weights: torch.Tensor | None,
     temperature: float = 2.0,
     reduction: Reduction = "mean",
+    power: float | Literal["auto"] = 1.0,
 ) -> torch.Tensor:
     """Class-balanced distillation (Zhang et al., 2021, arXiv 2104.10510, eq. 5-6).
 
-        BKD = T² · KL( softmax(z_t / T + log w) ‖ softmax(z_s / T) )
+        BKD = T² · KL( softmax(z_t / T + p · log w) ‖ softmax(z_s / T) )
 
-    The paper multiplies the teacher's softmax by ``w`` and renormalises; that is exactly a shift of its logits by
-    ``log w``, which cannot underflow. The scale of ``w`` cancels. The weights act on the *classes* of each target
+    The paper (p = 1) multiplies the teacher's softmax by ``w`` and renormalises; that is exactly a shift of its logits
+    by ``log w``, which cannot underflow. The scale of ``w`` cancels. The weights act on the *classes* of each target
     distribution, not on the examples.
+
+    p = 1 assumes a teacher that is sure of its training images, whose targets the shift can hardly move; p = 1/T
+    assumes one whose softmax(z_t) is calibrated on them (see the top of this module).
 
     Args:
         student_logits: B×C.
@@ -68,22 +84,50 @@ def balanced_distillation_loss(
         class_weights: C positive weights, or `None` for plain [`kd_loss`].
         temperature: T > 0.
         reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+        power: p ≥ 0; `"auto"` is 1/T, 0 is plain [`kd_loss`].
 
     Raises:
-        ValueError: If shapes differ, T is not positive, a weight is not positive (looked at on the CPU only: on an
-            accelerator it would cost a synchronisation per step), or the reduction is unknown.
+        ValueError: If shapes differ, T is not positive, p is negative or not finite, a weight is not positive (looked
+            at on the CPU only: on an accelerator it would cost a synchronisation per step), or the reduction is
+            unknown.
     """
     _check_temperature(temperature)
     _check_logits(student_logits, teacher_logits)
     student_logits, teacher_logits = _at_least_float32(student_logits, teacher_logits.detach())
 
-    target_logits = teacher_logits / temperature
-    if class_weights is not None:
-        target_logits = target_logits + _log_weights(class_weights, like=target_logits)
-    log_target = F.log_softmax(target_logits, dim=-1)
+    log_target = balanced_log_targets(teacher_logits, class_weights, temperature, power)
     log_student = F.log_softmax(student_logits / temperature, dim=-1)
     divergence = F.kl_div(log_student, log_target, reduction="none", log_target=True).sum(dim=-1)
     return _reduce(temperature**2 * divergence, reduction)
+
+
+def balanced_log_targets(
+    teacher_logits: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    temperature: float = 2.0,
+    power: float | Literal["auto"] = 1.0,
+) -> torch.Tensor:
+    """Logarithm of what [`balanced_distillation_loss`] has the student imitate: B×C.
+
+        log softmax(z_t / T + p · log w)
+
+    Args:
+        teacher_logits: B×C.
+        class_weights: C positive weights; `None` for none.
+        temperature: T > 0.
+        power: p ≥ 0, or `"auto"` for 1/T.
+
+    Raises:
+        ValueError: As [`balanced_distillation_loss`].
+    """
+    _check_temperature(temperature)
+    power = 1 / temperature if power == "auto" else power
+    _require(0 <= power < float("inf"), f'power must be a finite number ≥ 0, or "auto", got {power}.')
+    (teacher_logits,) = _at_least_float32(teacher_logits)
+    target_logits = teacher_logits / temperature
+    if class_weights is not None:
+        target_logits = target_logits + power * _log_weights(class_weights, like=target_logits)
+    return F.log_softmax(target_logits, dim=-1)
 
 
 def cross_entropy_loss(
@@ -273,7 +317,7 @@ def dive_loss(
 
         DiVE = T² · KL( softmax(power · z_t / T) ‖ softmax(z_s / T) )
 
-    The teacher, trained with balanced softmax, is flattened further by a power below 1. The method's loss is
+    The teacher, trained with balanced softmax, has balanced answers already; a power below 1 flattens them further. The method's loss is
     (1 − α) · [`balanced_softmax_loss`] + α · DiVE.
 
     Args:
@@ -347,10 +391,11 @@ def bkd_loss(
     temperature: float = 2.0,
     alpha: float = 1.0,
     reduction: Reduction = "mean",
+    power: float | Literal["auto"] = 1.0,
 ) -> torch.Tensor:
-    """Balanced Knowledge Distillation (Zhang et al., 2021, arXiv 2104.10510, eq. 7).
+    """Balanced Knowledge Distillation (Zhang et al., 2021, arXiv 2104.10510, eq. 7; there p = 1).
 
-        L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + log w) ‖ softmax(z_s / T) )
+        L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + p · log w) ‖ softmax(z_s / T) )
 
     The classification term is *instance*-balanced and learns the representation; the distillation term is
     *class*-balanced and lifts the tail.
@@ -363,13 +408,14 @@ def bkd_loss(
         temperature: T > 0.
         alpha: α ≥ 0, the weight of the distillation term.
         reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+        power: p as in [`balanced_distillation_loss`].
 
     Raises:
         ValueError: As [`balanced_distillation_loss`] and [`cross_entropy_loss`], and if α is negative or not finite.
     """
     _require(0 <= alpha < float("inf"), f"alpha must be a finite number ≥ 0, got {alpha}.")
     ce = cross_entropy_loss(student_logits, labels, reduction="none")
-    kd = balanced_distillation_loss(student_logits, teacher_logits, class_weights, temperature, reduction="none")
+    kd = balanced_distillation_loss(student_logits, teacher_logits, class_weights, temperature, "none", power)
     counted = (labels != IGNORE_INDEX).to(ce.dtype)
     return _reduce((ce + alpha * kd) * counted, reduction, counted)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, LongTailEvaluation
+from .metrics import shot_thresholds
 from .models import label_names
 from .results import describe_classes, describe_model, describe_run, history_of, summarize_training
-from .teacher import FrozenTeacher
+from .teacher import TEACHER_PREFIX, FrozenTeacher, gives_teacher_inputs
 
 if TYPE_CHECKING:
     from .trainer import BKDTrainer
@@ -42,7 +42,7 @@ def measure(trainer: BKDTrainer, dataset_name: str | None = None, dataset_id: st
     names = label_names(trainer.model.config) or [str(number) for number in range(len(counts))]
     eval_counts = np.bincount(prediction.label_ids, minlength=len(counts)).tolist()
     data = {
-        **describe_classes("own data", names, counts.tolist(), eval_counts, *_thresholds(trainer)),
+        **describe_classes("own data", names, counts.tolist(), eval_counts, *shot_thresholds(trainer.compute_metrics)),
         "name": dataset_name or dataset_id or "own data",
         "hub_id": dataset_id,
     }
@@ -73,20 +73,9 @@ def _name(model: Any) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "")
 
 
-def _thresholds(trainer: BKDTrainer) -> tuple[int, int]:
-    """Bounds of many- and few-shot classes that the trainer's evaluations have."""
-    evaluation = trainer.compute_metrics
-    if isinstance(evaluation, LongTailEvaluation):
-        return evaluation.many_shot_threshold, evaluation.few_shot_threshold
-    return MANY_SHOT_THRESHOLD, FEW_SHOT_THRESHOLD
-
-
 def _seen_by_teacher(trainer: BKDTrainer) -> Any:
     """Return the evaluation images as the teacher takes them."""
-    of_training, of_evaluation = (
-        hasattr(dataset, "__getitem__") and any(key.startswith("teacher_") for key in dataset[0])
-        for dataset in (trainer.train_dataset, trainer.eval_dataset)
-    )
+    of_training, of_evaluation = map(gives_teacher_inputs, (trainer.train_dataset, trainer.eval_dataset))
     if of_training and not of_evaluation:
         raise ValueError(
             "The teacher takes inputs of its own, which eval_dataset does not give, so it cannot be measured: give "
@@ -106,5 +95,7 @@ class _TeacherInputs(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.dataset[index]
-        inputs = {key.removeprefix("teacher_"): v for key, v in example.items() if key.startswith("teacher_")}
+        inputs = {
+            key.removeprefix(TEACHER_PREFIX): value for key, value in example.items() if key.startswith(TEACHER_PREFIX)
+        }
         return {**{key: example[key] for key in ("labels", "label") if key in example}, **inputs}

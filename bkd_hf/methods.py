@@ -2,8 +2,8 @@
 
 A method is a choice from each of the four tables, and every choice runs through the same `BKDTrainer`, data and
 schedule: what differs between two methods is what their names say. In the losses of the tables, `o` are the options,
-`z` logits (`z_s` student, `z_t` teacher), `y` labels, `n` class counts, and `w` class weights or `None`; they return B
-numbers, one per example.
+`z` logits (`z_s` student, `z_t` teacher), `y` labels, `n` class counts, and `w` class weights or `None`, in the
+distillation losses raised to `class_balance_power`; they return B numbers, one per example.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from .losses import (
     balanced_distillation_loss,
+    balanced_log_targets,
     balanced_softmax_loss,
     cross_entropy_loss,
     dive_loss,
@@ -59,6 +60,17 @@ DISTILLATION_LOSSES: dict[str, Callable[..., torch.Tensor] | None] = {
     "dive": lambda o, z_s, z_t, y, w: dive_loss(z_s, z_t, o.dive_temperature, o.dive_power, "none"),
     "dkd": lambda o, z_s, z_t, y, w: dkd_loss(z_s, z_t, y, o.dkd_temperature, o.dkd_alpha, o.dkd_beta, "none"),
 }
+
+#: What the student imitates, by distillation loss: the logarithm of a distribution over the classes, B×C.
+DISTILLATION_TARGETS: dict[str, Callable[..., torch.Tensor]] = {
+    "kd": lambda o, z_t, w: balanced_log_targets(z_t, None, o.temperature),
+    "bkd": lambda o, z_t, w: balanced_log_targets(z_t, w, o.temperature),
+    "dive": lambda o, z_t, w: balanced_log_targets(o.dive_power * z_t, None, o.dive_temperature),
+    "dkd": lambda o, z_t, w: balanced_log_targets(z_t, None, o.dkd_temperature),
+}
+
+#: What `--student_init` may be: the student's own weights, or the teacher's; `auto`: the teacher's where they fit.
+STUDENT_INITS = ("model", "teacher", "auto")
 
 #: What `--sampler` may be; `class_balanced` draws each class equally often (Kang et al., 2020, arXiv 1910.09217).
 SAMPLERS = ("instance", "class_balanced")
@@ -120,6 +132,13 @@ def _per_example(kind: str, losses: torch.Tensor, labels: torch.Tensor) -> torch
     return losses
 
 
+def prior_power(options: BKDConfig) -> float:
+    """τ of the class frequencies π^τ that the classification loss keeps out of the student's logits."""
+    if options.classification_loss == "logit_adjustment":
+        return options.logit_adjustment_tau
+    return 1.0 if options.classification_loss == "balanced_softmax" else 0.0
+
+
 def mixture(options: BKDConfig, epoch: float) -> tuple[float, float]:
     """Weights of the classification loss and of the distillation loss, after `epoch` epochs of training.
 
@@ -142,6 +161,8 @@ class Method:
         class_weighting: Of the classification loss, one of `CLASS_WEIGHTINGS`.
         distillation_loss: Key of `DISTILLATION_LOSSES`.
         sampler: One of `SAMPLERS`.
+        student_init: One of `STUDENT_INITS`.
+        class_balance_power: Of the weights in the distillation loss.
         deferred_reweighting_start: Of the weights in the distillation loss.
         teacher: The method by which its teacher is trained.
     """
@@ -150,6 +171,8 @@ class Method:
     class_weighting: str = "none"
     distillation_loss: str = "none"
     sampler: str = "instance"
+    student_init: str = "model"
+    class_balance_power: float | str = 1.0
     deferred_reweighting_start: float | None = None
     teacher: str = "ce"
 
@@ -171,6 +194,12 @@ METHODS = {
     "kd": Method(distillation_loss="kd"),
     "bkd": Method(distillation_loss="bkd"),
     "bkd-drw": Method(distillation_loss="bkd", deferred_reweighting_start=0.8),
+    "bkd-calibrated": Method(
+        "balanced_softmax", distillation_loss="bkd", class_balance_power="measured", student_init="auto"
+    ),
     "dive": Method("balanced_softmax", distillation_loss="dive", teacher="balanced-softmax"),
     "dkd": Method(distillation_loss="dkd"),
 }
+
+#: The preset for data and budgets of people's own, and the default of `scripts/run_bkd.py`.
+RECOMMENDED = "bkd-calibrated"

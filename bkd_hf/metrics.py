@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +35,7 @@ __all__ = [
     "long_tail_metrics",
     "post_hoc_logit_adjustment",
     "shot_groups",
+    "shot_thresholds",
     "wilson_interval",
 ]
 
@@ -63,3 +64,10 @@ class LongTailEvaluation:
         )
         del metrics["per_class_accuracy"]
         return metrics
+
+
+def shot_thresholds(compute_metrics: Any) -> tuple[int, int]:
+    """Return the bounds of many- and few-shot classes that a trainer's evaluations have."""
+    if isinstance(compute_metrics, LongTailEvaluation):
+        return compute_metrics.many_shot_threshold, compute_metrics.few_shot_threshold
+    return MANY_SHOT_THRESHOLD, FEW_SHOT_THRESHOLD

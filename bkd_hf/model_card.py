@@ -23,8 +23,10 @@ from .methods import METHODS
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
 from .plots import figure_names
-from .results import adjusts_itself, check_schema, effective_batch_size, load_results, training_options
+from .results import check_schema, effective_batch_size, load_results, training_options
 from .run_folder import WITHOUT_INFLUENCE
+from .targets import describe_targets
+from .verdict import free_alternatives, judge
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _REFERENCES = Path(__file__).with_name("references.bib")
@@ -135,7 +137,9 @@ def build(
         license=license,
         unknown_license=license == UNKNOWN_LICENSE,
         results=results,
-        adjusted=_adjusted(results),
+        verdict=judge(results),
+        alternatives={name: found for name, found in free_alternatives(results).items() if "tau" in found},
+        targets=describe_targets(student["targets"], data["class_names"]) if student.get("targets") else None,
         data=data,
         dataset_id=dataset_id,
         student=student,
@@ -228,7 +232,7 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     options = results["options"]
     # What is recorded differs from transformers' defaults; these have others on the command line.
     told = training_options(results)
-    training = {**{name: told[name] for name in SCRIPT_DEFAULTS}, **options["training"]}
+    training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
     method = training.get("method", "bkd")
     of_machine = WITHOUT_INFLUENCE | {"accelerator_config", "use_cpu", "gradient_checkpointing"}
     recipe = {
@@ -384,20 +388,16 @@ def _loss(options: dict[str, Any]) -> str:
     terms = []
     for part in ("classification_loss", "distillation_loss"):
         if options.get(part) not in (None, "none"):
-            numbers = [f"{name} {options[name]:g}" for name in used_by(part, options) if options.get(name) is not None]
+            told = {name: options.get(name) for name in used_by(part, options)}
+            numbers = [
+                f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+                for name, value in told.items()
+                if value is not None
+            ]
             terms.append(options[part] + (f" ({', '.join(numbers)})" if numbers else ""))
     about = {"class_weighting": "none", "sampler": "instance"}
     others = [f"{part} {options[part]}" for part, usual in about.items() if options.get(part) not in (None, usual)]
     return " + ".join(terms) + "".join(f", {other}" for other in others)
-
-
-def _adjusted(results: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """What needs no balanced training: the vanilla model and its metrics after post-hoc logit adjustment."""
-    teacher, student = results["teacher"], results["student"]
-    name, model = ("teacher", teacher) if teacher else ("model", student)
-    if not model.get("post_hoc_metrics") or (not teacher and adjusts_itself(results)):
-        return None
-    return name, model["post_hoc_metrics"]
 
 
 # ---- Limitations ---------------------------------------------------------------------------------------------------
@@ -446,9 +446,8 @@ def _limitations(results: dict[str, Any]) -> list[str]:
             f"{_classes(barely)} fewer than {_FEW_TEST_IMAGES} test images: what is said of {_them(barely)} alone is "
             "a guess; see the intervals."
         )
-    adjusted = _adjusted(results)
-    if teacher and adjusted and adjusted[1]["accuracy"] >= metrics["accuracy"]:
-        found.append("The adjusted teacher is as good overall: distillation gained nothing beyond that here.")
+    if teacher and judge(results).is_better is False:
+        found.append("Distillation gained nothing here, or not everywhere, beyond what costs nothing: see the table.")
     if training_options(results)["load_best_model_at_end"]:
         found.append(
             "The checkpoint was chosen by the images that all these numbers are of, which flatters them: expect less."

@@ -127,6 +127,36 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(last[-1:])
 
 
+def why_not_alike(student: nn.Module, teacher: nn.Module) -> str | None:
+    """Return why a student cannot take over a teacher's weights; `None` if it can."""
+    if type(student) is not type(teacher):
+        return f"the student is a {type(student).__name__}, the teacher a {type(teacher).__name__}"
+    of_student, of_teacher = student.state_dict(), teacher.state_dict()
+    for name in sorted({*of_student, *of_teacher}):
+        shapes = [tuple(state[name].shape) if name in state else None for state in (of_student, of_teacher)]
+        if shapes[0] != shapes[1]:
+            return f"{name} has the shape {shapes[0]} in the student, {shapes[1]} in the teacher"
+    return None
+
+
+@torch.no_grad()
+def start_from_teacher(student: nn.Module, teacher: nn.Module, shift: torch.Tensor | None = None) -> None:
+    """Give a student the weights of a teacher that is alike (see [`why_not_alike`]).
+
+    Args:
+        student: Changed in place.
+        teacher: Where the weights come from.
+        shift: C numbers that are added to the student's logits, by the bias of its head where it has one.
+    """
+    student.load_state_dict(teacher.state_dict(), strict=True)
+    if shift is None:
+        return
+    for head in head_modules(student).values():
+        biases = [parameter for name, parameter in head.named_parameters() if name.split(".")[-1] == "bias"]
+        if biases and biases[-1].shape == shift.shape:
+            biases[-1].add_(shift.to(biases[-1]))
+
+
 def _renew_head(model: PreTrainedModel) -> set[str]:
     """Draw fresh weights for the head, and return their names: those there are stand for other classes."""
     new = set()

@@ -57,9 +57,11 @@ from .run_folder import (
     origin_of,
     read_json,
 )
+from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
 from .transforms import ImageDataset, channel_statistics, default_augmentation, default_num_workers
+from .verdict import free_alternatives, judge
 from .views import same_pixels
 
 _TABLE_ROWS = (
@@ -142,7 +144,13 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         workers = arguments.training.dataloader_num_workers
         why = "" if images["train"].in_memory else ": they do not stay in memory"
         say(f"Images are prepared by {workers} worker{'s' if workers > 1 else ''} a process{why}.")
-    make_stage = functools.partial(_Stage, data=data, post_hoc_tau=arguments.data.post_hoc_tau, say=say)
+    make_stage = functools.partial(
+        _Stage,
+        data=data,
+        post_hoc_tau=arguments.data.post_hoc_tau,
+        force_distillation=arguments.model.force_distillation,
+        say=say,
+    )
     student = make_stage(arguments.model.model_name_or_path, arguments.training, processor, images)
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.
     student_model = student.load_model(arguments.model, arguments.model.model_revision)
@@ -217,6 +225,7 @@ class _Stage:
     images: dict[str, ImageDataset]
     data: dict[str, Any]
     post_hoc_tau: float
+    force_distillation: bool
     say: _Announcer
 
     def load_model(self, options: ModelArguments, revision: str | None = None) -> PreTrainedModel:
@@ -257,6 +266,12 @@ class _Stage:
         trainer.add_callback(_TellOfCache(trainer, self.say))
         length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
         self.say(f"{self.name}: {model.num_parameters():,} parameters, {length}")
+        about_teacher = {}
+        if teacher is not None:
+            about_teacher = {
+                "started_from_teacher": trainer.student_started_from_teacher,
+                "targets": self._look_at_targets(trainer),
+            }
         checkpoint = last_complete_checkpoint(args.output_dir)
         if checkpoint is not None:
             self.say(f"Continuing from {Path(checkpoint).name}.")
@@ -269,9 +284,29 @@ class _Stage:
         trainer.save_metrics("eval", evaluation.metrics)
         return {
             **self._describe(model, evaluation),
+            **about_teacher,
             "training": clock.summary(trainer, len(self.images["train"])),
             "history": history_of(trainer.state),
         }
+
+    def _look_at_targets(self, trainer: BKDTrainer) -> dict[str, Any] | None:
+        """Say what the student is to imitate, and refuse it if it knows the labels no more."""
+        names = self.data["class_names"]
+        if trainer.student_started_from_teacher:
+            self.say("The student starts from the teacher's weights (--student_init).")
+        statistics = trainer.look_at_targets()
+        if statistics is None:
+            return None
+        self.say(describe_targets(statistics, names))
+        if collapse := why_collapsed(statistics, names):
+            if not self.force_distillation:
+                raise InputError(
+                    f"The distillation targets collapse: {collapse}. A student would learn that. In another "
+                    "--output_dir, try --class_balance_power auto, a lower --temperature, or a teacher that was "
+                    "trained longer; --force_distillation uses these targets all the same."
+                )
+            warnings.warn(f"The distillation targets collapse: {collapse} (--force_distillation).", stacklevel=2)
+        return statistics
 
     def evaluate(self, teacher: FrozenTeacher) -> dict[str, Any]:
         """Evaluate a teacher that was trained elsewhere, by its answers about the classes of the data."""
@@ -435,6 +470,8 @@ def _use_teacher(arguments: RunArguments, stage: _Stage, match: _Match) -> tuple
         )
     teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
+    if origin.fingerprint != data["fingerprint"]:
+        stage.post_hoc_tau = 0.0  # the class frequencies of this tail are not in its answers
     results = stage.evaluate(teacher)
     _check_above_chance(option, results["metrics"], data, match.columns, options.force_teacher)
     return teacher, {**results, "model": origin.model or results["model"], "method": origin.method}
@@ -601,12 +638,19 @@ class _Announcer:
             if values:
                 table.add_row(title, *(f"{value:.1f}" for value in values), *differences)
         self.console.print(table)
-        # What needs no training to beat: the vanilla model, adjusted. A balanced student would be adjusted twice.
-        name, model = next(iter(models.items()))
-        post_hoc = model.get("post_hoc_metrics")
-        if post_hoc:
-            shown = (f"{title} {100 * post_hoc[key]:.1f}" for title, key in _TABLE_ROWS if key in post_hoc)
-            self(f"The {name} after post-hoc logit adjustment (τ = {post_hoc['tau']:g}): {', '.join(shown)}")
+        verdict = judge(results)
+        for sentence in (verdict.sentence, *verdict.warnings):
+            if sentence:
+                bad = sentence in verdict.warnings
+                self.console.print(
+                    f"WARNING: {sentence}" if bad else sentence,
+                    style="bold red" if bad else "yellow" if verdict.is_better is False else None,
+                    markup=False,
+                )
+        for name, metrics in free_alternatives(results).items():
+            if "tau" in metrics:
+                shown = (f"{title} {100 * metrics[key]:.1f}" for title, key in _TABLE_ROWS if key in metrics)
+                self(f"{name[0].upper()}{name[1:]}: {', '.join(shown)}")
 
 
 class _StageClock(TrainerCallback):

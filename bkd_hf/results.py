@@ -16,15 +16,20 @@ Schema, version 1 (fractions for metrics, seconds for times; `null` where someth
                         few_shot_threshold
     teacher, student    model, hub_id (null if it is not from the Hub), architecture, num_parameters, metrics (see
                         `long_tail_metrics`), post_hoc_metrics (the same after post-hoc logit adjustment, and its
-                        tau), confusions, and where it was trained in this run:
+                        tau; of a teacher only if it was trained on these training images), answers, confusions,
+                        and where it was trained in this run:
                         training {seconds, images_per_second, seconds_per_step, steps, epochs} and history (what was
                         logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher has
-                        its method too, where it is known, and is null where the student's method has none.
+                        its method too, where it is known, and is null where the student's method has none. The
+                        student of a teacher has started_from_teacher and targets, the statistics of
+                        `bkd_hf.targets.TargetStatistics` (null where the method has none).
+      answers           C numbers of evaluation images for which each class was the answer
       confusions        [true class, predicted class, test images], the most frequent first (2,000 at most)
     versions            of Python and the libraries, and commit, of bkd_hf where it is a git checkout
     hardware            device, cpu_cores, cpu_threads, num_processes, precision
 
-Results of earlier versions lack method, command, hub_id, eval_split, architecture and commit.
+Results of earlier versions lack method, command, hub_id, eval_split, architecture, commit, answers,
+started_from_teacher and targets.
 
 It holds no absolute path and no user name: a local model or data set is recorded by the name of its folder.
 """
@@ -283,7 +288,7 @@ def history_of(state: TrainerState) -> list[dict[str, float]]:
 def describe_predictions(
     logits: np.ndarray, labels: np.ndarray, data: dict[str, Any], post_hoc_tau: float = 0.0
 ) -> dict[str, Any]:
-    """Return the `metrics`, `post_hoc_metrics` and `confusions` of a model."""
+    """Return the `metrics`, `post_hoc_metrics`, `answers` and `confusions` of a model."""
     about = data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"]
     metrics = long_tail_metrics(logits, labels, *about)
     post_hoc = None
@@ -295,7 +300,8 @@ def describe_predictions(
     pairs, counts = np.unique(np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_MAX_CONFUSIONS]
     confusions = np.concatenate([pairs, counts[:, None]], axis=1)[order].tolist()
-    return {"metrics": metrics, "post_hoc_metrics": post_hoc, "confusions": confusions}
+    answers = np.bincount(predictions, minlength=len(data["class_counts"])).tolist()
+    return {"metrics": metrics, "post_hoc_metrics": post_hoc, "answers": answers, "confusions": confusions}
 
 
 def describe_training(args: BKDConfig, relative_to: BKDConfig | None = None) -> dict[str, Any]:

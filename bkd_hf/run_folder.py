@@ -30,7 +30,7 @@ WITHOUT_INFLUENCE = {
     "cache_dir", "num_threads", "cache_images", "dataloader_num_workers", "dataloader_pin_memory",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context",
     "save_total_limit", "local_rank", "ddp_backend", "ddp_timeout", "resume_from_checkpoint", "do_train", "do_eval",
-    "do_predict", "skip_memory_metrics", "debug",
+    "do_predict", "skip_memory_metrics", "debug", "force_distillation",
 }  # fmt: skip
 
 _LEFT_BY_A_RUN = (

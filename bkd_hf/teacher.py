@@ -18,6 +18,9 @@ from . import modeling_cifar_resnet  # noqa: F401 (makes the architecture known 
 from .errors import InputError
 from .models import label_names
 
+#: Inputs with this prefix go to the teacher, without it.
+TEACHER_PREFIX = "teacher_"
+
 
 class FrozenTeacher(nn.Module):
     """A model that only answers: no gradient, evaluation mode for ever.
@@ -90,6 +93,11 @@ class TeacherAsClassifier(nn.Module):
 
     def forward(self, **inputs: Any) -> ImageClassifierOutput:
         return ImageClassifierOutput(logits=self.teacher(**inputs))
+
+
+def gives_teacher_inputs(dataset: Any) -> bool:
+    """Whether the examples of a data set have inputs for the teacher alone."""
+    return hasattr(dataset, "__getitem__") and any(key.startswith(TEACHER_PREFIX) for key in dataset[0])
 
 
 def num_labels(model: nn.Module) -> int | None:

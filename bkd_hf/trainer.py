@@ -15,12 +15,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import DynamoBackend, broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list, send_to_device
 from huggingface_hub import HfApi
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import (
     DataCollatorWithPadding,
     DefaultDataCollator,
@@ -40,21 +40,26 @@ from .data import class_counts as count_classes
 from .data import labels_of
 from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
-from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture
-from .metrics import LongTailEvaluation, NotFiniteError
-from .models import head_modules
+from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture, prior_power
+from .metrics import LongTailEvaluation, NotFiniteError, shot_thresholds
+from .models import head_modules, start_from_teacher, why_not_alike
 from .precision import precision_of
 from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples, innermost
 from .schedules import StepDecay
-from .teacher import FrozenTeacher, TeacherAsClassifier, load_teacher, num_labels
+from .targets import NUM_IMAGES, strongest_power, target_statistics
+from .teacher import (
+    TEACHER_PREFIX,
+    FrozenTeacher,
+    TeacherAsClassifier,
+    gives_teacher_inputs,
+    load_teacher,
+    num_labels,
+)
 from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, describe_views, is_augmented
 from .transforms import ImageDataset, collate_images
 from .weights import check_class_counts, class_balanced_weights, deferred_weights
 
 logger = logging.get_logger(__name__)
-
-#: Inputs with this prefix go to the teacher, without it.
-TEACHER_PREFIX = "teacher_"
 
 _TEACHER, _STUDENT = 0, 1
 _NO_STEP = torch.iinfo(torch.int64).max
@@ -190,8 +195,10 @@ class BKDTrainer(Trainer):
 
         # Teacher
         self.teacher_model: FrozenTeacher | None = None
+        self.student_started_from_teacher = False
         if teacher_model is not None:
             teacher = load_teacher(teacher_model)
+            self._initialise_student(self.model, teacher)
             if args.teacher_cache != "off":
                 self._about_teacher = describe_teacher(teacher)  # before it may be spread over devices
             self.teacher_model = self._prepare_teacher(teacher)
@@ -204,9 +211,11 @@ class BKDTrainer(Trainer):
         self._classification_loss = methods.classification_loss(args, counts, own=classification_loss)
         self._distillation_loss = methods.distillation_loss(args, own=distillation_loss)
         self._divides_by_weights = bool(classification_loss) or args.classification_loss not in MEAN_OVER_EXAMPLES
+        self._has_own_distillation_loss = distillation_loss is not None
         self._balances_distillation = bool(distillation_loss) or args.distillation_loss == "bkd"
         self._check_method(own_loss=classification_loss is not None)
         self._class_weights: torch.Tensor | None = None
+        self._measured_powers: dict[tuple[float, float], float] = {}  # by temperature and β
         if args.class_weighting != "none" or (self.teacher_model is not None and self._balances_distillation):
             weights = class_balanced_weights(self._known_class_counts(), args.class_balance_beta)
             self._class_weights = weights.to(device=args.device, dtype=torch.float32)
@@ -296,13 +305,14 @@ class BKDTrainer(Trainer):
 
     @property
     def class_weights(self) -> torch.Tensor | None:
-        """The C weights in the distillation loss at this point of training: uniform before a deferred start.
+        """The C weights w^p in the distillation loss at this point of training: uniform before a deferred start.
 
         `None` where the distillation loss takes none.
         """
         if self.teacher_model is None or not self._balances_distillation:
             return None
-        return self._weights_from(self.args.deferred_reweighting_start)
+        weights, power = self._weights_from(self.args.deferred_reweighting_start), self.class_balance_power
+        return weights if power == 1 else weights.pow(power)
 
     @property
     def classification_weights(self) -> torch.Tensor | None:
@@ -388,6 +398,33 @@ class BKDTrainer(Trainer):
         del self.accelerator._models[num_known:]
         return prepared
 
+    def _initialise_student(self, student: nn.Module, teacher: FrozenTeacher) -> None:
+        """Have the student start from the teacher's weights, if the options say so.
+
+        Its logits leave out the class frequencies as its classification loss does: with balanced softmax it starts as
+        the teacher after post-hoc logit adjustment.
+        """
+        args = self.args
+        if args.student_init == "model" or self.train_dataset is None:
+            return
+        why_not = why_not_alike(student, teacher.model)
+        if why_not is None and teacher.columns is not None:
+            why_not = "the teacher's outputs are in another order"
+        if why_not is None and gives_teacher_inputs(self.train_dataset):
+            why_not = "the teacher takes other inputs than the student"
+        if why_not is not None:
+            if args.student_init == "teacher":
+                raise InputError(
+                    f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like the student."
+                )
+            return
+        shift = None
+        if self.class_counts is not None and (power := prior_power(args)):
+            log_counts = torch.from_numpy(self.class_counts).clamp_min(1).double().log()
+            shift = power * (log_counts.mean() - log_counts)
+        start_from_teacher(student, teacher.model, shift)
+        self.student_started_from_teacher = True
+
     def _teacher_logits(
         self, teacher: FrozenTeacher, inputs: dict[str, Any], examples: np.ndarray | None
     ) -> torch.Tensor:
@@ -457,6 +494,94 @@ class BKDTrainer(Trainer):
         if self.args.teacher_cache == "off" or not self._numbers_examples:
             return None
         return DEFAULT_VIEWS if is_augmented(self.train_dataset) else 1
+
+    @property
+    def class_balance_power(self) -> float:
+        """p, the power of the class weights in the distillation loss."""
+        args, power = self.args, self.args.class_balance_power
+        if power == "auto":
+            return 1 / args.temperature
+        if power != "measured":
+            return power
+        options = args.temperature, args.class_balance_beta
+        if options not in self._measured_powers:
+            self.look_at_targets()
+        if options not in self._measured_powers:
+            raise InputError(
+                "--class_balance_power measured looks at training images first, which needs a training set with a "
+                "length and random access, and a distillation loss that is not your own. Use --class_balance_power "
+                "auto."
+            )
+        return self._measured_powers[options]
+
+    @torch.no_grad()
+    def look_at_targets(self, num_images: int = NUM_IMAGES) -> dict[str, Any] | None:
+        """Look at the distillation targets of a sample of the training images (see `bkd_hf.targets`).
+
+        With a deferred start the targets are those of its end. All processes have to call it; each looks at the same
+        images.
+
+        Args:
+            num_images: How many images to look at, drawn by the seed.
+
+        Returns:
+            The statistics of [`target_statistics`], and the `power` of the class weights where there are any; `None`
+            without a teacher, with a distillation loss of your own, or without random access to the training images.
+
+        Raises:
+            InputError: If none of these images is of a class that the teacher knows.
+            TeacherLogitsError: If the teacher's logits are not finite.
+        """
+        args, counts = self.args, self.class_counts
+        targets_of = methods.DISTILLATION_TARGETS.get(args.distillation_loss or "none")
+        if self.teacher_model is None or targets_of is None or self._has_own_distillation_loss or counts is None:
+            return None
+        if not has_length(self.train_dataset) or not hasattr(self.train_dataset, "__getitem__"):
+            return None
+        logits, labels = self._teacher_logits_of_sample(num_images)
+        known = self.teacher_model.known_classes
+        if known is not None:
+            kept = (labels[:, None] == known).any(dim=1)
+            logits, labels = logits[kept], labels[kept]
+        if not len(labels):
+            raise InputError(
+                "No training image that was looked at is of a class that the teacher knows: there is nothing to "
+                "distil. Use another teacher, or a --method without one."
+            )
+        weights, found = self._class_weights if self._balances_distillation else None, {}
+        if weights is not None:
+            if args.class_balance_power == "measured":
+                # One for all processes, whose devices may round otherwise.
+                power = [strongest_power(logits, labels, weights, args.temperature)]
+                self._measured_powers[args.temperature, args.class_balance_beta] = broadcast_object_list(power)[0]
+            found = {"power": self.class_balance_power}
+            weights = weights.pow(self.class_balance_power)
+        thresholds = shot_thresholds(self.compute_metrics)
+        return target_statistics(targets_of(args, logits, weights), logits, labels, counts, *thresholds) | found
+
+    def _teacher_logits_of_sample(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the teacher's logits, N×C, and the labels of some training images as they are seen in epoch 0."""
+        assert self.teacher_model is not None
+        self.set_epoch(0)
+        dataset, collator = self.train_dataset, self.data_collator
+        sample = np.random.default_rng(self.args.seed).permutation(len(dataset))[:num_images]
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        found = []
+        with torch.random.fork_rng(devices=[]):  # the training must not notice
+            subset = Subset(dataset, np.sort(sample).tolist())
+            for batch in DataLoader(subset, self.args.eval_batch_size, collate_fn=collator):
+                _, inputs, labels = self._split_inputs(send_to_device(batch, self.args.device))
+                found.append((self.teacher_model(**inputs).float(), labels))
+        logits, labels = (torch.cat(parts)[:num_images] for parts in zip(*found, strict=True))
+        if logits.isnan().any():
+            raise TeacherLogitsError(
+                "The teacher's logits are not finite (NaN) for training images, before the first step. Check the "
+                "teacher's weights and precision (try without --fp16/--bf16), and the images."
+            )
+        return logits, labels
 
     # ---- Numbers that are none ------------------------------------------------------------------------------------
 
@@ -660,6 +785,9 @@ class BKDTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a student by `model_init`, at the start and again when training begins; its backbone may be frozen."""
         model = super().call_model_init(trial)
+        teacher = getattr(self, "teacher_model", None)  # at the start it is not there yet
+        if teacher is not None:
+            self._initialise_student(model, teacher)
         if self.args.freeze_backbone:
             self._freeze_backbone(model)
         return model
@@ -765,6 +893,7 @@ class BKDTrainer(Trainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._loss_parts = {}
         self._has_new_weights = True
+        _ = self.class_weights  # their power may have to be measured first
         self._first_bad_steps.fill_(_NO_STEP)
         try:
             outcome = super().train(*args, **kwargs)

@@ -1,0 +1,136 @@
+"""A look at what the student is to imitate, before it is trained: do the targets still know the labels?
+
+Re-weighted by class, the answers of a teacher that is not sure of its training images can all name the rarest class
+(see `bkd_hf.losses`). A student learns that faithfully, so such targets are refused before the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
+
+#: Training images that are looked at.
+NUM_IMAGES = 1024
+# The targets collapse if they are right less than half as often as the teacher, …
+_LEAST_AGREEMENT = 0.5
+# … or name one class for most images, and far more often than these are of it.
+_MOST_FAVOURED, _FAR_BEYOND_ITS_SHARE = 0.5, 3.0
+
+
+def strongest_power(
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_weights: torch.Tensor,
+    temperature: float = 2.0,
+    share_kept: float = 0.95,
+) -> float:
+    """Return the largest p in [1/T, 1] at which the targets softmax(z_t/T + p · log w) still know the labels.
+
+    Where the teacher is right, its target names the label as long as p is below
+
+        p_i = min_c (z_y − z_c) / (T · (log w_c − log w_y))    over the classes c with a larger weight than y's
+
+    and p is what a share of 95 % of these p_i are not below. A teacher that has memorised its training images gives 1,
+    the paper's p; one that has not, 1/T, which is right for a teacher whose softmax(z_t) is calibrated on them.
+
+    Args:
+        teacher_logits: N×C, of training images.
+        labels: N class numbers.
+        class_weights: C positive weights, w.
+        temperature: T > 0.
+        share_kept: Share of the teacher's right answers that the targets are to keep.
+    """
+    logits, labels = teacher_logits.double(), labels.long()[:, None]
+    log_weights = class_weights.double().log().to(logits.device)
+    right = logits.argmax(dim=1) == labels[:, 0]
+    lead = logits.gather(1, labels) - logits
+    rise = log_weights - log_weights[labels]
+    limits = torch.where(rise > 0, lead / (temperature * rise.clamp_min(1e-12)), torch.inf).amin(dim=1)[right]
+    least, most = min(1.0, 1 / temperature), 1.0
+    if not limits.numel():
+        return least
+    limits = limits.sort().values  # a quantile by interpolation may meet ∞ − ∞
+    return float(limits[int((1 - share_kept) * (limits.numel() - 1))].clamp(least, most))
+
+
+def target_statistics(
+    log_targets: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_counts: Sequence[int] | np.ndarray,
+    many_shot_threshold: int = MANY_SHOT_THRESHOLD,
+    few_shot_threshold: int = FEW_SHOT_THRESHOLD,
+) -> dict[str, Any]:
+    """Return statistics of the distillation targets of some training images, as fractions.
+
+    Args:
+        log_targets: N×C, logarithms of the targets (see `bkd_hf.losses.balanced_log_targets`).
+        teacher_logits: N×C.
+        labels: N class numbers.
+        class_counts: C numbers of training images.
+        many_shot_threshold: As for `long_tail_metrics`.
+        few_shot_threshold: As for `long_tail_metrics`.
+
+    Returns:
+        `num_images`; `target_agreement` and `teacher_agreement` (how often the best class of the target, or of the
+        teacher, is the label); `mass` and `labels` (shares of many-, medium- and few-shot classes in the targets and
+        in the labels); and of the class that most targets favour `favoured_class` (its number), `favoured_share` (of
+        the targets) and `favoured_label_share` (of the labels).
+    """
+    num_classes, best = log_targets.shape[1], log_targets.argmax(dim=1)
+    mass = log_targets.double().exp().mean(dim=0).cpu().numpy()
+    named, labelled = (torch.bincount(c, minlength=num_classes).cpu().numpy() / len(labels) for c in (best, labels))
+    groups = shot_groups(class_counts, many_shot_threshold, few_shot_threshold)
+    favoured = int(named.argmax())
+    return {
+        "num_images": len(labels),
+        "target_agreement": float((best == labels).double().mean()),
+        "teacher_agreement": float((teacher_logits.argmax(dim=1) == labels).double().mean()),
+        "mass": {name: float(mass[group].sum()) for name, group in groups.items() if group.any()},
+        "labels": {name: float(labelled[group].sum()) for name, group in groups.items() if group.any()},
+        "favoured_class": favoured,
+        "favoured_share": float(named[favoured]),
+        "favoured_label_share": float(labelled[favoured]),
+    }
+
+
+def why_collapsed(statistics: dict[str, Any], class_names: Sequence[str]) -> str | None:
+    """Return why a student should not learn these targets; `None` if nothing speaks against them.
+
+    Args:
+        statistics: Of [`target_statistics`].
+        class_names: C names.
+    """
+    target, teacher = statistics["target_agreement"], statistics["teacher_agreement"]
+    share, own = statistics["favoured_share"], statistics["favoured_label_share"]
+    if share > _MOST_FAVOURED and share > _FAR_BEYOND_ITS_SHARE * own:
+        return (
+            f"{100 * share:.0f} % of the distillation targets name {class_names[statistics['favoured_class']]!r}, the "
+            f"class of {100 * own:.1f} % of the images"
+        )
+    if target < _LEAST_AGREEMENT * teacher:
+        return (
+            f"the distillation targets are right for {100 * target:.0f} % of the training images, the teacher for "
+            f"{100 * teacher:.0f} %"
+        )
+    return None
+
+
+def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> str:
+    """Return the statistics in one line (arguments as [`why_collapsed`])."""
+    shifts = ", ".join(
+        f"{name.removesuffix('_shot')} {100 * mass:.0f} ({100 * statistics['labels'][name]:.0f})"
+        for name, mass in statistics["mass"].items()
+    )
+    power = f" (class_balance_power {statistics['power']:.2g})" if "power" in statistics else ""
+    return (
+        f"Targets{power} of {statistics['num_images']:,} training images: right for "
+        f"{100 * statistics['target_agreement']:.0f} % (teacher {100 * statistics['teacher_agreement']:.0f} %); mass "
+        f"in % (share of the images): {shifts}; most often {class_names[statistics['favoured_class']]!r}, "
+        f"{100 * statistics['favoured_share']:.0f} % ({100 * statistics['favoured_label_share']:.0f} % of the images)."
+    )

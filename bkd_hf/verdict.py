@@ -1,0 +1,140 @@
+"""The verdict on a student: is it better than what costs nothing, and does it answer all of its classes?
+
+Free is the teacher as it is, and the teacher after post-hoc logit adjustment (τ = 1 unless the run said otherwise,
+never chosen on the test images). The latter makes sense only for a teacher that learned the tail's class frequencies:
+one that was trained on these very images, without a correction of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .methods import METHODS, RECOMMENDED
+from .results import adjusts_itself
+
+# Below this share of the teacher's accuracy, and of the tested classes that are ever answered, something went wrong.
+_FAR_BELOW = 0.8
+_FEW_ANSWERED = 0.5
+# How much more often than it occurs a class may be answered, if that is no matter of a few images.
+_TOO_OFTEN, _MANY_ANSWERS = 3.0, 0.1
+_COMPARED = {"accuracy": "overall", "balanced_accuracy": "in the mean over classes"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be said first about a student.
+
+    Attributes:
+        is_better: Whether it is better than every free alternative, overall and in the mean over classes; `None`
+            where there is none to compare with.
+        sentence: The comparison in words; empty without one.
+        warnings: What went badly wrong, one sentence each.
+    """
+
+    is_better: bool | None = None
+    sentence: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+def judge(results: dict[str, Any]) -> Verdict:
+    """Judge the student of a run.
+
+    Args:
+        results: The content of a `results.json`.
+    """
+    is_better, sentence = _compare(results)
+    return Verdict(is_better, sentence, _warnings(results))
+
+
+def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of what needs no training beyond the teacher's, by name.
+
+    Without a teacher that is the model itself after post-hoc logit adjustment, if it was trained without a correction.
+    """
+    teacher, student = results["teacher"], results["student"]
+    if not teacher:
+        adjusted = None if adjusts_itself(results) else student.get("post_hoc_metrics")
+        return {_adjusted("model", adjusted): adjusted} if adjusted else {}
+    found = {"the teacher": teacher["metrics"]}
+    if adjusted := adjusted_teacher(results):
+        found[_adjusted("teacher", adjusted)] = adjusted
+    return found
+
+
+def adjusted_teacher(results: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the metrics of the teacher after post-hoc logit adjustment; `None` where that makes no sense."""
+    teacher = results["teacher"] or {}
+    preset = METHODS.get((teacher.get("method") or "ce").partition(" ")[0])
+    corrects = preset is not None and adjusts_itself({"options": {"training": preset.options()}})
+    return None if corrects else teacher.get("post_hoc_metrics")
+
+
+def _adjusted(name: str, metrics: dict[str, Any]) -> str:
+    return f"the {name} after post-hoc logit adjustment (τ = {metrics['tau']:g})"
+
+
+def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
+    alternatives = free_alternatives(results)
+    if not alternatives:
+        return None, ""
+    student = results["student"]["metrics"]
+    best = max(alternatives, key=lambda name: [alternatives[name][key] for key in ("balanced_accuracy", "accuracy")])
+    other = alternatives[best]
+    better = [words for key, words in _COMPARED.items() if student[key] > other[key]]
+    numbers = "; ".join(
+        f"{_percent(student[key])} against {_percent(other[key])} % {words}"
+        for key, words in _COMPARED.items()
+        if key == "accuracy" or not _is_balanced(student, other)
+    )
+    subject = "student" if results["teacher"] else "model as it was trained"
+    if len(better) == len(_COMPARED):
+        return True, f"The {subject} is better than {best}, which costs nothing: {numbers}."
+    what = f"better only {better[0]} than" if better else "NOT better than"
+    return False, f"The {subject} is {what} {best}, which costs nothing: {numbers}. {_try(results)}"
+
+
+def _is_balanced(*metrics: dict[str, Any]) -> bool:
+    """Whether overall and balanced accuracy are the same, as on a balanced test set."""
+    return all(abs(each["accuracy"] - each["balanced_accuracy"]) < 0.0005 for each in metrics)
+
+
+def _try(results: dict[str, Any]) -> str:
+    if not results["teacher"]:
+        return f"Try --method {RECOMMENDED}, or balanced-softmax."
+    if (results.get("method") or "bkd").partition(" ")[0] != RECOMMENDED:
+        return f"Try --method {RECOMMENDED}, or more epochs for the teacher (--teacher_num_train_epochs)."
+    return "Try more epochs (--num_train_epochs), or a stronger teacher; or use that instead of the student."
+
+
+def _warnings(results: dict[str, Any]) -> list[str]:
+    data, student, teacher = results["data"], results["student"], results["teacher"]
+    metrics = student["metrics"]
+    found = []
+    if teacher and all(
+        metrics[key] < _FAR_BELOW * teacher["metrics"][key] for key in ("accuracy", "balanced_accuracy")
+    ):
+        found.append(
+            f"The student is far below its teacher: {_percent(metrics['accuracy'])} against "
+            f"{_percent(teacher['metrics']['accuracy'])} % overall."
+        )
+    if "answers" in student:  # not in results of earlier versions
+        answers, images = np.asarray(student["answers"]), np.asarray(data["eval_class_counts"])
+        tested = images > 0
+        num_answered, num_tested = int((answers[tested] > 0).sum()), int(tested.sum())
+        if num_answered < _FEW_ANSWERED * num_tested:
+            found.append(f"Only {num_answered:,} of the {num_tested:,} tested classes are ever answered.")
+        most = int(np.argmax(np.where(tested, answers / np.maximum(images, 1), 0)))
+        times, share = answers[most] / max(images[most], 1), answers[most] / answers.sum()
+        if times > _TOO_OFTEN and share > _MANY_ANSWERS:
+            found.append(
+                f"{data['class_names'][most]!r} is answered {times:.1f} times as often as it occurs among the test "
+                "images."
+            )
+    return found
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"

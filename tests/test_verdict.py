@@ -1,0 +1,116 @@
+"""What is said first about a student: is it better than what costs nothing?"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from bkd_hf import load_results
+from bkd_hf.model_card import build
+from bkd_hf.verdict import free_alternatives, judge
+from tests.test_model_card import CARDS
+
+ADJUSTED = "the teacher after post-hoc logit adjustment (τ = 1)"
+
+
+def results_of(student: float, teacher: float, adjusted: float | None, balanced: float | None = None, **parts) -> dict:
+    """Results with these accuracies; `balanced` is the student's mean over classes, where it is another."""
+    results = copy.deepcopy(load_results(CARDS / "digits"))
+    for model, accuracy in (("student", student), ("teacher", teacher)):
+        results[model]["metrics"] |= {"accuracy": accuracy, "balanced_accuracy": accuracy}
+        results[model]["post_hoc_metrics"] = None
+    if balanced is not None:
+        results["student"]["metrics"]["balanced_accuracy"] = balanced
+    if adjusted is not None:
+        metrics = {"accuracy": adjusted, "balanced_accuracy": adjusted}
+        results["teacher"]["post_hoc_metrics"] = {**results["teacher"]["metrics"], "tau": 1.0, **metrics}
+    results["teacher"]["method"] = "ce"
+    return {**results, "method": "bkd", **parts}
+
+
+def test_better_than_all_that_is_free():
+    verdict = judge(results_of(0.6, 0.45, 0.57))
+    assert verdict.is_better is True
+    assert (
+        verdict.sentence == f"The student is better than {ADJUSTED}, which costs nothing: 60.0 against 57.0 % overall."
+    )
+    assert verdict.warnings == []
+
+
+@pytest.mark.parametrize("student", [0.5, 0.57])
+def test_no_better_than_the_adjusted_teacher(student):
+    results = results_of(student, 0.45, 0.57)
+    verdict = judge(results)
+    assert verdict.is_better is False
+    assert verdict.sentence.startswith(f"The student is NOT better than {ADJUSTED}, which costs nothing: ")
+    assert "--method bkd-calibrated" in verdict.sentence
+    card = str(build(results))
+    table, _, below = card.partition("\n\nThe student is NOT better than")
+    assert table.splitlines()[-1].startswith("|")  # it is the first line under the table
+    assert "Distillation gained nothing here" in below
+    assert "what costs nothing may serve you better" in below.partition("**For whom:**")[2].splitlines()[0]
+
+
+def test_better_in_the_mean_over_classes_alone():
+    verdict = judge(results_of(0.55, 0.45, 0.57, balanced=0.6))
+    assert verdict.is_better is False
+    assert f"better only in the mean over classes than {ADJUSTED}" in verdict.sentence
+    assert "55.0 against 57.0 % overall; 60.0 against 57.0 % in the mean over classes" in verdict.sentence
+
+
+def test_nothing_is_said_of_adjusting_a_teacher_that_never_saw_this_tail():
+    results = results_of(0.5, 0.45, None)
+    assert list(free_alternatives(results)) == ["the teacher"]
+    assert "adjust" not in judge(results).sentence
+    assert "adjust" not in str(build(results)).partition("## How it was trained")[0]
+
+
+def test_nor_of_adjusting_a_teacher_that_corrects_itself():
+    results = results_of(0.5, 0.45, 0.4)
+    results["teacher"]["method"] = "balanced-softmax (label_smoothing_factor 0.1)"
+    assert list(free_alternatives(results)) == ["the teacher"]
+
+
+def test_other_advice_for_the_method_that_is_recommended():
+    sentence = judge(results_of(0.5, 0.45, 0.57, method="bkd-calibrated")).sentence
+    assert "--method bkd-calibrated" not in sentence
+    assert "--num_train_epochs" in sentence
+
+
+def test_a_model_without_a_teacher():
+    results = results_of(0.5, 0.45, None)
+    results["student"]["post_hoc_metrics"] = {**results["student"]["metrics"], "tau": 1.0, "accuracy": 0.6,
+                                              "balanced_accuracy": 0.6}  # fmt: skip
+    results |= {"teacher": None, "method": "ce"}
+    results["options"]["training"] |= {"classification_loss": "cross_entropy", "distillation_loss": "none"}
+    verdict = judge(results)
+    assert verdict.sentence.startswith("The model as it was trained is NOT better than the model after post-hoc")
+    results["options"]["training"]["classification_loss"] = "balanced_softmax"
+    assert judge(results).is_better is None  # it would be corrected twice
+
+
+def test_a_collapse_is_a_warning_on_top():
+    results = results_of(0.11, 0.45, 0.57)
+    results["student"]["answers"] = [0] * 9 + [400]
+    first, second, third = judge(results).warnings
+    assert first == "The student is far below its teacher: 11.0 against 45.0 % overall."
+    assert second == "Only 1 of the 10 tested classes are ever answered."
+    assert third == "'9' is answered 10.0 times as often as it occurs among the test images."
+    assert f"**Warning: {second}**" in str(build(results))
+
+
+def test_a_class_of_few_images_is_no_warning():
+    results = results_of(0.6, 0.45, 0.57)
+    results["student"]["answers"] = [40] * 9 + [40]
+    results["data"]["eval_class_counts"] = [40] * 9 + [8]
+    assert judge(results).warnings == []  # five times too often, but a tenth of the answers
+    results["student"]["answers"] = [30] * 9 + [130]
+    assert "'9' is answered 16.2 times" in judge(results).warnings[0]
+
+
+def test_results_of_earlier_versions_are_judged_too():
+    results = copy.deepcopy(load_results(CARDS / "digits"))
+    for model in ("teacher", "student"):
+        results[model].pop("answers", None)
+    assert judge(results).is_better is not None

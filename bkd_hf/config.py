@@ -118,7 +118,8 @@ class BKDConfig(TrainingArguments):
         metadata={
             "help": "What the student starts from: model (the weights of --model_name_or_path), teacher (the "
             "teacher's, without the class frequencies if the classification loss leaves them out), or auto (the "
-            "teacher's if both are alike and see the same pixels); not given: as --method says."
+            "teacher's if both are alike, see the same pixels, and class_balance_power is below 1: a teacher that is "
+            "less sure of its training images has more to learn); not given: as --method says."
         },
     )
     temperature: float = field(

@@ -44,8 +44,8 @@ def kd_loss(
 
         KD = T² · KL( softmax(z_t / T) ‖ softmax(z_s / T) )
 
-    T² keeps the size of the gradient independent of T. The student takes over the teacher's class frequencies, whatever
-    they are.
+    T² keeps the size of the gradient independent of T. The student takes over the class frequencies that the teacher
+    has learned.
 
     Args:
         student_logits: B×C.
@@ -317,8 +317,8 @@ def dive_loss(
 
         DiVE = T² · KL( softmax(power · z_t / T) ‖ softmax(z_s / T) )
 
-    The teacher, trained with balanced softmax, has balanced answers already; a power below 1 flattens them further. The method's loss is
-    (1 − α) · [`balanced_softmax_loss`] + α · DiVE.
+    The teacher, trained with balanced softmax, has balanced answers already; a power below 1 flattens them further.
+    The method's loss is (1 − α) · [`balanced_softmax_loss`] + α · DiVE.
 
     Args:
         student_logits: B×C.

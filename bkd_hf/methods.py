@@ -69,7 +69,8 @@ DISTILLATION_TARGETS: dict[str, Callable[..., torch.Tensor]] = {
     "dkd": lambda o, z_t, w: balanced_log_targets(z_t, None, o.dkd_temperature),
 }
 
-#: What `--student_init` may be: the student's own weights, or the teacher's; `auto`: the teacher's where they fit.
+#: What `--student_init` may be: the student's own weights, or the teacher's; `auto`: the teacher's where they fit and
+#: the teacher is not so sure of its training images that its answers bear `class_balance_power` 1.
 STUDENT_INITS = ("model", "teacher", "auto")
 
 #: What `--sampler` may be; `class_balanced` draws each class equally often (Kang et al., 2020, arXiv 1910.09217).

@@ -61,7 +61,7 @@ from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
 from .transforms import ImageDataset, channel_statistics, default_augmentation, default_num_workers
-from .verdict import free_alternatives, judge
+from .verdict import judge
 from .views import same_pixels
 
 _TABLE_ROWS = (
@@ -299,13 +299,18 @@ class _Stage:
             return None
         self.say(describe_targets(statistics, names))
         if collapse := why_collapsed(statistics, names):
-            if not self.force_distillation:
+            over_corrects = statistics.get("power", 0.0) > 1 / self.args.temperature
+            if over_corrects and not self.force_distillation:
                 raise InputError(
                     f"The distillation targets collapse: {collapse}. A student would learn that. In another "
                     "--output_dir, try --class_balance_power auto, a lower --temperature, or a teacher that was "
                     "trained longer; --force_distillation uses these targets all the same."
                 )
-            warnings.warn(f"The distillation targets collapse: {collapse} (--force_distillation).", stacklevel=2)
+            # Not the re-weighting, but the teacher is to blame for the rest, as after the first steps of a training.
+            self.say(
+                f"WARNING: The distillation targets collapse: {collapse}. Train the teacher longer "
+                "(--teacher_num_train_epochs)."
+            )
         return statistics
 
     def evaluate(self, teacher: FrozenTeacher) -> dict[str, Any]:
@@ -647,10 +652,10 @@ class _Announcer:
                     style="bold red" if bad else "yellow" if verdict.is_better is False else None,
                     markup=False,
                 )
-        for name, metrics in free_alternatives(results).items():
-            if "tau" in metrics:
-                shown = (f"{title} {100 * metrics[key]:.1f}" for title, key in _TABLE_ROWS if key in metrics)
-                self(f"{name[0].upper()}{name[1:]}: {', '.join(shown)}")
+        name, model = next(iter(models.items()))
+        if post_hoc := model.get("post_hoc_metrics"):
+            shown = (f"{title} {100 * post_hoc[key]:.1f}" for title, key in _TABLE_ROWS if key in post_hoc)
+            self(f"The {name} after post-hoc logit adjustment (τ = {post_hoc['tau']:g}): {', '.join(shown)}")
 
 
 class _StageClock(TrainerCallback):

@@ -195,10 +195,8 @@ class BKDTrainer(Trainer):
 
         # Teacher
         self.teacher_model: FrozenTeacher | None = None
-        self.student_started_from_teacher = False
         if teacher_model is not None:
             teacher = load_teacher(teacher_model)
-            self._initialise_student(self.model, teacher)
             if args.teacher_cache != "off":
                 self._about_teacher = describe_teacher(teacher)  # before it may be spread over devices
             self.teacher_model = self._prepare_teacher(teacher)
@@ -215,7 +213,7 @@ class BKDTrainer(Trainer):
         self._balances_distillation = bool(distillation_loss) or args.distillation_loss == "bkd"
         self._check_method(own_loss=classification_loss is not None)
         self._class_weights: torch.Tensor | None = None
-        self._measured_powers: dict[tuple[float, float], float] = {}  # by temperature and β
+        self._looks: dict[tuple, dict[str, Any]] = {}  # at the targets, by what they depend on
         if args.class_weighting != "none" or (self.teacher_model is not None and self._balances_distillation):
             weights = class_balanced_weights(self._known_class_counts(), args.class_balance_beta)
             self._class_weights = weights.to(device=args.device, dtype=torch.float32)
@@ -227,6 +225,9 @@ class BKDTrainer(Trainer):
         self._train_batch_sampler: GlobalBatchSampler | None = None
         self._loader_generator = torch.Generator()
         self._update_steps_per_epoch: int | None = None
+
+        self.student_started_from_teacher = False
+        self._initialise_student(self.model)
 
     # ---- The loss -------------------------------------------------------------------------------------------------
 
@@ -398,14 +399,14 @@ class BKDTrainer(Trainer):
         del self.accelerator._models[num_known:]
         return prepared
 
-    def _initialise_student(self, student: nn.Module, teacher: FrozenTeacher) -> None:
+    def _initialise_student(self, student: nn.Module) -> None:
         """Have the student start from the teacher's weights, if the options say so.
 
         Its logits leave out the class frequencies as its classification loss does: with balanced softmax it starts as
         the teacher after post-hoc logit adjustment.
         """
-        args = self.args
-        if args.student_init == "model" or self.train_dataset is None:
+        args, teacher = self.args, self.teacher_model
+        if teacher is None or args.student_init == "model" or self.train_dataset is None:
             return
         why_not = why_not_alike(student, teacher.model)
         if why_not is None and teacher.columns is not None:
@@ -418,6 +419,8 @@ class BKDTrainer(Trainer):
                     f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like the student."
                 )
             return
+        if args.student_init == "auto" and self.class_balance_power >= 1:
+            return  # the teacher has learned all there is: its answers teach more than its weights
         shift = None
         if self.class_counts is not None and (power := prior_power(args)):
             log_counts = torch.from_numpy(self.class_counts).clamp_min(1).double().log()
@@ -498,21 +501,19 @@ class BKDTrainer(Trainer):
     @property
     def class_balance_power(self) -> float:
         """p, the power of the class weights in the distillation loss."""
-        args, power = self.args, self.args.class_balance_power
+        power = self.args.class_balance_power
         if power == "auto":
-            return 1 / args.temperature
+            return 1 / self.args.temperature
         if power != "measured":
             return power
-        options = args.temperature, args.class_balance_beta
-        if options not in self._measured_powers:
-            self.look_at_targets()
-        if options not in self._measured_powers:
+        statistics = self.look_at_targets()
+        if statistics is None:
             raise InputError(
                 "--class_balance_power measured looks at training images first, which needs a training set with a "
                 "length and random access, and a distillation loss that is not your own. Use --class_balance_power "
                 "auto."
             )
-        return self._measured_powers[options]
+        return statistics["power"]
 
     @torch.no_grad()
     def look_at_targets(self, num_images: int = NUM_IMAGES) -> dict[str, Any] | None:
@@ -538,29 +539,27 @@ class BKDTrainer(Trainer):
             return None
         if not has_length(self.train_dataset) or not hasattr(self.train_dataset, "__getitem__"):
             return None
-        logits, labels = self._teacher_logits_of_sample(num_images)
-        known = self.teacher_model.known_classes
-        if known is not None:
-            kept = (labels[:, None] == known).any(dim=1)
-            logits, labels = logits[kept], labels[kept]
-        if not len(labels):
-            raise InputError(
-                "No training image that was looked at is of a class that the teacher knows: there is nothing to "
-                "distil. Use another teacher, or a --method without one."
-            )
-        weights, found = self._class_weights if self._balances_distillation else None, {}
-        if weights is not None:
-            if args.class_balance_power == "measured":
-                # One for all processes, whose devices may round otherwise.
-                power = [strongest_power(logits, labels, weights, args.temperature)]
-                self._measured_powers[args.temperature, args.class_balance_beta] = broadcast_object_list(power)[0]
-            found = {"power": self.class_balance_power}
-            weights = weights.pow(self.class_balance_power)
-        thresholds = shot_thresholds(self.compute_metrics)
-        return target_statistics(targets_of(args, logits, weights), logits, labels, counts, *thresholds) | found
+        seen = num_images, args.temperature, args.class_balance_beta, args.class_balance_power
+        if seen not in self._looks:
+            logits, labels = self._teacher_logits_of_sample(num_images)
+            weights = self._class_weights if self._balances_distillation else None
+            found = {}
+            if weights is not None:
+                # One power for all processes, whose devices may round otherwise.
+                is_measured = args.class_balance_power == "measured"
+                power = strongest_power(logits, labels, weights, args.temperature) if is_measured else None
+                found["power"] = broadcast_object_list([power])[0] if is_measured else self.class_balance_power
+                weights = weights.pow(found["power"])
+            thresholds = shot_thresholds(self.compute_metrics)
+            statistics = target_statistics(targets_of(args, logits, weights), logits, labels, counts, *thresholds)
+            self._looks[seen] = statistics | found
+        return self._looks[seen]
 
     def _teacher_logits_of_sample(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the teacher's logits, N×C, and the labels of some training images as they are seen in epoch 0."""
+        """Return the teacher's logits, N×C, and the labels of some training images as they are seen in epoch 0.
+
+        Images of classes that the teacher does not know are left out.
+        """
         assert self.teacher_model is not None
         self.set_epoch(0)
         dataset, collator = self.train_dataset, self.data_collator
@@ -575,11 +574,20 @@ class BKDTrainer(Trainer):
             for batch in DataLoader(subset, self.args.eval_batch_size, collate_fn=collator):
                 _, inputs, labels = self._split_inputs(send_to_device(batch, self.args.device))
                 found.append((self.teacher_model(**inputs).float(), labels))
-        logits, labels = (torch.cat(parts)[:num_images] for parts in zip(*found, strict=True))
+        logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
         if logits.isnan().any():
             raise TeacherLogitsError(
                 "The teacher's logits are not finite (NaN) for training images, before the first step. Check the "
                 "teacher's weights and precision (try without --fp16/--bf16), and the images."
+            )
+        known = self.teacher_model.known_classes
+        if known is not None:
+            kept = (labels[:, None] == known).any(dim=1)
+            logits, labels = logits[kept], labels[kept]
+        if not len(labels):
+            raise InputError(
+                "No training image that was looked at is of a class that the teacher knows: there is nothing to "
+                "distil. Use another teacher, or a --method without one."
             )
         return logits, labels
 
@@ -785,9 +793,8 @@ class BKDTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a student by `model_init`, at the start and again when training begins; its backbone may be frozen."""
         model = super().call_model_init(trial)
-        teacher = getattr(self, "teacher_model", None)  # at the start it is not there yet
-        if teacher is not None:
-            self._initialise_student(model, teacher)
+        if hasattr(self, "student_started_from_teacher"):  # not while the trainer itself is made
+            self._initialise_student(model)
         if self.args.freeze_backbone:
             self._freeze_backbone(model)
         return model

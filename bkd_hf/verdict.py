@@ -52,12 +52,12 @@ def judge(results: dict[str, Any]) -> Verdict:
 def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the metrics of what needs no training beyond the teacher's, by name.
 
-    Without a teacher that is the model itself after post-hoc logit adjustment, if it was trained without a correction.
+    Without a teacher that is the student itself after post-hoc logit adjustment, if its method has no correction.
     """
     teacher, student = results["teacher"], results["student"]
     if not teacher:
         adjusted = None if adjusts_itself(results) else student.get("post_hoc_metrics")
-        return {_adjusted("model", adjusted): adjusted} if adjusted else {}
+        return {_adjusted("student", adjusted): adjusted} if adjusted else {}
     found = {"the teacher": teacher["metrics"]}
     if adjusted := adjusted_teacher(results):
         found[_adjusted("teacher", adjusted)] = adjusted
@@ -89,7 +89,7 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
         for key, words in _COMPARED.items()
         if key == "accuracy" or not _is_balanced(student, other)
     )
-    subject = "student" if results["teacher"] else "model as it was trained"
+    subject = "student" if results["teacher"] else "student as it was trained"
     if len(better) == len(_COMPARED):
         return True, f"The {subject} is better than {best}, which costs nothing: {numbers}."
     what = f"better only {better[0]} than" if better else "NOT better than"

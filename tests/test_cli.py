@@ -240,6 +240,53 @@ def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
     assert not (tmp_path / "run" / "teacher").exists()
 
 
+# ---- The default, the look before training and the verdict after it
+
+
+def test_the_default_is_for_data_of_peoples_own(finished, copy, run_here):
+    results = load_results(finished)
+    training, student = results["options"]["training"], results["student"]
+    assert results["method"] == training["method"] == "bkd-calibrated"
+    assert (training["classification_loss"], training["class_balance_power"]) == ("balanced_softmax", "measured")
+    assert 0.5 <= student["targets"]["power"] < 1  # after four epochs the teacher is not sure yet
+    assert student["started_from_teacher"] is True
+    assert student["targets"]["num_images"] == 344
+    assert sum(student["answers"]) == 400
+    card = (finished / "README.md").read_text()
+    assert "The student started from the teacher's weights." in card
+    assert "of 344 training images: right for" in card
+    # The first line under the table.
+    output = run_here(*QUICK, "--output_dir", str(copy))
+    assert output.partition("└")[2].splitlines()[1].startswith("The student is ")
+    recipe = (RECIPE.parent / "cifar100_lt.yaml").read_text()
+    assert "\nmethod: bkd " in recipe
+
+
+def test_collapsing_targets_are_refused_unless_forced(tmp_path, run_here):
+    options = (*QUICK, "--output_dir", str(tmp_path / "run"), "--method", "bkd", "--class_balance_power", "5")
+    message = refused(*options)
+    assert message.startswith("The distillation targets collapse: ")
+    for way_out in ("--class_balance_power auto", "--temperature", "trained longer", "--force_distillation"):
+        assert way_out in message
+    assert not (tmp_path / "run" / "results.json").exists()
+    output = run_here(*options, "--force_distillation")  # the same folder: the teacher is kept
+    assert "Using the teacher in" in output
+    assert "WARNING: The distillation targets collapse" in output
+    targets = load_results(tmp_path / "run")["student"]["targets"]
+    assert targets["power"] == 5.0
+    assert targets["target_agreement"] < 0.5 * targets["teacher_agreement"]
+
+
+def test_bad_powers_are_refused(tmp_path):
+    options = (*QUICK, "--output_dir", str(tmp_path / "run"))
+    for power in ("-1", "inf", "nan", "much"):
+        message = refused(*options, f"--class_balance_power={power}")
+        assert message.startswith("--class_balance_power must be a finite number ≥ 0, auto or measured, got")
+    assert "--distillation_loss kd has no class weights" in refused(
+        *options, "--method", "kd", "--class_balance_power=2"
+    )
+
+
 # ---- Methods
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from bkd_hf import (
     BKDConfig,
@@ -203,6 +204,20 @@ class Unsure(torch.nn.Module):
         return LOG_COUNTS.float().expand(len(pixel_values), 5)
 
 
+class Sure(torch.nn.Module):
+    """Knows all training images by heart, from their pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.stack([example["pixel_values"] for example in images()]).flatten(1))
+        self.register_buffer("labels", torch.tensor([example["labels"] for example in images()]))
+        self.scale = torch.nn.Parameter(torch.tensor(50.0))
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        nearest = torch.cdist(pixel_values.flatten(1), self.seen).argmin(dim=1)
+        return ImageClassifierOutput(logits=self.scale * torch.nn.functional.one_hot(self.labels[nearest], 5).float())
+
+
 def test_a_look_at_a_teacher_that_is_outvoted(tmp_path):
     trainer = trainer_for(tmp_path, teacher=Unsure(), method="bkd")
     found = trainer.look_at_targets()
@@ -258,9 +273,8 @@ def test_nothing_to_look_at(tmp_path):
 
 
 def test_measured_needs_images_to_look_at(tmp_path):
-    trainer = trainer_with_own_loss(tmp_path, method="bkd-calibrated")
     with pytest.raises(InputError, match="--class_balance_power measured looks at training images first"):
-        trainer.train()
+        trainer_with_own_loss(tmp_path, method="bkd-calibrated")
 
 
 def test_a_teacher_of_nothing_but_nan(tmp_path):
@@ -309,6 +323,16 @@ def test_a_teacher_whose_outputs_are_in_another_order_gives_no_weights(tmp_path)
     assert not trainer_for(
         tmp_path, model=vit(0), teacher=teacher, method="bkd-calibrated"
     ).student_started_from_teacher
+
+
+def test_a_teacher_that_has_learned_all_there_is_gives_no_weights(tmp_path):
+    sure = Sure()
+    options = {"method": "bkd-calibrated", "model": Sure(), "teacher": sure}
+    trainer = trainer_for(tmp_path, **options)
+    assert trainer.class_balance_power == 1
+    assert not trainer.student_started_from_teacher
+    assert trainer_for(tmp_path, **options, class_balance_power="auto").student_started_from_teacher
+    assert trainer_for(tmp_path, **options, student_init="teacher").student_started_from_teacher
 
 
 def test_the_papers_student_starts_from_its_own_weights(tmp_path):

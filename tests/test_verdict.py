@@ -85,7 +85,7 @@ def test_a_model_without_a_teacher():
     results |= {"teacher": None, "method": "ce"}
     results["options"]["training"] |= {"classification_loss": "cross_entropy", "distillation_loss": "none"}
     verdict = judge(results)
-    assert verdict.sentence.startswith("The model as it was trained is NOT better than the model after post-hoc")
+    assert verdict.sentence.startswith("The student as it was trained is NOT better than the student after post-hoc")
     results["options"]["training"]["classification_loss"] = "balanced_softmax"
     assert judge(results).is_better is None  # it would be corrected twice
 

@@ -148,8 +148,8 @@ class BKDConfig(TrainingArguments):
         metadata={
             "help": "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; "
             "auto for 1/T, which takes the class frequencies out once; or measured, the largest in [1/T, 1] at which "
-            "the targets keep 95 % of the teacher's right answers about training images. Not given: as --method says, "
-            "for bkd 1."
+            "the targets keep 19 of 20 right answers of the teacher about training images. Not given: as --method "
+            "says, for bkd 1."
         },
     )
     deferred_reweighting_start: float | None = field(
@@ -167,7 +167,14 @@ class BKDConfig(TrainingArguments):
     focal_gamma: float = field(default=1.0, metadata={"help": "γ ≥ 0 of focal."})
     ldam_max_margin: float = field(default=0.5, metadata={"help": "Margin of the rarest class in ldam, a cosine."})
     ldam_scale: float = field(default=30.0, metadata={"help": "s > 0 of ldam: the logits are s times a cosine."})
-    logit_adjustment_tau: float = field(default=1.0, metadata={"help": "τ of logit_adjustment."})
+    logit_adjustment_tau: str | None = field(
+        default=None,
+        metadata={
+            "help": "τ of logit_adjustment: a number, or auto for 2 - class_balance_power·T, at least 0: labels and "
+            "targets, which ask for one thing each, then ask for balanced answers on average. Not given: as --method "
+            "says, 1."
+        },
+    )
     dive_temperature: float = field(default=2.0, metadata={"help": "T > 0 of dive."})
     dive_alpha: float = field(
         default=0.5,
@@ -277,11 +284,15 @@ class BKDConfig(TrainingArguments):
                 setattr(self, name, value)
         for name, choices in _PARTS.items():
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
-        if self.class_balance_power not in ("auto", "measured"):
-            try:
-                self.class_balance_power = float(self.class_balance_power)  # type: ignore[arg-type,assignment]
-            except ValueError:
-                self._require(False, "class_balance_power", "a finite number ≥ 0, auto or measured")
+        for name, words, condition in (
+            ("class_balance_power", ("auto", "measured"), "a finite number ≥ 0, auto or measured"),
+            ("logit_adjustment_tau", ("auto",), "a finite number, or auto"),
+        ):
+            if getattr(self, name) not in words:
+                try:
+                    setattr(self, name, float(getattr(self, name)))
+                except ValueError:
+                    self._require(False, name, condition)
 
     def _check_ranges(self) -> None:
         require = self._require
@@ -305,7 +316,13 @@ class BKDConfig(TrainingArguments):
             "class_balance_power",
             f"left out: --distillation_loss {self.distillation_loss} has no class weights that it could be a power of",
         )
-        require(math.isfinite(self.logit_adjustment_tau), "logit_adjustment_tau", "a finite number")
+        tau: Any = self.logit_adjustment_tau
+        require(tau == "auto" or math.isfinite(tau), "logit_adjustment_tau", "a finite number, or auto")
+        require(
+            tau != "auto" or self.distillation_loss == "bkd" or self.classification_loss != "logit_adjustment",
+            "logit_adjustment_tau",
+            "a number: auto is what the targets of --distillation_loss bkd leave",
+        )
         require(0 <= self.dive_alpha <= 1, "dive_alpha", "in [0, 1]")
         require(0 <= self.class_balance_beta < 1, "class_balance_beta", "in [0, 1)")
         start = self.deferred_reweighting_start
@@ -367,7 +384,8 @@ class BKDConfig(TrainingArguments):
                 getattr(self, part) in choices for part, choices in used_by.items()
             ):
                 belongs_to = " or ".join(f"--{part} {'|'.join(choices)}" for part, choices in used_by.items())
-                messages.append(f"--{name} {value:g} has no effect: it belongs to {belongs_to}.")
+                shown = value if isinstance(value, str) else f"{value:g}"
+                messages.append(f"--{name} {shown} has no effect: it belongs to {belongs_to}.")
         for name, start in self._deferred_starts().items():
             if self.class_balance_beta == 0:
                 messages.append(

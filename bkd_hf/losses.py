@@ -13,8 +13,10 @@ Which class frequencies a loss asks for, and why p in the targets softmax(z_t/T 
 3. A teacher that is s times too sure of its training images, z_t = s · (log p(x|y) + log π), needs s · log w, p = s/T:
    p = 1/T if it is calibrated there, p = 1 if it knows them by heart and is T times too sure.
 4. Where it is not that sure, p = 1 lets log w outvote z_t, and the target names the rarest class for every image.
-5. So both terms should ask for balanced answers: balanced softmax, and the largest p in [1/T, 1] that the teacher's
-   answers about training images bear (`bkd_hf.targets.strongest_power`). That is `--method bkd-calibrated`.
+5. So: the largest p in [1/T, 1] that the teacher's answers about training images bear
+   (`bkd_hf.targets.strongest_power`), and CE(z + τ · log π) with τ = 2 − pT for the labels, which makes the two terms
+   ask for balanced answers on average: balanced softmax at p = 1/T, the paper's CE at p = 1, T = 2. That is
+   `--method bkd-calibrated`.
 """
 
 from __future__ import annotations

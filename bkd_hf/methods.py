@@ -9,7 +9,7 @@ distillation losses raised to `class_balance_power`; they return B numbers, one 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ CLASSIFICATION_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 MEAN_OVER_EXAMPLES = frozenset({"focal"})
 #: Which take the logarithm of the class counts, so that no class may be empty.
 NEED_CLASS_COUNTS = frozenset({"ldam", "balanced_softmax", "logit_adjustment"})
+# Choices that correct for the class frequencies.
+_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
 #: Which know no label smoothing.
 WITHOUT_LABEL_SMOOTHING = frozenset({"focal", "ldam"})
 
@@ -81,6 +83,7 @@ def classification_loss(
     options: BKDConfig,
     class_counts: torch.Tensor | None,
     own: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    tau: Callable[[], float] | None = None,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """The classification loss that the options choose, a function of logits, labels and class weights.
 
@@ -88,6 +91,7 @@ def classification_loss(
         options: The options.
         class_counts: C numbers of training images, where they are known.
         own: A user's loss instead, of logits and labels; its values are multiplied by the labels' weights.
+        tau: Returns τ of logit adjustment at the time of the call; that of the options if not given.
 
     Raises:
         ValueError: When called, if the loss does not return one value per example.
@@ -97,9 +101,20 @@ def classification_loss(
         if own is not None:
             return _per_example("classification", own(z, y), y) * example_weights(y, w, like=z)
         loss = CLASSIFICATION_LOSSES[options.classification_loss or "cross_entropy"]
-        return _per_example("classification", loss(options, z, y, class_counts, w), y)
+        resolved = options if tau is None else _Resolved(options, tau())
+        return _per_example("classification", loss(resolved, z, y, class_counts, w), y)
 
     return values
+
+
+class _Resolved:
+    """Options in which τ of logit adjustment is a number."""
+
+    def __init__(self, options: BKDConfig, logit_adjustment_tau: float):
+        self.options, self.logit_adjustment_tau = options, logit_adjustment_tau
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.options, name)
 
 
 def distillation_loss(
@@ -133,11 +148,14 @@ def _per_example(kind: str, losses: torch.Tensor, labels: torch.Tensor) -> torch
     return losses
 
 
-def prior_power(options: BKDConfig) -> float:
-    """τ of the class frequencies π^τ that the classification loss keeps out of the student's logits."""
-    if options.classification_loss == "logit_adjustment":
-        return options.logit_adjustment_tau
-    return 1.0 if options.classification_loss == "balanced_softmax" else 0.0
+def corrects(options: Mapping[str, Any]) -> bool:
+    """Whether a method corrects for the class frequencies, by loss, weights or sampler.
+
+    Args:
+        options: By name, those of [`Method`] among them.
+    """
+    parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
+    return any(options.get(part) in _CORRECTING for part in parts)
 
 
 def mixture(options: BKDConfig, epoch: float) -> tuple[float, float]:
@@ -164,6 +182,7 @@ class Method:
         sampler: One of `SAMPLERS`.
         student_init: One of `STUDENT_INITS`.
         class_balance_power: Of the weights in the distillation loss.
+        logit_adjustment_tau: Of the classification loss.
         deferred_reweighting_start: Of the weights in the distillation loss.
         teacher: The method by which its teacher is trained.
     """
@@ -174,6 +193,7 @@ class Method:
     sampler: str = "instance"
     student_init: str = "model"
     class_balance_power: float | str = 1.0
+    logit_adjustment_tau: float | str = 1.0
     deferred_reweighting_start: float | None = None
     teacher: str = "ce"
 
@@ -196,7 +216,11 @@ METHODS = {
     "bkd": Method(distillation_loss="bkd"),
     "bkd-drw": Method(distillation_loss="bkd", deferred_reweighting_start=0.8),
     "bkd-calibrated": Method(
-        "balanced_softmax", distillation_loss="bkd", class_balance_power="measured", student_init="auto"
+        "logit_adjustment",
+        distillation_loss="bkd",
+        student_init="auto",
+        class_balance_power="measured",
+        logit_adjustment_tau="auto",
     ),
     "dive": Method("balanced_softmax", distillation_loss="dive", teacher="balanced-softmax"),
     "dkd": Method(distillation_loss="dkd"),

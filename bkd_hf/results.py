@@ -59,6 +59,7 @@ from . import __version__
 from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
+from .methods import corrects
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, long_tail_metrics, post_hoc_logit_adjustment
 from .models import cifar_resnet_depth
 from .precision import precision_of
@@ -69,8 +70,6 @@ SCHEMA_VERSION = 1
 
 _REQUIRED = ("options", "seed", "data", "teacher", "student", "versions", "hardware")
 _MAX_CONFUSIONS = 2000
-_METHOD_PARTS = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
-_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.
 _FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
@@ -338,8 +337,7 @@ def effective_batch_size(results: dict[str, Any], model: str = "student") -> int
 
 def adjusts_itself(results: dict[str, Any]) -> bool:
     """Whether the student's method corrects for the class frequencies, by loss, weights or sampler."""
-    options = results["options"]["training"]
-    return any(options.get(part) in _CORRECTING for part in _METHOD_PARTS)
+    return corrects(results["options"]["training"])
 
 
 def describe_versions() -> dict[str, str | None]:

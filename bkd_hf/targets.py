@@ -16,10 +16,10 @@ from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 
 #: Training images that are looked at.
 NUM_IMAGES = 1024
-# The targets collapse if they are right less than half as often as the teacher, …
-_LEAST_AGREEMENT = 0.5
+# The targets collapse if they are right less than a quarter as often as the teacher, …
+_LEAST_AGREEMENT = 0.25
 # … or name one class for most images, and far more often than these are of it.
-_MOST_FAVOURED, _FAR_BEYOND_ITS_SHARE = 0.5, 3.0
+_MOST_FAVOURED, _FAR_BEYOND_ITS_SHARE = 0.75, 5.0
 
 
 def strongest_power(

@@ -40,7 +40,7 @@ from .data import class_counts as count_classes
 from .data import labels_of
 from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
-from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, mixture, prior_power
+from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, corrects, mixture
 from .metrics import LongTailEvaluation, NotFiniteError, shot_thresholds
 from .models import head_modules, start_from_teacher, why_not_alike
 from .precision import precision_of
@@ -206,7 +206,9 @@ class BKDTrainer(Trainer):
 
         # Losses
         counts = None if self.class_counts is None else torch.as_tensor(self.class_counts).to(args.device)
-        self._classification_loss = methods.classification_loss(args, counts, own=classification_loss)
+        self._classification_loss = methods.classification_loss(
+            args, counts, own=classification_loss, tau=lambda: self.logit_adjustment_tau
+        )
         self._distillation_loss = methods.distillation_loss(args, own=distillation_loss)
         self._divides_by_weights = bool(classification_loss) or args.classification_loss not in MEAN_OVER_EXAMPLES
         self._has_own_distillation_loss = distillation_loss is not None
@@ -402,8 +404,8 @@ class BKDTrainer(Trainer):
     def _initialise_student(self, student: nn.Module) -> None:
         """Have the student start from the teacher's weights, if the options say so.
 
-        Its logits leave out the class frequencies as its classification loss does: with balanced softmax it starts as
-        the teacher after post-hoc logit adjustment.
+        Where labels or targets leave the class frequencies out, so do the logits that it starts with: those of the
+        teacher after post-hoc logit adjustment.
         """
         args, teacher = self.args, self.teacher_model
         if teacher is None or args.student_init == "model" or self.train_dataset is None:
@@ -422,9 +424,9 @@ class BKDTrainer(Trainer):
         if args.student_init == "auto" and self.class_balance_power >= 1:
             return  # the teacher has learned all there is: its answers teach more than its weights
         shift = None
-        if self.class_counts is not None and (power := prior_power(args)):
+        if self.class_counts is not None and corrects(vars(args)):
             log_counts = torch.from_numpy(self.class_counts).clamp_min(1).double().log()
-            shift = power * (log_counts.mean() - log_counts)
+            shift = log_counts.mean() - log_counts
         start_from_teacher(student, teacher.model, shift)
         self.student_started_from_teacher = True
 
@@ -514,6 +516,20 @@ class BKDTrainer(Trainer):
                 "auto."
             )
         return statistics["power"]
+
+    @property
+    def logit_adjustment_tau(self) -> float:
+        """τ of the logit-adjusted classification loss.
+
+        `"auto"` is 2 − p · T, at least 0: the targets take the class frequencies out p · T times, the labels the rest
+        of twice. With p = 1/T both do so once; with the paper's p = 1, at T = 2, the labels not at all, as there.
+        """
+        tau = self.args.logit_adjustment_tau
+        if tau != "auto":
+            return tau
+        if self.teacher_model is None:
+            return 1.0
+        return max(0.0, 2.0 - self.class_balance_power * self.args.temperature)
 
     @torch.no_grad()
     def look_at_targets(self, num_images: int = NUM_IMAGES) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .methods import METHODS, RECOMMENDED
+from .methods import METHODS, RECOMMENDED, corrects
 from .results import adjusts_itself
 
 # Below this share of the teacher's accuracy, and of the tested classes that are ever answered, something went wrong.
@@ -68,8 +68,7 @@ def adjusted_teacher(results: dict[str, Any]) -> dict[str, Any] | None:
     """Return the metrics of the teacher after post-hoc logit adjustment; `None` where that makes no sense."""
     teacher = results["teacher"] or {}
     preset = METHODS.get((teacher.get("method") or "ce").partition(" ")[0])
-    corrects = preset is not None and adjusts_itself({"options": {"training": preset.options()}})
-    return None if corrects else teacher.get("post_hoc_metrics")
+    return None if preset and corrects(preset.options()) else teacher.get("post_hoc_metrics")
 
 
 def _adjusted(name: str, metrics: dict[str, Any]) -> str:

@@ -247,7 +247,7 @@ def test_the_default_is_for_data_of_peoples_own(finished, copy, run_here):
     results = load_results(finished)
     training, student = results["options"]["training"], results["student"]
     assert results["method"] == training["method"] == "bkd-calibrated"
-    assert (training["classification_loss"], training["class_balance_power"]) == ("balanced_softmax", "measured")
+    assert (training["classification_loss"], training["class_balance_power"]) == ("logit_adjustment", "measured")
     assert 0.5 <= student["targets"]["power"] < 1  # after four epochs the teacher is not sure yet
     assert student["started_from_teacher"] is True
     assert student["targets"]["num_images"] == 344
@@ -274,7 +274,7 @@ def test_collapsing_targets_are_refused_unless_forced(tmp_path, run_here):
     assert "WARNING: The distillation targets collapse" in output
     targets = load_results(tmp_path / "run")["student"]["targets"]
     assert targets["power"] == 5.0
-    assert targets["target_agreement"] < 0.5 * targets["teacher_agreement"]
+    assert targets["target_agreement"] < 0.25 * targets["teacher_agreement"]
 
 
 def test_bad_powers_are_refused(tmp_path):

@@ -30,6 +30,7 @@ from bkd_hf import (
 )
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.models import head_modules
+from bkd_hf.precision import default_precision
 from bkd_hf.teacher import align_labels, beats_guessing
 from bkd_hf.views import Rendering, same_pixels
 from tests.architectures import tiny
@@ -446,5 +447,5 @@ def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run_her
     assert "--allow_partial_teacher has no effect: --finetune_teacher gives the teacher a head" in output
     assert output.count("learned from scratch: classifier") == 2
     results = load_results(tmp_path / "run")
-    assert results["hardware"]["precision"] == "bf16"
+    assert results["hardware"]["precision"] == default_precision(use_cpu=True)
     assert results["teacher"]["training"]["epochs"] == 1

@@ -48,7 +48,11 @@ def docstrings(package: str) -> list[str]:
     assert spec.origin is not None
     found: dict[str, None] = {}
     for path in sorted(Path(spec.origin).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="ignore"))):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
+        except SyntaxError:  # of a later Python
+            continue
+        for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and len(text := ast.get_docstring(node) or "") >= 60:
                 found[" ".join(text.split())[:400]] = None
     return list(found)

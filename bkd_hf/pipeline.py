@@ -46,6 +46,7 @@ from .results import (
     load_results,
     save_json,
     summarize_training,
+    without_folders,
 )
 from .run_folder import (
     TEACHER_NAME,
@@ -479,7 +480,8 @@ def _use_teacher(arguments: RunArguments, stage: _Stage, match: _Match) -> tuple
         stage.post_hoc_tau = 0.0  # the class frequencies of this tail are not in its answers
     results = stage.evaluate(teacher)
     _check_above_chance(option, results["metrics"], data, match.columns, options.force_teacher)
-    return teacher, {**results, "model": origin.model or results["model"], "method": origin.method}
+    model = without_folders(origin.model) if origin.model else results["model"]
+    return teacher, {**results, "model": model, "method": origin.method}
 
 
 def _check_above_chance(

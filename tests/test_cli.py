@@ -240,6 +240,19 @@ def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
     assert not (tmp_path / "run" / "teacher").exists()
 
 
+def test_a_given_teacher_does_not_tell_where_it_was_made_from(copy, tmp_path, run_here):
+    """Its record holds the name of what it was trained from, which may be a folder."""
+    record = json.loads((copy / "teacher" / "bkd_teacher.json").read_text())
+    record["told"]["model"] = str(tmp_path / "secret" / "backbone")
+    (copy / "teacher" / "bkd_teacher.json").write_text(json.dumps(record))
+    run_here(
+        *QUICK, "--num_train_epochs", "1", "--lr_step_epochs", "0", "--lr_step_factors", "1",
+        "--output_dir", str(tmp_path / "other"), "--teacher_model_name_or_path", str(copy / "teacher"),
+    )  # fmt: skip
+    assert load_results(tmp_path / "other")["teacher"]["model"] == "backbone"
+    assert "secret" not in (tmp_path / "other" / "results.json").read_text()
+
+
 # ---- The default, the look before training and the verdict after it
 
 

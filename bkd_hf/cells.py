@@ -258,6 +258,7 @@ class CellRunner:
         steps = [
             "--max_steps", str(_TIMED_STEPS), "--logging_strategy", "steps", "--logging_steps", str(window),
             "--eval_strategy", "no", "--save_strategy", "no",
+            "--force_distillation",  # the teacher is hardly trained
         ]  # fmt: skip
         started = time.monotonic()
         with log_path.open("w", encoding="utf-8") as log:

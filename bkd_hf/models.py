@@ -197,7 +197,9 @@ def load_processor(
             image_std=image_std or [0.5] * 3,
         )
     try:
-        return AutoImageProcessor.from_pretrained(name, **from_pretrained_kwargs)
+        # Pillow's arithmetic, also where torchvision is installed: its resizing gives slightly other pixels, and a
+        # teacher that was saved would differ from a student that is fresh.
+        return AutoImageProcessor.from_pretrained(name, backend="pil", **from_pretrained_kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise _not_loadable(name, error) from error
 

@@ -24,7 +24,7 @@ _HOMES = {
         "ldam_loss",
         "logit_adjustment_loss",
     ],
-    "methods": ["METHODS"],
+    "objective": ["METHODS", "Objective", "Progress"],
     "metrics": [
         "LongTailEvaluation",
         "NotFiniteError",

@@ -21,9 +21,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from .config import METHOD_OPTIONS, BKDConfig
 from .data import PROFILES
 from .errors import InputError
-from .methods import METHODS, RECOMMENDED
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
+from .objective import METHODS, RECOMMENDED
 from .precision import PRECISIONS, default_precision
 from .transforms import AUGMENTATIONS, CACHE_IMAGES
 

@@ -22,7 +22,7 @@ from .arguments import RunArguments, parse_arguments
 from .config import BKDConfig
 from .errors import InputError
 from .machine import available_cores
-from .methods import METHODS
+from .objective import METHODS
 from .results import load_results
 from .run_folder import options_of_teacher_alone, run_state
 

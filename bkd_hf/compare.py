@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from .errors import InputError
-from .methods import METHODS, RECOMMENDED
+from .objective import METHODS, RECOMMENDED
 from .plots import save_comparison_plots
 from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
 

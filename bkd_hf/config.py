@@ -2,56 +2,62 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .methods import (
+from .objective import (
     CLASS_WEIGHTINGS,
     CLASSIFICATION_LOSSES,
     DISTILLATION_LOSSES,
     METHODS,
     SAMPLERS,
     STUDENT_INITS,
-    WITHOUT_LABEL_SMOOTHING,
+    Loss,
+    Objective,
 )
 from .teacher_cache import DEFAULT_VIEWS, DTYPES
 
+_REGISTRIES: dict[str, Mapping[str, Loss | None]] = {
+    "classification_loss": CLASSIFICATION_LOSSES,
+    "distillation_loss": DISTILLATION_LOSSES,
+}
 _PARTS: dict[str, Collection[str]] = {
-    "classification_loss": CLASSIFICATION_LOSSES.keys(),  # views: what a user adds is a choice too
+    "classification_loss": CLASSIFICATION_LOSSES,  # what a user adds is a choice too
     "class_weighting": CLASS_WEIGHTINGS,
-    "distillation_loss": DISTILLATION_LOSSES.keys(),
+    "distillation_loss": DISTILLATION_LOSSES,
     "sampler": SAMPLERS,
     "student_init": STUDENT_INITS,
 }
-# Which choices look at an option; the rest of the options hold for every method.
-_USED_BY: dict[str, dict[str, tuple[str, ...]]] = {
-    "temperature": {"distillation_loss": ("kd", "bkd")},
-    "distillation_weight": {"distillation_loss": ("kd", "bkd")},
-    "class_balance_beta": {"class_weighting": ("reweight", "drw"), "distillation_loss": ("bkd",)},
-    "class_balance_power": {"distillation_loss": ("bkd",)},
-    "deferred_reweighting_start": {"distillation_loss": ("bkd",)},
-    "class_weighting_start": {"class_weighting": ("drw",)},
-    "focal_gamma": {"classification_loss": ("focal",)},
-    "ldam_max_margin": {"classification_loss": ("ldam",)},
-    "ldam_scale": {"classification_loss": ("ldam",)},
-    "logit_adjustment_tau": {"classification_loss": ("logit_adjustment",)},
-    **{
-        name: {"distillation_loss": (name.partition("_")[0],)}
-        for name in (
-            "dive_temperature", "dive_alpha", "dive_power",
-            "dkd_temperature", "dkd_alpha", "dkd_beta", "dkd_warmup_epochs",
-        )
-    },
-}  # fmt: skip
-#: Options that choose a method and its losses.
-METHOD_OPTIONS = ("method", *_PARTS, *_USED_BY)
+_INHERITED = {f.name for f in fields(TrainingArguments)}
+
+
+def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Which choices look at an option, by what the losses' functions take; the rest of the options hold for all."""
+    users: dict[str, dict[str, tuple[str, ...]]] = {
+        "class_balance_beta": {"class_weighting": ("reweight", "drw")},
+        "class_weighting_start": {"class_weighting": ("drw",)},
+    }
+    for part, registry in _REGISTRIES.items():
+        for name, loss in registry.items():
+            if loss is None:
+                continue
+            options = [loss.option(name, argument) for argument in loss.arguments]
+            if part == "distillation_loss" and loss.needs("weight"):
+                options.append("distillation_weight")
+            if part == "distillation_loss" and loss.needs("class_weights"):
+                options += ["class_balance_beta", "deferred_reweighting_start"]
+            for option in options:
+                of_part = users.setdefault(option, {})
+                of_part[part] = (*of_part.get(part, ()), name)
+    return {f.name: users[f.name] for f in fields(BKDConfig) if f.name in users and f.name not in _INHERITED}
 
 
 def option_is_used(name: str, choices: Mapping[str, Any]) -> bool:
@@ -68,7 +74,7 @@ def used_by(part: str, choices: Mapping[str, Any]) -> list[str]:
 class BKDConfig(TrainingArguments):
     """`transformers.TrainingArguments` and the options of Balanced Knowledge Distillation and of its competitors.
 
-    `method` names a preset (see `bkd_hf.methods`); `classification_loss`, `class_weighting`, `distillation_loss` and
+    `method` names a preset (see `bkd_hf.objective`); `classification_loss`, `class_weighting`, `distillation_loss` and
     `sampler`, where they are not given, are set to what it says.
 
     Inherited defaults are those of `transformers`; a recipe or a script sets what differs. The step-decay schedule is
@@ -121,6 +127,14 @@ class BKDConfig(TrainingArguments):
             "teacher's if both are alike, see the same pixels, and class_balance_power is below 1: a teacher that is "
             "less sure of its training images has more to learn); not given: as --method says."
         },
+    )
+    classification_loss_args: str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the classification loss, a JSON object, e.g. '{\"gamma\": 2}' for focal."},
+    )
+    distillation_loss_args: str | None = field(
+        default=None,
+        metadata={"help": "Arguments of the distillation loss, a JSON object, e.g. '{\"beta\": 2}' for dkd."},
     )
     temperature: float = field(
         default=2.0,
@@ -232,8 +246,13 @@ class BKDConfig(TrainingArguments):
         metadata={"help": "Step-decay schedule: the first n epochs run at 1/n, 2/n, … of the learning rate."},
     )
 
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS, "classification_loss_args", "distillation_loss_args"
+    ]  # fmt: skip
+
     def __post_init__(self) -> None:
         self._apply_method()
+        self._check_loss_arguments()
         self._check_ranges()
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.device.type == "cpu":
@@ -267,6 +286,20 @@ class BKDConfig(TrainingArguments):
         cache = {"teacher_cache": self.teacher_cache if self.teacher_cache == "off" else "on"}
         return {**self.to_dict(), **unused, **cache}
 
+    def loss_arguments(self, part: str) -> dict[str, Any]:
+        """Values of the arguments of the chosen loss that are options, some still `auto` or `measured`.
+
+        Args:
+            part: `"classification_loss"` or `"distillation_loss"`.
+        """
+        name, given = getattr(self, part), getattr(self, f"{part}_args") or {}
+        loss = _REGISTRIES[part][name]
+        found = {} if loss is None else loss.arguments
+        return {
+            argument: given.get(argument, getattr(self, loss.option(name, argument), default))  # type: ignore[union-attr]
+            for argument, default in found.items()
+        }
+
     @property
     def uses_step_decay(self) -> bool:
         """Whether the step-decay schedule replaces `lr_scheduler_type`."""
@@ -293,6 +326,29 @@ class BKDConfig(TrainingArguments):
                     setattr(self, name, float(getattr(self, name)))
                 except ValueError:
                     self._require(False, name, condition)
+
+    def _check_loss_arguments(self) -> None:
+        """Check `…_loss_args` against the signature of the loss, which checks the values itself."""
+        for part, registry in _REGISTRIES.items():
+            option, name = f"{part}_args", getattr(self, part)
+            given, loss = getattr(self, option), registry[name]
+            if isinstance(given, str):
+                try:
+                    given = json.loads(given)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"--{option} {given} is no JSON: {error}.") from error
+                setattr(self, option, given)
+            if given is None:
+                continue
+            self._require(isinstance(given, dict), option, "a JSON object")
+            known = [] if loss is None else list(loss.arguments)
+            if unknown := [argument for argument in given if argument not in known]:
+                takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                raise ValueError(f"--{option}: --{part} {name} has no argument {unknown[0]!r}; {takes}.")
+            try:
+                Objective(self, [1, 1], has_teacher=part == "distillation_loss").try_out(part)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"--{option} {json.dumps(given)}: {error}") from error
 
     def _check_ranges(self) -> None:
         require = self._require
@@ -329,7 +385,7 @@ class BKDConfig(TrainingArguments):
         require(start is None or 0 <= start < math.inf, "deferred_reweighting_start", "a finite number ≥ 0")
         require(0 <= self.label_smoothing_factor < 1, "label_smoothing_factor", "in [0, 1)")
         require(
-            not self.label_smoothing_factor or self.classification_loss not in WITHOUT_LABEL_SMOOTHING,
+            not self.label_smoothing_factor or "label_smoothing" in self.loss_arguments("classification_loss"),
             "label_smoothing_factor",
             f"0 with --classification_loss {self.classification_loss}, which knows no label smoothing",
         )
@@ -417,6 +473,11 @@ class BKDConfig(TrainingArguments):
                     f"{self.num_train_epochs:g} epochs."
                 )
         return messages
+
+
+_USED_BY = _find_users()
+#: Options that choose a method and its losses.
+METHOD_OPTIONS = ("method", *_PARTS, "classification_loss_args", "distillation_loss_args", *_USED_BY)
 
 
 def method_defaults(method: str) -> dict[str, Any]:

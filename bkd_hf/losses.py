@@ -139,7 +139,7 @@ def cross_entropy_loss(
     reduction: Reduction = "mean",
     class_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy: instance-balanced, every example counting once whatever its class, unless weights are given.
+    """Cross-entropy (instance-balanced: every example counts once, whatever its class, unless weights are given).
 
         CE = −w_y · Σ_c q_c · log softmax(z)_c,    q = (1 − ε) · 1_y + ε / C
 
@@ -335,6 +335,11 @@ def dive_loss(
     _require(0 < power < float("inf"), f"power must be a finite number > 0, got {power}.")
     (teacher_logits,) = _at_least_float32(teacher_logits)
     return kd_loss(student_logits, power * teacher_logits, temperature, reduction)
+
+
+def dive_log_targets(teacher_logits: torch.Tensor, temperature: float = 2.0, power: float = 0.5) -> torch.Tensor:
+    """Logarithm of what [`dive_loss`] has the student imitate: B×C. Arguments as there."""
+    return balanced_log_targets(power * teacher_logits, None, temperature)
 
 
 def dkd_loss(

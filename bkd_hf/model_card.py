@@ -19,9 +19,9 @@ from huggingface_hub.utils import validate_repo_id
 from .arguments import NOT_FOR_TEACHER, SCRIPT_DEFAULTS, UNKNOWN_LICENSE
 from .config import METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
-from .methods import METHODS
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
+from .objective import METHODS
 from .plots import figure_names
 from .results import check_schema, effective_batch_size, load_results, training_options
 from .run_folder import WITHOUT_INFLUENCE

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import (
@@ -140,17 +141,20 @@ def why_not_alike(student: nn.Module, teacher: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def start_from_teacher(student: nn.Module, teacher: nn.Module, shift: torch.Tensor | None = None) -> None:
+def start_from_teacher(student: nn.Module, teacher: nn.Module, class_counts: np.ndarray | None = None) -> None:
     """Give a student the weights of a teacher that is alike (see [`why_not_alike`]).
 
     Args:
         student: Changed in place.
         teacher: Where the weights come from.
-        shift: C numbers that are added to the student's logits, by the bias of its head where it has one.
+        class_counts: C numbers of training images, to take the class frequencies out of the student's answers by the
+            bias of its head, where it has one, as post-hoc logit adjustment does; `None` leaves them in.
     """
     student.load_state_dict(teacher.state_dict(), strict=True)
-    if shift is None:
+    if class_counts is None:
         return
+    log_counts = torch.from_numpy(class_counts).clamp_min(1).double().log()
+    shift = log_counts.mean() - log_counts
     for head in head_modules(student).values():
         biases = [parameter for name, parameter in head.named_parameters() if name.split(".")[-1] == "bias"]
         if biases and biases[-1].shape == shift.shape:
@@ -221,3 +225,57 @@ def _not_loadable(name: str, error: Exception) -> InputError:
         f"The model {name} cannot be loaded ({where}): {first_line(error)}. Give a Hub id, a folder written by "
         "save_pretrained, or cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
     )
+
+
+def the_head(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the head by name, as [`head_modules`].
+
+    Raises:
+        ValueError: If the head cannot be told from the rest.
+    """
+    head = head_modules(model)
+    if not head:
+        raise ValueError(
+            f"--freeze_backbone and --head_learning_rate need a model whose head can be told from the rest, which "
+            f"{type(model).__name__} is not: call it `classifier`."
+        )
+    return head
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Train the head alone, with the rest in evaluation mode: not even statistics of BatchNorm change.
+
+    Raises:
+        ValueError: If the head cannot be told from the rest.
+    """
+    head = the_head(model)
+    model.requires_grad_(False)
+    for module in head.values():
+        module.requires_grad_(True)
+
+    def keep_in_evaluation_mode(model: nn.Module, _: Any) -> None:
+        if model.training:
+            for module in model.children():
+                module.eval()
+            for module in head.values():
+                module.train()
+
+    model.register_forward_pre_hook(keep_in_evaluation_mode)
+
+
+def load_weights_strictly(model: PreTrainedModel, checkpoint: str) -> None:
+    """Load the weights of a folder by `from_pretrained`, as users will, and every one of them.
+
+    Raises:
+        ValueError: If names or shapes differ.
+    """
+    try:
+        saved, info = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=model.dtype, output_loading_info=True
+        )
+    except RuntimeError as error:  # other shapes
+        raise ValueError(f"The checkpoint {checkpoint} does not fit the model: {error}") from error
+    problems = {name: keys for name, keys in info.items() if keys and name.endswith("_keys")}
+    if problems:
+        raise ValueError(f"The checkpoint {checkpoint} does not fit the model: {problems}.")
+    model.load_state_dict(saved.state_dict(), strict=True)

@@ -29,11 +29,11 @@ from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
 from .machine import keep_freed_memory, set_num_threads
-from .methods import METHODS
 from .metrics import LongTailEvaluation, shot_groups
 from .model_card import build as build_card
 from .model_card import check_repo_id
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
+from .objective import METHODS
 from .plots import save_plots
 from .precision import precision_of
 from .publishing import CARD_NAME, check_repo_access, publish_run
@@ -240,7 +240,11 @@ class _Stage:
         if revision is not None:
             kwargs["revision"] = revision
         torch.manual_seed(self.args.seed)  # fresh weights, and fresh heads of pretrained models
-        cosine_scale = self.args.ldam_scale if self.args.classification_loss == "ldam" else None
+        cosine_scale = (
+            self.args.loss_arguments("classification_loss")["scale"]
+            if self.args.classification_loss == "ldam"
+            else None
+        )
         model = load_classifier(self.name, self.data["class_names"], options.image_size, cosine_scale, **kwargs)
         prefer_channels_last(model)
         if model.new_parameters and cifar_resnet_depth(self.name) is None:

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from .arguments import NOT_FOR_TEACHER, RunArguments
 from .config import BKDConfig, method_defaults
 from .errors import InputError
-from .methods import METHODS
+from .objective import METHODS
 from .results import RESULTS_NAME, SCHEMA_VERSION, save_json
 
 #: Marks an output folder as ours and records what the run in it was told.

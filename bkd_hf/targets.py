@@ -6,13 +6,19 @@ Re-weighted by class, the answers of a teacher that is not sure of its training 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch.utils.data import DataLoader, Subset
 
+from .callbacks import TeacherLogitsError
+from .errors import InputError
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
+from .objective import Objective
+from .teacher import FrozenTeacher
 
 #: Training images that are looked at.
 NUM_IMAGES = 1024
@@ -134,3 +140,85 @@ def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> 
         f"in % (share of the images): {shifts}; most often {class_names[statistics['favoured_class']]!r}, "
         f"{100 * statistics['favoured_share']:.0f} % ({100 * statistics['favoured_label_share']:.0f} % of the images)."
     )
+
+
+def sample_of(dataset: Any, num_images: int, seed: int) -> Subset:
+    """Draw some examples of a training set, in its order."""
+    numbers = np.random.default_rng(seed).permutation(len(dataset))[:num_images]
+    return Subset(dataset, np.sort(numbers).tolist())
+
+
+@torch.no_grad()
+def answers_about_sample(
+    teacher: FrozenTeacher,
+    loader: DataLoader,
+    split_inputs: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any], torch.Tensor]],
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a teacher's logits, N×C, and the labels of the images that it knows the classes of.
+
+    Args:
+        teacher: The teacher.
+        loader: Gives batches.
+        split_inputs: Takes a batch apart: inputs of the student, inputs of the teacher, labels.
+        device: Where the teacher is.
+
+    Raises:
+        InputError: If none of the images is of a class that the teacher knows.
+        TeacherLogitsError: If the logits are not finite.
+    """
+    found = []
+    with torch.random.fork_rng(devices=[]):  # the training must not notice
+        for batch in loader:
+            _, inputs, labels = split_inputs(send_to_device(batch, device))
+            found.append((teacher(**inputs).float(), labels))
+    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if logits.isnan().any():
+        raise TeacherLogitsError(
+            "The teacher's logits are not finite (NaN) for training images, before the first step. Check the "
+            "teacher's weights and precision (try without --fp16/--bf16), and the images."
+        )
+    if teacher.known_classes is not None:
+        kept = (labels[:, None] == teacher.known_classes).any(dim=1)
+        logits, labels = logits[kept], labels[kept]
+    if not len(labels):
+        raise InputError(
+            "No training image that was looked at is of a class that the teacher knows: there is nothing to "
+            "distil. Use another teacher, or a --method without one."
+        )
+    return logits, labels
+
+
+def look(
+    objective: Objective,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_counts: np.ndarray,
+    many_shot_threshold: int = MANY_SHOT_THRESHOLD,
+    few_shot_threshold: int = FEW_SHOT_THRESHOLD,
+) -> dict[str, Any]:
+    """Look at the targets of some training images, with the power of the class weights that they are to have.
+
+    Args:
+        objective: Has a distillation loss with targets.
+        teacher_logits: N×C.
+        labels: N.
+        class_counts: C numbers of training images.
+        many_shot_threshold: As for [`target_statistics`].
+        few_shot_threshold: As for [`target_statistics`].
+
+    Returns:
+        What [`target_statistics`] returns, and `power` where there are class weights.
+    """
+    power = None
+    if objective.balances_distillation:
+        if objective.options.class_balance_power == "measured":
+            weights, temperature = objective.final_weights(), objective.options.temperature
+            power = strongest_power(teacher_logits, labels, weights, temperature)
+            power = broadcast_object_list([power])[0]  # one of all processes, whose devices may round otherwise
+        else:
+            power = objective.power
+    log_targets = objective.log_targets(teacher_logits, power)
+    thresholds = many_shot_threshold, few_shot_threshold
+    statistics = target_statistics(log_targets, teacher_logits, labels, class_counts, *thresholds)
+    return statistics if power is None else {**statistics, "power": power}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -233,3 +234,21 @@ def load_teacher(
             "was trained for image classification, or have it trained on the data first (--finetune_teacher)."
         )
     return FrozenTeacher(model, columns)
+
+
+def check_numbers_of_classes(
+    student: nn.Module, teacher: FrozenTeacher | None, class_counts: Sequence[int] | np.ndarray | None
+) -> None:
+    """Raise a `ValueError` if student, teacher and data do not have the same number of classes, where it is known."""
+    numbers = {
+        "student": num_labels(student),
+        "teacher": None if teacher is None else teacher.num_classes,
+        "class counts": None if class_counts is None else len(class_counts),
+    }
+    known = {name: number for name, number in numbers.items() if number is not None}
+    if len(set(known.values())) > 1:
+        raise ValueError(
+            "Student, teacher and data must have the same classes; their numbers are "
+            + ", ".join(f"{name}: {number}" for name, number in known.items())
+            + ". Load the models with num_labels set to the number of classes of the data."
+        )

@@ -23,12 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
-from transformers import PreTrainedConfig
+from transformers import DataCollatorWithPadding, DefaultDataCollator, PreTrainedConfig, default_data_collator
+from transformers.utils import logging
 
 from .errors import InputError
 from .sampling import innermost
+from .transforms import collate_images
 
 if TYPE_CHECKING:
     from .teacher import FrozenTeacher
@@ -38,6 +41,8 @@ DTYPES: dict[str, type[np.floating]] = {"float16": np.float16, "float32": np.flo
 
 #: K for augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
+
+logger = logging.get_logger(__name__)
 
 # Entries of a model's configuration; the type of its weights is known from these.
 _WITHOUT_INFLUENCE = {
@@ -278,3 +283,52 @@ def describe_views(dataset: Any, sampler: str) -> dict[str, Any]:
 def is_augmented(dataset: Any) -> bool:
     """Whether the examples of a data set differ from epoch to epoch."""
     return any(getattr(part, "augmentation", "none") != "none" for part in innermost(dataset))
+
+
+def open_teacher_cache(trainer: Any) -> TeacherCache | None:
+    """Open the cache that the options ask for; `None` without one.
+
+    Raises:
+        InputError: If there can be none, and it was not left open by `"auto"`.
+    """
+    args = trainer.args
+    if args.teacher_cache == "off" or trainer.teacher_model is None:
+        return None
+    folder = TeacherCache.default_folder() if args.teacher_cache == "auto" else args.teacher_cache
+    try:
+        _check_that_batches_come_again(trainer)
+        images = describe_views(trainer.train_dataset, args.sampler)
+        about = {"teacher": trainer._about_teacher, "precision": args.mixed_precision, "images": images}
+        size = trainer.num_views or 1, len(trainer.train_dataset), len(trainer.objective.known_class_counts())
+        cache = TeacherCache(folder, about, *size, dtype=args.teacher_cache_dtype)
+    except InputError as error:
+        if args.teacher_cache != "auto":
+            raise
+        again = ""
+        if trainer.num_views is not None:
+            again = (
+                " Views come again all the same, as for methods that are compared with this one "
+                "(--teacher_cache_views)."
+            )
+        logger.warning(f"The teacher's logits are not cached: {error}{again}")
+        return None
+    fill = [trainer.is_world_process_zero() and cache.try_to_lock()]  # one run of all, with all its processes
+    cache.open(fill=broadcast_object_list(fill)[0])
+    return cache
+
+
+def _check_that_batches_come_again(trainer: Any) -> None:
+    if not trainer._numbers_examples:
+        raise InputError(
+            "--teacher_cache needs a training set with a length and random access, --train_sampling_strategy "
+            "random or sequential, and neither split_batches nor dispatch_batches of accelerate. Use "
+            "--teacher_cache off."
+        )
+    known = default_data_collator, collate_images
+    if trainer.data_collator not in known and not isinstance(
+        trainer.data_collator, (DefaultDataCollator, DataCollatorWithPadding)
+    ):
+        raise InputError(
+            "--teacher_cache does not go with a data_collator of your own, which may change the examples, or mix "
+            "them, each time in another way. Use --teacher_cache off."
+        )

@@ -19,7 +19,7 @@ from bkd_hf import (
     load_processor,
 )
 from bkd_hf import losses as L
-from bkd_hf.methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, mixture
+from bkd_hf.objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Objective
 from tests.test_trainer import COUNTS, NAMES, config, images, resnet, trainer_for
 
 PARTS = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
@@ -129,7 +129,7 @@ def test_presets_do_not_warn(method):
 
 def test_mixture():
     def weights(epoch: float = 0.0, **options):
-        return mixture(BKDConfig(output_dir="unused", use_cpu=True, **options), epoch)
+        return Objective(BKDConfig(output_dir="unused", use_cpu=True, **options)).mixture(epoch)
 
     assert weights(method="bkd", distillation_weight=0.3) == (1.0, 0.3)
     assert weights(method="dive", dive_alpha=0.3) == (0.7, 0.3)

@@ -1,0 +1,137 @@
+"""What watches a training: numbers that are not finite, means of the loss's parts, the epoch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainingArguments
+
+from .metrics import NotFiniteError
+from .precision import precision_of
+
+_NO_STEP = torch.iinfo(torch.int64).max
+_MODELS = ("teacher", "student")
+
+
+class TeacherLogitsError(NotFiniteError):
+    """The teacher's logits are not finite; the message names the training step."""
+
+
+class TrainingDivergedError(NotFiniteError):
+    """The student's loss or weights are not finite; the message names the training step."""
+
+
+class FiniteGuard:
+    """Notes the first step at which something of a model is not finite, without waiting for the device.
+
+    Args:
+        accelerator: Of the trainer.
+        args: The options, for messages.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: TrainingArguments):
+        self.accelerator, self.args = accelerator, args
+        self._first_bad_steps = torch.full((len(_MODELS),), _NO_STEP, device=args.device)
+
+    def reset(self) -> None:
+        """Forget what was noted: a training begins."""
+        self._first_bad_steps.fill_(_NO_STEP)
+
+    def watch(self, model: str, is_finite: torch.Tensor, step: int) -> None:
+        """Note whether something is finite.
+
+        Args:
+            model: `"teacher"` or `"student"`.
+            is_finite: A truth value, or several.
+            step: Of the training, counted from 1.
+        """
+        first = self._first_bad_steps[_MODELS.index(model)]
+        torch.minimum(first, torch.where(is_finite.all(), _NO_STEP, step), out=first)
+
+    def stop_if_not_finite(self) -> None:
+        """Wait for the device, and stop all processes together if one of them noted something.
+
+        Raises:
+            TeacherLogitsError: If the teacher's logits were the first.
+            TrainingDivergedError: If the student's loss or weights were.
+        """
+        steps = self.accelerator.gather(self._first_bad_steps).view(-1, len(_MODELS)).amin(dim=0).tolist()
+        first = min(steps)
+        if first == _NO_STEP:
+            return
+        saved = f"at step {first}. The student was not saved since; the last checkpoint, if there is one, is good."
+        if steps[_MODELS.index("teacher")] == first:  # which spoils the student's loss at once
+            raise TeacherLogitsError(
+                f"The teacher's logits are not finite (NaN or Inf) {saved} Check the teacher's weights and precision "
+                "(try without --fp16/--bf16), and the images of this step."
+            )
+        raise TrainingDivergedError(
+            f"The training diverged: loss or weights are not finite (NaN or Inf) {saved} Try a lower --learning_rate "
+            f"(it is {self.args.learning_rate:g}), --max_grad_norm 1 (it is {self.args.max_grad_norm or 'off'}), or "
+            f"--precision fp32 (it is {precision_of(self.args)}), in a new --output_dir."
+        )
+
+    def check_weights(self, model: nn.Module, step: int) -> None:
+        """Stop before a student is saved whose weights a step with a finite loss has spoilt; raises as above."""
+        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *model.buffers())]
+        # In buffers −∞ may be a mask.
+        self.watch("student", torch.stack([(t < math.inf).all().to(self.args.device) for t in tensors]), step)
+        self.stop_if_not_finite()
+
+
+class LossMeter:
+    """Means of the loss's parts over all examples, in all processes, since the last log.
+
+    Args:
+        accelerator: Of the trainer.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def add(self, losses: dict[str, torch.Tensor], counted: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            losses: B values of each part.
+            counted: B truth values: whether an example counts.
+        """
+        sums = {name: (values.detach() * counted).sum() for name, values in losses.items() if name != "loss"}
+        for name, value in {**sums, "count": counted.sum()}.items():
+            # In float64 where the device has it: sums may run over a whole epoch.
+            value = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def pop(self) -> dict[str, float]:
+        """Return the means, and begin anew; all processes have to call it."""
+        if not self.sums:
+            return {}
+        totals = self.accelerator.reduce(self.sums, reduction="sum")
+        self.sums = {}
+        count = totals.pop("count").item()
+        return {name: total.item() / count for name, total in totals.items()}
+
+
+class EpochSetter(TrainerCallback):
+    """Tells which epoch begins, and that it has ended.
+
+    Args:
+        begin: Called with the number of the epoch.
+        end: Called without arguments.
+    """
+
+    def __init__(self, begin: Callable[[int], None], end: Callable[[], None]):
+        self.begin, self.end = begin, end
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin(int(state.epoch or 0))
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.end()

@@ -1,0 +1,512 @@
+"""What is optimised: one object made of the options and the class counts.
+
+A method is a choice from four tables: classification loss × its class weighting × distillation loss × sampler. Every
+choice runs through the same trainer, data and schedule: what differs between two methods is what their names say.
+
+To add a loss, write a function of logits in `losses.py` and one line in a registry below. Its arguments that are no
+inputs are its options (`--classification_loss_args`, `--distillation_loss_args`); title, source and formula are read
+from its docstring.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from .losses import (
+    IGNORE_INDEX,
+    balanced_distillation_loss,
+    balanced_log_targets,
+    balanced_softmax_loss,
+    cross_entropy_loss,
+    dive_log_targets,
+    dive_loss,
+    dkd_loss,
+    example_weights,
+    focal_loss,
+    kd_loss,
+    ldam_loss,
+    logit_adjustment_loss,
+)
+from .weights import class_balanced_weights, deferred_weights
+
+_INPUTS = frozenset(
+    [
+        "logits",
+        "student_logits",
+        "teacher_logits",
+        "labels",
+        "class_counts",
+        "class_weights",
+        "reduction",
+        "epoch",
+        "weight",
+    ]
+)
+
+
+def constant(epoch: float, weight: float) -> tuple[float, float]:
+    """1 and α."""
+    return 1.0, weight
+
+
+def complementary(epoch: float, *, alpha: float = 0.5) -> tuple[float, float]:
+    """1 − α and α (He et al., 2021, arXiv 2103.15042, eq. 9)."""
+    return 1.0 - alpha, alpha
+
+
+def warm_up(epoch: float, *, warmup_epochs: int = 20) -> tuple[float, float]:
+    """1, and (e + 1)/`warmup_epochs` in epoch e, at most 1, as in the public code of DKD."""
+    return 1.0, min(1.0, (int(epoch) + 1) / max(1, warmup_epochs))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A line of a registry.
+
+    Attributes:
+        function: Takes some of the inputs `logits` or `student_logits` and `teacher_logits` (B×C), `labels` (B),
+            `class_counts` and `class_weights` (C) and `reduction` by name; all its other arguments are options.
+        shared: Options that it has in common with others: argument → name in [`BKDConfig`]. Any other argument is
+            the option LOSS_ARGUMENT, where [`BKDConfig`] has it, and can be given by `--…_loss_args`.
+        targets: Of a distillation loss: what the student imitates, the logarithm of a distribution, B×C.
+        mixture: Of a distillation loss: weights of classification and distillation after some epochs.
+        mean_over_examples: Whether its weighted mean divides by the number of examples, not by the sum of weights.
+    """
+
+    function: Callable[..., torch.Tensor]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    targets: Callable[..., torch.Tensor] | None = None
+    mixture: Callable[..., tuple[float, float]] = constant
+    mean_over_examples: bool = False
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Its options and their defaults."""
+        parameters = [
+            parameter
+            for function in (self.function, self.mixture)
+            for parameter in inspect.signature(function).parameters.values()
+        ]
+        return {p.name: p.default for p in parameters if p.name not in _INPUTS}
+
+    @property
+    def title(self) -> str:
+        """First sentence of its docstring, without the source."""
+        return inspect.getdoc(self.function).partition("\n")[0].partition(" (")[0].rstrip(".:")  # type: ignore[union-attr]
+
+    @property
+    def source(self) -> str | None:
+        """Number on arXiv of the paper that its docstring names."""
+        found = re.search(r"arXiv (\d{4}\.\d{5})", inspect.getdoc(self.function) or "")
+        return found and found[1]
+
+    @property
+    def formula(self) -> str:
+        """The indented lines of its docstring."""
+        lines = (inspect.getdoc(self.function) or "").splitlines()
+        start = next((i for i, line in enumerate(lines) if line.startswith("    ")), len(lines))
+        end = next((i for i, line in enumerate(lines[start:], start) if not line.strip()), len(lines))
+        return "\n".join(line.strip() for line in lines[start:end])
+
+    def needs(self, name: str) -> bool:
+        """Whether its function, or its mixture, takes an input."""
+        return any(name in inspect.signature(function).parameters for function in (self.function, self.mixture))
+
+    def option(self, loss: str, argument: str) -> str:
+        """The option that gives an argument its value, for the loss of this name."""
+        return self.shared.get(argument, f"{loss}_{argument}")
+
+
+_SMOOTHED = {"label_smoothing": "label_smoothing_factor"}
+_SOFTENED = {"temperature": "temperature", "power": "class_balance_power"}
+
+#: What `--classification_loss` may be.
+CLASSIFICATION_LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(cross_entropy_loss, _SMOOTHED),
+    "focal": Loss(focal_loss, mean_over_examples=True),
+    "ldam": Loss(ldam_loss),
+    "balanced_softmax": Loss(balanced_softmax_loss, _SMOOTHED),
+    "logit_adjustment": Loss(logit_adjustment_loss, {**_SMOOTHED, "tau": "logit_adjustment_tau"}),
+}
+#: What `--distillation_loss` may be.
+DISTILLATION_LOSSES: dict[str, Loss | None] = {
+    "none": None,
+    "kd": Loss(kd_loss, _SOFTENED, balanced_log_targets),
+    "bkd": Loss(balanced_distillation_loss, _SOFTENED, balanced_log_targets),
+    "dive": Loss(dive_loss, targets=dive_log_targets, mixture=complementary),
+    "dkd": Loss(dkd_loss, targets=balanced_log_targets, mixture=warm_up),
+}
+#: What `--class_weighting` may be; `drw` is deferred re-weighting (Cao et al., 2019, arXiv 1906.07413).
+CLASS_WEIGHTINGS = ("none", "reweight", "drw")
+#: What `--sampler` may be; `class_balanced` draws each class equally often (Kang et al., 2020, arXiv 1910.09217).
+SAMPLERS = ("instance", "class_balanced")
+#: What `--student_init` may be: the student's own weights, or the teacher's; `auto`: the teacher's where they fit and
+#: the teacher is not so sure of its training images that its answers bear `class_balance_power` 1.
+STUDENT_INITS = ("model", "teacher", "auto")
+# Choices that correct for the class frequencies.
+_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset.
+
+    Attributes:
+        classification_loss: Key of `CLASSIFICATION_LOSSES`.
+        class_weighting: Of the classification loss, one of `CLASS_WEIGHTINGS`.
+        distillation_loss: Key of `DISTILLATION_LOSSES`.
+        sampler: One of `SAMPLERS`.
+        student_init: One of `STUDENT_INITS`.
+        class_balance_power: Of the weights in the distillation loss.
+        logit_adjustment_tau: Of the classification loss.
+        deferred_reweighting_start: Of the weights in the distillation loss.
+        teacher: The method by which its teacher is trained.
+    """
+
+    classification_loss: str = "cross_entropy"
+    class_weighting: str = "none"
+    distillation_loss: str = "none"
+    sampler: str = "instance"
+    student_init: str = "model"
+    class_balance_power: float | str = 1.0
+    logit_adjustment_tau: float | str = 1.0
+    deferred_reweighting_start: float | None = None
+    teacher: str = "ce"
+
+    def options(self) -> dict[str, Any]:
+        """Options of [`BKDConfig`] that the preset gives a value."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "teacher"}
+
+
+#: What `--method` may be.
+METHODS = {
+    "ce": Method(),
+    "cb-ce": Method(class_weighting="reweight"),
+    "focal": Method("focal"),
+    "ldam": Method("ldam"),
+    "ldam-drw": Method("ldam", "drw"),
+    "balanced-softmax": Method("balanced_softmax"),
+    "logit-adjustment": Method("logit_adjustment"),
+    "resample": Method(sampler="class_balanced"),
+    "kd": Method(distillation_loss="kd"),
+    "bkd": Method(distillation_loss="bkd"),
+    "bkd-drw": Method(distillation_loss="bkd", deferred_reweighting_start=0.8),
+    "bkd-calibrated": Method(
+        "logit_adjustment",
+        distillation_loss="bkd",
+        student_init="auto",
+        class_balance_power="measured",
+        logit_adjustment_tau="auto",
+    ),
+    "dive": Method("balanced_softmax", distillation_loss="dive", teacher="balanced-softmax"),
+    "dkd": Method(distillation_loss="dkd"),
+}
+#: The preset for data and budgets of people's own, and the default of `scripts/run_bkd.py`.
+RECOMMENDED = "bkd-calibrated"
+
+
+def corrects(options: Mapping[str, Any]) -> bool:
+    """Whether a method corrects for the class frequencies, by loss, weights or sampler.
+
+    Args:
+        options: By name, those of [`Method`] among them.
+    """
+    parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
+    return any(options.get(part) in _CORRECTING for part in parts)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is, by optimizer steps.
+
+    Attributes:
+        epoch: Epochs trained, e.g. 12.5.
+        num_epochs: Length of the training in epochs.
+        mean_weight: Mean class weight of the labels in this optimizer step; that of the batch if not given.
+    """
+
+    epoch: float = 0.0
+    num_epochs: float = 1.0
+    mean_weight: torch.Tensor | None = None
+
+
+class Objective:
+    """λ_c · classification loss + λ_d · distillation loss, one value per example. For BKD that is
+
+        L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + p · log w) ‖ softmax(z_s / T) )
+
+    All is derived from the options when it is used: options that change, change the objective.
+
+    Args:
+        options: A [`BKDConfig`].
+        class_counts: C numbers of training images, where they are known.
+        device: Where the logits are.
+        has_teacher: Whether there is a teacher; without one the classification loss alone is left.
+        known_classes: Numbers of the classes that the teacher knows, where these are not all. The distillation loss
+            is then one between distributions over these, and examples of other classes have none: nothing is taught
+            about a class that the teacher has no idea of.
+        classification_loss: Used instead of the option's: called with logits (B×C) and labels (B), it returns B
+            values, which are multiplied by the labels' class weights.
+        distillation_loss: Used instead of the option's: called with the logits of student and teacher (B×C), labels
+            (B) and class weights (C), it returns B values.
+        measure_power: Returns p, where `class_balance_power` is `"measured"`.
+    """
+
+    def __init__(
+        self,
+        options: Any,
+        class_counts: Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+        has_teacher: bool = True,
+        known_classes: torch.Tensor | None = None,
+        classification_loss: Callable[..., torch.Tensor] | None = None,
+        distillation_loss: Callable[..., torch.Tensor] | None = None,
+        measure_power: Callable[[], float] | None = None,
+    ):
+        self.options = options
+        self.device = device
+        self.class_counts = None if class_counts is None else torch.as_tensor(class_counts)
+        self.has_teacher = has_teacher
+        self.known_classes = known_classes
+        self.own = {"classification_loss": classification_loss, "distillation_loss": distillation_loss}
+        self.measure_power = measure_power
+        self._weights_of: dict[float, torch.Tensor] = {}  # by β
+
+    def __call__(
+        self, z_s: torch.Tensor, z_t: torch.Tensor | None, y: torch.Tensor, progress: Progress
+    ) -> dict[str, torch.Tensor]:
+        """Return `loss`, `ce_loss` and, with a teacher, `kd_loss` (with T², without α): B values each.
+
+        Args:
+            z_s: Student logits, B×C.
+            z_t: Teacher logits, B×C; `None` for the classification loss alone.
+            y: Labels, B; −100 is ignored.
+            progress: Decides about deferred weights and warm-up.
+
+        Raises:
+            ValueError: If a loss does not return one value per example.
+        """
+        ce = self._classification(z_s, y, progress)
+        ce_weight, kd_weight = self.mixture(progress.epoch)
+        if z_t is None or not kd_weight:
+            return {"loss": ce, "ce_loss": ce}
+        kd = self._distillation(z_s, z_t, y, progress)
+        return {"loss": ce_weight * ce + kd_weight * kd, "ce_loss": ce, "kd_loss": kd}
+
+    # ---- The two terms --------------------------------------------------------------------------------------------
+
+    def _classification(self, z: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
+        w, own = self.classification_weights(progress), self.own["classification_loss"]
+        if own is not None:
+            values = _per_example("classification", own(z, y), y) * example_weights(y, w, like=z)
+        else:
+            values = self._call("classification_loss", logits=z, labels=y, class_weights=w)
+            _per_example("classification", values, y)
+        if w is None or not self.divides_by_weights:
+            return values
+        # A weighted mean divides by the sum of the weights over the whole step. Divided by their mean instead, the
+        # values of all losses have one and the same plain mean.
+        mean = progress.mean_weight
+        return values / (example_weights(y, w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
+
+    def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
+        w, known, own = self.distillation_weights(progress), self.known_classes, self.own["distillation_loss"]
+        if known is not None:
+            z_s, z_t, w, y = z_s[:, known], z_t[:, known], None if w is None else w[known], _among(known, y)
+        if own is not None:
+            values = own(z_s, z_t, y, w if w is None or self.power == 1 else w.pow(self.power))
+        else:
+            values = self._call("distillation_loss", student_logits=z_s, teacher_logits=z_t, labels=y, class_weights=w)
+        _per_example("distillation", values, y)
+        return values if known is None else torch.where(y == IGNORE_INDEX, 0.0, values)
+
+    def log_targets(self, z_t: torch.Tensor, power: float | None = None) -> torch.Tensor:
+        """What the student imitates in the end: the logarithm of a distribution over the classes, B×C.
+
+        Args:
+            z_t: Teacher logits, B×C.
+            power: p; that of the options if not given.
+        """
+        loss = self.loss("distillation_loss")
+        w = self.final_weights() if self.balances_distillation else None
+        arguments = self._arguments("distillation_loss", power)
+        taken = inspect.signature(loss.targets).parameters  # type: ignore[union-attr, arg-type]
+        given = {"teacher_logits": z_t, "class_weights": w, **arguments}
+        return loss.targets(**{name: value for name, value in given.items() if name in taken})  # type: ignore[union-attr, misc]
+
+    def mixture(self, epoch: float) -> tuple[float, float]:
+        """Weights of the classification loss and of the distillation loss, after `epoch` epochs of training."""
+        loss = self.loss("distillation_loss")
+        if loss is None:
+            return constant(epoch, self.options.distillation_weight)
+        given = {"weight": self.options.distillation_weight, **self.options.loss_arguments("distillation_loss")}
+        taken = inspect.signature(loss.mixture).parameters
+        return loss.mixture(epoch, **{name: value for name, value in given.items() if name in taken})
+
+    # ---- Weights --------------------------------------------------------------------------------------------------
+
+    def classification_weights(self, progress: Progress) -> torch.Tensor | None:
+        """The C weights in the classification loss; `None` without `class_weighting`."""
+        if self.options.class_weighting == "none":
+            return None
+        start = self.options.class_weighting_start if self.options.class_weighting == "drw" else None
+        return deferred_weights(self.final_weights(), start, progress.epoch, progress.num_epochs)
+
+    def distillation_weights(self, progress: Progress) -> torch.Tensor | None:
+        """The C weights w in the distillation loss, uniform before a deferred start; `None` if it takes none."""
+        if not self.has_teacher or not self.balances_distillation:
+            return None
+        start = self.options.deferred_reweighting_start
+        return deferred_weights(self.final_weights(), start, progress.epoch, progress.num_epochs)
+
+    def final_weights(self) -> torch.Tensor:
+        """The C weights by the effective number, as they are once they are in force."""
+        beta = self.options.class_balance_beta
+        if beta not in self._weights_of:
+            weights = class_balanced_weights(self.known_class_counts(), beta)
+            self._weights_of[beta] = weights.to(device=self.device, dtype=torch.float32)
+        return self._weights_of[beta]
+
+    def known_class_counts(self) -> torch.Tensor:
+        """The class counts; raises a `ValueError` if they are not known."""
+        if self.class_counts is None:
+            raise ValueError("BKDTrainer needs class_counts, or a train_dataset to count them in.")
+        return self.class_counts
+
+    # ---- What the options choose ----------------------------------------------------------------------------------
+
+    def loss(self, part: str) -> Loss | None:
+        """The registry's line for `"classification_loss"` or `"distillation_loss"`; `None` for none."""
+        registry = CLASSIFICATION_LOSSES if part == "classification_loss" else DISTILLATION_LOSSES
+        return registry[getattr(self.options, part)]
+
+    @property
+    def distils(self) -> bool:
+        """Whether there is a distillation loss."""
+        return self.own["distillation_loss"] is not None or self.loss("distillation_loss") is not None
+
+    @property
+    def has_known_targets(self) -> bool:
+        """Whether it is known what the student imitates (see [`log_targets`])."""
+        return self.own["distillation_loss"] is None and self.loss("distillation_loss") is not None
+
+    @property
+    def balances_distillation(self) -> bool:
+        """Whether the distillation loss takes class weights."""
+        loss = self.loss("distillation_loss")
+        return self.own["distillation_loss"] is not None or (loss is not None and loss.needs("class_weights"))
+
+    @property
+    def divides_by_weights(self) -> bool:
+        """Whether the mean of the weighted classification loss divides by the sum of the weights."""
+        loss = self.loss("classification_loss")
+        return self.own["classification_loss"] is not None or not loss.mean_over_examples  # type: ignore[union-attr]
+
+    @property
+    def power(self) -> float:
+        """p, the power of the class weights in the distillation loss."""
+        power = self.options.class_balance_power
+        if power == "auto":
+            return 1 / self.options.temperature
+        if power != "measured":
+            return power
+        if self.measure_power is None:
+            raise ValueError("--class_balance_power measured needs a trainer, which looks at training images.")
+        return self.measure_power()
+
+    @property
+    def tau(self) -> float:
+        """τ of the logit-adjusted classification loss.
+
+        `"auto"` is 2 − p · T, at least 0: the targets take the class frequencies out p · T times, the labels the rest
+        of twice. With p = 1/T both do so once; with the paper's p = 1, at T = 2, the labels not at all, as there.
+        """
+        tau = self.options.logit_adjustment_tau
+        if tau != "auto":
+            return tau
+        return max(0.0, 2.0 - self.power * self.options.temperature) if self.has_teacher else 1.0
+
+    def _arguments(self, part: str, power: float | None = None) -> dict[str, Any]:
+        """Values of the options of a loss, with numbers where these say `auto` or `measured`."""
+        arguments = self.options.loss_arguments(part)
+        if "power" in arguments and self.loss(part).shared.get("power"):  # type: ignore[union-attr]
+            arguments["power"] = self.power if power is None else power
+        if arguments.get("tau") == "auto":
+            arguments["tau"] = self.tau
+        return arguments
+
+    def _call(self, part: str, **inputs: Any) -> torch.Tensor:
+        loss = self.loss(part)
+        function = loss.function  # type: ignore[union-attr]
+        given = {**inputs, "class_counts": self._device_counts, "reduction": "none", **self._arguments(part)}
+        taken = inspect.signature(function).parameters
+        return function(**{name: value for name, value in given.items() if name in taken})
+
+    @cached_property
+    def _device_counts(self) -> torch.Tensor | None:
+        return None if self.class_counts is None else self.class_counts.to(self.device)
+
+    def try_out(self, part: str) -> None:
+        """Call a loss once with a batch of one example, so that it checks the values of its arguments."""
+        z, y, w = torch.zeros(1, len(self.known_class_counts())), torch.zeros(1, dtype=torch.int64), None
+        self._call(part, logits=z, student_logits=z, teacher_logits=z, labels=y, class_weights=w)
+        self.mixture(0.0)
+
+    def check(self, model_config: Any) -> None:
+        """Notice what cannot work with a student, before training.
+
+        Raises:
+            ValueError: If there is a teacher but no distillation, a class that needs images has none, or the student
+                of `ldam` has no cosine head.
+        """
+        options = self.options
+        if self.has_teacher and not self.distils:
+            raise ValueError(
+                f"--method {options.method} has no distillation loss: the teacher would not be used. Leave it out, or "
+                "choose a --distillation_loss."
+            )
+        if options.class_weighting != "none" or (self.has_teacher and self.balances_distillation):
+            self.final_weights()
+        if self.own["classification_loss"] is not None:
+            return
+        name = options.classification_loss
+        if self.loss("classification_loss").needs("class_counts"):  # type: ignore[union-attr]
+            empty = (self.known_class_counts() == 0).nonzero().flatten().tolist()
+            if empty:
+                raise ValueError(
+                    f"--classification_loss {name} takes the logarithm of the class counts, but {len(empty)} classes "
+                    f"have no training image (first: class {empty[0]}). Remove them."
+                )
+        if name == "ldam":
+            if not getattr(model_config, "cosine_head", True):
+                raise ValueError(
+                    "--classification_loss ldam needs a student whose logits are scale · cos: load it with "
+                    "cosine_head=True."
+                )
+            wanted = options.loss_arguments("classification_loss")["scale"]
+            scale = getattr(model_config, "cosine_scale", wanted)
+            if scale != wanted:
+                raise ValueError(f"--ldam_scale is {wanted}, but the student's cosine head has the scale {scale}.")
+
+
+def _per_example(kind: str, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    if losses.shape != labels.shape:
+        raise ValueError(
+            f"The {kind} loss must return one value per example, shape {tuple(labels.shape)}; it returned shape "
+            f"{tuple(losses.shape)}. Leave the mean to the trainer, which takes it over the whole optimizer step."
+        )
+    return losses
+
+
+def _among(classes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Number labels by their place among some classes; −100 for all others."""
+    places = (labels[:, None] == classes).int()
+    return torch.where(places.any(dim=1), places.argmax(dim=1), IGNORE_INDEX)

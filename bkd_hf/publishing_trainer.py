@@ -1,0 +1,174 @@
+"""What a `Trainer` does when it publishes: results, figures, card, and one commit of what others need."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import Trainer
+
+from .measure import measure
+from .model_card import build
+from .plots import save_plots
+from .publishing import check_repo_access, publish_folder
+from .results import RESULTS_NAME, save_json
+
+
+class PublishingTrainer(Trainer):
+    """A `Trainer` that publishes its student, once, with what was measured; checkpoints stay here."""
+
+    _has_new_weights = False  # that results.json does not tell of
+
+    def save_results(self, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
+        """Measure student and teacher on `eval_dataset`; write `results.json` and the figures into `output_dir`.
+
+        All processes have to call it.
+
+        Args:
+            dataset_name: What the data is called.
+            dataset_id: Its id on the Hub, where it is there.
+
+        Returns:
+            The content of `results.json` (see `bkd_hf.results`).
+
+        Raises:
+            ValueError: As [`bkd_hf.measure.measure`].
+        """
+        results = measure(self, dataset_name, dataset_id)
+        self._has_new_weights = False
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_json(results, folder / RESULTS_NAME)
+            save_plots(results, folder / "figures")
+        return results
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write the model card, `README.md`, from the `results.json` in `output_dir` (see `bkd_hf.model_card`).
+
+        If there is none, or this trainer has trained since, all is measured first, for which all processes have to
+        call it.
+
+        Args:
+            language: As for `Trainer`.
+            license: As for `Trainer`.
+            tags: As for `Trainer`.
+            model_name: The headline.
+            finetuned_from: Id on the Hub of the model that the student started from.
+            tasks: Known from the results, and ignored.
+            dataset_tags: Id on the Hub of the data; of several the first.
+            dataset: What the data is called.
+            dataset_args: Known from the results, and ignored.
+        """
+        folder = Path(self.args.output_dir)
+        if not (folder / RESULTS_NAME).exists() or self._has_new_weights:
+            self.save_results(_joined(dataset), _first(dataset_tags))
+        if self.is_world_process_zero():
+            card = build(
+                folder,
+                self.hub_model_id or self._repo_id(),
+                **_card_options(language, license, tags, model_name, finetuned_from, dataset_tags),
+            )
+            card.save(folder / "README.md")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> str | Future[str] | None:
+        """Measure student and teacher, and publish the student: weights, figures, results and card, in one commit.
+
+        Nothing else that lies in `output_dir` is pushed: no checkpoint, no teacher, no `training_args.bin`. All
+        processes have to call it; the main one pushes, the others return at once.
+
+        Args:
+            commit_message: As for `Trainer`.
+            blocking: As for `Trainer`.
+            token: As for `Trainer`.
+            revision: As for `Trainer`.
+            private: As for `Trainer`.
+            kwargs: For [`~BKDTrainer.create_model_card`].
+
+        Returns:
+            The URL of the repository, or a `Future` of it if `blocking=False`; `None` in other processes.
+
+        Raises:
+            InputError: If the repository's name or the token cannot be right.
+            PublishError: If the Hub does not take it.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        self.save_results(_joined(kwargs.pop("dataset", None)), _first(kwargs.get("dataset_tags")))
+        known = {name: value for name, value in kwargs.items() if name not in ("tasks", "dataset_args")}
+        if not self.is_world_process_zero():
+            return None
+        publish = functools.partial(
+            publish_folder,
+            self.args.output_dir,
+            self.hub_model_id or self._repo_id(),
+            private=self.args.hub_private_repo if private is None else private,
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            **_card_options(**known),
+        )
+        return publish() if blocking else HfApi().run_as_future(publish)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Find or make the repository, so that a wrong name or token is noticed before training."""
+        if self.is_world_process_zero():
+            private = self.args.hub_private_repo if private is None else private
+            check_repo_access(self._repo_id(), token or self.args.hub_token, private=private)
+        self.hub_model_id = self._repo_id()
+        self.push_in_progress = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push nothing: checkpoints hold optimizer states, and a student is published when it is measured."""
+
+    def _repo_id(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+
+def _card_options(
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    dataset_tags: str | list[str] | None = None,
+) -> dict[str, Any]:
+    """What `Trainer.create_model_card` takes, as `bkd_hf.model_card.build` takes it."""
+    return {
+        "language": language,
+        "license": license,
+        "tags": [tags] if isinstance(tags, str) else tags or [],
+        "title": model_name,
+        "base_model": finetuned_from,
+        "dataset_id": _first(dataset_tags),
+    }
+
+
+def _first(names: str | list[str] | None) -> str | None:
+    return names if names is None or isinstance(names, str) else next(iter(names), None)
+
+
+def _joined(names: str | list[str] | None) -> str | None:
+    return names if names is None or isinstance(names, str) else ", ".join(names)

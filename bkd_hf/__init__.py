@@ -16,7 +16,9 @@ _HOMES = {
         "balanced_distillation_loss",
         "balanced_softmax_loss",
         "bkd_loss",
+        "class_balanced_weights",
         "cross_entropy_loss",
+        "deferred_weights",
         "dive_loss",
         "dkd_loss",
         "focal_loss",
@@ -42,7 +44,6 @@ _HOMES = {
     "teacher": ["FrozenTeacher", "align_labels", "load_teacher"],
     "trainer": ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"],
     "transforms": ["ImageDataset", "default_augmentation"],
-    "weights": ["class_balanced_weights", "deferred_weights"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

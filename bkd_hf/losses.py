@@ -1,9 +1,17 @@
 """Losses as pure functions of logits.
 
-Notation, as in the paper: ``z_s`` student logits, ``z_t`` teacher logits (both B×C), ``y`` labels, ``T`` the
-temperature, ``w`` the class weights. Every function returns the mean over the batch unless `reduction` says otherwise,
-works in float32 at least (float64 for float64 inputs), and sends no gradient to the teacher. A mean over no example,
-where all are ignored, is not a number.
+Notation, as in the paper: ``z_s`` student logits, ``z_t`` teacher logits, ``y`` labels, ``T`` the temperature, ``w``
+the class weights, ``n`` the class counts. Arguments that mean the same in every loss:
+
+- `logits`, `student_logits`, `teacher_logits`: B×C; the teacher's are taken as constants.
+- `labels`: B integers in [0, C); examples labelled −100 are ignored. A mean over no example is not a number.
+- `class_weights`: C positive weights, e.g. of [`class_balanced_weights`]; `None` for 1.
+- `class_counts`: C numbers of training images.
+- `reduction`: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
+
+Losses compute in float32 at least (float64 for float64 inputs). All raise a `ValueError` if shapes do not fit, the
+reduction is unknown, an option is out of its range, or, looked at on the CPU only, as it would cost an accelerator a
+synchronisation per step, a label is out of range, a weight is not positive or a class has no image.
 
 Which class frequencies a loss asks for, and why p in the targets softmax(z_t/T + p · log w) matters:
 
@@ -28,12 +36,73 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .weights import check_class_counts
+from .metrics import check_class_counts
 
 Reduction = Literal["mean", "sum", "none"]
 
 #: Examples with this label count for nothing, as in `torch.nn.functional.cross_entropy` and throughout `transformers`.
 IGNORE_INDEX = -100
+
+
+def class_balanced_weights(
+    class_counts: Sequence[int] | np.ndarray | torch.Tensor,
+    beta: float = 0.9999,
+    missing: Literal["error", "clamp"] = "error",
+) -> torch.Tensor:
+    """Weights by the effective number of examples (Cui et al., 2019, arXiv 1901.05555, eq. 2 and 4).
+
+        w_c ∝ (1 − β) / (1 − β^{n_c}),    Σ_c w_c = C
+
+    β = 0 gives uniform weights; β → 1 tends to the inverse class frequency.
+
+    Args:
+        class_counts: C numbers of training images.
+        beta: β in [0, 1).
+        missing: What to do with a class that has no image: `"error"`, or `"clamp"` to count it as one image.
+
+    Returns:
+        C weights, float64, on the CPU, summing to C.
+
+    Raises:
+        ValueError: If β is outside [0, 1), a count is negative or no whole number, or a class has no image.
+    """
+    counts = check_class_counts(class_counts)
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be in [0, 1), got {beta}.")
+    if missing not in ("error", "clamp"):
+        raise ValueError(f'missing must be "error" or "clamp", got {missing!r}.')
+    empty = np.flatnonzero(counts == 0)
+    if empty.size and missing == "error":
+        raise ValueError(
+            f"{empty.size} of {counts.size} classes have no training image (first: class {empty[0]}): their "
+            'weight is not defined. Remove the class, or pass missing="clamp" to count it as one image.'
+        )
+    counts = np.maximum(counts, 1)
+    with np.errstate(divide="ignore"):
+        # 1 − β^n without cancellation as β → 1.
+        effective = -np.expm1(counts * np.log1p(beta - 1.0)) / (1.0 - beta)
+    weights = 1.0 / effective
+    return torch.from_numpy(weights * (counts.size / weights.sum()))
+
+
+def deferred_weights(
+    class_weights: torch.Tensor, start: float | None, epoch: float, num_epochs: float
+) -> torch.Tensor:
+    """Deferred re-weighting (Cao et al., 2019, arXiv 1906.07413): uniform weights, then `class_weights`.
+
+    A function of training progress alone, so it is right after a resume as well.
+
+    Args:
+        class_weights: C weights.
+        start: An epoch (≥ 1), a fraction of training (below 1), or `None` for "from the first step".
+        epoch: Progress of training in epochs, e.g. 12.5.
+        num_epochs: Length of the training in epochs; what a fraction refers to.
+
+    Returns:
+        `class_weights`, or ones of the same shape, type and device.
+    """
+    start_epoch = 0.0 if start is None else start * num_epochs if start < 1 else start
+    return class_weights if epoch >= start_epoch else torch.ones_like(class_weights)
 
 
 def kd_loss(
@@ -50,13 +119,7 @@ def kd_loss(
     has learned.
 
     Args:
-        student_logits: B×C.
-        teacher_logits: B×C, taken as constants.
         temperature: T > 0.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
-
-    Raises:
-        ValueError: If shapes differ, T is not positive, or the reduction is unknown.
     """
     return balanced_distillation_loss(student_logits, teacher_logits, None, temperature, reduction)
 
@@ -81,17 +144,9 @@ def balanced_distillation_loss(
     assumes one whose softmax(z_t) is calibrated on them (see the top of this module).
 
     Args:
-        student_logits: B×C.
-        teacher_logits: B×C, taken as constants.
         class_weights: C positive weights, or `None` for plain [`kd_loss`].
         temperature: T > 0.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
         power: p ≥ 0; `"auto"` is 1/T, 0 is plain [`kd_loss`].
-
-    Raises:
-        ValueError: If shapes differ, T is not positive, p is negative or not finite, a weight is not positive (looked
-            at on the CPU only: on an accelerator it would cost a synchronisation per step), or the reduction is
-            unknown.
     """
     _check_temperature(temperature)
     _check_logits(student_logits, teacher_logits)
@@ -118,9 +173,6 @@ def balanced_log_targets(
         class_weights: C positive weights; `None` for none.
         temperature: T > 0.
         power: p ≥ 0, or `"auto"` for 1/T.
-
-    Raises:
-        ValueError: As [`balanced_distillation_loss`].
     """
     _check_temperature(temperature)
     power = 1 / temperature if power == "auto" else power
@@ -148,15 +200,8 @@ def cross_entropy_loss(
     own class instead of the whole by the label's.
 
     Args:
-        logits: B×C.
-        labels: B integers in [0, C); examples labelled −100 are ignored.
         label_smoothing: Share of the target spread evenly over the classes.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
         class_weights: C positive weights, e.g. of [`class_balanced_weights`]; `None` for 1.
-
-    Raises:
-        ValueError: If shapes do not fit, a label is out of range or a weight not positive (looked at on the CPU
-            only), or the reduction is unknown.
     """
     _check_labels(logits, labels)
     (logits,) = _at_least_float32(logits)
@@ -184,15 +229,8 @@ def focal_loss(
     divides by the number of examples.
 
     Args:
-        logits: B×C.
-        labels: B integers in [0, C); examples labelled −100 are ignored.
         gamma: γ ≥ 0; 0 gives the cross-entropy. The default is that of the long-tail literature (Cao et al., 2019);
             Lin et al. use 2, for detection.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
-        class_weights: C positive weights; `None` for 1.
-
-    Raises:
-        ValueError: As [`cross_entropy_loss`], and if γ is negative or not finite.
     """
     _require(0 <= gamma < float("inf"), f"gamma must be a finite number ≥ 0, got {gamma}.")
     ce = cross_entropy_loss(logits, labels, reduction="none", class_weights=class_weights)
@@ -220,16 +258,9 @@ def ldam_loss(
 
     Args:
         logits: B×C, ``scale`` times a cosine.
-        labels: B integers in [0, C); examples labelled −100 are ignored.
-        class_counts: C numbers of training images, n.
         max_margin: Margin of the rarest class, in units of the cosine.
         scale: s > 0, the scale that is already in the logits.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
         class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
-
-    Raises:
-        ValueError: As [`cross_entropy_loss`], and if a class has no image, the margin is negative, or the scale is not
-            positive.
     """
     _require(0 <= max_margin < float("inf"), f"max_margin must be a finite number ≥ 0, got {max_margin}.")
     _require(0 < scale < float("inf"), f"scale must be a finite number > 0, got {scale}.")
@@ -258,15 +289,8 @@ def balanced_softmax_loss(
     with CE as in [`cross_entropy_loss`], label smoothing included.
 
     Args:
-        logits: B×C.
-        labels: B integers in [0, C); examples labelled −100 are ignored.
-        class_counts: C numbers of training images, n.
         label_smoothing: Share of the target spread evenly over the classes.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
         class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
-
-    Raises:
-        ValueError: As [`cross_entropy_loss`], and if a class has no image.
     """
     return logit_adjustment_loss(
         logits, labels, class_counts, 1.0, label_smoothing, reduction=reduction, class_weights=class_weights
@@ -289,16 +313,9 @@ def logit_adjustment_loss(
     with CE as in [`cross_entropy_loss`], label smoothing included. τ = 1 is [`balanced_softmax_loss`].
 
     Args:
-        logits: B×C.
-        labels: B integers in [0, C); examples labelled −100 are ignored.
-        class_counts: C numbers of training images, n.
         tau: τ, a finite number.
         label_smoothing: Share of the target spread evenly over the classes.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
         class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
-
-    Raises:
-        ValueError: As [`cross_entropy_loss`], and if a class has no image or τ is not finite.
     """
     _require(abs(tau) < float("inf"), f"tau must be a finite number, got {tau}.")
     _check_labels(logits, labels)
@@ -323,14 +340,8 @@ def dive_loss(
     The method's loss is (1 − α) · [`balanced_softmax_loss`] + α · DiVE.
 
     Args:
-        student_logits: B×C.
-        teacher_logits: B×C, taken as constants.
         temperature: T > 0.
         power: Power of the teacher's probabilities, > 0.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
-
-    Raises:
-        ValueError: As [`kd_loss`], and if the power is not positive.
     """
     _require(0 < power < float("inf"), f"power must be a finite number > 0, got {power}.")
     (teacher_logits,) = _at_least_float32(teacher_logits)
@@ -361,15 +372,9 @@ def dkd_loss(
 
     Args:
         student_logits: B×C, C ≥ 2.
-        teacher_logits: B×C, taken as constants.
-        labels: B integers in [0, C); examples labelled −100 are ignored.
         temperature: T > 0.
         alpha: α ≥ 0, weight of the target class.
         beta: β ≥ 0, weight of the non-target classes.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
-
-    Raises:
-        ValueError: As [`kd_loss`] and [`cross_entropy_loss`], and if α or β is negative or not finite.
     """
     for name, value in (("alpha", alpha), ("beta", beta)):
         _require(0 <= value < float("inf"), f"{name} must be a finite number ≥ 0, got {value}.")
@@ -408,17 +413,11 @@ def bkd_loss(
     *class*-balanced and lifts the tail.
 
     Args:
-        student_logits: B×C.
-        teacher_logits: B×C, taken as constants.
         labels: B integers in [0, C); examples labelled −100 are ignored by both terms.
         class_weights: C positive weights, e.g. of [`class_balanced_weights`]; `None` gives CE + α · KD.
         temperature: T > 0.
         alpha: α ≥ 0, the weight of the distillation term.
-        reduction: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
         power: p as in [`balanced_distillation_loss`].
-
-    Raises:
-        ValueError: As [`balanced_distillation_loss`] and [`cross_entropy_loss`], and if α is negative or not finite.
     """
     _require(0 <= alpha < float("inf"), f"alpha must be a finite number ≥ 0, got {alpha}.")
     ce = cross_entropy_loss(student_logits, labels, reduction="none")

@@ -25,7 +25,9 @@ from .losses import (
     balanced_distillation_loss,
     balanced_log_targets,
     balanced_softmax_loss,
+    class_balanced_weights,
     cross_entropy_loss,
+    deferred_weights,
     dive_log_targets,
     dive_loss,
     dkd_loss,
@@ -35,7 +37,6 @@ from .losses import (
     ldam_loss,
     logit_adjustment_loss,
 )
-from .weights import class_balanced_weights, deferred_weights
 
 _INPUTS = frozenset(
     [

@@ -1,4 +1,19 @@
-"""The frozen teacher, and which of its answers is about which class of the data."""
+"""The frozen teacher, and which of its answers is about which class of the data.
+
+Teacher and student may come from different people. Mismatches are fixed or reported:
+
+- **Pixels.** If the teacher's image processor differs (size, crop, mean, standard deviation, interpolation, order of
+  channels), each view of an image, with its crop and its flip, is rendered for both models; otherwise once.
+- **Classes** are matched by name (upper case, hyphens and underscores aside). Another order is fixed; surplus outputs,
+  say of an ImageNet-21k teacher, are left out. `--teacher_label_map FILE` names renamed classes, in JSON:
+  `{"name in the data": "name or number at the teacher"}`. A teacher that lacks classes is refused with their names;
+  `--allow_partial_teacher` distils the others only. A teacher without class names (`LABEL_0`, …) is refused unless you
+  say `--assume_label_order`.
+- **A head for other classes** is replaced, and the teacher is fine-tuned on the data first, with its own image
+  processor, as `--finetune_teacher` does in any case.
+- **The check of all that** is the teacher's accuracy on the evaluation images: one that only guesses is
+  refused, unless `--force_teacher`.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from .config import BKDConfig
 from .counting import count_training_examples, training_labels
 from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
-from .metrics import LongTailEvaluation, shot_thresholds
+from .metrics import LongTailEvaluation, check_class_counts, shot_thresholds
 from .models import freeze_backbone, load_weights_strictly, start_from_teacher, the_head, why_not_alike
 from .objective import Objective, Progress, corrects
 from .publishing_trainer import PublishingTrainer
@@ -42,7 +42,6 @@ from .teacher import (
 )
 from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, is_augmented, open_teacher_cache
 from .transforms import ImageDataset, collate_images
-from .weights import check_class_counts
 
 logger = logging.get_logger(__name__)
 

@@ -19,7 +19,7 @@ from bkd_hf import (
     load_processor,
 )
 from bkd_hf import losses as L
-from bkd_hf.objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Objective
+from bkd_hf.objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Objective, Progress
 from tests.test_trainer import COUNTS, NAMES, config, images, resnet, trainer_for
 
 PARTS = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
@@ -135,6 +135,63 @@ def test_mixture():
     assert weights(method="dive", dive_alpha=0.3) == (0.7, 0.3)
     assert [weights(epoch, method="dkd")[1] for epoch in (0, 0.9, 1, 18, 19, 100)] == [0.05, 0.05, 0.1, 0.95, 1, 1]
     assert weights(method="dkd", dkd_warmup_epochs=0) == (1.0, 1.0)
+
+
+# ---- Losses as lines of a registry
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"distillation_loss_args": '{"bata": 1}'},
+            "--distillation_loss dkd has no argument 'bata'; it takes temperature",
+        ),
+        (
+            {"distillation_loss_args": {"beta": -1}},
+            "--distillation_loss_args .*beta must be a finite number ≥ 0, got -1",
+        ),
+        ({"distillation_loss_args": "{beta: 1}"}, "--distillation_loss_args {beta: 1} is no JSON"),
+        ({"classification_loss_args": {"gamma": 2}}, "--classification_loss cross_entropy has no argument 'gamma'"),
+        ({"classification_loss_args": [1]}, "--classification_loss_args must be a JSON object"),
+    ],
+)
+def test_arguments_of_losses_are_checked_against_their_signature(options, message):
+    with pytest.raises(ValueError, match=message):
+        BKDConfig(output_dir="unused", use_cpu=True, method="dkd", **options)
+
+
+def test_arguments_of_losses_are_those_of_their_options():
+    args = BKDConfig(
+        output_dir="unused", use_cpu=True, method="dkd", distillation_loss_args='{"beta": 2}', dkd_alpha=3
+    )
+    assert args.loss_arguments("distillation_loss") == {
+        "temperature": 4.0, "alpha": 3, "beta": 2, "warmup_epochs": 20
+    }  # fmt: skip
+    assert args.method_label == "dkd (distillation_loss_args {'beta': 2}, dkd_alpha 3)"
+
+
+@pytest.mark.parametrize("registry", [CLASSIFICATION_LOSSES, DISTILLATION_LOSSES])
+def test_every_loss_names_its_source(registry):
+    for name, loss in registry.items():
+        if loss is not None and name != "cross_entropy":
+            assert loss.title
+            assert loss.source
+            assert "=" in loss.formula
+
+
+def test_options_that_change_change_the_objective(batch):
+    args = BKDConfig(output_dir="unused", use_cpu=True, method="bkd")
+    objective = Objective(args, COUNTS)
+    before = objective(*batch, Progress())["kd_loss"]
+    args.class_balance_beta = 0.0
+    assert torch.equal(objective(*batch, Progress())["kd_loss"], L.kd_loss(*batch[:2], reduction="none"))
+    args.class_balance_beta = 0.9999
+    assert torch.equal(objective(*batch, Progress())["kd_loss"], before)
+    args.classification_loss = "balanced_softmax"
+    assert torch.equal(
+        objective(*batch, Progress())["ce_loss"], L.balanced_softmax_loss(batch[0], batch[2], COUNTS, reduction="none")
+    )
 
 
 # ---- In training

@@ -40,10 +40,10 @@ from .data import class_counts as count_classes
 from .data import labels_of
 from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
+from .machine import precision_of
 from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, corrects, mixture
 from .metrics import LongTailEvaluation, NotFiniteError, shot_thresholds
 from .models import head_modules, start_from_teacher, why_not_alike
-from .precision import precision_of
 from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples, innermost
 from .schedules import StepDecay
 from .targets import NUM_IMAGES, strongest_power, target_statistics
@@ -1062,7 +1062,7 @@ class BKDTrainer(Trainer):
             InputError: If the repository's name or the token cannot be right.
             PublishError: If the Hub does not take it.
         """
-        from .publishing import publish_folder
+        from .hub import publish_folder
 
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -1084,7 +1084,7 @@ class BKDTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Find or make the repository, so that a wrong name or token is noticed before training."""
-        from .publishing import check_repo_access
+        from .hub import check_repo_access
 
         if self.is_world_process_zero():
             private = self.args.hub_private_repo if private is None else private

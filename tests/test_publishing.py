@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from bkd_hf.publishing import prepare
 from PIL import Image
 
 from bkd_hf import load_image_dataset, load_processor, make_long_tailed
 from bkd_hf.modeling_cifar_resnet import CifarResNetForImageClassification
-from bkd_hf.publishing import prepare
 from tests.conftest import REPOSITORY, launch_two_processes
 from tests.hub_server import Hub
 

@@ -19,21 +19,21 @@ from PIL import Image
 from bkd_hf import InputError, class_counts, load_image_dataset, make_long_tailed, splits
 from bkd_hf.data import fingerprint, stored_images
 from bkd_hf.errors import PublishError
+from bkd_hf.file_lists import build_split_from_files, read_inaturalist_json, read_list_file
+from bkd_hf.hub import prepare
 from bkd_hf.plots import plot_class_counts
-from bkd_hf.splits import (
-    build_split_from_files,
-    draw_split,
-    read_inaturalist_json,
-    read_list_file,
-    save_split,
-    split_files,
-)
+from bkd_hf.splits import save_split
 from tests.conftest import REPOSITORY
 from tests.test_compare import main_of
 
 SCRIPT = REPOSITORY / "scripts" / "make_long_tailed.py"
 DIGITS = ["--dataset_name", "digits", "--imbalance_ratio", "65", "--max_class_count", "130"]
-FILES = ["README.md", "class_counts.png", "split.json", "data/test-00000-of-00001.parquet"]
+FILES = {
+    "README.md",
+    "class_counts.png",
+    "split.json",
+    *(f"data/{s}-00000-of-00001.parquet" for s in ("train", "test")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,9 @@ def test_it_is_a_data_set_like_any_other(digits, tmp_path):
 
 
 def test_only_what_belongs_to_it_is_there(digits):
-    expected = {*FILES, "data/train-00000-of-00001.parquet"}
-    assert set(contents(digits)) == expected == set(split_files(digits))
+    assert set(contents(digits)) == FILES
     (digits / "data" / "notes.txt").touch()
-    assert set(split_files(digits)) == expected
+    assert set(prepare(digits, "user/digits").sizes()) == FILES
     (digits / "data" / "notes.txt").unlink()
     assert [path for path in digits.parent.iterdir() if path != digits] == []
 
@@ -110,25 +109,19 @@ def test_nothing_in_it_tells_of_the_machine(digits):
             assert told.encode() not in content, name
 
 
-def test_seed_and_ratio():
-    drawn = {(seed, ratio): draw_split("digits", ratio, seed=seed, max_class_count=100)["train"]
-             for seed in (0, 1) for ratio in (10, 50)}  # fmt: skip
-    images = {key: set(image_bytes(train)) for key, train in drawn.items()}
-    assert images[0, 50] < images[0, 10]
-    assert images[0, 10] != images[1, 10]
-    assert class_counts(drawn[0, 10]) == class_counts(drawn[1, 10])
-
-
-def test_the_test_split_is_a_published_one(tmp_path):
+def test_the_test_split_is_a_published_one(make, tmp_path, capsys):
     data = load_image_dataset("digits")
     val, test = data["eval"].select(range(200)), data["eval"].select(range(200, 400))
     datasets.DatasetDict(train=data["train"], validation=val, test=test).save_to_disk(tmp_path / "three")
-    assert fingerprint(draw_split(str(tmp_path / "three"), 10)["test"]) == fingerprint(test)
-    named = draw_split(str(tmp_path / "three"), 10, eval_split="validation")
-    assert fingerprint(named["test"]) == fingerprint(val)
     datasets.DatasetDict(train=data["train"]).save_to_disk(tmp_path / "one")
-    with pytest.raises(InputError, match="has no test split, which nobody trains on: it has train"):
-        draw_split(str(tmp_path / "one"), 10)
+    for options, expected in (([], test), (["--eval_split_name", "validation"], val)):
+        folder = tmp_path / f"split{len(options)}"
+        assert make("--dataset_name", tmp_path / "three", *options, "--seed", "5", "--output_dir", folder) == 0
+        record = json.loads((folder / "split.json").read_text())
+        assert record["splits"]["test"]["fingerprint"] == fingerprint(expected)
+        assert record["splits"]["train"]["fingerprint"] == fingerprint(make_long_tailed(data["train"], split_seed=5))
+    assert make("--dataset_name", tmp_path / "one", "--output_dir", tmp_path / "none") == 2
+    assert "has no test split, which nobody trains on: it has train" in capsys.readouterr().err
 
 
 # ---- The card
@@ -562,7 +555,7 @@ def test_publishing(make, tmp_path, monkeypatch, capsys):
         return f"https://huggingface.co/datasets/{repo_id}"
 
     stub = types.SimpleNamespace(check_repo_access=check_repo_access, publish_folder=publish_folder)
-    monkeypatch.setitem(sys.modules, "bkd_hf.publishing", stub)
+    monkeypatch.setitem(sys.modules, "bkd_hf.hub", stub)
     options = [*DIGITS, "--output_dir", tmp_path / "split", "--token", "secret"]
     assert make(*options, "--push_to_hub", "user/not mine") == 2
     assert make(*options, "--push_to_hub", "user/down") == 1

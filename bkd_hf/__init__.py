@@ -39,7 +39,7 @@ _HOMES = {
     "modeling_cifar_resnet": ["CifarResNetConfig", "CifarResNetForImageClassification"],
     "models": ["load_classifier", "load_processor"],
     "plots": ["save_plots"],
-    "publishing": ["publish_folder"],
+    "hub": ["publish_folder"],
     "results": ["load_results"],
     "teacher": ["FrozenTeacher", "align_labels", "load_teacher"],
     "trainer": ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"],

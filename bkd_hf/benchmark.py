@@ -62,11 +62,10 @@ from .data import (
 )
 from .errors import InputError
 from .losses import bkd_loss
-from .machine import keep_freed_memory, set_num_threads
+from .machine import default_precision, keep_freed_memory, set_num_threads
 from .metrics import long_tail_metrics
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .pipeline import choose_workers
-from .precision import default_precision
 from .results import describe_hardware, describe_versions
 from .teacher import load_teacher
 from .teacher_cache import DEFAULT_VIEWS, TeacherCache

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
+from .machine import precision_of
 from .metrics import NotFiniteError
-from .precision import precision_of
 
 _NO_STEP = torch.iinfo(torch.int64).max
 _MODELS = ("teacher", "student")

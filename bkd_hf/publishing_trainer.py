@@ -10,10 +10,10 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import Trainer
 
+from .hub import check_repo_access, publish_folder
 from .measure import measure
 from .model_card import build
 from .plots import save_plots
-from .publishing import check_repo_access, publish_folder
 from .results import RESULTS_NAME, save_json
 
 

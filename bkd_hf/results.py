@@ -59,10 +59,10 @@ from . import __version__
 from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
+from .machine import precision_of
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, long_tail_metrics, post_hoc_logit_adjustment
 from .models import cifar_resnet_depth
 from .objective import corrects
-from .precision import precision_of
 from .teacher import FrozenTeacher
 
 RESULTS_NAME = "results.json"

@@ -1,5 +1,15 @@
 #!/usr/bin/env python
-"""Make a long-tailed split that others can load and cite: `python scripts/make_long_tailed.py --help`."""
+r"""Write a long-tailed split as a data set of its own, which others can load and cite.
+
+It gets parquet files with the images as they are, the untouched test split, a card with counts and figure, and a
+record of how it was made. The same command makes the same files again, or publishes a split that is finished.
+
+  python scripts/make_long_tailed.py --dataset_name uoft-cs/cifar100 --label_column_name fine_label \
+      --imbalance_ratio 100 --push_to_hub USER/cifar100-lt
+  python scripts/make_long_tailed.py --train_list ImageNet_LT_train.txt --test_list ImageNet_LT_test.txt \
+      --val_list ImageNet_LT_val.txt --image_folder ILSVRC2012
+  python scripts/make_long_tailed.py --train_list train2018.json --test_list val2018.json --image_folder inat2018
+"""
 
 from __future__ import annotations
 
@@ -7,198 +17,155 @@ import argparse
 import re
 import shlex
 import sys
-import warnings
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bkd_hf.data import PARETO_ALPHA, PROFILES
-from bkd_hf.errors import InputError, PublishError, tell
-from bkd_hf.results import hub_id, without_folders
-from bkd_hf.splits import SPLIT_NAME, build_split_from_files, check_output_folder, draw_split, exact, save_split
+import datasets
 
-_EPILOG = r"""examples:
-  python scripts/make_long_tailed.py --dataset_name uoft-cs/cifar100 --label_column_name fine_label \
-      --imbalance_ratio 100 --push_to_hub USER/cifar100-lt
-  python scripts/make_long_tailed.py --train_list ImageNet_LT_train.txt --test_list ImageNet_LT_test.txt \
-      --val_list ImageNet_LT_val.txt --image_folder ILSVRC2012
-  python scripts/make_long_tailed.py --train_list train2018.json --test_list val2018.json --image_folder inat2018
-"""
-#: What a drawn split is made by if nothing else is said.
-_DRAWING_DEFAULTS: dict[str, Any] = {"imbalance_ratio": 100.0, "profile": "exp", "seed": 0}
+from bkd_hf.data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, load_image_dataset, make_long_tailed
+from bkd_hf.errors import InputError, run_script
+from bkd_hf.results import hub_id, without_folders
+from bkd_hf.splits import SPLIT_NAME, check_output_folder, exact, save_split
+
+_DRAWING = {
+    "dataset_name": "A Hub id, a folder of class folders, a saved set, parquet, or digits.",
+    "dataset_config_name": "Configuration of a Hub data set.",
+    "image_column_name": "Found by its type if not given.",
+    "label_column_name": "Found by its type or a usual name if not given.",
+    "train_split_name": "train, or the only split, if not given.",
+    "eval_split_name": "What becomes test: test, or else validation, val, …",
+    "imbalance_ratio": "Images of the largest class per image of the smallest (default: 100).",
+    "profile": "Shape of the tail: exp, step (half head, half tail) or pareto (default: exp).",
+    "pareto_alpha": f"For --profile pareto (default: {PARETO_ALPHA:g}).",
+    "max_class_count": "Images of the largest class; by default all it can give.",
+    "seed": "Which images are kept (default: 0).",
+}
+_LISTS = {
+    "train_list": "Lines of the form `path label`, or JSON as that of iNaturalist 2018.",
+    "test_list": "The same for the test split.",
+    "val_list": "The same for a validation split.",
+    "image_folder": "What the paths in the lists are relative to.",
+    "class_names": "File with one name per line; names in the JSON, or of folders, if not given.",
+}
+_TYPES = {"imbalance_ratio": float, "pareto_alpha": float, "max_class_count": int, "seed": int}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options, with the defaults of the way that is taken.
-
-    Raises:
-        InputError: If options are missing, or contradict each other.
-    """
+    """Return the options as they were given."""
     parser = argparse.ArgumentParser(
-        description="Write a long-tailed split as a data set of its own: parquet with the images as they are, the "
-        "untouched\ntest split, a card with counts and figure, and a record of how it was made.",
-        epilog=_EPILOG,
+        description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
         allow_abbrev=False,
     )
-    draw = parser.add_argument_group("a split drawn from a balanced data set")
-    draw.add_argument(
-        "--dataset_name", metavar="NAME", help="A Hub id, a folder of class folders, a saved set, parquet, or digits."
-    )
-    draw.add_argument("--dataset_config_name", metavar="NAME", help="Configuration of a Hub data set.")
-    draw.add_argument("--image_column_name", metavar="NAME", help="Found by its type if not given.")
-    draw.add_argument("--label_column_name", metavar="NAME", help="Found by its type or a usual name if not given.")
-    draw.add_argument("--train_split_name", metavar="NAME", help="train, or the only split, if not given.")
-    draw.add_argument("--eval_split_name", metavar="NAME", help="What becomes test: test, or else validation, val, …")
-    draw.add_argument(
-        "--imbalance_ratio",
-        type=float,
-        metavar="RATIO",
-        help="Images of the largest class per image of the smallest (default: 100).",
-    )
-    draw.add_argument(
-        "--profile",
-        choices=PROFILES,
-        help="Shape of the tail: exponential, half head and half tail, or Pareto (default: exp).",
-    )
-    draw.add_argument(
-        "--pareto_alpha", type=float, metavar="ALPHA", help=f"For --profile pareto (default: {PARETO_ALPHA:g})."
-    )
-    draw.add_argument(
-        "--max_class_count", type=int, metavar="COUNT", help="Images of the largest class; by default all it can give."
-    )
-    draw.add_argument("--seed", type=int, help="Which images are kept (default: 0).")
-    lists = parser.add_argument_group("a published split, from the lists of its files")
-    lists.add_argument(
-        "--train_list", metavar="FILE", help="Lines of the form `path label`, or JSON as that of iNaturalist 2018."
-    )
-    lists.add_argument("--test_list", metavar="FILE", help="The same for the test split.")
-    lists.add_argument("--val_list", metavar="FILE", help="The same for a validation split.")
-    lists.add_argument("--image_folder", metavar="DIR", help="What the paths in the lists are relative to.")
-    lists.add_argument(
-        "--class_names", metavar="FILE", help="One name per line; names in the JSON, or of folders, if not given."
-    )
+    titles = ("a split drawn from a balanced data set", "a published split, from the lists of its files")
+    for title, table in zip(titles, (_DRAWING, _LISTS), strict=True):
+        group = parser.add_argument_group(title)
+        for name, text in table.items():
+            kind, choices = _TYPES.get(name, str), PROFILES if name == "profile" else None
+            group.add_argument(f"--{name}", type=kind, choices=choices, metavar=name.split("_")[-1].upper(), help=text)
     to = parser.add_argument_group("where it goes")
     to.add_argument("--output_dir", type=Path, metavar="DIR", help="Named after the split, in outputs/, if not given.")
     to.add_argument("--push_to_hub", metavar="USER/NAME", help="Publish it there too.")
     to.add_argument("--private", action="store_true", default=None, help="Publish it as a private data set.")
     to.add_argument("--token", help="Hub token, if not stored by `hf auth login`.")
     to.add_argument("--license", default="unknown", help="License of the images, for the card (default: %(default)s).")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
-    def given(group: argparse._ArgumentGroup) -> list[str]:
-        return [a.dest for a in group._group_actions if getattr(options, a.dest) is not None]
 
+def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return those options that have a value."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise an `InputError` if options are missing, or contradict each other; fill in the defaults of drawing."""
+    drawn, listed = list(given(options, _DRAWING)), list(given(options, _LISTS))
     if options.private and not options.push_to_hub:
         raise InputError("--private: without --push_to_hub nothing is published, so it has no effect. Leave it out.")
     if options.dataset_name is not None:
-        if given(lists):
-            raise InputError(f"--{given(lists)[0]}: with --dataset_name no lists are read. Give one or the other.")
+        if listed:
+            raise InputError(f"--{listed[0]}: with --dataset_name no lists are read. Give one or the other.")
         if options.pareto_alpha is not None and options.profile != "pareto":
             raise InputError("--pareto_alpha has no effect without --profile pareto. Leave it out, or add that.")
-        if options.profile == "pareto" and options.pareto_alpha is None:
-            options.pareto_alpha = PARETO_ALPHA
-        for name, default in _DRAWING_DEFAULTS.items():
-            setattr(options, name, default if getattr(options, name) is None else getattr(options, name))
-    else:
-        if not given(lists):
-            raise InputError("Give --dataset_name, or --train_list, --test_list and --image_folder (--help).")
-        if given(draw):
-            raise InputError(
-                f"--{given(draw)[0]}: it is for a split that is drawn from --dataset_name; lists are fixed."
-            )
-        missing = [
-            f"--{name}" for name in ("train_list", "test_list", "image_folder") if getattr(options, name) is None
-        ]
-        if missing:
-            raise InputError(f"{', '.join(missing)}: needed with --{given(lists)[0]}.")
-    options.how = describe(options, [*given(draw), *given(lists)])
-    if options.output_dir is None:
-        options.output_dir = Path("outputs", default_name(options))
-    return options
+        defaults = {"imbalance_ratio": 100.0, "profile": "exp", "seed": 0}
+        defaults |= {"pareto_alpha": PARETO_ALPHA} if options.profile == "pareto" else {}
+        vars(options).update({name: value for name, value in defaults.items() if name not in drawn})
+        return
+    if not listed:
+        raise InputError("Give --dataset_name, or --train_list, --test_list and --image_folder (--help).")
+    if drawn:
+        raise InputError(f"--{drawn[0]}: it is for a split that is drawn from --dataset_name; lists are fixed.")
+    if missing := [f"--{name}" for name in ("train_list", "test_list", "image_folder") if name not in listed]:
+        raise InputError(f"{', '.join(missing)}: needed with --{listed[0]}.")
 
 
-def describe(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """Return what split and card say of how the split was made."""
-    told = {name: getattr(options, name) for name in names}
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what split and card say of how the split is made, without the folders of this machine."""
+    told = given(options, _DRAWING | _LISTS)
     told = {name: without_folders(value) if isinstance(value, str) else value for name, value in told.items()}
-    words = [exact(value) if isinstance(value, float) else str(value) for value in told.values()]
-    pairs = zip((f"--{name}" for name in told), words, strict=True)
-    command = shlex.join(["python", "scripts/make_long_tailed.py", *(word for pair in pairs for word in pair)])
-    source = options.dataset_name
-    return {
-        "name": told.pop("dataset_name", None) or split_name(told["train_list"]),
-        "source_id": None if source is None else hub_id(source),
-        **told,
-        "command": command,
-    }
+    command = ["python", "scripts/make_long_tailed.py"]
+    for name, value in told.items():
+        command += [f"--{name}", exact(value) if isinstance(value, float) else str(value)]
+    # A published split is named by the file of its training images: ImageNet_LT for ImageNet_LT_train.txt.
+    title = told.pop("dataset_name", None) or re.sub(r"[_-]train$", "", Path(told["train_list"]).stem)
+    source_id = None if options.dataset_name is None else hub_id(options.dataset_name)
+    return {"name": title, "source_id": source_id, **told, "command": shlex.join(command)}
 
 
-def split_name(train_list: str) -> str:
-    """Name a published split by the file of its training images: ImageNet_LT for ImageNet_LT_train.txt."""
-    stem = Path(train_list).stem
-    return re.sub(r"[_-]train$", "", stem)
-
-
-def default_name(options: argparse.Namespace) -> str:
+def default_name(how: dict[str, Any]) -> str:
     """Name the output folder after what is not a default."""
-    name = Path(options.how["name"]).name
-    if options.dataset_name is None:
-        return name
-    parts = [name, "lt", f"{options.imbalance_ratio:g}"]
-    parts += [] if options.profile == "exp" else [options.profile]
-    return "_".join(parts + ([] if options.seed == 0 else [f"seed{options.seed}"]))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Make a split; exit code 2 for bad input, 1 if the Hub does not take it."""
-    warnings.formatwarning = lambda message, category, *_: f"warning: {message}\n"
-    try:
-        make(parse(argv))
-    except (InputError, PublishError) as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted: the same command makes it, and publishes it where it is finished", file=sys.stderr)
-        return 130
-    return 0
+    parts = [Path(how["name"]).name]
+    if "profile" in how:
+        parts += ["lt", f"{how['imbalance_ratio']:g}", *([] if how["profile"] == "exp" else [how["profile"]])]
+        parts += [f"seed{how['seed']}"] if how["seed"] else []
+    return "_".join(parts)
 
 
 def make(options: argparse.Namespace) -> None:
     """Build, save, and publish."""
-    check_output_folder(options.output_dir, options.how)
-    splits = None
-    if options.dataset_name is None:  # quick, so that what is missing is named before the Hub is asked
-        splits = build_split_from_files(
-            options.train_list, options.test_list, options.image_folder, options.val_list, options.class_names
-        )
-    if options.push_to_hub:
-        from bkd_hf.publishing import check_repo_access, publish_folder
+    from bkd_hf.file_lists import build_split_from_files
+    from bkd_hf.hub import check_repo_access, publish_folder
 
-        check_repo_access(options.push_to_hub, options.token, "dataset", options.private)
-    if splits is None:
-        splits = draw_split(
-            options.dataset_name,
-            options.imbalance_ratio,
-            options.profile,
-            options.seed,
-            options.max_class_count,
-            PARETO_ALPHA if options.pareto_alpha is None else options.pareto_alpha,
-            config_name=options.dataset_config_name,
-            image_column=options.image_column_name,
-            label_column=options.label_column_name,
-            train_split=options.train_split_name,
-            eval_split=options.eval_split_name,
-            token=options.token,
-        )
-    was_there = (options.output_dir / SPLIT_NAME).exists()
-    record = save_split(splits, options.output_dir, options.how, options.license)
-    for split, content in record["splits"].items():
-        counts = content["class_counts"]
-        shape = f"{max(counts):,} to {min(counts):,} in each of {len(counts):,} classes"
-        print(f"{split}: {content['num_images']:,} images, {shape}")
-    print(f"{'Already there' if was_there else 'Written'}: {options.output_dir}")
+    check(options)
+    how = describe(options)
+    folder = options.output_dir or Path("outputs", default_name(how))
+    check_output_folder(folder, how)
+    if options.dataset_name is None:  # quick, so that what is missing is named before the Hub is asked
+        splits = build_split_from_files(**given(options, _LISTS))
     if options.push_to_hub:
-        url = publish_folder(options.output_dir, options.push_to_hub, private=options.private, token=options.token)
+        check_repo_access(options.push_to_hub, options.token, "dataset", options.private)
+    if options.dataset_name is not None:
+        source = load_image_dataset(
+            options.dataset_name,
+            options.dataset_config_name,
+            options.image_column_name,
+            options.label_column_name,
+            options.train_split_name,
+            options.eval_split_name,
+            token=options.token,
+            untouched_test=True,
+        )
+        ratio, profile, alpha = options.imbalance_ratio, options.profile, how.get("pareto_alpha", PARETO_ALPHA)
+        count, seed = options.max_class_count, options.seed
+        train = make_long_tailed(source["train"], LABEL_COLUMN, ratio, profile, seed, count, pareto_alpha=alpha)
+        splits = datasets.DatasetDict({"train": train, "test": source["eval"]})
+    was_there = (folder / SPLIT_NAME).exists()
+    for split, content in save_split(splits, folder, how, options.license)["splits"].items():
+        counts = content["class_counts"]
+        tail = f"{max(counts):,} to {min(counts):,} in each of {len(counts):,} classes"
+        print(f"{split}: {content['num_images']:,} images, {tail}")
+    print(f"{'Already there' if was_there else 'Written'}: {folder}")
+    if options.push_to_hub:
+        url = publish_folder(folder, options.push_to_hub, private=options.private, token=options.token)
         print(f"Published: {url}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Make a split; return the exit code."""
+    options = parse(argv)
+    return run_script(partial(make, options), "the same command makes it, and publishes it where it is finished")
 
 
 if __name__ == "__main__":

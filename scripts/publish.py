@@ -1,23 +1,22 @@
 #!/usr/bin/env python
-"""Publish a finished run, a long-tailed split or the metric on the Hub: `python scripts/publish.py --help`."""
+"""Publish on the Hub what a folder holds for others, in one commit.
+
+A finished run (weights, configuration, figures, results, model card), a split written by make_long_tailed.py, or the
+metric (bkd_hf/long_tail). Exit code 2 for bad input, 1 if the Hub does not take it: the same command tries again.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from bkd_hf.errors import InputError, PublishError, tell
+from bkd_hf.errors import run_script
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Publish on the Hub what a folder holds for others: a finished run (weights, configuration, "
-        "figures, results, model card), a split written by make_long_tailed.py, or the metric (bkd_hf/long_tail).",
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="The folder.")
     parser.add_argument("--repo_id", required=True, help="USER/NAME; made if it is not there.")
     parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
@@ -30,26 +29,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Publish; exit code 2 for bad input, 1 if the Hub does not take it."""
-    warnings.formatwarning = lambda message, category, *_: f"warning: {message}\n"
-    options = _parse(argv)
-    try:
-        _publish(options)
-    except (InputError, PublishError) as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was published; the same command tries again", file=sys.stderr)
-        return 130
-    return 0
-
-
 def _publish(options: argparse.Namespace) -> None:
-    from bkd_hf.publishing import folders_of_run, prepare, publish_run, write_cards
+    from bkd_hf.hub import folders_of_run, prepare, publish_run, write_card
 
     folder, repo_id, with_teacher = options.folder, options.repo_id, options.push_teacher
     about = {"license": options.license, "dataset_id": options.dataset_id}
-    prepare(folder, repo_id, **about)  # what is wrong with the folder or the name is said first
     if not options.dry_run:
         access = {"private": options.private, "token": options.token, "revision": options.revision}
         for url in publish_run(folder, repo_id, with_teacher, **about, **access):
@@ -60,8 +44,14 @@ def _publish(options: argparse.Namespace) -> None:
         print(f"Would be pushed to {name} ({publication.repo_type}):")
         for file, size in publication.sizes().items():
             print(f"  {size:>13,}  {file}")
-        for card in write_cards(publication, part):
+        if card := write_card(publication, part):
             print(f"The card is in {card}.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Publish; return the exit code."""
+    options = _parse(argv)
+    return run_script(lambda: _publish(options), "nothing was published; the same command tries again")
 
 
 if __name__ == "__main__":

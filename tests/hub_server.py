@@ -1,12 +1,8 @@
-"""A Hugging Face Hub on the loopback for the real, unpatched `huggingface_hub`.
+"""A Hugging Face Hub on the loopback for the real, unpatched `huggingface_hub`, with the routes that the tests need.
 
-`python tests/hub_server.py` serves it on a free port, which it prints first; `Hub` starts that as a process of its own
-and steers it. A test module gets the fixture `hub` with `pytest_plugins = ["tests.hub_server"]` (PYTEST_DONT_REWRITE:
-it may import from here as well).
-
-Statuses, headers and messages follow huggingface.co, as far as the client's source and public reports tell. One header
-is ours: the client takes a 401 for a missing repository only at https addresses, so here that 401 carries the
-`X-Error-Code` with which a 404 says the same.
+`Hub` starts it as a process of its own and steers it. Statuses, headers and messages follow huggingface.co, as far as
+the client's source and public reports tell. One header is ours: the client takes a 401 for a missing repository only
+at https addresses, so here that 401 carries the `X-Error-Code` with which a 404 says the same.
 """
 
 from __future__ import annotations
@@ -26,7 +22,6 @@ import threading
 import time
 import traceback
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,8 +29,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-import pytest
 import yaml
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 USER = "user"
 WRITE_TOKEN = "hf_" + "w" * 34
@@ -46,86 +41,32 @@ CONTROL = "/__control__/"
 
 # ---- What the Hub knows of a README
 
-LICENSES = """
-apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
-afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
-cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
-cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
-cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl
-lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0
-openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
-fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown other
-"""
-PIPELINES = """
-text-classification token-classification table-question-answering question-answering zero-shot-classification
-translation summarization feature-extraction text-generation fill-mask sentence-similarity text-to-speech text-to-audio
-automatic-speech-recognition audio-to-audio audio-classification voice-activity-detection depth-estimation
-image-classification object-detection image-segmentation text-to-image image-to-text image-to-image image-to-video
-unconditional-image-generation video-classification reinforcement-learning robotics tabular-classification
-tabular-regression text-to-video visual-question-answering document-question-answering zero-shot-image-classification
-graph-ml mask-generation zero-shot-object-detection text-to-3d image-to-3d image-feature-extraction
-image-text-to-text keypoint-detection visual-document-retrieval any-to-any video-text-to-text other
-"""
+LICENSES = "mit apache-2.0 afl-3.0 bsd-3-clause unknown other"  # of some eighty
 REPOSITORY_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-RESULT = {
-    "task": {"type": str, "name?": str},
-    "dataset": {"type": str, "name": str, "config?": str, "split?": str, "revision?": str},
-    "metrics": [{"type": str, "value": float, "name?": str, "config?": str}],
-}
-#: A type, words to choose from, a pattern, a list of such, or a mapping ("?" after a key that may be missing).
-CARD = {
-    "license?": LICENSES,
-    "pipeline_tag?": PIPELINES,
-    "tags?": [str],
-    "library_name?": str,
-    "base_model?": REPOSITORY_ID,
-    "datasets?": REPOSITORY_ID,
-    "model-index?": [{"name": str, "results": [RESULT]}],
-}
 
 
-def mismatches(value: Any, schema: Any, at: str = "") -> Iterator[str]:
-    """In the words of the Hub, what is wrong with `value`, found at `at`."""
-    if isinstance(schema, dict) and isinstance(value, dict):
-        for key, inner in schema.items():
-            name = key.rstrip("?")
-            place = f"{at}.{name}".lstrip(".")
-            if name in value:
-                yield from mismatches(value[name], inner, place)
-            elif name == key:
-                yield f'"{place}" is required'
-    elif isinstance(schema, dict):
-        yield f'"{at or "value"}" must be of type object'
-    elif isinstance(schema, list) and isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from mismatches(item, schema[0], f"{at}[{index}]")
-    elif isinstance(schema, list):
-        yield f'"{at}" must be an array'
-    elif isinstance(schema, str):
-        if value not in schema.split():
-            yield f'"{at}" must be one of [{", ".join(schema.split())}]'
-    elif isinstance(schema, re.Pattern):
-        for item in value if isinstance(value, list) else [value]:
-            if not (isinstance(item, str) and schema.fullmatch(item)):
-                yield f'"{at}" with value "{item}" is not valid. Use an id from https://hf.co.'
-    elif schema is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            yield f'"{at}" must be a number'
-    elif not isinstance(value, schema):
-        yield f'"{at}" must be a string'
-
-
-def read_card(content: str) -> tuple[dict, list[str], list[str]]:
-    """The metadata of a README, the errors and the warnings. A README without metadata is only warned of."""
+def read_card(content: str) -> tuple[dict[str, Any], list[str]]:
+    """The metadata of a README, and what the Hub finds wrong with it."""
     block = re.match(r"\s*---[\r\n]+([\S\s]*?)[\r\n]+---(\r\n|\n|$)", content)
     if block is None:
-        return {}, [], ["empty or missing yaml metadata in repo card"]
-    try:
-        data = yaml.safe_load(block[1])
-    except yaml.YAMLError as error:
-        return {}, [f"Invalid YAML in README.md: {error}"], []
-    errors = list(mismatches(data, CARD))
-    return ({} if errors else data), errors, []
+        return {}, []
+    data = yaml.safe_load(block[1])
+    errors = []
+    if data.get("license", "mit") not in LICENSES.split():
+        errors.append(f'"license" must be one of [{", ".join(LICENSES.split())}]')
+    if data.get("pipeline_tag", "other") not in ("image-classification", "other"):
+        errors.append('"pipeline_tag" must be one of [image-classification, …]')
+    errors += [f'"tags" must be strings, got {tag!r}' for tag in data.get("tags", []) if not isinstance(tag, str)]
+    for name in ("base_model", "datasets"):
+        ids = data.get(name, [])
+        for item in ids if isinstance(ids, list) else [ids]:
+            if not (isinstance(item, str) and REPOSITORY_ID.fullmatch(item)):
+                errors.append(f'"{name}" with value "{item}" is not valid. Use an id from https://hf.co.')
+    if "model-index" in data:
+        for result in model_index_to_eval_results(data["model-index"])[1]:
+            if not (isinstance(result.metric_value, int | float) and math.isfinite(result.metric_value)):
+                errors.append(f'"model-index" {result.metric_type}: "value" must be a number')
+    return data, errors
 
 
 # ---- Repositories
@@ -230,17 +171,14 @@ WEB = r"/(?:(?P<kind>dataset|space)s/)?(?P<id>[^/]+/[^/]+)"
 REVISION = r"/(?P<revision>[^/]+)"
 #: Each is answered by the method of the same name.
 ROUTES = {
-    "whoami": "GET /api/whoami-v2",
     "create": "POST /api/repos/create",
     "validate": "POST /api/validate-yaml",
     "preupload": f"POST {API}/preupload{REVISION}",
     "lfs": rf"POST {WEB}\.git/info/lfs/objects/batch",
     "put": rf"PUT /__storage__{WEB}/(?P<oid>[0-9a-f]{{64}})",
     "commit": f"POST {API}/commit{REVISION}",
-    "branch": f"POST {API}/branch{REVISION}",
     "info": f"GET {API}(/revision{REVISION})?",
     "tree": f"GET {API}/tree{REVISION}(/(?P<path>.+))?",
-    "paths": f"POST {API}/paths-info{REVISION}",
     "auth": f"GET {API}/auth-check(?P<write>/write)?",
     "download": f"(GET|HEAD) {WEB}/resolve{REVISION}/(?P<path>.+)",
 }
@@ -359,10 +297,6 @@ class Handler(BaseHTTPRequestHandler):
 
     # ---- Writing
 
-    def whoami(self) -> Answer:
-        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": self.role()}}
-        return Answer(200, {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth})
-
     def create(self) -> Answer:
         role, wanted = self.role(), json.loads(self.body)
         kind, owner = wanted.get("type") or "model", wanted.get("organization") or USER
@@ -378,16 +312,9 @@ class Handler(BaseHTTPRequestHandler):
         error = {"error": f"You already created this {kind} repo"}
         return Answer(409, error | body) if exists else Answer(200, body)
 
-    def branch(self) -> Answer:
-        repository, name = self.repository(write=True), self.groups["revision"]
-        if name in repository.branches:
-            raise refusal(409, f"Reference already exists: refs/heads/{name}")
-        repository.branches[name] = [repository.at(json.loads(self.body).get("startingPoint") or "main")]
-        return Answer(200, {})
-
     def validate(self) -> Answer:
-        _, errors, warnings = read_card(json.loads(self.body)["content"])
-        body = {"errors": [{"message": m} for m in errors], "warnings": [{"message": m} for m in warnings]}
+        errors = read_card(json.loads(self.body)["content"])[1]
+        body = {"errors": [{"message": message} for message in errors], "warnings": []}
         return Answer(400 if errors else 200, body)
 
     def preupload(self) -> Answer:
@@ -419,8 +346,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self) -> Answer:
         repository, revision = self.repository(write=True), self.groups["revision"]
-        if "create_pr" in self.query:
-            raise refusal(400, "This Hub has no pull requests")
         if revision not in repository.branches:
             raise refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         head = repository.at(revision)
@@ -432,19 +357,11 @@ class Handler(BaseHTTPRequestHandler):
                 header = value
             elif key == "file":
                 files[path] = File(base64.b64decode(value["content"]), lfs=False)
-            elif key == "lfsFile":
+            else:  # lfsFile
                 if value["oid"] not in repository.stored:
                     reason = "an LFS pointer pointed to a file that does not exist"
                     raise refusal(400, f"Your push was rejected because {reason}. Offending file: - {path}")
                 files[path] = File(repository.stored[value["oid"]], lfs=True)
-            else:  # deletedFile, deletedFolder
-                start = path.rstrip("/") + "/" if key == "deletedFolder" else None
-                kept = {n: f for n, f in files.items() if not (n.startswith(start) if start else n == path)}
-                if kept == files:
-                    raise refusal(404, "A file with this name doesn't exist", "EntryNotFound")
-                files = kept
-        if header.get("parentCommit", head.oid) != head.oid:
-            raise refusal(412, "A commit has happened since. Please refresh and try again.")
         readme = files.get("README.md")
         if readme and readme != head.files.get("README.md") and (errors := read_card(readme.content.decode())[1]):
             raise refusal(400, "; ".join(errors))
@@ -488,40 +405,25 @@ class Handler(BaseHTTPRequestHandler):
             raise refusal(404, f"{self.groups['path']} does not exist", "EntryNotFound")
         return Answer(200, list(entries.values()))
 
-    def paths(self) -> Answer:
-        files, wanted = self.at().files, parse_qs(self.body.decode()).get("paths", [])
-        return Answer(200, [files[path].entry(path) for path in wanted if path in files])
-
     def download(self) -> Answer:
         at, path = self.at(), self.groups["path"]
         if path not in at.files:
             raise refusal(404, "Entry not found", "EntryNotFound", X_Repo_Commit=at.oid)
         file, size = at.files[path], len(at.files[path].content)
-        headers = {"X-Repo-Commit": at.oid, "ETag": f'"{file.oid}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": at.oid, "ETag": f'"{file.oid}"'}
         if file.lfs:
             headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{file.oid}"'}
-        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):
-            start, stop = int(part[1]), min(int(part[2]) + 1, size) if part[2] else size
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-            return Answer(206, file.content[start:stop], headers)
         return Answer(200, file.content, headers)
 
 
 def control(name: str, wanted: dict[str, Any]) -> Answer:
     """What `Hub` asks for, beside the protocol."""
-    if name == "reset":
-        for memory in (REPOSITORIES, REQUESTS, FAILING):
-            memory.clear()
-    elif name == "fail":
+    if name == "fail":
         FAILING[wanted["route"]] = wanted["fault"], math.inf if wanted["times"] is None else wanted["times"]
         if wanted["times"] == 0:
             del FAILING[wanted["route"]]
     elif name == "add":
-        repository = Repository(wanted["kind"], wanted["id"], wanted["private"])
-        files = {p: File(text.encode("latin-1"), p.endswith(LFS_SUFFIXES)) for p, text in wanted["files"].items()}
-        repository.stored |= {file.sha256: file.content for file in files.values() if file.lfs}
-        repository.commit("main", "Add files", repository.at("main").files | files)
-        REPOSITORIES[repository.kind, repository.id] = repository
+        REPOSITORIES["model", wanted["id"]] = Repository("model", wanted["id"], private=False)
     elif name == "repository":
         if (repository := REPOSITORIES.get((wanted["kind"], wanted["id"]))) is None:
             return Answer(200, None)
@@ -554,7 +456,7 @@ class Hub:
     """Starts the server and steers it; given an `endpoint`, steers one that another process started."""
 
     def __init__(self, endpoint: str = "") -> None:
-        self.endpoint, self._resets = endpoint, 0
+        self.endpoint = endpoint
 
     def __enter__(self) -> Hub:
         self._folder = tempfile.TemporaryDirectory(prefix="hub-", ignore_cleanup_errors=True)
@@ -574,18 +476,17 @@ class Hub:
             return json.load(answer)
 
     def environment(self, token: str | None = WRITE_TOKEN, **more: str) -> dict[str, str]:
-        """For a process that talks to this Hub and to no other. Its cache is empty after every `reset`."""
+        """For a process that talks to this Hub and to no other."""
         foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
         environment = {name: value for name, value in os.environ.items() if not name.upper().startswith(foreign)}
-        environment |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": f"{self._folder.name}/{self._resets}"}
+        environment |= {"HF_ENDPOINT": self.endpoint, "HF_HOME": self._folder.name}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         environment |= {"PYTHONPATH": str(Path(__file__).parent.parent)} | ({"HF_TOKEN": token} if token else {})
         return environment | more
 
-    def add(self, repo_id: str, files: dict[str, bytes], repo_type: str = "model", private: bool = False) -> None:
-        """A repository with one commit, whoever owns it."""
-        content = {path: data.decode("latin-1") for path, data in files.items()}
-        self._control("add", kind=repo_type, id=repo_id, private=private, files=content)
+    def add(self, repo_id: str) -> None:
+        """An empty public model, whoever owns it."""
+        self._control("add", id=repo_id)
 
     def _repository(self, repo_id: str, repo_type: str) -> dict[str, Any]:
         if (repository := self._control("repository", kind=repo_type, id=repo_id)) is None:
@@ -616,23 +517,6 @@ class Hub:
     def requests(self) -> list[str]:
         """Every request as "METHOD path", in order."""
         return self._control("requests")
-
-    def reset(self) -> None:
-        self._control("reset")
-        self._resets += 1
-
-
-@pytest.fixture(scope="session")
-def hub_server() -> Iterator[Hub]:
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture
-def hub(hub_server) -> Hub:
-    """An empty Hub."""
-    hub_server.reset()
-    return hub_server
 
 
 if __name__ == "__main__":

@@ -19,21 +19,21 @@ from PIL import Image
 from bkd_hf import InputError, class_counts, load_image_dataset, make_long_tailed, splits
 from bkd_hf.data import fingerprint, stored_images
 from bkd_hf.errors import PublishError
+from bkd_hf.file_lists import build_split_from_files, read_inaturalist_json, read_list_file
+from bkd_hf.hub import prepare
 from bkd_hf.plots import plot_class_counts
-from bkd_hf.splits import (
-    build_split_from_files,
-    draw_split,
-    read_inaturalist_json,
-    read_list_file,
-    save_split,
-    split_files,
-)
+from bkd_hf.splits import save_split
 from tests.conftest import REPOSITORY
 from tests.test_compare import main_of
 
 SCRIPT = REPOSITORY / "scripts" / "make_long_tailed.py"
 DIGITS = ["--dataset_name", "digits", "--imbalance_ratio", "65", "--max_class_count", "130"]
-FILES = ["README.md", "class_counts.png", "split.json", "data/test-00000-of-00001.parquet"]
+FILES = {
+    "README.md",
+    "class_counts.png",
+    "split.json",
+    *(f"data/{s}-00000-of-00001.parquet" for s in ("train", "test")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,10 @@ def test_what_is_read_again_is_what_was_drawn(digits, tmp_path):
     assert fingerprint(loaded["train"]) == fingerprint(tail)
     assert image_bytes(loaded["test"]) == image_bytes(source["eval"])
     assert loaded["test"]["label"][:] == source["eval"]["label"][:]
+    again = load_image_dataset(str(digits), cache_dir=str(tmp_path))
+    assert {name: fingerprint(split) for name, split in again.items()} == {
+        "train": fingerprint(tail), "eval": fingerprint(source["eval"])
+    }  # fmt: skip
     record = json.loads((digits / "split.json").read_text())
     assert record["splits"]["train"] == {
         "num_images": 344, "class_counts": class_counts(tail), "fingerprint": fingerprint(tail)
@@ -83,18 +87,10 @@ def test_what_is_read_again_is_what_was_drawn(digits, tmp_path):
     assert record["how"]["source_id"] is None
 
 
-def test_it_is_a_data_set_like_any_other(digits, tmp_path):
-    loaded = load_image_dataset(str(digits), cache_dir=str(tmp_path))
-    record = json.loads((digits / "split.json").read_text())["splits"]
-    assert fingerprint(loaded["train"]) == record["train"]["fingerprint"]
-    assert fingerprint(loaded["eval"]) == record["test"]["fingerprint"]
-
-
 def test_only_what_belongs_to_it_is_there(digits):
-    expected = {*FILES, "data/train-00000-of-00001.parquet"}
-    assert set(contents(digits)) == expected == set(split_files(digits))
+    assert set(contents(digits)) == FILES
     (digits / "data" / "notes.txt").touch()
-    assert set(split_files(digits)) == expected
+    assert set(prepare(digits, "user/digits").sizes()) == FILES
     (digits / "data" / "notes.txt").unlink()
     assert [path for path in digits.parent.iterdir() if path != digits] == []
 
@@ -110,25 +106,19 @@ def test_nothing_in_it_tells_of_the_machine(digits):
             assert told.encode() not in content, name
 
 
-def test_seed_and_ratio():
-    drawn = {(seed, ratio): draw_split("digits", ratio, seed=seed, max_class_count=100)["train"]
-             for seed in (0, 1) for ratio in (10, 50)}  # fmt: skip
-    images = {key: set(image_bytes(train)) for key, train in drawn.items()}
-    assert images[0, 50] < images[0, 10]
-    assert images[0, 10] != images[1, 10]
-    assert class_counts(drawn[0, 10]) == class_counts(drawn[1, 10])
-
-
-def test_the_test_split_is_a_published_one(tmp_path):
+def test_the_test_split_is_a_published_one(make, tmp_path, capsys):
     data = load_image_dataset("digits")
     val, test = data["eval"].select(range(200)), data["eval"].select(range(200, 400))
     datasets.DatasetDict(train=data["train"], validation=val, test=test).save_to_disk(tmp_path / "three")
-    assert fingerprint(draw_split(str(tmp_path / "three"), 10)["test"]) == fingerprint(test)
-    named = draw_split(str(tmp_path / "three"), 10, eval_split="validation")
-    assert fingerprint(named["test"]) == fingerprint(val)
     datasets.DatasetDict(train=data["train"]).save_to_disk(tmp_path / "one")
-    with pytest.raises(InputError, match="has no test split, which nobody trains on: it has train"):
-        draw_split(str(tmp_path / "one"), 10)
+    for options, expected in (([], test), (["--eval_split_name", "validation"], val)):
+        folder = tmp_path / f"split{len(options)}"
+        assert make("--dataset_name", tmp_path / "three", *options, "--seed", "5", "--output_dir", folder) == 0
+        record = json.loads((folder / "split.json").read_text())
+        assert record["splits"]["test"]["fingerprint"] == fingerprint(expected)
+        assert record["splits"]["train"]["fingerprint"] == fingerprint(make_long_tailed(data["train"], split_seed=5))
+    assert make("--dataset_name", tmp_path / "one", "--output_dir", tmp_path / "none") == 2
+    assert "has no test split, which nobody trains on: it has train" in capsys.readouterr().err
 
 
 # ---- The card
@@ -168,11 +158,18 @@ def test_card(digits):
 
 
 @pytest.mark.parametrize(
-    ("profile", "told"), [("step", "for the first half"), ("pareto", "(−1/α) − 1,  ratio = 4,  α = 6")]
+    ("profile", "ratio", "told"),
+    [
+        ("step", "4.0", "for the first half"),
+        ("pareto", "4.0", "(−1/α) − 1,  ratio = 4,  α = 6"),
+        ("exp", "12.3456789", "ratio = 12.3456789"),
+    ],
 )
-def test_card_of_other_profiles(make, tmp_path, profile, told):
-    assert make(*DIGITS[:2], "--imbalance_ratio", "4.0", "--profile", profile, "--output_dir", tmp_path / "s") == 0
-    assert told in (tmp_path / "s" / "README.md").read_text(encoding="utf-8")
+def test_card_of_other_options(make, tmp_path, profile, ratio, told):
+    assert make(*DIGITS[:2], "--imbalance_ratio", ratio, "--profile", profile, "--output_dir", tmp_path / "s") == 0
+    text = (tmp_path / "s" / "README.md").read_text(encoding="utf-8")
+    assert told in text
+    assert f"--imbalance_ratio {ratio.removesuffix('.0')} " in text
 
 
 def test_card_of_many_classes_with_awkward_names(tmp_path):
@@ -190,13 +187,6 @@ def test_card_of_many_classes_with_awkward_names(tmp_path):
     assert r"| 0 | a\|b &lt;c&gt; | 2 | 2 |" in text
     assert 'load_dataset("USER/NAME")' in text  # filled in when it is published
     assert front_matter(tmp_path / "many")["dataset_info"]["features"][1]["dtype"]["class_label"]["names"]["1"] == "no"
-
-
-def test_the_command_keeps_all_digits(make, tmp_path):
-    assert make(*DIGITS[:2], "--imbalance_ratio", "12.3456789", "--output_dir", tmp_path / "s") == 0
-    text = (tmp_path / "s" / "README.md").read_text(encoding="utf-8")
-    assert "--imbalance_ratio 12.3456789 " in text
-    assert "ratio = 12.3456789" in text
 
 
 def test_a_hub_data_set_is_named_as_the_source(digits, tmp_path):
@@ -236,48 +226,28 @@ def test_the_same_command_again(digits, make, tmp_path, capsys):
     assert [name for name in after if after[name] != before[name]] == ["README.md"]
 
 
-def change_nothing(folder: Path) -> None:
-    pass
-
-
-def lose_a_file(folder: Path) -> None:
-    (folder / "data" / "train-00000-of-00001.parquet").unlink()
-
-
-def cut_a_file(folder: Path) -> None:
-    path = folder / "data" / "test-00000-of-00001.parquet"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def lose_the_record(folder: Path) -> None:
-    (folder / "split.json").unlink()
-
-
-def spoil_the_record(folder: Path) -> None:
-    (folder / "split.json").write_text("[]")
-
-
-def record_other_images(folder: Path) -> None:
-    record = json.loads((folder / "split.json").read_text())
-    record["splits"]["test"]["fingerprint"] = "another"
-    (folder / "split.json").write_text(json.dumps(record))
+TRAIN, TEST = (f"data/{split}-00000-of-00001.parquet" for split in ("train", "test"))
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "message"),
+    ("file", "change", "options", "message"),
     [
-        (change_nothing, ["--seed", "1"], "holds another split: seed is 0 there, not 1. Choose another --output_dir"),
-        (change_nothing, ["--profile", "step"], "holds another split: profile is exp there, not step"),
-        (lose_a_file, [], "holds this split, but not all of its files. Delete it to make it again"),
-        (cut_a_file, [], "holds this split, but not all of its files"),
-        (lose_the_record, [], "is there already, and holds no split"),
-        (spoil_the_record, [], "holds a split that this version of bkd_hf cannot read"),
-        (record_other_images, [], "holds this split of other images"),
+        (TRAIN, bytes, ["--seed", "1"], "holds another split: seed is 0 there, not 1. Choose another --output_dir"),
+        (TRAIN, bytes, ["--profile", "step"], "holds another split: profile is exp there, not step"),
+        (TRAIN, None, [], "holds this split, but not all of its files. Delete it to make it again"),
+        (TEST, lambda content: content[:-100], [], "holds this split, but not all of its files"),
+        ("split.json", None, [], "is there already, and holds no split"),
+        ("split.json", lambda _: b"[]", [], "holds a split that this version of bkd_hf cannot read"),
+        ("split.json", lambda content: content.replace(b'"fingerprint": "', b'"fingerprint": "f'), [],
+         "holds this split of other images"),
     ],
-)
-def test_another_folder_is_never_overwritten(digits, make, tmp_path, capsys, change, options, message):
+)  # fmt: skip
+def test_another_folder_is_never_overwritten(digits, make, tmp_path, capsys, file, change, options, message):
     folder = Path(shutil.copytree(digits, tmp_path / "split"))
-    change(folder)
+    if change is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(change((folder / file).read_bytes()))
     before = contents(folder)
     assert make(*DIGITS, *options, "--output_dir", folder) == 2
     assert message in capsys.readouterr().err
@@ -562,7 +532,7 @@ def test_publishing(make, tmp_path, monkeypatch, capsys):
         return f"https://huggingface.co/datasets/{repo_id}"
 
     stub = types.SimpleNamespace(check_repo_access=check_repo_access, publish_folder=publish_folder)
-    monkeypatch.setitem(sys.modules, "bkd_hf.publishing", stub)
+    monkeypatch.setitem(sys.modules, "bkd_hf.hub", stub)
     options = [*DIGITS, "--output_dir", tmp_path / "split", "--token", "secret"]
     assert make(*options, "--push_to_hub", "user/not mine") == 2
     assert make(*options, "--push_to_hub", "user/down") == 1

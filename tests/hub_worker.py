@@ -1,4 +1,4 @@
-"""What test_publishing.py looks at, done by one process that talks to the loopback Hub: `… OUTPUT_DIR SCRATCH`.
+"""What test_hub.py looks at, done by one process that talks to the loopback Hub: `… OUTPUT_DIR SCRATCH`.
 
 Prints one JSON object. A process of its own, as the client reads HF_ENDPOINT when it is imported.
 """
@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +22,8 @@ import evaluate
 import numpy as np
 import torch
 
-from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor, publishing
+from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
+from bkd_hf import hub as bkd_hub
 from tests.conftest import REPOSITORY
 from tests.hub_server import READ_TOKEN, Hub
 
@@ -48,8 +48,8 @@ def call(main: Any, *argv: str) -> dict[str, Any]:
 def faults(folder: Path) -> dict[str, Any]:
     """Each fault, first passing, then for ever."""
     publish, found = script("publish").main, {}
-    publishing.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)  # do not wait in earnest
-    publishing.SILENCE = 0.5
+    bkd_hub.SILENCE = 0.2
+    time.sleep = lambda seconds: None  # neither we nor the client wait in earnest
     cases = [
         ("create", "503", 1), ("preupload", "500", 1), ("lfs", "429", 1), ("put", "cut", 1), ("commit", "cut", 1),
         ("commit", "409", 1), ("commit", "lost", 1), ("validate", "503", 1), ("commit", "silent", 1),
@@ -107,7 +107,7 @@ def refusals(folder: Path, scratch: Path) -> dict[str, str]:
     (leaking / "config.json").write_text(json.dumps({**config, "from": f"{Path.home()}/models"}))
     elsewhere = scratch / "elsewhere" / "models"
     elsewhere.mkdir(parents=True)
-    hub.add("user/public", {})
+    hub.add("user/public")
     before = len(hub.requests())
     calls = {
         "malformed": call(publish, str(folder), "--repo_id", "user/a/b"),
@@ -124,7 +124,7 @@ def refusals(folder: Path, scratch: Path) -> dict[str, str]:
     (leaking / "config.json").write_text(json.dumps({**config, "from": f"{elsewhere}/vit"}))
     calls["other path"] = call(publish, str(leaking), "--repo_id", "user/x")
     silent = len(hub.requests()) == before
-    hub.add("user/readable", {})
+    hub.add("user/readable")
     for case, token, repo_id in (
         ("no token", "", "user/x"),
         ("wrong token", "hf_unknown", "user/x"),

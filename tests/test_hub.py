@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 from bkd_hf import load_image_dataset, load_processor, make_long_tailed
+from bkd_hf.hub import prepare
 from bkd_hf.modeling_cifar_resnet import CifarResNetForImageClassification
-from bkd_hf.publishing import prepare
 from tests.conftest import REPOSITORY, launch_two_processes
 from tests.hub_server import Hub
 
@@ -75,7 +75,7 @@ def outcome(hub, output_dir, environment, tmp_path_factory) -> dict:
     assert hub.commits("user/digits") == ["Publish with bkd_hf"]
     scratch = tmp_path_factory.mktemp("scratch")
     process = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "publishing_worker.py"), str(output_dir), str(scratch)],
+        [sys.executable, str(REPOSITORY / "tests" / "hub_worker.py"), str(output_dir), str(scratch)],
         env=environment, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr

@@ -1,0 +1,215 @@
+"""Splits as they are published: lists of files and their labels, which become a data set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from .data import IMAGE_COLUMN, LABEL_COLUMN
+from .errors import InputError
+
+
+def read_list_file(path: str | os.PathLike[str], image_folder: str | os.PathLike[str]) -> tuple[list[Path], list[int]]:
+    """Read a list of images as ImageNet-LT and Places-LT are published: a line is `path label`.
+
+    Args:
+        path: The list; blank lines in it are skipped, and a path may have blanks.
+        image_folder: What the paths are relative to, also where they begin with a slash.
+
+    Returns:
+        The files, and their labels.
+
+    Raises:
+        InputError: Naming the line, if there is no label in it, or one that is no whole number ≥ 0.
+    """
+    files, labels = [], []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        *name, label = line.rsplit(maxsplit=1)
+        if not name or not label.isdecimal():
+            raise InputError(f"{path}, line {number}: expected `path label`, the label a number ≥ 0, got {line!r}.")
+        files.append(Path(image_folder, name[0].strip().lstrip("/")))
+        labels.append(int(label))
+    if not files:
+        raise InputError(f"{path} lists no image.")
+    return files, labels
+
+
+def read_inaturalist_json(
+    path: str | os.PathLike[str], image_folder: str | os.PathLike[str]
+) -> tuple[list[Path], list[int], list[str]]:
+    """Read a list of images as iNaturalist 2018 is published (COCO's layout).
+
+        {"images": [{"id": 1, "file_name": "train_val2018/Aves/2/a.jpg"}, …],
+         "annotations": [{"image_id": 1, "category_id": 2}, …],
+         "categories": [{"id": 2, "name": "Turdus merula"}, …]}
+
+    Args:
+        path: The file; other fields in it do not matter.
+        image_folder: What the file names are relative to.
+
+    Returns:
+        The files and their labels, in the order of `images`, and the class names. Classes are the categories in the
+        order of their ids, numbered from 0. A category without a name is called by its id; of categories that share
+        a name, as species of two kingdoms may, each has its id added: "Ficus variegata (12)".
+
+    Raises:
+        InputError: If something is missing or said twice, or an image has not one annotation.
+    """
+    try:
+        content = json.loads(_read_text(path))
+        images = {image["id"]: Path(image_folder, image["file_name"].lstrip("/")) for image in content["images"]}
+        names = {category["id"]: str(category.get("name", category["id"])) for category in content["categories"]}
+        annotated = Counter(annotation["image_id"] for annotation in content["annotations"])
+        category_of = {annotation["image_id"]: annotation["category_id"] for annotation in content["annotations"]}
+        repeated = len(images) < len(content["images"]) or len(names) < len(content["categories"])
+        label_of = {category: label for label, category in enumerate(sorted(names))}
+        foreign = set(category_of.values()) - set(names)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is no JSON: {error}.") from error
+    except KeyError as error:
+        raise InputError(f"{path}: something in it has no field {error}; iNaturalist 2018 has the layout.") from error
+    except (TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: expected lists `images`, `annotations` and `categories`, as in iNaturalist 2018 ({error})."
+        ) from error
+    if not images:
+        raise InputError(f"{path} lists no image.")
+    if repeated:
+        raise InputError(f"{path}: an id is given to two images, or to two categories.")
+    for wrong, what, rest in (
+        (set(annotated) - set(images), "annotations for images that it does not list", ""),
+        (foreign, "annotations of categories that it does not list", ""),
+        (set(images) - set(annotated), "images without an annotation", ""),
+        (annotated - Counter(set(annotated)), "images with several annotations", " One class per image is needed."),
+    ):
+        if wrong:
+            raise InputError(f"{path}: {what}: {_some(wrong)}.{rest}")
+    frequency = Counter(names.values())
+    class_names = [names[i] if frequency[names[i]] == 1 else f"{names[i]} ({i})" for i in label_of]
+    return list(images.values()), [label_of[category_of[image]] for image in images], class_names
+
+
+def build_split_from_files(
+    train_list: str | os.PathLike[str],
+    test_list: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str],
+    val_list: str | os.PathLike[str] | None = None,
+    class_names: str | os.PathLike[str] | None = None,
+) -> datasets.DatasetDict:
+    """Build a split from published lists of its files.
+
+    Without `class_names` the classes are called as in the JSON files, or else by the folders of their training images
+    (the last part of their paths, or all parts below the folder of all, if only these tell them apart), or, where a
+    class is not one folder, by their numbers.
+
+    Args:
+        train_list: The training images: a list (see `read_list_file`), or a `.json` (see `read_inaturalist_json`).
+        test_list: The test images, in the same format.
+        image_folder: Where the images are.
+        val_list: The validation images, if any, in the same format.
+        class_names: File with one class name per line, in the order of the labels.
+
+    Returns:
+        `"train"`, `"test"` and, if given, `"validation"`, each with the columns `"image"` and `"label"`, in the order
+        of the lists. The images are still files.
+
+    Raises:
+        InputError: If a file is missing, naming all that are, or the lists do not fit together.
+    """
+    lists = {"train": Path(train_list), "test": Path(test_list)}
+    lists |= {"validation": Path(val_list)} if val_list else {}
+    missing = [str(path) for path in (*lists.values(), class_names) if path and not Path(path).is_file()]
+    if not Path(image_folder).is_dir():
+        raise InputError("\n".join(["These are not there:", *missing, f"{image_folder} (a folder)"]))
+    are_json = {path.suffix.lower() == ".json" for path in lists.values()}
+    if len(are_json) > 1:
+        raise InputError(f"{', '.join(map(str, lists.values()))}: give all as lists, or all as .json files.")
+
+    files, labels, names = {}, {}, None
+    for split, path in lists.items():
+        if str(path) in missing:
+            continue
+        if are_json == {True}:
+            files[split], labels[split], categories = read_inaturalist_json(path, image_folder)
+            if names not in (None, categories):
+                raise InputError(f"{path} has other categories than {lists['train']}.")
+            names = categories
+        else:
+            files[split], labels[split] = read_list_file(path, image_folder)
+    listed = dict.fromkeys(file for part in files.values() for file in part)
+    images = [str(file.relative_to(image_folder)) for file in listed if not file.is_file()]
+    lines = ["These are not there:", *missing] if missing else []
+    lines += [f"{len(images):,} of {len(listed):,} images are not in {image_folder}:", *images] if images else []
+    if lines:
+        raise InputError("\n".join(lines))
+    num_classes = len(names) if names else max(labels["train"]) + 1
+    _check_labels(lists, labels, num_classes)
+    if class_names is not None:
+        names = _read_class_names(class_names, num_classes)
+    elif names is None:
+        names = _folder_names(files["train"], labels["train"]) or [str(label) for label in range(num_classes)]
+    features = datasets.Features({IMAGE_COLUMN: datasets.Image(), LABEL_COLUMN: datasets.ClassLabel(names=names)})
+    columns = {
+        split: {IMAGE_COLUMN: [str(file) for file in files[split]], LABEL_COLUMN: labels[split]} for split in lists
+    }
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict(columns[split], features=features) for split in lists}
+    )
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as text: {error}.") from error
+
+
+def _read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[str]:
+    names = [line.strip() for line in _read_text(path).splitlines()]
+    if len(names) != num_classes or "" in names:
+        raise InputError(
+            f"--class_names {path} has {len(names) - names.count('')} names in {len(names)} lines; there are "
+            f"{num_classes} classes. Give each of them one line."
+        )
+    if twice := Counter(names) - Counter(set(names)):
+        raise InputError(f"--class_names {path} has names of several classes: {_some(twice)}.")
+    return names
+
+
+def _check_labels(lists: Mapping[str, Path], labels: Mapping[str, Sequence[int]], num_classes: int) -> None:
+    if num_classes < 2:
+        raise InputError(f"{lists['train']} has one class only; there is nothing to learn.")
+    if bare := set(range(num_classes)) - set(labels["train"]):
+        raise InputError(
+            f"{lists['train']} has no image of {len(bare)} of {num_classes} classes: {_some(bare)}. Labels are the "
+            "numbers from 0 on, and each class needs a training image."
+        )
+    for split, path in lists.items():
+        if unknown := set(labels[split]) - set(labels["train"]):
+            raise InputError(f"{path} has classes that {lists['train']} does not have: {_some(unknown)}.")
+
+
+def _folder_names(files: Sequence[Path], labels: Sequence[int]) -> list[str] | None:
+    """Name each class by the one folder of its images, if it is one and the names differ."""
+    pairs = sorted({(label, file.parent) for file, label in zip(files, labels, strict=True)})
+    folders = [folder for _, folder in pairs]
+    if len(pairs) > len(set(labels)):
+        return None
+    top = os.path.commonpath(folders)
+    for names in ([folder.name for folder in folders], [str(folder.relative_to(top)) for folder in folders]):
+        if len(set(names)) == len(names):
+            return names
+    return None
+
+
+def _some(items: Iterable[Any], number: int = 10) -> str:
+    names = sorted(items, key=lambda item: (str(type(item)), item))  # ids may be of two types
+    return ", ".join(map(str, names[:number])) + (f", … ({len(names):,} in all)" if len(names) > number else "")

@@ -1,0 +1,410 @@
+"""Publishing on the Hub: a finished run, a long-tailed split or the metric, each by an allow-list, in one commit.
+
+The commit is `create_commit`'s. `upload_folder` sends a large folder in several commits where hf_xet is installed, and
+sends a commit again whose answer was lost, which makes a second one. `create_commit` leaves out files that are there
+already: the same push again makes no commit. It retries uploads by itself, but nothing else, so `_with_hub` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import getpass
+import json
+import os
+import re
+import shlex
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
+from huggingface_hub.errors import HTTPError
+
+from .errors import InputError, PublishError, first_line
+from .model_card import build, check_repo_id, choices_of_card, of_teacher
+from .plots import figure_names, save_plots
+from .results import RESULTS_NAME, load_results, save_json
+from .run_folder import read_json
+from .splits import PLACEHOLDER, SPLIT_NAME
+
+_T = TypeVar("_T")
+
+CARD_NAME = "README.md"
+TEACHER_FOLDER = "teacher"
+#: What is pushed, by the type of the repository; of a run also its figures and the code of a model of its own.
+_ALLOWED = {
+    "model": (
+        "config.json", "preprocessor_config.json", "model.safetensors", "model-*-of-*.safetensors",
+        "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "vocab.json", "vocab.txt", "merges.txt", RESULTS_NAME,
+    ),
+    "dataset": (CARD_NAME, "class_counts.png", SPLIT_NAME, "data/*.parquet"),
+    "space": (CARD_NAME, "long_tail.py", "metrics.py", "app.py", "requirements.txt"),
+}  # fmt: skip
+_TEXT_FILES = {".json", ".md", ".py", ".txt"}
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/[\w.+@-]+/[\w.+@-]+")
+_OF_EVERY_MACHINE = ("/bin", "/dev", "/etc", "/lib", "/proc", "/sys", "/usr")
+#: Seconds for which transient failures are retried.
+PATIENCE = 20.0
+#: Seconds without a byte after which a connection counts as broken.
+SILENCE = 120.0
+_TRANSIENT_STATUSES = {408, 409, 429, 500, 502, 503, 504}
+_REASONS = {
+    400: "the Hub refuses it as invalid",
+    401: "the Hub does not accept the token: log in anew by `hf auth login`, or give a token with write access",
+    402: "the Hub asks for payment",
+    403: "the token has no write access there: give another token, or a repository of your own",
+    404: "there is no such repository or branch, or the token may not see it",
+    409: "somebody else is committing to the repository",
+    413: "the Hub finds it too large",
+    429: "the Hub has had too many requests from you: wait some minutes",
+}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published of a folder.
+
+    Attributes:
+        repo_type: `"model"`, `"dataset"` or `"space"`.
+        files: Local path of each file but the card, by its path in the repository.
+        card: Content of `README.md`, which names the repository.
+    """
+
+    repo_type: str
+    files: dict[str, Path]
+    card: str
+
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of all that is pushed, by path in the repository."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        return dict(sorted({**sizes, CARD_NAME: len(self.card.encode())}.items()))
+
+
+def publish_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    license: str | None = None,
+    dataset_id: str | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    retry_options: str = "",
+    **card_options: Any,
+) -> str:
+    """Push what a folder holds for others, in one commit: all of it arrives, or nothing.
+
+    A second push of the same changes nothing. Transient failures (no connection, 429, 5xx, …) are retried for about
+    20 seconds.
+
+    Args:
+        folder: Output folder of a finished run, of `make_long_tailed.py`, or the folder of the metric.
+        repo_id: `USER/NAME`, or `NAME` for the token's own user. Made if it is not there.
+        private: Whether a new repository is private.
+        token: With write access; the stored one if not given.
+        license: For the card; what the card in the folder says if not given.
+        dataset_id: Id on the Hub of the training data, where it was read from a folder; else as `license`.
+        revision: Branch.
+        commit_message: Title of the commit.
+        retry_options: Further options of the command that an error names.
+        card_options: Further arguments of [`bkd_hf.model_card.build`].
+
+    Returns:
+        The URL of the repository.
+
+    Raises:
+        InputError: If there is nothing finished in the folder, the id is malformed, there is no token, or a file holds
+            what should not leave this machine.
+        PublishError: If the Hub does not take it.
+    """
+    card_options |= {"license": license, "dataset_id": dataset_id}
+    publication = prepare(folder, repo_id, token, **card_options)
+    _check_token(token)
+    retry = f"python scripts/publish.py {shlex.quote(str(folder))} --repo_id {shlex.quote(repo_id)}"
+    retry += " --private" if private else ""
+    retry += " --token …" if token and token != get_token() else ""
+    retry += retry_options
+    for name, value in {"license": license, "dataset_id": dataset_id, "revision": revision}.items():
+        retry += f" --{name} {shlex.quote(value)}" if value else ""
+    with_hub = functools.partial(_with_hub, repo_id=repo_id, way_out=f"Nothing is lost: `{retry}` tries again.")
+    url = with_hub(lambda: _open_repository(repo_id, publication.repo_type, private, token))
+    if url.repo_id != repo_id:  # NAME alone; the card needs USER/NAME
+        publication = prepare(folder, url.repo_id, token, **card_options)
+
+    def commit() -> None:
+        # Operations are made anew for each attempt, as they remember that they were begun.
+        operations = [CommitOperationAdd(name, str(path)) for name, path in publication.files.items()]
+        operations.append(CommitOperationAdd(CARD_NAME, publication.card.encode()))
+        HfApi(token=token).create_commit(
+            url.repo_id,
+            operations,
+            commit_message=commit_message or "Publish with bkd_hf",
+            repo_type=publication.repo_type,
+            revision=revision,
+        )
+
+    with_hub(commit)
+    write_card(publication, folder)
+    return str(url)
+
+
+def publish_run(
+    folder: str | os.PathLike[str], repo_id: str, with_teacher: bool = False, **options: Any
+) -> Iterator[str]:
+    """Publish a run, and its teacher if wanted: arguments and errors as of [`folders_of_run`] and [`publish_folder`].
+
+    Yields:
+        The URL of each repository.
+    """
+    for name, part in folders_of_run(folder, repo_id, with_teacher).items():
+        rest = " --push_teacher" if with_teacher and name == repo_id else ""
+        yield publish_folder(part, name, retry_options=rest, **options)
+
+
+def folders_of_run(folder: str | os.PathLike[str], repo_id: str, with_teacher: bool = False) -> dict[str, Path]:
+    """Return what a run publishes: folders for [`publish_folder`], by repository.
+
+    Args:
+        folder: Output folder of the finished run.
+        repo_id: Of the student.
+        with_teacher: Whether the teacher that was trained in the run is published too, as `REPO_ID-teacher`.
+
+    Raises:
+        InputError: If no teacher was trained in that run.
+    """
+    folders = {repo_id: Path(folder)}
+    if with_teacher:
+        results, teacher = load_results(folder), Path(folder, TEACHER_FOLDER)
+        if not (results["teacher"] or {}).get("training") or not teacher.is_dir():
+            raise InputError(
+                f"--push_teacher: no teacher was trained in {folder}; one that was given is where it comes from."
+            )
+        save_json(of_teacher(results), teacher / RESULTS_NAME)
+        folders[f"{repo_id}-teacher"] = teacher
+    return folders
+
+
+def prepare(
+    folder: str | os.PathLike[str], repo_id: str, token: str | None = None, **card_options: Any
+) -> Publication:
+    """Find out what would be published of a folder; nothing is sent.
+
+    Args:
+        folder: As for [`publish_folder`].
+        repo_id: As for [`publish_folder`].
+        token: Must be in no file, as the stored one.
+        card_options: `license`, `dataset_id`, … of [`bkd_hf.model_card.build`]; what is `None` is as in the folder.
+
+    Raises:
+        InputError: If there is nothing finished in the folder, the id is malformed, or a file holds what should not
+            leave this machine.
+    """
+    check_repo_id(repo_id)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}.")
+    marks = {"space": "long_tail.py", "dataset": SPLIT_NAME}
+    repo_type = next((kind for kind, name in marks.items() if (folder / name).exists()), "model")
+    files = _existing(folder, _ALLOWED[repo_type])
+    if repo_type == "model":
+        results, figures = _finished_run(folder, files)
+        files |= _existing(folder, [*_own_code(folder), *figures])
+        told = {name: value for name, value in card_options.items() if value not in (None, [], ())}
+        card = str(build(results, repo_id, **{**choices_of_card(folder / CARD_NAME), **told}))
+    elif any(card_options.values()):
+        raise InputError(f"{folder} has a card of its own: --license and --dataset_id are for the card of a student.")
+    else:
+        card = files.pop(CARD_NAME).read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+    publication = Publication(repo_type, files, card)
+    _check_contents(publication, folder, token)
+    return publication
+
+
+def write_card(publication: Publication, folder: str | os.PathLike[str]) -> Path | None:
+    """Write the card of a run into its folder too, so that it holds what a reader sees on the Hub; return its path.
+
+    The cards of splits and of the metric stay as they are: they can be published under several names.
+    """
+    if publication.repo_type != "model":
+        return None
+    path = Path(folder, CARD_NAME)
+    path.write_text(publication.card, encoding="utf-8")
+    return path
+
+
+def check_repo_access(
+    repo_id: str, token: str | None = None, repo_type: str = "model", private: bool | None = None
+) -> None:
+    """Find or make the repository, so that a wrong name or token is noticed before long work.
+
+    Where the Hub cannot be reached, or has a fault, nothing is known yet: a warning says so.
+
+    Args:
+        repo_id: As for [`publish_folder`].
+        token: As for [`publish_folder`].
+        repo_type: `"model"`, `"dataset"` or `"space"`.
+        private: Whether a new repository is private.
+
+    Raises:
+        InputError: If the id is malformed, or there is no token.
+        PublishError: If the Hub refuses.
+    """
+    check_repo_id(repo_id)
+    _check_token(token)
+    way_out = "It was tried before any work began. Leave --push_to_hub out to go on without."
+    try:
+        _with_hub(lambda: _open_repository(repo_id, repo_type, private, token), repo_id, way_out, patience=2)
+    except PublishError as error:
+        if not error.is_temporary:
+            raise
+        reason = str(error).removesuffix(f" {way_out}")
+        warnings.warn(f"{reason} It is tried again when there is something to publish.", stacklevel=2)
+
+
+# ---- What is pushed ------------------------------------------------------------------------------------------------
+
+
+def _existing(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+
+
+def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any], list[str]]:
+    """Results and figures of a run that can be published; figures that are missing are drawn."""
+    if RESULTS_NAME not in files:
+        raise InputError(
+            f"{folder} is no finished run: it has no {RESULTS_NAME}. An interrupted run is continued by the command "
+            "that began it."
+        )
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise InputError(f"{folder} has {RESULTS_NAME}, but no model (config.json and model.safetensors).")
+    if not any(name.startswith(("preprocessor", "tokenizer")) for name in files):
+        warnings.warn(
+            f"{folder} has no preprocessor_config.json: the published model cannot be used by a pipeline. Save its "
+            "image processor there (from Python: give it to the trainer as processing_class).",
+            stacklevel=4,
+        )
+    results = load_results(folder)
+    figures = [f"figures/{name}" for name in figure_names(results)]
+    if not all((folder / name).exists() for name in figures):
+        save_plots(results, folder / "figures")
+    return results, figures
+
+
+def _own_code(folder: Path) -> list[str]:
+    """Files with the code of a model that is not part of transformers, as its configuration names them."""
+    named = ((read_json(folder / "config.json") or {}).get("auto_map") or {}).values()
+    classes = [name for names in named for name in ([names] if isinstance(names, str) else names)]
+    # "repository--module.Class" is code that stays where it is.
+    return sorted({f"{name.split('.')[0]}.py" for name in classes if name and "--" not in name})
+
+
+def _check_contents(publication: Publication, folder: Path, token: str | None) -> None:
+    """Refuse what should not leave this machine, tokens and its folders, by an error that names the file."""
+    texts = {
+        name: path.read_text(encoding="utf-8", errors="replace")
+        for name, path in publication.files.items()
+        if path.suffix in _TEXT_FILES
+    }
+    own_folders = _own_folders(folder)
+    for name, content in {**texts, CARD_NAME: publication.card}.items():
+        paths = [path for path in own_folders if f"{path}/" in content]
+        paths += [
+            path
+            for path in dict.fromkeys(_ABSOLUTE_PATH.findall(content))
+            if not path.startswith(_OF_EVERY_MACHINE) and os.path.exists(path)
+        ]
+        found = [f"a path of your machine ({path})" for path in paths]
+        if _TOKEN.search(content) or any(secret in content for secret in (token, get_token()) if secret):
+            found.append("a token")
+        if found:
+            raise InputError(f"{name} holds {found[0]}, which is not for others: nothing was pushed. Remove it there.")
+
+
+def _own_folders(folder: Path) -> list[str]:
+    """Folders whose paths tell who and where one is."""
+    home = Path(os.path.expanduser("~"))  # "~" for a user without an entry in the system's list of users
+    places = [folder.resolve().parent, Path.cwd(), home, home.resolve()]
+    with contextlib.suppress(OSError, KeyError):
+        places += [Path("/home", getpass.getuser()), Path("/Users", getpass.getuser())]
+    return [str(place) for place in dict.fromkeys(places) if len(place.parts) > 2 or place == Path("/root")]
+
+
+# ---- The Hub -------------------------------------------------------------------------------------------------------
+
+
+def _check_token(token: str | None) -> None:
+    if constants.HF_HUB_OFFLINE:
+        raise InputError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or leave --push_to_hub out.")
+    if token is None and get_token() is None:
+        raise InputError(
+            "There is no token for the Hub: log in by `hf auth login`, set HF_TOKEN, or give one with write access."
+        )
+
+
+def _open_repository(repo_id: str, repo_type: str, private: bool | None, token: str | None) -> Any:
+    api = HfApi(token=token)
+    sdk = "gradio" if repo_type == "space" else None
+    url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
+    try:  # create_repo is content with a repository that can be read
+        api.auth_check(url.repo_id, repo_type=repo_type, write=True)
+    except HTTPError as error:
+        response = getattr(error, "response", None)  # other statuses tell nothing: not every Hub answers this
+        if response is not None and response.status_code in (401, 403):
+            raise
+    if private and api.repo_info(url.repo_id, repo_type=repo_type).private is False:
+        raise InputError(
+            f"{url.repo_id} is there already, and public: make it private on the Hub first, or choose another name."
+        )
+    return url
+
+
+def _with_hub(request: Callable[[], _T], repo_id: str, way_out: str, patience: float = PATIENCE) -> _T:
+    """Make a request, again while it fails for a transient reason; what is left ends in one message."""
+    end, wait = time.monotonic() + patience, 1.0
+    while True:
+        get_session().timeout = SILENCE  # huggingface_hub would wait for ever
+        try:
+            return request()
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            cause = _failed_request(error)
+            if cause is None:
+                raise
+            response = getattr(cause, "response", None)
+            status = None if response is None else response.status_code
+            is_temporary = status is None or status in _TRANSIENT_STATUSES
+            asked = "" if response is None else response.headers.get("Retry-After", "")
+            wait = max(wait, float(asked) if asked.isdigit() else 0.0)
+            if not is_temporary or time.monotonic() + wait > end:
+                reason = f"{_reason(error, cause, status)}. {way_out}"
+                raise PublishError(f"{repo_id} could not be published: {reason}", is_temporary) from error
+            time.sleep(wait)
+            wait *= 2
+
+
+def _failed_request(error: BaseException | None) -> BaseException | None:
+    """The failed request behind an error: an upload in threads hides it in a RuntimeError.
+
+    An answer that is no JSON, such as the error page of a proxy, comes out as a JSONDecodeError.
+    """
+    requests = (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)
+    while error is not None and not isinstance(error, requests):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _reason(error: BaseException, cause: BaseException, status: int | None) -> str:
+    if status is None:
+        return f"the Hub cannot be reached ({type(cause).__name__}: {first_line(cause)})"
+    if str(error).startswith("Invalid metadata in README.md"):
+        return f"the Hub refuses its card. {' '.join(str(error).split()).rstrip('.')}"
+    reason = _REASONS.get(status, "the Hub has a fault: try again later" if status >= 500 else first_line(cause))
+    said = getattr(cause, "server_message", None)
+    return f"{reason} ({status}{': ' + said if said and status in (400, 403, 409) else ''})"

@@ -25,14 +25,14 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from .arguments import CHOOSE_WORKERS, DataArguments, ModelArguments, RunArguments
+from .card import build as build_card
+from .card import check_repo_id
 from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
 from .machine import keep_freed_memory, set_num_threads
 from .methods import METHODS
 from .metrics import LongTailEvaluation, shot_groups
-from .model_card import build as build_card
-from .model_card import check_repo_id
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .plots import save_plots
 from .precision import precision_of

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HTTPError
 
+from .card import build, check_repo_id, choices_of_card, of_teacher
 from .errors import InputError, PublishError, first_line
-from .model_card import build, check_repo_id, choices_of_card, of_teacher
 from .plots import figure_names, save_plots
 from .results import RESULTS_NAME, load_results, save_json
 from .run_folder import read_json
@@ -106,7 +106,7 @@ def publish_folder(
         revision: Branch.
         commit_message: Title of the commit.
         retry_options: Further options of the command that an error names.
-        card_options: Further arguments of [`bkd_hf.model_card.build`].
+        card_options: Further arguments of [`bkd_hf.card.build`].
 
     Returns:
         The URL of the repository.

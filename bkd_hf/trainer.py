@@ -1003,7 +1003,7 @@ class BKDTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write the model card, `README.md`, from the `results.json` in `output_dir` (see `bkd_hf.model_card`).
+        """Write the model card, `README.md`, from the `results.json` in `output_dir` (see `bkd_hf.card`).
 
         If there is none, or this trainer has trained since, all is measured first, for which all processes have to
         call it.
@@ -1019,7 +1019,7 @@ class BKDTrainer(Trainer):
             dataset: What the data is called.
             dataset_args: Known from the results, and ignored.
         """
-        from .model_card import build
+        from .card import build
         from .results import RESULTS_NAME
 
         folder = Path(self.args.output_dir)
@@ -1184,7 +1184,7 @@ def _card_options(
     finetuned_from: str | None = None,
     dataset_tags: str | list[str] | None = None,
 ) -> dict[str, Any]:
-    """What `Trainer.create_model_card` takes, as `bkd_hf.model_card.build` takes it."""
+    """What `Trainer.create_model_card` takes, as `bkd_hf.card.build` takes it."""
     return {
         "language": language,
         "license": license,

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.model_card import build, of_teacher, to_recipe
+from bkd_hf.card import build, of_teacher, to_recipe
 from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
 from bkd_hf.run_folder import _told
 from tests.conftest import REPOSITORY

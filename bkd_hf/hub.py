@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HTTPError
 
+from .card import build, check_repo_id, choices_of_card, of_teacher
 from .errors import InputError, PublishError, first_line
-from .model_card import build, check_repo_id, choices_of_card, of_teacher
 from .plots import figure_names, save_plots
 from .results import RESULTS_NAME, load_results, save_json
 from .run_folder import read_json
@@ -114,7 +114,7 @@ def publish_folder(
         revision: Branch.
         commit_message: Title of the commit.
         retry_options: Further options of the command that an error names.
-        card_options: Further arguments of [`bkd_hf.model_card.build`].
+        card_options: Further arguments of [`bkd_hf.card.build`].
 
     Returns:
         The URL of the repository.
@@ -200,7 +200,7 @@ def prepare(
         folder: As for [`publish_folder`].
         repo_id: As for [`publish_folder`].
         token: Must be in no file, as the stored one.
-        card_options: `license`, `dataset_id`, … of [`bkd_hf.model_card.build`]; what is `None` is as in the folder.
+        card_options: `license`, `dataset_id`, … of [`bkd_hf.card.build`]; what is `None` is as in the folder.
 
     Raises:
         InputError: If there is nothing finished in the folder, the id is malformed, or a file holds what should not

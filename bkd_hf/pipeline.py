@@ -25,14 +25,14 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from .arguments import CHOOSE_WORKERS, DataArguments, ModelArguments, RunArguments
+from .card import build as build_card
+from .card import check_repo_id
 from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
 from .hub import CARD_NAME, check_repo_access, publish_run
 from .machine import keep_freed_memory, precision_of, set_num_threads
 from .metrics import LongTailEvaluation, shot_groups
-from .model_card import build as build_card
-from .model_card import check_repo_id
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
 from .objective import METHODS
 from .plots import save_plots

@@ -10,9 +10,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import Trainer
 
+from .card import build
 from .hub import check_repo_access, publish_folder
 from .measure import measure
-from .model_card import build
 from .plots import save_plots
 from .results import RESULTS_NAME, save_json
 
@@ -58,7 +58,7 @@ class PublishingTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Write the model card, `README.md`, from the `results.json` in `output_dir` (see `bkd_hf.model_card`).
+        """Write the model card, `README.md`, from the `results.json` in `output_dir` (see `bkd_hf.card`).
 
         If there is none, or this trainer has trained since, all is measured first, for which all processes have to
         call it.
@@ -155,7 +155,7 @@ def _card_options(
     finetuned_from: str | None = None,
     dataset_tags: str | list[str] | None = None,
 ) -> dict[str, Any]:
-    """What `Trainer.create_model_card` takes, as `bkd_hf.model_card.build` takes it."""
+    """What `Trainer.create_model_card` takes, as `bkd_hf.card.build` takes it."""
     return {
         "language": language,
         "license": license,

@@ -27,6 +27,7 @@ NOUNS = [
     "shrew",
     "willow_tree",
 ]
+MODELS = ("teacher", "student")
 FILES = ["class_accuracy.png", "training_curves.png", "confusion_student.png", "confusion_teacher.png"]
 
 
@@ -52,7 +53,7 @@ def make_results(
     }
     results: dict[str, Any] = {"schema_version": 1, "seed": 0, "data": data}
     labels = np.repeat(np.arange(num_classes), num_tests)
-    for model, slope in (("teacher", 0.35), ("student", 0.2)):
+    for model, slope in zip(MODELS, (0.35, 0.2), strict=True):
         learned = 0.95 - slope * np.log10(counts.max() / counts)
         # Wrong answers are classes with many images.
         others = rng.choice(num_classes, size=labels.size, p=counts / counts.sum())
@@ -172,18 +173,17 @@ def test_results_as_they_are_written(tmp_path):
 
 def test_few_classes(ten):
     images, classes, _, _ = plot_class_accuracy(ten).axes
-    order = largest_first(ten)
-    assert [bar.get_height() for bar in images.containers[0]] == [ten["data"]["class_counts"][i] for i in order]
-    assert [text.get_text() for text in images.texts] == [str(ten["data"]["class_counts"][i]) for i in order]
+    counts = sorted(ten["data"]["class_counts"], reverse=True)
+    assert [bar.get_height() for bar in images.containers[0]] == counts
+    assert [text.get_text() for text in images.texts] == [str(count) for count in counts]
     assert images.get_yscale() == "log"
     assert images.get_ylim()[0] < 2
-    assert tick_names(classes.xaxis) == [ten["data"]["class_names"][index] for index in order]
+    assert tick_names(classes.xaxis) == [ten["data"]["class_names"][index] for index in largest_first(ten)]
     assert images.get_xlim() == classes.get_xlim()
-    for model in ("teacher", "student"):
+    for model in MODELS:
         ranks, values = line(classes, model)
         np.testing.assert_array_equal(ranks, range(1, 11))
         np.testing.assert_allclose(values, percents(ten, model))
-        assert len(line(classes, model)[0]) == 10
 
 
 def test_groups(ten):
@@ -192,7 +192,7 @@ def test_groups(ten):
     places = {text.get_text(): text.get_position()[0] for text in classes.texts}
     assert places == {"many": 1.5, "medium": 4.0, "few": 8.0}
     assert tick_names(groups.xaxis) == ["all", "many\n> 100", "medium\n20–100", "few\n< 20"]
-    for model in ("teacher", "student"):
+    for model in MODELS:
         metrics = ten[model]["metrics"]
         keys = ["accuracy", "many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy"]
         np.testing.assert_allclose(line(groups, model)[1], [100 * metrics[key] for key in keys])
@@ -200,7 +200,7 @@ def test_groups(ten):
 
 def test_groups_without_classes_or_test_images(ten):
     ten["data"]["class_counts"] = [100] * 5 + [19] * 5
-    for model in ("teacher", "student"):
+    for model in MODELS:
         del ten[model]["metrics"]["few_shot_accuracy"]
     _, classes, groups, _ = plot_class_accuracy(ten).axes
     assert [text.get_text() for text in classes.texts] == ["medium", "few"]
@@ -209,40 +209,30 @@ def test_groups_without_classes_or_test_images(ten):
 
 
 def test_classes_without_test_images_leave_a_gap(ten):
-    for model in ("teacher", "student"):
-        ten[model]["metrics"]["per_class_accuracy"][3] = None
     ten["data"]["eval_class_counts"][3] = 0
+    for model in MODELS:
+        ten[model]["metrics"]["per_class_accuracy"][3] = None
     _, classes, _, _ = plot_class_accuracy(ten).axes
-    gap = largest_first(ten).index(3)
-    for model in ("teacher", "student"):
-        assert np.flatnonzero(np.isnan(line(classes, model)[1])).tolist() == [gap]
+    for model in MODELS:
+        assert np.flatnonzero(np.isnan(line(classes, model)[1])).tolist() == [largest_first(ten).index(3)]
     assert "1 without test images" in classes.get_xlabel()
 
 
-def test_many_classes(hundred):
-    images, classes, _, legend = plot_class_accuracy(hundred).axes
-    outline = images.collections[0].get_paths()[0].vertices
-    assert set(hundred["data"]["class_counts"]) <= set(outline[:, 1])
-    for model in ("teacher", "student"):
-        expected = percents(hundred, model)
+@pytest.mark.parametrize("untested", [slice(0), slice(40, 60)])
+def test_many_classes(hundred, untested):
+    results = copy.deepcopy(hundred)
+    for index in largest_first(results)[untested]:
+        results["student"]["metrics"]["per_class_accuracy"][index] = None
+    images, classes, _, legend = plot_class_accuracy(results).axes
+    assert set(results["data"]["class_counts"]) <= set(images.collections[0].get_paths()[0].vertices[:, 1])
+    for model in MODELS:
+        expected = percents(results, model)
         np.testing.assert_allclose(line(classes, model)[1], expected)
-        trend = [expected[max(0, rank - 4) : rank + 5].mean() for rank in range(100)]
+        neighbours = [expected[max(0, rank - 4) : rank + 5] for rank in range(100)]
+        trend = [np.nan if np.isnan(values).all() else np.nanmean(values) for values in neighbours]
         np.testing.assert_allclose(line(classes, f"{model} trend")[1], trend)
     texts = [text.get_text() for text in legend.get_legend().get_texts()]
     assert texts == ["teacher", "student", "one class", "moving average,\n9 classes"]
-
-
-def test_gaps_among_many_classes(hundred):
-    results = copy.deepcopy(hundred)
-    untested = largest_first(results)[40:60]
-    for index in untested:
-        results["student"]["metrics"]["per_class_accuracy"][index] = None
-    _, classes, _, _ = plot_class_accuracy(results).axes
-    expected = percents(results, "student")
-    np.testing.assert_allclose(line(classes, "student")[1], expected)
-    trend = [np.nanmean(np.append(expected[max(0, rank - 4) : rank + 5], np.nan)) for rank in range(44)]
-    np.testing.assert_allclose(line(classes, "student trend")[1][:44], trend)
-    assert np.isnan(line(classes, "student trend")[1][44:56]).all()
 
 
 def test_very_many_classes(inaturalist):
@@ -265,70 +255,57 @@ def test_very_many_classes(inaturalist):
 
 def test_training_curves(ten):
     axes = panels(plot_training_curves(ten))
-    assert list(axes) == ["training loss", "test accuracy (%)", "learning rate"]
     drawn = {
-        "training loss": [
-            ("teacher", "teacher", "loss", 1),
-            ("student: total", "student", "loss", 1),
-            ("student: classification", "student", "ce_loss", 1),
-            ("student: distillation", "student", "kd_loss", 1),
-        ],
-        "test accuracy (%)": [
-            ("teacher: all classes", "teacher", "eval_accuracy", 100),
-            ("teacher: few-shot", "teacher", "eval_few_shot_accuracy", 100),
-            ("student: all classes", "student", "eval_accuracy", 100),
-            ("student: few-shot", "student", "eval_few_shot_accuracy", 100),
-        ],
-        "learning rate": [("teacher", "teacher", "learning_rate", 1), ("student", "student", "learning_rate", 1)],
+        "training loss": {
+            "teacher": ("teacher", "loss"),
+            "student: total": ("student", "loss"),
+            "student: classification": ("student", "ce_loss"),
+            "student: distillation": ("student", "kd_loss"),
+        },
+        "test accuracy (%)": {
+            f"{model}: {label}": (model, key)
+            for model in MODELS
+            for label, key in (("all classes", "eval_accuracy"), ("few-shot", "eval_few_shot_accuracy"))
+        },
+        "learning rate": {model: (model, "learning_rate") for model in MODELS},
     }
+    assert list(axes) == list(drawn)
     for name, curves in drawn.items():
         assert len(axes[name].get_lines()) == len(curves)
-        for label, model, key, scale in curves:
+        for label, (model, key) in curves.items():
             epochs, values = line(axes[name], label)
             np.testing.assert_array_equal(epochs, range(1, 31))
+            scale = 100 if name == "test accuracy (%)" else 1
             expected = [scale * entry[key] for entry in ten[model]["history"] if key in entry]
             np.testing.assert_allclose(values, expected)
 
 
 def test_scales_of_training_curves(ten):
-    assert {name: axes.get_yscale() for name, axes in panels(plot_training_curves(ten)).items()} == {
-        "training loss": "log",
-        "test accuracy (%)": "linear",
-        "learning rate": "log",
-    }
-    for model in ("teacher", "student"):
-        ten[model]["history"] = [
-            {"epoch": 1, "loss": 2.0, "learning_rate": 0.1},
-            {"epoch": 2, "loss": 1, "learning_rate": 0},
-        ]
-    figure = plot_training_curves(ten)
-    assert [axes.get_yscale() for axes in figure.axes] == ["linear", "linear"]
+    assert [axes.get_yscale() for axes in plot_training_curves(ten).axes] == ["log", "linear", "log"]
+    for model in MODELS:
+        ten[model]["history"] = [{"epoch": 1, "loss": 2.0, "learning_rate": 0.1},
+                                 {"epoch": 2, "loss": 1, "learning_rate": 0}]  # fmt: skip
+    assert [axes.get_yscale() for axes in plot_training_curves(ten).axes] == ["linear", "linear"]
 
 
-def test_a_given_teacher_has_no_curves(ten):
-    del ten["teacher"]["history"]
-    axes = panels(plot_training_curves(ten))
-    labels = [line.get_label() for panel in axes.values() for line in panel.get_lines()]
-    assert labels
-    assert all(label.startswith("student") for label in labels)
-
-
-def test_panels_without_data_are_left_out(ten):
-    for model in ("teacher", "student"):
+def test_panels_and_curves_without_data_are_left_out(ten):
+    for model in MODELS:
         ten[model]["history"] = [entry for entry in ten[model]["history"] if "loss" in entry]
     assert list(panels(plot_training_curves(ten))) == ["training loss", "learning rate"]
+    del ten["teacher"]["history"]  # it was given
+    drawn = [line.get_label() for axes in plot_training_curves(ten).axes for line in axes.get_lines()]
+    assert drawn == ["student: total", "student: classification", "student: distillation", "student"]
     # A student that was trained without a teacher's help has no parts; a loss that is no number leaves a gap.
-    ten["student"]["history"] = [{"epoch": epoch, "loss": loss} for epoch, loss in ((1, 2.0), (2, None), (3, 1.0))]
-    del ten["teacher"]["history"]
-    ((name, axes),) = panels(plot_training_curves(ten)).items()
-    assert name == "training loss"
+    ten["student"]["history"] = [{"epoch": e, "loss": loss, "ce_loss": loss} for e, loss in enumerate([2.0, None, 1])]
+    (axes,) = plot_training_curves(ten).axes
     np.testing.assert_array_equal(line(axes, "student: total")[1], [2, np.nan, 1])
     assert len(axes.get_lines()) == 1
 
 
 @pytest.mark.parametrize("history", [None, [], [{"epoch": 1.0, "loss": None}]])
 def test_no_history(ten, history):
-    ten["teacher"]["history"] = ten["student"]["history"] = history
+    for model in MODELS:
+        ten[model]["history"] = history
     with pytest.raises(ValueError, match="neither teacher nor student has a history"):
         plot_training_curves(ten)
 
@@ -342,20 +319,19 @@ def test_a_weight_of_distillation_is_told(ten):
 # ---- Confusions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["student", "teacher"])
+@pytest.mark.parametrize("model", MODELS)
 def test_confusion_matrix(ten, model):
     axes = plot_confusion(ten, model).axes[0]
     shares = axes.get_images()[0].get_array()
-    assert shares.shape == (10, 10)
-    np.testing.assert_allclose(shares.sum(axis=1), 100)
-    np.testing.assert_allclose(np.diag(shares), percents(ten, model))
-    place = {index: rank for rank, index in enumerate(largest_first(ten))}
+    order = largest_first(ten)
+    expected = np.diag(percents(ten, model))
     for true, predicted, number in ten[model]["confusions"]:
-        assert shares[place[true], place[predicted]] == pytest.approx(100 * number / 20)
-    data = ten["data"]
-    names = [data["class_names"][index] for index in place]
-    assert tick_names(axes.xaxis) == names
-    assert tick_names(axes.yaxis) == [f"{n} ({data['class_counts'][i]})" for n, i in zip(names, place, strict=True)]
+        expected[order.index(true), order.index(predicted)] = 100 * number / 20
+    np.testing.assert_allclose(shares, expected)
+    np.testing.assert_allclose(shares.sum(axis=1), 100)
+    names, counts = ten["data"]["class_names"], ten["data"]["class_counts"]
+    assert tick_names(axes.xaxis) == [names[index] for index in order]
+    assert tick_names(axes.yaxis) == [f"{names[index]} ({counts[index]})" for index in order]
     written = {text.get_position()[::-1]: float(text.get_text()) for text in axes.texts}
     assert written == {(row, column): shares[row, column] for row, column in zip(*shares.nonzero(), strict=True)}
     assert model in axes.figure.get_suptitle()

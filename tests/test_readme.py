@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 from bkd_hf import load_results
 from bkd_hf.arguments import _build_parser
 from bkd_hf.benchmark import BenchmarkOptions
-from bkd_hf.model_card import build
+from bkd_hf.card import build
 from bkd_hf.plots import figure_names
 from tests.conftest import REPOSITORY
 

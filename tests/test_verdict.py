@@ -7,9 +7,9 @@ import copy
 import pytest
 
 from bkd_hf import load_results
-from bkd_hf.model_card import build
+from bkd_hf.card import build
 from bkd_hf.verdict import free_alternatives, judge
-from tests.test_model_card import CARDS
+from tests.test_card import CARDS
 
 ADJUSTED = "the teacher after post-hoc logit adjustment (τ = 1)"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,12 @@ from .run_folder import WITHOUT_INFLUENCE
 from .targets import describe_targets
 from .verdict import free_alternatives, judge
 
-_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_TEMPLATE = Path(__file__).with_name("card_template.md")
 _REFERENCES = Path(__file__).with_name("references.bib")
-#: Classes below this accuracy are named among the limitations.
-_WEAK_ACCURACY = 0.2
+_WEAK_ACCURACY = 0.2  # classes below it are named among the limitations
 _FEW_TEST_IMAGES = 10
 _MAX_LISTED_CLASSES = 500
 _MAX_WEAKEST_CLASSES = 100
-_MAX_NAMED_CLASSES = 100
 _NUM_RANK_GROUPS = 20
 
 _METRICS = (  # title, key in `long_tail_metrics`, and its name in the metadata, for those that are there too
@@ -48,7 +46,8 @@ _METRICS = (  # title, key in `long_tail_metrics`, and its name in the metadata,
     ("worst class", "worst_class_accuracy", None),
     ("calibration error (ECE; lower is better)", "expected_calibration_error", None),
 )
-# What a method is made of, by option and choice: what it does, and its entry in `references.bib`.
+# All that the card says of a loss, weighting or sampler, by option and choice: its title, and its entry in
+# `references.bib`.
 _SOURCES: dict[str, dict[str, tuple[str, str]]] = {
     "classification_loss": {
         "cross_entropy": ("cross-entropy", ""),
@@ -84,7 +83,7 @@ def build(
     language: str | None = None,
     title: str | None = None,
 ) -> ModelCard:
-    """Write the card of a student.
+    """Write the card of a student (`str(card)` is its Markdown, `card.save(path)` writes it).
 
     Args:
         results: The content of a `results.json`, the file, or its folder.
@@ -95,9 +94,6 @@ def build(
         tags: Further tags.
         language: For the metadata; images have none.
         title: Headline; made of model, method and data if not given.
-
-    Returns:
-        The card: `str(card)` is its Markdown, `card.save(path)` writes it, `card.validate()` asks the Hub.
 
     Raises:
         InputError: If it is no `results.json`, or of another schema version, or `dataset_id` is malformed.
@@ -111,14 +107,18 @@ def build(
     license = license or UNKNOWN_LICENSE
     data, student, teacher = results["data"], results["student"], results["teacher"]
     dataset_id = dataset_id or data.get("hub_id")
-    name = student["model"].rpartition("/")[2]
-    title = title or f"{name}, trained by {results.get('method') or 'bkd'} on {data['name'].rpartition('/')[2]}"
+    name, method = student["model"].rpartition("/")[2], results.get("method") or "bkd"
+    distillation_tags = ["knowledge-distillation"] if teacher else []
     metadata = ModelCardData(
         language=language,
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys(["long-tailed", "imbalanced-data", *_method_tags(results), "bkd_hf", *tags])),
+        tags=list(
+            dict.fromkeys(
+                ["long-tailed", "imbalanced-data", *distillation_tags, method.partition(" ")[0], "bkd_hf", *tags]
+            )
+        ),
         datasets=[dataset_id] if dataset_id else None,
         base_model=base_model or student.get("hub_id"),
         metrics=["accuracy", "balanced_accuracy"],
@@ -129,33 +129,32 @@ def build(
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"text": _escape, "percent": _percent, "time": _time}
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    body = template.render(
-        title=title,
+    environment.filters |= {"text": _escape, "percent": _percent, "number": "{:,}".format}
+    options = training_options(results)
+    sources = [found[options[part]] for part, found in _SOURCES.items() if options.get(part) in found]
+    body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title or f"{name}, trained by {method} on {data['name'].rpartition('/')[2]}",
         repo_id=repo_id or name,
-        license=license,
-        unknown_license=license == UNKNOWN_LICENSE,
+        license=None if license == UNKNOWN_LICENSE else license,
         results=results,
         verdict=judge(results),
         alternatives={name: found for name, found in free_alternatives(results).items() if "tau" in found},
         targets=describe_targets(student["targets"], data["class_names"]) if student.get("targets") else None,
         data=data,
+        eval_split=data.get("eval_split"),
         dataset_id=dataset_id,
         student=student,
         teacher=teacher,
-        needs_code=_is_cifar_resnet(student),
+        needs_code=_needs_code(student),
         figures={figure.removesuffix(".png"): f"figures/{figure}" for figure in figure_names(results)},
-        parts=[what for what, _ in _parts(results)],
-        citations=_citations(results),
+        parts=[title for title, _ in sources],
+        citations=_citations(key for _, key in sources if key),
         accuracies=_accuracy_rows(results),
         classes=_class_table(results),
-        test_images=_test_images(results),
-        is_best_checkpoint=training_options(results)["load_best_model_at_end"],
-        limitations=_limitations(results),
+        is_best_checkpoint=options["load_best_model_at_end"],
+        limits=_limits(results),
         trainings=_training_rows(results),
         recipe=to_recipe(results, dataset_id),
-        is_from_script=bool(results["options"]["model"]),
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 
@@ -195,7 +194,7 @@ def of_teacher(results: dict[str, Any]) -> dict[str, Any]:
     training = {**options["training"], **options["teacher_training"]}
     # What is said of a model is said of the student: here that is the teacher.
     model = {name: value for name, value in options["model"].items() if not name.startswith("teacher_")}
-    model |= {"model_name_or_path": results["teacher"]["hub_id"] or results["teacher"]["model"]} if model else {}
+    model |= {"model_name_or_path": results["teacher"].get("hub_id") or results["teacher"]["model"]} if model else {}
     return {
         **results,
         "method": results["teacher"].get("method") or "ce",
@@ -251,12 +250,7 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
-# ---- Metadata ------------------------------------------------------------------------------------------------------
-
-
-def _method_tags(results: dict[str, Any]) -> list[str]:
-    has_teacher = bool(results.get("teacher"))
-    return (["knowledge-distillation"] if has_teacher else []) + [(results.get("method") or "bkd").partition(" ")[0]]
+# ---- Parts ---------------------------------------------------------------------------------------------------------
 
 
 def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list[EvalResult]:
@@ -278,36 +272,34 @@ def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list
     ]
 
 
-def _is_cifar_resnet(model: dict[str, Any]) -> bool:
+def _needs_code(model: dict[str, Any]) -> bool:
     """Whether a model's code travels with it; results of earlier versions tell by the name alone."""
     if "architecture" in model:
         return model["architecture"] == "CifarResNetForImageClassification"
     return cifar_resnet_depth(model["model"]) is not None
 
 
-# ---- Tables --------------------------------------------------------------------------------------------------------
+def _citations(keys: Iterable[str]) -> list[str]:
+    entries = _REFERENCES.read_text(encoding="utf-8").strip().split("\n\n")
+    by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+    return [by_key[key] for key in dict.fromkeys(keys)]
 
 
 def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
     data, student, teacher = results["data"], results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
-    sizes = {f"{name}_accuracy": int(group.sum()) for name, group in _groups(data).items()}
-    bounds = {
-        "many_shot_accuracy": f"> {data['many_shot_threshold']}",
-        "medium_shot_accuracy": f"{data['few_shot_threshold']} to {data['many_shot_threshold']}",
-        "few_shot_accuracy": f"< {data['few_shot_threshold']}",
-    }
+    many, few = data["many_shot_threshold"], data["few_shot_threshold"]
+    groups = shot_groups(data["class_counts"], many, few)
+    bounds = {"many_shot": f"> {many}", "medium_shot": f"{few} to {many}", "few_shot": f"< {few}"}
     rows = []
     for title, key, _ in _METRICS:
         if student.get(key) is None:
             continue
-        if key in bounds:
-            title += f" ({bounds[key]} training images; classes: {sizes[key]:,})"
-        row = [title]
+        if (group := key.removesuffix("_accuracy")) in groups:
+            title += f" ({bounds[group]} training images; classes: {groups[group].sum():,})"
+        row = [title, f"**{_percent(student[key])}**"]
         if teacher is not None:
-            row += [_percent(teacher.get(key)), f"**{_percent(student[key])}**"]
-            row += [f"{100 * (student[key] - teacher[key]):+.1f}" if teacher.get(key) is not None else "–"]
-        else:
-            row += [f"**{_percent(student[key])}**"]
+            row.insert(1, _percent(teacher.get(key)))
+            row.append(f"{100 * (student[key] - teacher[key]):+.1f}" if teacher.get(key) is not None else "–")
         rows.append(row)
     return rows
 
@@ -317,17 +309,14 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
     data = results["data"]
     counts, tested = np.asarray(data["class_counts"]), np.asarray(data["eval_class_counts"])
     accuracies = {model: _class_accuracies(results[model]) for model in ("teacher", "student") if results.get(model)}
-    correct = np.round(np.nan_to_num(accuracies["student"]) * tested).astype(int)
+    correct = np.round(np.nan_to_num(accuracies["student"]) * tested)
     low, high = wilson_interval(correct, np.maximum(tested, 1))
     order = np.argsort(-counts, kind="stable")
 
     def row(index: int) -> list[str]:
         cells = [_escape(data["class_names"][index]), f"{counts[index]:,}", f"{tested[index]:,}"]
-        if not tested[index]:
-            return [*cells, *(["–"] * (len(accuracies) + 1))]
-        if "teacher" in accuracies:
-            cells.append(_percent(accuracies["teacher"][index]))
-        return [*cells, _percent(accuracies["student"][index]), f"{100 * low[index]:.0f} – {100 * high[index]:.0f}"]
+        cells += [_percent(values[index]) for values in accuracies.values()]
+        return [*cells, f"{100 * low[index]:.0f} – {100 * high[index]:.0f}" if tested[index] else "–"]
 
     header = ["class", "training images", "test images", *accuracies, "95 % interval"]
     if counts.size <= _MAX_LISTED_CLASSES:
@@ -336,7 +325,7 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
         [
             f"{part[0] + 1:,} – {part[-1] + 1:,}",
             f"{counts[order[part]].max():,} – {counts[order[part]].min():,}",
-            *(_percent(_mean_of_known(values[order[part]])) for values in accuracies.values()),
+            *(_percent(np.ma.masked_invalid(values[order[part]]).mean()) for values in accuracies.values()),
             f"{int((accuracies['student'][order[part]] == 0).sum()):,}",
         ]
         for part in np.array_split(np.arange(counts.size), _NUM_RANK_GROUPS)
@@ -356,7 +345,7 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, list[str]] = {}
     for model in models:
         options, about = training_options(results, model), results[model]["training"]
-        method = (results["teacher"] or {}).get("method") if model == "teacher" else results.get("method")
+        method = results[model].get("method") or "ce" if model == "teacher" else results.get("method") or "bkd"
         schedule = options["lr_scheduler_type"]
         if options.get("lr_step_epochs"):
             steps = zip(options["lr_step_epochs"], options["lr_step_factors"], strict=True)
@@ -366,18 +355,20 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
         elif options.get("warmup_steps"):
             schedule += f", warm-up {options['warmup_steps']:g}"
         momentum = f" with momentum {options['momentum']:g}" if options.get("momentum") else ""
-        processes = results["hardware"]["num_processes"]
-        per_device, accumulated = options["per_device_train_batch_size"], options["gradient_accumulation_steps"]
+        processes, seconds = results["hardware"]["num_processes"], about["seconds"]
+        minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
         for title, value in {
             "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters)",
-            "method": f"{method or ('ce' if model == 'teacher' else 'bkd')}: {_loss(options)}",
+            "method": f"{method}: {_loss(options)}",
             "epochs, steps": f"{about['epochs']:g}, {about['steps']:,}",
-            "images in a step": f"{effective_batch_size(results, model):,} = {per_device} × {accumulated} accumulated "
-            f"× {processes} process{'es' if processes > 1 else ''}",
+            "images in a step": f"{effective_batch_size(results, model):,} = {options['per_device_train_batch_size']}"
+            f" × {options['gradient_accumulation_steps']} accumulated × {processes} "
+            f"process{'es' if processes > 1 else ''}",
             "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
             f"{options['weight_decay']:g}",
             "schedule": schedule,
-            "time": f"{_time(about['seconds'])}, {about['images_per_second']:,.0f} images a second",
+            "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
+            f"{about['images_per_second']:,.0f} images a second",
         }.items():
             rows.setdefault(title, []).append(_escape(value))
     return {"models": models, "rows": rows}
@@ -400,106 +391,26 @@ def _loss(options: dict[str, Any]) -> str:
     return " + ".join(terms) + "".join(f", {other}" for other in others)
 
 
-# ---- Limitations ---------------------------------------------------------------------------------------------------
-
-
-def _limitations(results: dict[str, Any]) -> list[str]:
-    """Sentences that follow from the numbers."""
-    data, student, teacher = results["data"], results["student"], results["teacher"]
-    metrics, accuracies = student["metrics"], _class_accuracies(student)
-    tested = np.asarray(data["eval_class_counts"])
-    names = data["class_names"]
-    found = []
-
-    weak = np.flatnonzero(accuracies < _WEAK_ACCURACY)
-    weak = weak[np.argsort(accuracies[weak], kind="stable")]
-    if weak.size:
-        listed = _listed([f"{_escape(names[index])} ({_percent(accuracies[index])} %)" for index in weak])
-        number = f"{weak.size:,} of {len(names):,} classes {'is' if weak.size == 1 else 'are'}"
-        found.append(
-            f"**{number} recognised less than one time in five**: {listed}. Do not rely on it for {_them(weak)}."
-        )
-    else:
-        worst = int(np.nanargmin(accuracies))
-        low, high = wilson_interval(round(accuracies[worst] * tested[worst]), tested[worst])
-        found.append(
-            f"The weakest class is {_escape(names[worst])}: {_percent(accuracies[worst])} % of its {tested[worst]:,} "
-            f"test images (95 % interval {100 * low:.0f} to {100 * high:.0f} %)."
-        )
-    groups = {"many": metrics.get("many_shot_accuracy"), "few": metrics.get("few_shot_accuracy")}
-    if None not in groups.values() and groups["few"] < groups["many"]:
-        found.append(
-            f"Rare classes are still recognised less often than common ones: {_percent(groups['few'])} % (few-shot) "
-            f"against {_percent(groups['many'])} % (many-shot)."
-        )
-    for name in ("many", "medium", "few"):
-        key = f"{name}_shot_accuracy"
-        lost = ((teacher or {}).get("metrics") or {}).get(key, 0) - metrics.get(key, np.inf)
-        if lost >= 0.005:
-            found.append(f"{name.capitalize()}-shot classes lose {100 * lost:.1f} points against the teacher.")
-    untested, barely = np.flatnonzero(tested == 0), np.flatnonzero((tested > 0) & (tested < _FEW_TEST_IMAGES))
-    if untested.size:
-        listed = _listed([_escape(names[index]) for index in untested])
-        found.append(f"{_classes(untested)} no test image, so nothing is known of {_them(untested)}: {listed}.")
-    if barely.size:
-        found.append(
-            f"{_classes(barely)} fewer than {_FEW_TEST_IMAGES} test images: what is said of {_them(barely)} alone is "
-            "a guess; see the intervals."
-        )
-    if teacher and judge(results).is_better is False:
-        found.append("Distillation gained nothing here, or not everywhere, beyond what costs nothing: see the table.")
-    if training_options(results)["load_best_model_at_end"]:
-        found.append(
-            "The checkpoint was chosen by the images that all these numbers are of, which flatters them: expect less."
-        )
-    error = metrics["expected_calibration_error"]
-    if error >= 0.05:
-        found.append(
-            f"Its probabilities are not to be taken at their word: confidence and accuracy differ by "
-            f"{_percent(error)} points on average."
-        )
-    low, high = wilson_interval(round(metrics["accuracy"] * data["num_eval_images"]), data["num_eval_images"])
-    found.append(
-        f"The overall accuracy is known to {100 * low:.1f} – {100 * high:.1f} % from {data['num_eval_images']:,} test "
-        f"images (95 %). It is of one training run (seed {results['seed']}), and another seed moves it further."
-    )
-    found.append(
-        f"It names one of its {len(names):,} classes for every image, also for one that shows none of them; only "
-        "images like those of its test set were tried."
-    )
-    return found
-
-
-def _test_images(results: dict[str, Any]) -> str:
-    """Which images the accuracies are of."""
-    data = results["data"]
-    split = data.get("eval_split")
-    number = f"{data['num_eval_images']:,} test images"
-    if split is None:
-        return number
-    if split == "train":
-        return f"{number}, which were set aside of the training data"
-    return f"{number} (split `{split}`)"
-
-
-def _parts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the student was trained with, and the keys of the papers."""
-    options = training_options(results)
-    choices = ((part, options.get(part)) for part in _SOURCES)
-    return [_SOURCES[part][choice] for part, choice in choices if choice in _SOURCES[part]]
-
-
-def _citations(results: dict[str, Any]) -> list[str]:
-    entries = _REFERENCES.read_text(encoding="utf-8").strip().split("\n\n")
-    by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
-    return [by_key[key] for key in dict.fromkeys(key for _, key in _parts(results) if key)]
-
-
-# ---- Values --------------------------------------------------------------------------------------------------------
-
-
-def _groups(data: dict[str, Any]) -> dict[str, np.ndarray]:
-    return shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
+def _limits(results: dict[str, Any]) -> dict[str, Any]:
+    """What the section on limitations tells: names of classes (escaped), and numbers."""
+    data, metrics = results["data"], results["student"]["metrics"]
+    teacher = (results["teacher"] or {}).get("metrics") or {}
+    accuracies, tested = _class_accuracies(results["student"]), np.asarray(data["eval_class_counts"])
+    names = [_escape(name) for name in data["class_names"]]
+    order = np.argsort(accuracies, kind="stable")  # nan comes last
+    worst, num_images = order[0], data["num_eval_images"]
+    lost = {name: teacher.get(key := f"{name}_shot_accuracy", 0) - metrics.get(key, np.inf)
+            for name in ("many", "medium", "few")}  # fmt: skip
+    return {
+        "weak": [f"{names[i]} ({_percent(accuracies[i])} %)" for i in order if accuracies[i] < _WEAK_ACCURACY],
+        "worst": {"name": names[worst], "accuracy": accuracies[worst], "images": int(tested[worst])},
+        "worst_interval": wilson_interval(round(accuracies[worst] * tested[worst]), tested[worst]),
+        "lost": {name: points for name, points in lost.items() if points >= 0.005},
+        "untested": [names[i] for i in np.flatnonzero(tested == 0)],
+        "barely": [names[i] for i in np.flatnonzero((tested > 0) & (tested < _FEW_TEST_IMAGES))],
+        "few_test_images": _FEW_TEST_IMAGES,
+        "interval": wilson_interval(round(metrics["accuracy"] * num_images), num_images),
+    }
 
 
 def _class_accuracies(model: dict[str, Any]) -> np.ndarray:
@@ -507,32 +418,8 @@ def _class_accuracies(model: dict[str, Any]) -> np.ndarray:
     return np.asarray(model["metrics"]["per_class_accuracy"], dtype=np.float64)
 
 
-def _mean_of_known(values: np.ndarray) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else None
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or np.isnan(value) else f"{100 * value:.1f}"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _MAX_NAMED_CLASSES
-    return ", ".join(names[:_MAX_NAMED_CLASSES]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _classes(numbers: np.ndarray) -> str:
-    return "1 class has" if numbers.size == 1 else f"{numbers.size:,} classes have"
-
-
-def _them(numbers: np.ndarray) -> str:
-    return "it" if numbers.size == 1 else "them"
+def _percent(value: Any, digits: int = 1) -> str:
+    return "–" if value is None or value is np.ma.masked or np.isnan(value) else f"{100 * value:.{digits}f}"
 
 
 def _escape(text: Any) -> str:

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.model_card import build, of_teacher, to_recipe
+from bkd_hf.card import build, of_teacher, to_recipe
 from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
 from bkd_hf.run_folder import _told
 from tests.conftest import REPOSITORY
@@ -29,7 +29,7 @@ def results() -> dict:
     return load_results(CARDS / "digits")
 
 
-def results_with(counts: list[int], tested: list[int], names: list[str] | None = None, accuracy: float = 0.6) -> dict:
+def results_with(counts: list[int], tested: list[int], names: list[str] | None = None) -> dict:
     """Results of a run on made-up data; the metrics fit each other."""
     generator, num_classes = np.random.default_rng(0), len(counts)
     results = copy.deepcopy(load_results(CARDS / "digits"))
@@ -38,7 +38,7 @@ def results_with(counts: list[int], tested: list[int], names: list[str] | None =
         "class_counts": counts, "eval_class_counts": tested,
         "num_train_images": sum(counts), "num_eval_images": sum(tested),
     }  # fmt: skip
-    for model, share in (("teacher", accuracy / 2), ("student", accuracy)):
+    for model, share in (("teacher", 0.3), ("student", 0.6)):
         correct = generator.binomial(tested, share)
         known = np.asarray(tested) > 0
         recall = np.divide(correct, tested, where=known, out=np.full(num_classes, np.nan))
@@ -70,22 +70,21 @@ def table_after(card: ModelCard, header: str) -> list[list[str]]:
 def test_metadata(results):
     results["student"]["hub_id"], results["teacher"]["hub_id"] = "google/vit", "big/teacher"
     found = metadata(build(results, "user/x", license="mit", dataset_id="uoft-cs/cifar100", tags=["mine"]))
-    assert found["license"] == "mit"
-    assert found["library_name"] == "transformers"
-    assert found["pipeline_tag"] == "image-classification"
-    assert found["datasets"] == ["uoft-cs/cifar100"]
-    assert found["base_model"] == "google/vit"
-    assert found["teacher_model"] == "big/teacher"
-    assert {"long-tailed", "bkd", "knowledge-distillation", "mine"} <= set(found["tags"])
-    (entry,) = found["model-index"]
-    metrics = {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]}
+    (entry,) = found.pop("model-index")
+    assert found == {
+        "license": "mit", "library_name": "transformers", "pipeline_tag": "image-classification",
+        "datasets": ["uoft-cs/cifar100"], "base_model": "google/vit", "teacher_model": "big/teacher",
+        "metrics": ["accuracy", "balanced_accuracy"],
+        "tags": ["long-tailed", "imbalanced-data", "knowledge-distillation", "bkd", "bkd_hf", "mine"],
+    }  # fmt: skip
     measured = results["student"]["metrics"]
-    assert metrics == {
+    assert {metric["name"]: metric["value"] for metric in entry["results"][0]["metrics"]} == {
         "Accuracy, overall": pytest.approx(measured["accuracy"], abs=1e-6),
         "Accuracy, balanced (mean over classes)": pytest.approx(measured["balanced_accuracy"], abs=1e-6),
-        "Accuracy, many-shot": pytest.approx(measured["many_shot_accuracy"], abs=1e-6),
-        "Accuracy, medium-shot": pytest.approx(measured["medium_shot_accuracy"], abs=1e-6),
-        "Accuracy, few-shot": pytest.approx(measured["few_shot_accuracy"], abs=1e-6),
+        **{
+            f"Accuracy, {name}-shot": pytest.approx(measured[f"{name}_shot_accuracy"], abs=1e-6)
+            for name in ("many", "medium", "few")
+        },
     }
 
 
@@ -137,13 +136,9 @@ def test_weak_and_untested_classes_are_named():
 def test_which_images_the_numbers_are_of(results, split, told):
     results["data"]["eval_split"] = split
     assert told in str(build(results))
-
-
-def test_a_chosen_checkpoint_is_told(results):
     results["options"]["training"]["load_best_model_at_end"] = True
     card = str(build(results))
-    assert "of the checkpoint that was best on them" in card
-    assert "after the last epoch" not in card
+    assert told.replace("after the last epoch", "of the checkpoint that was best on them") in card
     assert "which flatters them" in card
 
 
@@ -165,14 +160,11 @@ def test_two_classes():
 
 
 def test_8142_classes_stay_readable():
-    generator = np.random.default_rng(1)
-    counts = np.sort(generator.integers(2, 1000, 8142))[::-1].tolist()
-    card = str(build(results_with(counts, [1] * 8142)))
-    assert len(card) < 30_000
-    assert "The 100 classes that are weakest for certain" in card
-    ranks = table_after(
-        build(results_with(counts, [1] * 8142)), "| rank | training images | teacher | student | never recognised |"
-    )
+    counts = np.sort(np.random.default_rng(1).integers(2, 1000, 8142))[::-1].tolist()
+    card = build(results_with(counts, [1] * 8142))
+    assert len(str(card)) < 30_000
+    assert "The 100 classes that are weakest for certain" in str(card)
+    ranks = table_after(card, "| rank | training images | teacher | student | never recognised |")
     assert len(ranks) == 20
     assert ranks[-1][0].endswith("8,142")
 
@@ -201,13 +193,9 @@ def test_results_of_earlier_versions_have_a_card_too():
     assert "accelerate launch scripts/run_bkd.py --config recipe.yaml" in card
 
 
-def test_same_results_give_the_same_card(results):
-    assert str(build(results)) == str(build(copy.deepcopy(results)))
-
-
-def test_results_are_not_changed(results):
+def test_same_results_give_the_same_card_and_are_not_changed(results):
     before = copy.deepcopy(results)
-    build(results, "user/x")
+    assert str(build(results)) == str(build(before))
     assert results == before
 
 
@@ -232,16 +220,13 @@ def test_other_schema_version_is_refused_from_python_too(results):
         build({**results, "schema_version": 2})
 
 
-def test_card_of_the_teacher(results):
+def test_card_and_recipe_of_the_teacher(results):
+    results["teacher"]["model"] = "cifar-resnet-20"
+    results["options"]["model"]["teacher_model_name_or_path"] = "cifar-resnet-20"
     card = build(of_teacher(results), "user/teacher")
     value = metadata(card)["model-index"][0]["results"][0]["metrics"][0]["value"]
     assert value == pytest.approx(results["teacher"]["metrics"]["accuracy"], abs=1e-6)
     assert "| accuracy in % | this model |" in str(card)
-
-
-def test_recipe_of_the_teacher_trains_the_teacher(results):
-    results["teacher"]["model"] = "cifar-resnet-20"
-    results["options"]["model"]["teacher_model_name_or_path"] = "cifar-resnet-20"
     recipe = yaml.safe_load(to_recipe(of_teacher(results)))
     assert (recipe["model_name_or_path"], recipe["method"]) == ("cifar-resnet-20", "ce")
     assert "teacher_model_name_or_path" not in recipe

@@ -28,6 +28,7 @@ from .arguments import CHOOSE_WORKERS, DataArguments, ModelArguments, RunArgumen
 from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
+from .images import ImageDataset, channel_statistics, default_augmentation, default_num_workers
 from .machine import keep_freed_memory, set_num_threads
 from .methods import METHODS
 from .metrics import LongTailEvaluation, shot_groups
@@ -61,7 +62,6 @@ from .run_folder import (
 from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
-from .transforms import ImageDataset, channel_statistics, default_augmentation, default_num_workers
 from .verdict import judge
 from .views import same_pixels
 
@@ -546,7 +546,7 @@ def _decode(
     return ImageDataset(
         split,
         processor,
-        augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,  # type: ignore[arg-type]
+        augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,
         horizontal_flip=options.horizontal_flip,
         cache_images=options.cache_images,  # type: ignore[arg-type]
         teacher_processor=teacher,

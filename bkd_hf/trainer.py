@@ -39,6 +39,7 @@ from .config import BKDConfig
 from .data import class_counts as count_classes
 from .data import labels_of
 from .errors import InputError
+from .images import ImageDataset, collate_images
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, corrects, mixture
 from .metrics import LongTailEvaluation, NotFiniteError, shot_thresholds
@@ -56,7 +57,6 @@ from .teacher import (
     num_labels,
 )
 from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, describe_views, is_augmented
-from .transforms import ImageDataset, collate_images
 from .weights import check_class_counts, class_balanced_weights, deferred_weights
 
 logger = logging.get_logger(__name__)

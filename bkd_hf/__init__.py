@@ -12,6 +12,7 @@ _HOMES = {
     "config": ["BKDConfig"],
     "data": ["class_counts", "load_image_dataset", "long_tailed_counts", "make_long_tailed"],
     "errors": ["InputError", "PublishError"],
+    "images": ["ImageDataset", "default_augmentation"],
     "losses": [
         "balanced_distillation_loss",
         "balanced_softmax_loss",
@@ -43,7 +44,6 @@ _HOMES = {
     "results": ["load_results"],
     "teacher": ["FrozenTeacher", "align_labels", "load_teacher"],
     "trainer": ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"],
-    "transforms": ["ImageDataset", "default_augmentation"],
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -21,11 +21,11 @@ from transformers import HfArgumentParser, TrainingArguments
 from .config import METHOD_OPTIONS, BKDConfig
 from .data import PROFILES
 from .errors import InputError
+from .images import AUGMENTATIONS, CACHE_IMAGES
 from .machine import PRECISIONS, default_precision
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
 from .objective import METHODS, RECOMMENDED
-from .transforms import AUGMENTATIONS, CACHE_IMAGES
 
 #: The Hub's name for a licence that nobody has chosen.
 UNKNOWN_LICENSE = "unknown"

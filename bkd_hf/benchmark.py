@@ -61,6 +61,7 @@ from .data import (
     stored_images,
 )
 from .errors import InputError
+from .images import ImageDataset, collate_images, default_augmentation, random_resized_crop_box
 from .losses import bkd_loss
 from .machine import default_precision, keep_freed_memory, set_num_threads
 from .metrics import long_tail_metrics
@@ -70,7 +71,6 @@ from .results import describe_hardware, describe_versions
 from .teacher import load_teacher
 from .teacher_cache import DEFAULT_VIEWS, TeacherCache
 from .trainer import BKDTrainer
-from .transforms import ImageDataset, collate_images, default_augmentation, random_resized_crop_box
 from .weights import class_balanced_weights
 
 SCHEMA_VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .config import METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
-from .objective import METHODS
+from .objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .plots import figure_names
 from .results import check_schema, effective_batch_size, load_results, training_options
 from .run_folder import WITHOUT_INFLUENCE
@@ -46,30 +46,17 @@ _METRICS = (  # title, key in `long_tail_metrics`, and its name in the metadata,
     ("worst class", "worst_class_accuracy", None),
     ("calibration error (ECE; lower is better)", "expected_calibration_error", None),
 )
-# All that the card says of a loss, weighting or sampler, by option and choice: its title, and its entry in
-# `references.bib`.
-_SOURCES: dict[str, dict[str, tuple[str, str]]] = {
-    "classification_loss": {
-        "cross_entropy": ("cross-entropy", ""),
-        "focal": ("the focal loss", "lin2017focal"),
-        "ldam": ("the LDAM loss", "cao2019learning"),
-        "balanced_softmax": ("balanced softmax", "ren2020balanced"),
-        "logit_adjustment": ("the logit-adjusted cross-entropy", "menon2021longtail"),
-    },
+# What the card says of choices that are no losses: title, and number on arXiv. Losses say it in their docstrings.
+_SOURCES = {
     "class_weighting": {
-        "reweight": ("class weights by the effective number of examples", "cui2019class"),
-        "drw": ("deferred re-weighting", "cao2019learning"),
+        "reweight": ("class weights by the effective number of examples", "1901.05555"),
+        "drw": ("deferred re-weighting", "1906.07413"),
     },
-    "sampler": {"class_balanced": ("class-balanced sampling", "kang2020decoupling")},
-    "distillation_loss": {
-        "bkd": (
-            "Balanced Knowledge Distillation: a teacher's answers, re-weighted by class so that rare ones count",
-            "zhang2021balanced",
-        ),
-        "kd": ("knowledge distillation", "hinton2015distilling"),
-        "dive": ("DiVE: the teacher's answers are flattened into virtual examples", "he2021distilling"),
-        "dkd": ("decoupled knowledge distillation", "zhao2022decoupled"),
-    },
+    "sampler": {"class_balanced": ("class-balanced sampling", "1910.09217")},
+}
+_LOSSES: dict[str, Mapping[str, Loss | None]] = {
+    "classification_loss": CLASSIFICATION_LOSSES,
+    "distillation_loss": DISTILLATION_LOSSES,
 }
 
 
@@ -131,7 +118,7 @@ def build(
     )
     environment.filters |= {"text": _escape, "percent": _percent, "number": "{:,}".format}
     options = training_options(results)
-    sources = [found[options[part]] for part, found in _SOURCES.items() if options.get(part) in found]
+    sources = _sources(options)
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=title or f"{name}, trained by {method} on {data['name'].rpartition('/')[2]}",
         repo_id=repo_id or name,
@@ -148,7 +135,7 @@ def build(
         needs_code=_needs_code(student),
         figures={figure.removesuffix(".png"): f"figures/{figure}" for figure in figure_names(results)},
         parts=[title for title, _ in sources],
-        citations=_citations(key for _, key in sources if key),
+        citations=_citations(source for _, source in sources if source),
         accuracies=_accuracy_rows(results),
         classes=_class_table(results),
         is_best_checkpoint=options["load_best_model_at_end"],
@@ -279,10 +266,25 @@ def _needs_code(model: dict[str, Any]) -> bool:
     return cifar_resnet_depth(model["model"]) is not None
 
 
-def _citations(keys: Iterable[str]) -> list[str]:
+def _sources(options: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """Title and number on arXiv of each part of the method."""
+    found: list[tuple[str, str | None]] = []
+    for part in ("classification_loss", "class_weighting", "sampler", "distillation_loss"):
+        choice = options.get(part, "none")
+        if loss := _LOSSES.get(part, {}).get(choice):
+            found.append((loss.title, loss.source))
+        elif choice in _SOURCES.get(part, {}):
+            found.append(_SOURCES[part][choice])
+    return found
+
+
+def _citations(sources: Iterable[str]) -> list[str]:
+    """Entries for papers on arXiv; one that `references.bib` lacks gets its number alone."""
     entries = _REFERENCES.read_text(encoding="utf-8").strip().split("\n\n")
-    by_key = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
-    return [by_key[key] for key in dict.fromkeys(keys)]
+    known = {re.search(r"eprint\s*= {(.*?)}", entry)[1]: entry for entry in entries}  # type: ignore[index]
+    return [
+        known.get(source) or f"@misc{{arxiv{source},\n  eprint = {{{source}}}\n}}" for source in dict.fromkeys(sources)
+    ]
 
 
 def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .errors import InputError, first_line
 from .image_folder import load_image_folder
-from .randomness import hash_uniform
+from .sampling import hash_uniform
 
 logger = logging.get_logger(__name__)
 

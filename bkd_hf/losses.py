@@ -132,11 +132,11 @@ def balanced_distillation_loss(
     reduction: Reduction = "mean",
     power: float | Literal["auto"] = 1.0,
 ) -> torch.Tensor:
-    """Class-balanced distillation (Zhang et al., 2021, arXiv 2104.10510, eq. 5-6).
+    """Class-balanced distillation, as in Balanced Knowledge Distillation (Zhang et al., 2021, arXiv 2104.10510).
 
         BKD = T² · KL( softmax(z_t / T + p · log w) ‖ softmax(z_s / T) )
 
-    The paper (p = 1) multiplies the teacher's softmax by ``w`` and renormalises; that is exactly a shift of its logits
+    The paper (p = 1, eq. 5-6) multiplies the teacher's softmax by ``w`` and renormalises; that is exactly a shift of its logits
     by ``log w``, which cannot underflow. The scale of ``w`` cancels. The weights act on the *classes* of each target
     distribution, not on the examples.
 
@@ -332,7 +332,7 @@ def dive_loss(
     power: float = 0.5,
     reduction: Reduction = "mean",
 ) -> torch.Tensor:
-    """Distillation term of Distilling Virtual Examples (He et al., 2021, arXiv 2103.15042, eq. 6-8).
+    """Distillation of virtual examples, DiVE (He et al., 2021, arXiv 2103.15042, eq. 6-8).
 
         DiVE = T² · KL( softmax(power · z_t / T) ‖ softmax(z_s / T) )
 

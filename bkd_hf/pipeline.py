@@ -31,6 +31,7 @@ from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
 from .hub import CARD_NAME, check_repo_access, publish_run
+from .images import ImageDataset, channel_statistics, default_augmentation, default_num_workers
 from .machine import keep_freed_memory, precision_of, set_num_threads
 from .metrics import LongTailEvaluation, shot_groups
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
@@ -60,7 +61,6 @@ from .run_folder import (
 from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
-from .transforms import ImageDataset, channel_statistics, default_augmentation, default_num_workers
 from .verdict import judge
 from .views import same_pixels
 
@@ -549,7 +549,7 @@ def _decode(
     return ImageDataset(
         split,
         processor,
-        augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,  # type: ignore[arg-type]
+        augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,
         horizontal_flip=options.horizontal_flip,
         cache_images=options.cache_images,  # type: ignore[arg-type]
         teacher_processor=teacher,

@@ -30,8 +30,8 @@ from transformers import DataCollatorWithPadding, DefaultDataCollator, PreTraine
 from transformers.utils import logging
 
 from .errors import InputError
+from .images import collate_images
 from .sampling import innermost
-from .transforms import collate_images
 
 if TYPE_CHECKING:
     from .teacher import FrozenTeacher

@@ -23,6 +23,7 @@ from .callbacks import EpochSetter, FiniteGuard, LossMeter, TeacherLogitsError, 
 from .config import BKDConfig
 from .counting import count_training_examples, training_labels
 from .errors import InputError
+from .images import ImageDataset, collate_images
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .metrics import LongTailEvaluation, check_class_counts, shot_thresholds
 from .models import freeze_backbone, load_weights_strictly, start_from_teacher, the_head, why_not_alike
@@ -40,8 +41,13 @@ from .teacher import (
     load_teacher,
     num_labels,
 )
-from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, is_augmented, open_teacher_cache
-from .transforms import ImageDataset, collate_images
+from .teacher_cache import (
+    DEFAULT_VIEWS,
+    TeacherCache,
+    describe_teacher,
+    is_augmented,
+    open_teacher_cache,
+)
 
 logger = logging.get_logger(__name__)
 

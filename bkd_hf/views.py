@@ -1,10 +1,10 @@
 """How one image processor renders an image: which part of it, at what size, in which numbers.
 
-Views stay bytes for as long as they travel (`PixelBytes`), and become numbers on the device of the model.
+Views stay bytes while they travel (`PixelBytes`), and become numbers on the device of the model.
 
 The processor's own code is asked, not imitated: its arithmetic is measured on black and white, and undone to get the
 bytes that it works on; which part of an image it keeps is read off coordinates that were sent through it. So every
-processor that resizes, crops, and maps bytes to numbers channel by channel is understood, whatever its options are.
+processor works that resizes, crops, and maps bytes to numbers channel by channel, whatever its options are.
 """
 
 from __future__ import annotations
@@ -65,31 +65,15 @@ class PixelBytes:
 
     @staticmethod
     def join(parts: Sequence[PixelBytes]) -> PixelBytes:
-        """Put batches together, without a copy if they are the parts of one (see [`whole`]).
+        """Put batches together.
 
         Raises:
             ValueError: If their arithmetic differs.
         """
-        first, tensors = parts[0], [part.values for part in parts]
+        first = parts[0]
         if any((part.scale, part.shift) != (first.scale, first.shift) for part in parts):
             raise ValueError("Images of data sets with different image processors do not fit into one batch.")
-        values = whole(tensors)
-        return PixelBytes(torch.cat(tensors) if values is None else values.flatten(0, 1), first.scale, first.shift)
-
-
-def whole(parts: Sequence[Any]) -> torch.Tensor | None:
-    """The tensor of which these are all the parts, in order; `None` if there is none."""
-    first = parts[0]
-    if not all(isinstance(part, torch.Tensor) for part in parts) or first.requires_grad:
-        return None
-    begin, step = first.untyped_storage().data_ptr(), first.nbytes
-    layout = (first.shape, first.stride(), first.dtype)
-    if first.untyped_storage().nbytes() != len(parts) * step or any(
-        part.data_ptr() != begin + i * step or (part.shape, part.stride(), part.dtype) != layout
-        for i, part in enumerate(parts)
-    ):
-        return None
-    return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
+        return PixelBytes(torch.cat([part.values for part in parts]), first.scale, first.shift)
 
 
 class Rendering:
@@ -106,12 +90,19 @@ class Rendering:
 
     def __init__(self, processor: BaseImageProcessor, region_of: Rendering | None = None):
         self.processor = processor
-        self.height, self.width = output_size(processor)
+        height, width = output_size(processor)
+        self.size = width, height
         resample = getattr(processor, "resample", None)
         self._resample = PILImageResampling.BILINEAR if resample is None else resample  # NEAREST is 0
         self._flips_channels = bool(getattr(processor, "do_flip_channel_order", False))
         self._scale, self._shift = _arithmetic(processor)
         self._region_of = region_of if region_of is not None and not self._shows_the_same(region_of) else None
+        # Images of the model's size that the processor shows as they are need not be sent through it, which takes
+        # longer than to decode 32×32 pixels.
+        self._keeps_size: tuple[int, int] | None = None
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        if np.array_equal(self.view(Image.fromarray(noise)), noise):
+            self._keeps_size = self.size
 
     def describe(self) -> dict[str, Any]:
         """Return all that a view depends on, beside the image."""
@@ -120,13 +111,15 @@ class Rendering:
 
     def view(self, image: Image.Image) -> np.ndarray:
         """H×W×3 bytes: what the processor makes of the image, before its arithmetic."""
+        if image.size == self._keeps_size:
+            return np.asarray(image)
         if self._region_of is None:
             return self._bytes(image)
         return self.part(image, self._region_of.region(*image.size))
 
     def part(self, image: Image.Image, box: Box, mirrored: bool = False) -> np.ndarray:
         """H×W×3 bytes: a part of the image at the model's size, interpolated as the processor does."""
-        view = image.resize((self.width, self.height), self._resample, box=box)
+        view = image.resize(self.size, self._resample, box=box)
         if mirrored:
             view = ImageOps.mirror(view)
         pixels = np.asarray(view)

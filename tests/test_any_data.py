@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 
 from bkd_hf import ImageDataset, InputError, class_counts, load_image_dataset, long_tail_metrics, make_long_tailed
-from tests.test_transforms import pixels_of, vit_processor
+from tests.test_images import pixels_of, vit_processor
 
 RED, SIZE = (200, 30, 20), (12, 10)
 

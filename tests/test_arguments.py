@@ -10,7 +10,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.machine import default_precision
 from bkd_hf.pipeline import choose_workers
 from tests.conftest import REPOSITORY
-from tests.test_transforms import photos, vit_processor
+from tests.test_images import photos, vit_processor
 
 RECIPES = REPOSITORY / "scripts" / "recipes"
 DIGITS = RECIPES / "digits.yaml"

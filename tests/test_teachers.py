@@ -35,8 +35,8 @@ from bkd_hf.teacher import align_labels, beats_guessing
 from bkd_hf.views import Rendering, same_pixels
 from tests.architectures import tiny
 from tests.test_cli import QUICK, RECIPE, finished, refused, run_here  # noqa: F401 (fixtures)
+from tests.test_images import photos, pixels_of
 from tests.test_trainer import COUNTS, config, images, resnet, trainer_for, vit
-from tests.test_transforms import photos, pixels_of
 
 DIGITS = [str(number) for number in range(10)]
 
@@ -89,7 +89,7 @@ def coordinates(size: int = 96) -> Image.Image:
 def pattern_dataset(student, teacher, augmentation: str, **kwargs) -> ImageDataset:
     import datasets
 
-    from tests.test_transforms import stored
+    from tests.test_images import stored
 
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     data = datasets.Dataset.from_dict({"image": [stored(coordinates())] * 24, "label": [0, 1] * 12}, features=features)

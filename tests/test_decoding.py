@@ -1,4 +1,4 @@
-"""Decoded images on the disk: shared by processes, found by later runs, whole or not there."""
+"""Images of all kinds become RGB; decoded ones are shared by processes: found by later runs, whole or not there."""
 
 from __future__ import annotations
 
@@ -18,10 +18,96 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from bkd_hf import ImageDataset, InputError
-from bkd_hf.image_cache import MappedImages, shared_images
-from tests.test_transforms import labelled, photos, pixels_of, stored, vit_processor
+from bkd_hf.decoding import decode_image, decode_part, shared_images
+from tests.test_images import labelled, photos, pixels_of, stored, vit_processor
 
 FORK = multiprocessing.get_context("fork")
+
+
+# ---- Decoding
+
+
+def test_modes_and_orientation():
+    upright = Image.new("RGB", (6, 4), (10, 20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    assert decode_image(stored(upright, "JPEG", exif=exif)).size == (4, 6)
+    for mode in ("L", "RGBA", "P", "CMYK", "1", "LA"):
+        image = decode_image(stored(upright.convert(mode), "TIFF" if mode == "CMYK" else "PNG"))
+        assert (image.mode, image.size) == ("RGB", (6, 4))
+    deep = Image.fromarray(np.full((4, 6), 200 * 256, dtype=np.uint16))
+    assert decode_image(stored(deep)).getpixel((0, 0)) == (200, 200, 200)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "seen"),
+    [
+        (np.uint16, [0, 200], [0, 0]),  # dark, as 65535 is white
+        (np.uint16, [0, 65535], [0, 255]),
+        (np.int32, [0, 198], [0, 198]),
+        (np.int32, [0, 198 * 256], [0, 198]),
+        (np.float32, [0, 0.5], [0, 128]),
+        (np.float32, [0, 1], [0, 255]),
+        (np.float32, [0, 198.4], [0, 198]),
+        (np.int32, [-1, 5], None),
+        (np.int32, [0, 65536], None),
+        (np.float32, [-0.5, 0.5], None),
+        (np.float32, [0, 300], None),
+        (np.float32, [0, np.nan], None),
+    ],
+)
+def test_depths(dtype, values, seen):
+    image = stored(Image.fromarray(np.array([values], dtype=dtype)), "TIFF")
+    if seen is None:
+        with pytest.raises(InputError, match=r"Image 1 cannot be decoded: its values run from .* is understood"):
+            ImageDataset(labelled([stored(Image.new("L", (2, 1))), image]), vit_processor())
+    else:
+        assert np.asarray(decode_image(image)).tolist() == [[[value] * 3 for value in seen]]
+
+
+@pytest.mark.parametrize(
+    ("box", "size", "factor"),
+    [
+        ((0, 0, 640, 480), (80, 60), 8),
+        ((0, 0, 640, 480), (81, 60), 4),
+        ((0, 0, 640, 480), (80, 61), 4),
+        ((3, 5, 323, 245), (100, 100), 2),
+        ((3, 5, 203, 204), (100, 100), 1),
+        ((10, 10, 20, 20), (224, 224), 1),
+    ],
+)
+def test_jpegs_are_decoded_as_large_as_the_crop_needs(box, size, factor):
+    photo = stored(Image.new("RGB", (640, 480)), "JPEG")
+    image, part, mirrored = decode_part(photo, lambda width, height: (box, True), [(8, 8), size])
+    assert image.size == (640 // factor, 480 // factor)
+    assert part == tuple(edge / factor for edge in box)
+    assert mirrored
+    assert decode_part(photo, lambda width, height: (box, True), None)[0].size == (640, 480)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
+def test_crops_are_chosen_in_the_upright_image(format, orientation):
+    generator = np.random.default_rng(0)
+    scene = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((335, 201), 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = stored(scene, format, exif=exif)
+    upright, seen = decode_image(photo), []
+
+    def lower_left_corner(width: int, height: int) -> tuple[tuple[int, int, int, int], bool]:
+        seen.append((width, height))
+        return (0, height // 2, width // 2, height), False
+
+    image, part, _ = decode_part(photo, lower_left_corner, [(16, 16)])
+    assert seen == [upright.size]
+    assert max(image.size) == (84 if format == "JPEG" else 335)
+    shown = np.asarray(image.resize((16, 16), box=part), dtype=float)
+    expected = np.asarray(upright.resize((16, 16), box=lower_left_corner(*upright.size)[0]), dtype=float)
+    assert np.abs(shown - expected).mean() < 1
+
+
+# ---- Decoded images that processes share
 
 
 def ragged(number: int = 5) -> list[np.ndarray]:
@@ -29,8 +115,8 @@ def ragged(number: int = 5) -> list[np.ndarray]:
     return [generator.integers(0, 256, (2 + i, 7 - i, 3), dtype=np.uint8) for i in range(number)]
 
 
-def open_images(folder: Path, decode=lambda: ({"a": image, "b": image[:1, :1]} for image in ragged())):
-    return shared_images(folder, ["a", "b"], decode, lambda: 1000)
+def open_images(path: Path, decode=ragged):
+    return shared_images(path, 5, decode, lambda: 1000)
 
 
 def not_again() -> Iterator:
@@ -42,30 +128,27 @@ def names_in(folder: Path) -> set[str]:
 
 
 def test_images_of_any_sizes_come_back(tmp_path):
-    open_images(tmp_path / "new" / "entry")
-    for images in (
-        open_images(tmp_path / "new" / "entry", not_again),
-        pickle.loads(pickle.dumps(open_images(tmp_path / "new" / "entry"))),
-    ):
-        assert len(images["a"]) == 5
+    path = tmp_path / "new" / "entry"
+    open_images(path)
+    for images in (open_images(path, not_again), pickle.loads(pickle.dumps(open_images(path)))):
         for i, image in enumerate(ragged()):
-            assert np.array_equal(images["a"][i], image)
-        assert np.array_equal(images["b"][np.array([3, 0])], np.stack([ragged()[3][:1, :1], ragged()[0][:1, :1]]))
+            assert np.array_equal(images[i], image)
         with pytest.raises(ValueError, match="read-only"):
-            images["a"][0][:] = 0
-    assert names_in(tmp_path / "new") == {"entry"}
+            images[0][:] = 0
+    same = shared_images(path.with_name("same"), 4, lambda: ragged()[:1] * 4, lambda: 1000)
+    assert np.array_equal(same.rows[:, 3:9], np.stack([ragged()[0].ravel()[3:9]] * 4))
+    assert names_in(tmp_path / "new") == {"entry", "same"}
 
 
-def _open_and_report(folder: Path, barrier, reports) -> None:
-    def decode() -> Iterator[dict[str, np.ndarray]]:
+def _open_and_report(path: Path, barrier, reports) -> None:
+    def decode() -> Iterator[np.ndarray]:
         reports.put("decodes")
-        for image in ragged():
-            time.sleep(0.02)  # long enough for the other to come
-            yield {"a": image, "b": image[:1, :1]}
+        time.sleep(0.1)  # long enough for the other to come
+        yield from ragged()
 
     barrier.wait(30)
-    images = open_images(folder, decode)
-    reports.put([images["a"][i].tobytes() for i in range(5)])
+    images = open_images(path, decode)
+    reports.put([images[i].tobytes() for i in range(5)])
 
 
 def test_of_two_processes_one_writes_and_both_read(tmp_path):
@@ -81,55 +164,44 @@ def test_of_two_processes_one_writes_and_both_read(tmp_path):
     assert [report for report in found if report != "decodes"] == [[image.tobytes() for image in ragged()]] * 2
 
 
-def _write_half(folder: Path, half_written) -> None:
-    def decode() -> Iterator[dict[str, np.ndarray]]:
-        for image in ragged(3):
-            yield {"a": image, "b": image[:1, :1]}
+def _write_half(path: Path, half_written) -> None:
+    def decode() -> Iterator[np.ndarray]:
+        yield from ragged(3)
         half_written.set()
         time.sleep(60)
 
-    open_images(folder, decode)
+    open_images(path, decode)
 
 
-def test_what_killed_writers_left_is_removed(tmp_path):
-    begun = {name: FORK.Event() for name in ("entry", "another")}
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
+    begun = {name: FORK.Event() for name in ("entry", "another", "alive")}
     writers = [FORK.Process(target=_write_half, args=(tmp_path / name, event)) for name, event in begun.items()]
     for writer in writers:
         writer.start()
     assert all(event.wait(30) for event in begun.values())
-    for writer in writers:
+    for writer in writers[:2]:
         writer.kill()
         writer.join(30)
-    assert names_in(tmp_path) == {"entry.partial", "another.partial"}
-    assert np.array_equal(open_images(tmp_path / "entry")["a"][4], ragged()[4])
-    assert names_in(tmp_path) == {"entry"}
+    assert names_in(tmp_path) == {"entry.partial", "another.partial", "alive.partial"}
+    assert np.array_equal(open_images(tmp_path / "entry")[4], ragged()[4])
+    assert names_in(tmp_path) == {"entry", "alive.partial"}
+    writers[2].kill()
+    writers[2].join(30)
 
 
-def test_what_others_are_writing_is_left_alone(tmp_path):
-    half_written = FORK.Event()
-    writer = FORK.Process(target=_write_half, args=(tmp_path / "another", half_written))
-    writer.start()
-    assert half_written.wait(30)
-    open_images(tmp_path / "entry")
-    assert names_in(tmp_path) == {"entry", "another.partial"}
-    writer.kill()
-    writer.join(30)
+@pytest.mark.parametrize("size", [0, 50, -1])
+def test_damaged_files_are_written_anew(tmp_path, size, caplog):
+    path = tmp_path / "entry"
+    open_images(path)
+    os.truncate(path, size % path.stat().st_size)
+    assert np.array_equal(open_images(path)[4], ragged()[4])
+    assert "cannot be read, and are decoded anew" in caplog.text
+    assert np.array_equal(open_images(path, not_again)[4], ragged()[4])
 
 
-@pytest.mark.parametrize("damage", ["cut off", "size lost", "empty"])
-def test_damaged_entries_are_written_anew(tmp_path, damage):
-    open_images(tmp_path / "entry")
-    if damage == "size lost":
-        (tmp_path / "entry" / "b.sizes.npy").unlink()
-    else:
-        with open(tmp_path / "entry" / "a.pixels", "r+b") as file:
-            file.truncate(0 if damage == "empty" else 50)
-    assert np.array_equal(open_images(tmp_path / "entry")["a"][4], ragged()[4])
-
-
-def test_nothing_is_left_of_an_entry_that_failed(tmp_path):
-    def broken() -> Iterator[dict[str, np.ndarray]]:
-        yield {"a": ragged()[0], "b": ragged()[0]}
+def test_nothing_is_left_of_a_file_that_failed(tmp_path):
+    def broken() -> Iterator[np.ndarray]:
+        yield ragged()[0]
         raise InputError("a broken image")
 
     with pytest.raises(InputError, match="a broken image"):
@@ -217,10 +289,3 @@ def test_auto_shares_the_images_of_several_processes(tmp_path, monkeypatch, proc
     (tmp_path / "cache").mkdir()
     assert made(tmp_path / "cache", cache_images="auto").in_memory
     assert len(names_in(tmp_path / "cache")) == entries
-
-
-def test_mapped_images_know_their_place(tmp_path):
-    open_images(tmp_path / "entry")
-    assert len(MappedImages(tmp_path / "entry", "b")) == 5
-    with pytest.raises(FileNotFoundError):
-        MappedImages(tmp_path / "nothing", "b")

@@ -19,18 +19,15 @@ from transformers import (
 )
 
 from bkd_hf import ImageDataset, InputError, default_augmentation, load_image_dataset
-from bkd_hf.randomness import hash_uniform
-from bkd_hf.sampling import SampledExamples
-from bkd_hf.transforms import (
+from bkd_hf.images import (
     channel_statistics,
     collate_images,
-    decode_for_crop,
-    decode_image,
     default_num_workers,
-    draw_shifts,
+    move_and_mirror,
+    pad_crop,
     random_resized_crop_box,
-    shift_and_flip,
 )
+from bkd_hf.sampling import SampledExamples, hash_uniform
 from bkd_hf.views import PixelBytes, output_size
 
 
@@ -136,23 +133,28 @@ def test_persistent_workers_see_the_epoch():
     assert torch.equal(second, pixels_of(dataset, range(12)))
 
 
-def test_shift_and_flip_by_hand():
+def test_pad_crop_by_hand():
     image = np.arange(8 * 8, dtype=np.uint8).reshape(1, 8, 8, 1) + 1
-    centre = draw_shifts(np.array([[0.5, 0.5]]), 8, 8)
-    assert np.array_equal(shift_and_flip(image, centre, np.array([False])), image)
-    assert np.array_equal(shift_and_flip(image, centre, np.array([True])), image[:, :, ::-1])
-    corner = shift_and_flip(image, draw_shifts(np.array([[0.0, 0.999]]), 8, 8), np.array([False]))[0, :, :, 0]
+
+    def seen(flip: float, down: float, right: float) -> np.ndarray:
+        boxes, mirrored = pad_crop(8, 8, np.array([[flip, down, right]]))
+        return move_and_mirror(image, boxes[:, :2] / 8, mirrored)
+
+    assert np.array_equal(seen(0.9, 0.5, 0.5), image)
+    assert np.array_equal(seen(0.1, 0.5, 0.5), image[:, :, ::-1])
+    corner = seen(0.9, 0.0, 0.999)[0, :, :, 0]
     assert (corner[0] == 0).all()  # one row of padding from above
     assert (corner[:, -1] == 0).all()  # one column from the right
     assert np.array_equal(corner[1:, :-1], image[0, :-1, 1:, 0])
 
 
-def test_shift_and_flip_of_images_of_another_size():
+def test_the_same_window_over_images_of_another_size():
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (40, 12, 20, 3), dtype=np.uint8)
-    shifts, mirrored = draw_shifts(generator.random((40, 2)), 24, 40), generator.random(40) < 0.5
-    moved = shift_and_flip(images, shifts, mirrored)
-    for image, (down, right), flip, result in zip(images, np.rint(shifts * (12, 20)), mirrored, moved, strict=True):
+    boxes, mirrored = pad_crop(40, 24, generator.random((40, 3)))
+    shifts = boxes[:, :2] / (40, 24)
+    moved = move_and_mirror(images, shifts, mirrored)
+    for image, (right, down), flip, result in zip(images, np.rint(shifts * (20, 12)), mirrored, moved, strict=True):
         rows, columns = np.arange(12) + int(down), np.arange(20) + int(right)
         outside = ((rows < 0) | (rows > 11))[:, None] | ((columns < 0) | (columns > 19))
         expected = np.where(outside[..., None], 0, image[rows.clip(0, 11)][:, columns.clip(0, 19)])
@@ -192,44 +194,6 @@ def test_train_transform_replaces_augmentation():
     ]
 
 
-def test_modes_and_orientation():
-    upright = Image.new("RGB", (6, 4), (10, 20, 30))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated by 90 degrees
-    assert decode_image(stored(upright, "JPEG", exif=exif)).size == (4, 6)
-    for mode in ("L", "RGBA", "P", "CMYK", "1", "LA"):
-        image = decode_image(stored(upright.convert(mode), "TIFF" if mode == "CMYK" else "PNG"))
-        assert (image.mode, image.size) == ("RGB", (6, 4))
-    deep = Image.fromarray(np.full((4, 6), 200 * 256, dtype=np.uint16))
-    assert decode_image(stored(deep)).getpixel((0, 0)) == (200, 200, 200)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "values", "seen"),
-    [
-        (np.uint16, [0, 200], [0, 0]),  # dark, as 65535 is white
-        (np.uint16, [0, 65535], [0, 255]),
-        (np.int32, [0, 198], [0, 198]),
-        (np.int32, [0, 198 * 256], [0, 198]),
-        (np.float32, [0, 0.5], [0, 128]),
-        (np.float32, [0, 1], [0, 255]),
-        (np.float32, [0, 198.4], [0, 198]),
-        (np.int32, [-1, 5], None),
-        (np.int32, [0, 65536], None),
-        (np.float32, [-0.5, 0.5], None),
-        (np.float32, [0, 300], None),
-        (np.float32, [0, np.nan], None),
-    ],
-)
-def test_depths(dtype, values, seen):
-    image = stored(Image.fromarray(np.array([values], dtype=dtype)), "TIFF")
-    if seen is None:
-        with pytest.raises(InputError, match=r"Image 1 cannot be decoded: its values run from .* is understood"):
-            ImageDataset(labelled([stored(Image.new("L", (2, 1))), image]), vit_processor())
-    else:
-        assert np.asarray(decode_image(image)).tolist() == [[[value] * 3 for value in seen]]
-
-
 @pytest.mark.parametrize("cache", ["memory", "none", "disk"])
 def test_corrupt_image_is_named(tmp_path, cache):
     good = tmp_path / "good.png"
@@ -255,47 +219,6 @@ def test_defaults_by_size_and_bad_arguments():
 
 
 # ---- JPEGs at reduced scale
-
-
-@pytest.mark.parametrize(
-    ("box", "size", "factor"),
-    [
-        ((0, 0, 640, 480), (80, 60), 8),
-        ((0, 0, 640, 480), (81, 60), 4),
-        ((0, 0, 640, 480), (80, 61), 4),
-        ((3, 5, 323, 245), (100, 100), 2),
-        ((3, 5, 203, 204), (100, 100), 1),
-        ((10, 10, 20, 20), (224, 224), 1),
-    ],
-)
-def test_jpegs_are_decoded_as_large_as_the_crop_needs(box, size, factor):
-    photo = stored(Image.new("RGB", (640, 480)), "JPEG")
-    image, part = decode_for_crop(photo, lambda width, height: box, [(8, 8), size])
-    assert image.size == (640 // factor, 480 // factor)
-    assert part == tuple(edge / factor for edge in box)
-    assert decode_for_crop(photo, lambda width, height: box, None)[0].size == (640, 480)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
-def test_crops_are_chosen_in_the_upright_image(format, orientation):
-    generator = np.random.default_rng(0)
-    scene = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((335, 201), 3)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    photo = stored(scene, format, exif=exif)
-    upright, seen = decode_image(photo), []
-
-    def lower_left_corner(width: int, height: int) -> tuple[int, int, int, int]:
-        seen.append((width, height))
-        return 0, height // 2, width // 2, height
-
-    image, part = decode_for_crop(photo, lower_left_corner, [(16, 16)])
-    assert seen == [upright.size]
-    assert max(image.size) == (84 if format == "JPEG" else 335)
-    shown = np.asarray(image.resize((16, 16), box=part), dtype=float)
-    expected = np.asarray(upright.resize((16, 16), box=lower_left_corner(*upright.size)), dtype=float)
-    assert np.abs(shown - expected).mean() < 1
 
 
 def test_reduced_decoding_alters_pixels_by_little():
@@ -365,14 +288,13 @@ def check_batch(examples: list[dict]) -> None:
         assert batch[name].dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
-def test_batches_are_put_together_without_a_copy(augmentation):
-    dataset = ImageDataset(photos(), vit_processor(), augmentation, teacher_processor=vit_processor(24))
-    examples = SampledExamples(dataset).__getitems__([3, -2, 5])
-    check_batch(examples)
-    batch = collate_images(examples)
-    for name in ("pixel_values", "teacher_pixel_values"):
-        assert batch[name].data_ptr() == examples[0][name].data_ptr()
+def test_batches_are_those_of_transformers():
+    dataset = ImageDataset(photos(), vit_processor(), "pad_crop", teacher_processor=vit_processor(24))
+    check_batch(SampledExamples(dataset).__getitems__([3, -2, 5]))
+    numbers = torch.arange(24.0).reshape(4, 3, 2)
+    check_batch([{"x": part, "label": i, "y": [i, 2.5]} for i, part in enumerate(numbers)])
+    check_batch([{"label": label} for label in torch.arange(3)])
+    check_batch([{"x": x, "label_ids": label} for x, label in zip(numbers, torch.eye(4), strict=True)])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -392,38 +314,14 @@ def test_bytes_become_the_same_numbers_where_they_arrive(augmentation, workers):
             assert torch.equal(sent, usual[name])
 
 
-def test_bytes_are_joined_without_a_copy_and_not_with_others():
-    dataset = ImageDataset(photos(), vit_processor(), as_bytes=True)
-    examples = dataset.__getitems__([0, 1, 2])
+def test_bytes_are_not_joined_with_those_of_other_processors():
+    examples = ImageDataset(photos(), vit_processor(), as_bytes=True).__getitems__([0, 1, 2])
     joined = PixelBytes.join([example["pixel_values"] for example in examples])
-    assert joined.values.data_ptr() == examples[0]["pixel_values"].values.data_ptr()
     picked = PixelBytes.join([examples[2]["pixel_values"], examples[0]["pixel_values"]])
     assert torch.equal(picked.values, joined.values[[2, 0]])
     other = ImageDataset(photos(), vit_processor(rescale_factor=1 / 128), as_bytes=True)
     with pytest.raises(ValueError, match="different image processors"):
         PixelBytes.join([examples[0]["pixel_values"], other[0]["pixel_values"]])
-
-
-def test_any_examples_are_put_together():
-    numbers = torch.arange(24.0).reshape(4, 3, 2)
-    sideways = torch.arange(24.0).reshape(2, 3, 4).unbind(dim=2)
-    for parts in (
-        list(numbers),
-        list(numbers)[:3],
-        list(numbers)[1:],
-        list(numbers)[::-1],
-        [numbers[0], numbers[0]],
-        [*numbers, *numbers.clone()],
-        list(numbers.transpose(1, 2)),
-        list(sideways),
-        [torch.zeros(2, 3), torch.ones(2, 3)],
-        [torch.tensor(1.0), torch.tensor(2.0)],
-        [torch.zeros(0), torch.zeros(0)],
-    ):
-        examples = [{"x": part, "label": i, "y": [i, 2.5]} for i, part in enumerate(parts)]
-        check_batch(examples)
-    check_batch([{"label": label} for label in torch.arange(3)])
-    check_batch([{"x": x, "label_ids": label} for x, label in zip(numbers, torch.eye(4), strict=True)])
 
 
 def test_workers_where_they_pay():

@@ -1,0 +1,501 @@
+"""From stored images to a model's pixels: decoding, augmentation, normalisation.
+
+Augmentation is a function of (seed, epoch, index): the same pixels for any number of workers and processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+import numpy as np
+import PIL
+import psutil
+import torch
+import transformers
+from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+from transformers import default_data_collator
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from .data import LABEL_COLUMN, class_counts, fingerprint, labels_of
+from .decoding import (
+    KeptImages,
+    StoredImages,
+    decode_image,
+    decode_part,
+    may_be_reduced,
+    open_image,
+    shared_images,
+    upright_rgb,
+)
+from .errors import InputError
+from .sampling import hash_uniform
+from .views import Box, PixelBytes, Rendering, output_size, same_pixels
+
+logger = logging.get_logger(__name__)
+
+CacheImages = Literal["auto", "memory", "disk", "none"]
+CACHE_IMAGES: tuple[CacheImages, ...] = ("auto", "memory", "disk", "none")
+
+#: Up to this many pixels a side, images are shifted by padding and cropping; larger ones by random resized crops.
+SMALL_IMAGE_SIZE = 64
+#: `cache_images="auto"` keeps decoded images up to this share of the memory that is free.
+_CACHE_SHARE_OF_MEMORY = 0.25
+
+_CROP_AREA = (0.08, 1.0)
+_CROP_ASPECT_RATIO = (3 / 4, 4 / 3)
+_CROP_ATTEMPTS = 10
+
+
+# ---- Augmentations ------------------------------------------------------------------------------------------------
+
+
+class Views(NamedTuple):
+    """What is shown of B images of one size: boxes (B×4: left, top, right, bottom) and whether mirrored (B)."""
+
+    boxes: np.ndarray
+    mirrored: np.ndarray
+
+
+def whole_view(width: int, height: int, draws: np.ndarray) -> Views:
+    """The processor's own view."""
+    return Views(np.tile([0, 0, width, height], (len(draws), 1)), np.zeros(len(draws), dtype=bool))
+
+
+def pad_crop(width: int, height: int, draws: np.ndarray) -> Views:
+    """Images moved by whole pixels, up to an eighth of their size in each direction, and mirrored half of the time."""
+    size = np.array([height, width])
+    pads = np.array([round(height / 8), round(width / 8)])
+    top_left = (draws[:, 1:3] * (2 * pads + 1)).astype(np.int64) - pads
+    return Views(np.concatenate([top_left[:, ::-1], (top_left + size)[:, ::-1]], axis=1), draws[:, 0] < 0.5)
+
+
+def random_resized_crop(width: int, height: int, draws: np.ndarray) -> Views:
+    """8 to 100 % of the image at an aspect ratio of 3/4 to 4/3, mirrored half of the time."""
+    boxes = [random_resized_crop_box(width, height, draw) for draw in draws[:, 1:]]
+    return Views(np.array(boxes), draws[:, 0] < 0.5)
+
+
+def random_resized_crop_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a random part of an image (Szegedy et al., 2015, arXiv 1409.4842, section 6).
+
+    The first of ten tries that fits into the image; else the largest central crop within the aspect ratios.
+
+    Args:
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        draws: 4 numbers in [0, 1) per try: area, aspect ratio, position from the left and from the top.
+    """
+    log_ratios = np.log(_CROP_ASPECT_RATIO)
+    for area_draw, ratio_draw, left_draw, top_draw in draws.reshape(-1, 4):
+        area = width * height * (_CROP_AREA[0] + area_draw * (_CROP_AREA[1] - _CROP_AREA[0]))
+        ratio = math.exp(log_ratios[0] + ratio_draw * (log_ratios[1] - log_ratios[0]))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(left_draw * (width - crop_width + 1))
+            top = int(top_draw * (height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    crop_width = min(width, max(1, round(height * _CROP_ASPECT_RATIO[1])))
+    crop_height = min(height, max(1, round(width / _CROP_ASPECT_RATIO[0])))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+class Augmentation(NamedTuple):
+    """How views of images are chosen; operations on their pixels would be another field.
+
+    Attributes:
+        views: Function of width, height and B×`num_draws` numbers in [0, 1), those of (seed, epoch, index).
+        num_draws: Random numbers for an image.
+        of_original: Whether boxes are in the stored image, whatever the processor would show of it, and are resized;
+            else they lie in the processor's view, may stick out of it into black, and keep its size.
+    """
+
+    views: Callable[[int, int, np.ndarray], Views]
+    num_draws: int = 0
+    of_original: bool = False
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(whole_view),
+    "pad_crop": Augmentation(pad_crop, num_draws=3),
+    "random_resized_crop": Augmentation(random_resized_crop, num_draws=1 + 4 * _CROP_ATTEMPTS, of_original=True),
+}
+
+
+def default_augmentation(processor: BaseImageProcessor) -> str:
+    """The usual augmentation for a model's image size: `"pad_crop"` up to 64 pixels, `"random_resized_crop"` above."""
+    return "pad_crop" if max(output_size(processor)) <= SMALL_IMAGE_SIZE else "random_resized_crop"
+
+
+def move_and_mirror(images: np.ndarray, shifts: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
+    """Move a window over images, which are zero outside, and mirror some.
+
+    Args:
+        images: B×H×W×C bytes.
+        shifts: B×2 shares of width and height by which the window is moved to the right and down, rounded to whole
+            pixels: images of another size, moved by the same shares, show the same.
+        mirrored: B booleans.
+
+    Returns:
+        B×H×W×C bytes.
+    """
+    if not shifts.any() and not mirrored.any():
+        return images
+    batch, height, width, channels = images.shape
+    right, down = np.rint(shifts * np.array([width, height])).astype(np.int64).T
+    rows, columns = int(np.abs(down).max(initial=0)), int(np.abs(right).max(initial=0))
+    padded = np.zeros((batch, height + 2 * rows, width + 2 * columns, channels), dtype=np.uint8)
+    padded[:, rows : rows + height, columns : columns + width] = images
+    # Whole rows and whole pixels are copied, which is seven times as fast as indexing each byte.
+    windows = sliding_window_view(padded, (height, width), axis=(1, 2)).transpose(0, 1, 2, 4, 5, 3)
+    moved = np.ascontiguousarray(windows[np.arange(batch), down + rows, right + columns])
+    pixels = moved.view(f"V{channels}")
+    pixels[mirrored] = pixels[mirrored, :, ::-1]
+    return moved
+
+
+# ---- The data set -------------------------------------------------------------------------------------------------
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """A labelled image data set as a model takes it: `{"pixel_values": 3×H×W float32, "labels": int}`.
+
+    Given the processor of a teacher that takes other pixels, there are `"teacher_pixel_values"` too: the same view of
+    the image, the same crop and the same flip, at the teacher's size and in its numbers.
+
+    Batches are transformed as one array, so it is fast to fetch many examples at a time (`__getitems__`, which
+    torch's `DataLoader` uses) and to put them together by [`collate_images`].
+
+    Args:
+        dataset: With the columns `"image"` and `"label"`, as [`load_image_dataset`] gives it.
+        processor: The model's image processor: size, crop, mean, standard deviation, interpolation.
+        augmentation: `"none"`: the processor's own view (for evaluation); `"pad_crop"`: padded by an eighth with
+            zeros and cropped at random (for small images); `"random_resized_crop"`: 8 to 100 % of the image at an
+            aspect ratio of 3/4 to 4/3 (for large images).
+        horizontal_flip: Whether augmented images are mirrored half of the time.
+        data_seed: Seed of the augmentation.
+        cache_images: `"memory"`: decode every image once, now; `"disk"`: the same, into a file that the processes of
+            this machine share and that later runs on the same images find; `"none"`: decode it each time it is seen;
+            `"auto"`: in memory, if the images take less than a quarter of what is free; where this machine runs
+            several processes (`LOCAL_WORLD_SIZE`), on the disk, if they take less than a quarter of its memory.
+        train_transform: Called with each PIL image (RGB) instead of all augmentation and normalisation; returns a
+            3×H×W tensor. Whether it gives the same pixels after a resume is then up to it.
+        teacher_processor: The teacher's image processor; without effect if it gives the same pixels as `processor`.
+        cache_dir: Folder of the decoded images on the disk; by default `bkd_hf` in the cache folder of `datasets`.
+        reduced_decoding: Whether JPEGs are decoded only as large as their random resized crop needs, which is up to
+            twice as fast and alters pixels a little: see [`decode_part`]. Images that are large enough for it are
+            decoded each time, wherever the others are kept.
+        as_bytes: Whether pixels stay bytes ([`PixelBytes`], put together by [`collate_images`]) until a batch is sent
+            to the model's device: less to carry for workers, and for the way to a GPU. The numbers are the same.
+
+    Raises:
+        InputError: If an argument is unknown, an image cannot be decoded, a processor gives no fixed size, a
+            `train_transform` is to make pixels for a teacher with another processor, or the disk is full.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        processor: BaseImageProcessor,
+        augmentation: str = "none",
+        horizontal_flip: bool = True,
+        data_seed: int = 0,
+        cache_images: CacheImages = "auto",
+        train_transform: Callable[[Image.Image], torch.Tensor] | None = None,
+        teacher_processor: BaseImageProcessor | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        reduced_decoding: bool = True,
+        as_bytes: bool = False,
+    ):
+        if augmentation not in AUGMENTATIONS:
+            raise InputError(f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {augmentation!r}.")
+        if cache_images not in CACHE_IMAGES:
+            raise InputError(f"cache_images must be one of {', '.join(CACHE_IMAGES)}, got {cache_images!r}.")
+        self.labels = labels_of(dataset, LABEL_COLUMN)
+        self.distinguishes_repetitions = True  # see SampledExamples
+        self.class_counts = class_counts(dataset, LABEL_COLUMN)
+        self.class_names: list[str] = dataset.features[LABEL_COLUMN].names
+        self.augmentation, self.horizontal_flip, self.data_seed = augmentation, horizontal_flip, data_seed
+        self.train_transform, self.as_bytes = train_transform, as_bytes
+        self._stored = StoredImages(dataset)
+        student = Rendering(processor)
+        self._renderings = {"pixel_values": student}
+        if teacher_processor is not None and not same_pixels(processor, teacher_processor):
+            if train_transform is not None:
+                raise InputError(
+                    "train_transform makes the student's pixels alone, but the teacher's image processor gives "
+                    "others: use an augmentation of ImageDataset, or a teacher with the same processor."
+                )
+            self._renderings["teacher_pixel_values"] = Rendering(teacher_processor, region_of=student)
+        # Whether views are cut out of originals, which are then what is kept; else the processors' views are.
+        self._needs_originals = train_transform is not None or AUGMENTATIONS[augmentation].of_original
+        # Width and height for which JPEGs may be decoded smaller; the same with and without the teacher's rendering.
+        self._reduced_for = None
+        if reduced_decoding and train_transform is None and self._needs_originals:
+            self._reduced_for = [rendering.size for rendering in self._renderings.values()]
+        # In shared memory, so that workers that stay alive between epochs see it change.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._kept: KeptImages | None = None
+        if len(self) and cache_images != "none":
+            self._keep(cache_images, Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE, "bkd_hf")))
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether decoded images are kept, in memory or in a mapped file; if not, each is decoded when it is seen."""
+        return self._kept is not None
+
+    @property
+    def needs_workers(self) -> bool:
+        """Whether other processes should prepare the batches.
+
+        Not if images are decoded and at most 64 pixels wide and high: to receive such a batch takes as long as to
+        make it (128 images of 32×32 pixels: 1.4 and 1.6 ms).
+        """
+        size = max(max(rendering.size) for rendering in self._renderings.values())
+        return not self.in_memory or self._needs_originals or size > SMALL_IMAGE_SIZE
+
+    def for_student_alone(self) -> ImageDataset:
+        """Return the same views without those for the teacher, which then cost nothing, at the same epoch always."""
+        alone = copy.copy(self)
+        alone._renderings = {"pixel_values": self._renderings["pixel_values"]}
+        return alone
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation the next examples get."""
+        self._epoch[0] = epoch
+
+    def describe_views(self) -> dict[str, Any]:
+        """Return all that the pixels of an example depend on, beside its number and the epoch, for `TeacherCache`.
+
+        Raises:
+            InputError: If they depend on more than that.
+        """
+        if self.train_transform is not None:
+            raise InputError(
+                "--teacher_cache does not go with a train_transform, whose pixels may differ each time: use an "
+                "augmentation of ImageDataset, or --teacher_cache off."
+            )
+        return {
+            "images": fingerprint(self._stored.dataset),
+            "augmentation": self.augmentation,
+            "horizontal_flip": self.horizontal_flip,
+            "data_seed": self.data_seed,
+            "reduced_for": self._reduced_for,
+            "processors": {name: rendering.describe() for name, rendering in self._renderings.items()},
+        }
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([range(len(self))[index]])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Return the examples of these indices; `i + r · len(self)` is image i augmented for the r-th time."""
+        counters = np.asarray(indices)
+        images = counters % len(self)
+        columns: dict[str, Any] = {}
+        if self.train_transform is not None:
+            columns["pixel_values"] = [self.train_transform(self._original(index)) for index in images.tolist()]
+        else:
+            for name, views in self._views(images, counters).items():
+                pixels = self._renderings[name].as_pixels(views)
+                columns[name] = pixels.unbind() if self.as_bytes else pixels.to("cpu").unbind()
+        columns["labels"] = self.labels[images].tolist()
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    # ---- Views ----------------------------------------------------------------------------------------------------
+
+    def _views(self, indices: np.ndarray, counters: np.ndarray) -> dict[str, np.ndarray]:
+        """B×H×W×3 bytes for each model, of one and the same view of each image."""
+        choose, num_draws, of_original = AUGMENTATIONS[self.augmentation]
+        draws = hash_uniform(self.data_seed, int(self._epoch), counters[:, None], np.arange(num_draws))
+        if of_original:
+            return _stacked(self._part(index, row) for index, row in zip(indices.tolist(), draws, strict=True))
+        student = self._renderings["pixel_values"]
+        boxes, mirrored = choose(*student.size, draws)
+        shifts, mirrored = boxes[:, :2] / np.array(student.size), mirrored & self.horizontal_flip
+        return {
+            name: move_and_mirror(views, shifts, mirrored) for name, views in self._processors_views(indices).items()
+        }
+
+    def _processors_views(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        if self._kept is None:
+            return _stacked(self._processed(index) for index in indices.tolist())
+        views, begin = {}, 0
+        for name, rendering in self._renderings.items():
+            width, height = rendering.size
+            end = begin + 3 * width * height
+            views[name] = self._kept.rows[:, begin:end][indices].reshape(len(indices), height, width, 3)
+            begin = end
+        return views
+
+    def _processed(self, index: int) -> dict[str, np.ndarray]:
+        """H×W×3 bytes for each model: what its processor makes of an image."""
+        with self._stored.reading(index) as stored:
+            image = decode_image(stored)
+        return {name: rendering.view(image) for name, rendering in self._renderings.items()}
+
+    def _part(self, index: int, draws: np.ndarray) -> dict[str, np.ndarray]:
+        """H×W×3 bytes for each model: a part of an image."""
+        choose = functools.partial(self._choose, draws)
+        image = self._kept_original(index)
+        if image is not None:
+            box, mirrored = choose(*image.size)
+        else:
+            with self._stored.reading(index) as stored:
+                image, box, mirrored = decode_part(stored, choose, self._reduced_for)
+        return {name: rendering.part(image, box, mirrored) for name, rendering in self._renderings.items()}
+
+    def _choose(self, draws: np.ndarray, width: int, height: int) -> tuple[Box, bool]:
+        """The part that is shown of one image, and whether it is mirrored."""
+        boxes, mirrored = AUGMENTATIONS[self.augmentation].views(width, height, draws[None])
+        return tuple(boxes[0].tolist()), bool(mirrored[0]) and self.horizontal_flip
+
+    def _original(self, index: int) -> Image.Image:
+        kept = self._kept_original(index)
+        if kept is None:
+            with self._stored.reading(index) as stored:
+                kept = decode_image(stored)
+        return kept
+
+    def _kept_original(self, index: int) -> Image.Image | None:
+        pixels = self._kept[index] if self._kept is not None else np.zeros(0)
+        return Image.fromarray(pixels) if pixels.size else None
+
+    # ---- Decoded images that are kept -----------------------------------------------------------------------------
+
+    def _keep(self, cache_images: CacheImages, folder: Path) -> None:
+        place = _place_for(self._num_bytes()) if cache_images == "auto" else cache_images
+        if place == "disk":
+            try:
+                self._kept = shared_images(folder / self._key(), len(self), self._decoded, self._num_bytes)
+            except OSError as error:
+                message = f"Decoded images cannot be kept in {folder}: {error}."
+                if cache_images == "disk":
+                    raise InputError(
+                        f"{message} Name a folder on another disk (cache_dir, or the environment variable "
+                        'HF_DATASETS_CACHE), or choose cache_images "memory" or "none".'
+                    ) from error
+                logger.warning(f"{message} Each process decodes them for itself.")
+                place = _place_for(self._num_bytes(), shared=False)
+        if place == "memory":
+            file = io.BytesIO()
+            KeptImages.write(file, self._decoded())
+            self._kept = KeptImages(file.getvalue(), len(self))
+
+    def _decoded(self) -> Iterator[np.ndarray]:
+        """What is kept of each example: its original, H×W×3 bytes, or its views for all models as one line of pixels.
+
+        Originals that are decoded anew for each view, at the size that it needs, are 0×0×3 here: so what is kept
+        decides how long a view takes, and not what it shows.
+        """
+        for index in logging.tqdm(range(len(self)), desc="Decoding images", leave=False):
+            if self._needs_originals:
+                with self._stored.reading(index) as stored, open_image(stored) as image:
+                    reduced = may_be_reduced(image, self._reduced_for)
+                    pixels = np.zeros((0, 0, 3), np.uint8) if reduced else np.asarray(upright_rgb(image))
+                yield pixels
+            else:
+                yield np.concatenate([view.reshape(1, -1, 3) for view in self._processed(index).values()], axis=1)
+
+    def _num_bytes(self) -> int:
+        """Size of all that is kept: of originals, about."""
+        if not self._needs_originals:
+            return 3 * len(self) * sum(math.prod(rendering.size) for rendering in self._renderings.values())
+        sample, pixels = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int).tolist(), []
+        for index in sample:
+            with self._stored.reading(index) as stored, open_image(stored) as image:
+                pixels.append(0 if may_be_reduced(image, self._reduced_for) else math.prod(image.size))
+        return round(3 * len(self) * np.mean(pixels))
+
+    def _key(self) -> str:
+        """A name for what is kept that says all on which its content depends."""
+        made_by: dict[str, Any] = {"pillow": PIL.__version__}
+        if self._needs_originals:
+            made_by["reduced_for"] = self._reduced_for
+        else:
+            made_by["transformers"] = transformers.__version__
+            made_by |= {name: rendering.describe() for name, rendering in self._renderings.items()}
+        digest = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=16)
+        for index in range(len(self)):
+            with self._stored.reading(index) as stored:
+                identity = stored["bytes"]
+                if identity is None:
+                    status = os.stat(stored["path"])
+                    identity = f"{stored['path']} {status.st_size} {status.st_mtime_ns}".encode()
+            digest.update(len(identity).to_bytes(8, "little"))  # where each begins
+            digest.update(identity)
+        return f"{'originals' if self._needs_originals else 'views'}-{digest.hexdigest()}"
+
+
+def _stacked(examples: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    found = list(examples)
+    return {name: np.stack([example[name] for example in found]) for name in found[0]}
+
+
+def _place_for(num_bytes: int, shared: bool = True) -> CacheImages:
+    """Where `cache_images="auto"` keeps decoded images of this size, if processes may share them."""
+    processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), psutil.virtual_memory()
+    # What is free changes by the moment, and all processes have to decide alike.
+    available = memory.available if processes == 1 else memory.total
+    copies = 1 if shared else processes
+    if not 0 < num_bytes * copies <= _CACHE_SHARE_OF_MEMORY * available:
+        return "none"
+    return "disk" if shared and processes > 1 else "memory"
+
+
+def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put examples together to a batch, as `transformers`' `default_data_collator` does, those with bytes too."""
+    images = [name for name, value in examples[0].items() if isinstance(value, PixelBytes)]
+    batch: dict[str, Any] = {name: PixelBytes.join([example[name] for example in examples]) for name in images}
+    others = [{name: value for name, value in example.items() if name not in batch} for example in examples]
+    return {**batch, **default_data_collator(others)}
+
+
+def default_num_workers(dataset: ImageDataset, num_cores: int, on_cuda: bool) -> int:
+    """How many workers should prepare a process's batches, if the user does not say.
+
+    None, where they would not pay (see `ImageDataset.needs_workers`). Else one for each core: to decode a JPEG and cut
+    224×224 pixels out of it takes a core 1.5 ms (500×375) to 8 ms (2000×1500), and on the CPU, workers and model take
+    turns. A GPU's process keeps one core for itself, and 16 workers, some thousand images a second, suffice for it.
+
+    Args:
+        dataset: The training images.
+        num_cores: Cores that are available to this process: those of the machine divided among its processes.
+        on_cuda: Whether the models are on a GPU.
+    """
+    if not dataset.needs_workers:
+        return 0
+    return min(max(1, num_cores - 1), 16) if on_cuda else num_cores
+
+
+def channel_statistics(dataset: datasets.Dataset, max_images: int = 4096) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the red, green and blue values, in [0, 1], of (up to `max_images`) images.
+
+    Raises:
+        InputError: If an image cannot be decoded.
+    """
+    images = StoredImages(dataset)
+    count, total, total_squares = 0, np.zeros(3), np.zeros(3)
+    for index in np.linspace(0, len(dataset) - 1, num=min(max_images, len(dataset)), dtype=int).tolist():
+        with images.reading(index) as stored:
+            pixels = np.asarray(decode_image(stored)).reshape(-1, 3) / 255
+        count += len(pixels)
+        total += pixels.sum(axis=0)
+        total_squares += (pixels**2).sum(axis=0)
+    mean = total / count
+    std = np.sqrt(np.maximum(total_squares / count - mean**2, 1e-4))
+    return mean.round(4).tolist(), std.round(4).tolist()

@@ -136,7 +136,7 @@ def balanced_distillation_loss(
 
         BKD = T² · KL( softmax(z_t / T + p · log w) ‖ softmax(z_s / T) )
 
-    The paper (p = 1, eq. 5-6) multiplies the teacher's softmax by ``w`` and renormalises; that is exactly a shift of its logits
+    The paper (p = 1, eq. 5-6) multiplies the teacher's softmax by ``w`` and renormalises: exactly a shift of its logits
     by ``log w``, which cannot underflow. The scale of ``w`` cancels. The weights act on the *classes* of each target
     distribution, not on the examples.
 

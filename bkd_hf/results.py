@@ -50,7 +50,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
@@ -60,7 +59,7 @@ from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
 from .methods import corrects
-from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, long_tail_metrics, post_hoc_logit_adjustment
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, LongTailAccumulator
 from .models import cifar_resnet_depth
 from .precision import precision_of
 from .teacher import FrozenTeacher
@@ -69,7 +68,6 @@ RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
 
 _REQUIRED = ("options", "seed", "data", "teacher", "student", "versions", "hardware")
-_MAX_CONFUSIONS = 2000
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.
 _FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
@@ -234,23 +232,13 @@ def describe_run(
     }
 
 
-def describe_model(
-    name: str,
-    model: nn.Module,
-    logits: np.ndarray,
-    labels: np.ndarray,
-    data: dict[str, Any],
-    post_hoc_tau: float = 0.0,
-) -> dict[str, Any]:
+def describe_model(name: str, model: nn.Module, measured: LongTailAccumulator) -> dict[str, Any]:
     """Return what is told of a model: what it is, and how well it does.
 
     Args:
         name: Folder, Hub id, or `cifar-resnet-…`; empty for what was made from a configuration.
         model: The model.
-        logits: N×C, of the evaluation images.
-        labels: N class numbers.
-        data: The `data` section.
-        post_hoc_tau: τ of the post-hoc logit adjustment; 0 for none.
+        measured: Its answers about the evaluation images.
     """
     classifier = model.model if isinstance(model, FrozenTeacher) else model
     return {
@@ -258,7 +246,7 @@ def describe_model(
         "hub_id": hub_id(name) if name and cifar_resnet_depth(name) is None else None,
         "architecture": type(classifier).__name__,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **describe_predictions(logits, labels, data, post_hoc_tau),
+        **measured.compute(),
     }
 
 
@@ -282,25 +270,6 @@ def summarize_training(state: TrainerState, seconds: float, num_images: int) -> 
 def history_of(state: TrainerState) -> list[dict[str, float]]:
     """Return the `history` of a model: what was logged while training, without the summary at the end."""
     return [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
-
-
-def describe_predictions(
-    logits: np.ndarray, labels: np.ndarray, data: dict[str, Any], post_hoc_tau: float = 0.0
-) -> dict[str, Any]:
-    """Return the `metrics`, `post_hoc_metrics`, `answers` and `confusions` of a model."""
-    about = data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"]
-    metrics = long_tail_metrics(logits, labels, *about)
-    post_hoc = None
-    if post_hoc_tau and all(data["class_counts"]):
-        adjusted = post_hoc_logit_adjustment(logits, data["class_counts"], post_hoc_tau)
-        post_hoc = {"tau": post_hoc_tau, **long_tail_metrics(adjusted, labels, *about)}
-    predictions = logits.argmax(axis=1)
-    wrong = predictions != labels
-    pairs, counts = np.unique(np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:_MAX_CONFUSIONS]
-    confusions = np.concatenate([pairs, counts[:, None]], axis=1)[order].tolist()
-    answers = np.bincount(predictions, minlength=len(data["class_counts"])).tolist()
-    return {"metrics": metrics, "post_hoc_metrics": post_hoc, "answers": answers, "confusions": confusions}
 
 
 def describe_training(args: BKDConfig, relative_to: BKDConfig | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import DynamoBackend, broadcast_object_list, send_to_device
+from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, send_to_device
 from huggingface_hub import HfApi
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -41,7 +41,7 @@ from .data import labels_of
 from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, corrects, mixture
-from .metrics import LongTailEvaluation, NotFiniteError, shot_thresholds
+from .metrics import LongTailAccumulator, LongTailEvaluation, NotFiniteError
 from .models import head_modules, start_from_teacher, why_not_alike
 from .precision import precision_of
 from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples, innermost
@@ -147,11 +147,6 @@ class BKDTrainer(Trainer):
         if teacher_model is not None and teacher_model is model:
             raise ValueError("teacher_model is the student itself: freezing it would stop all training. Pass a copy.")
 
-        has_counts = class_counts is not None or train_dataset is not None
-        if isinstance(compute_metrics, LongTailEvaluation) or (
-            compute_metrics is None and preprocess_logits_for_metrics is None and has_counts
-        ):
-            _check_that_metrics_see_all(args)
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             # Trainer would cut each batch among the GPUs by DataParallel, and the number of its examples with it.
             logger.warning_once(
@@ -162,6 +157,8 @@ class BKDTrainer(Trainer):
         any_dataset = eval_dataset if train_dataset is None else train_dataset
         if data_collator is None and all(isinstance(part, ImageDataset) for part in innermost(any_dataset)):
             data_collator = collate_images
+        # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
+        adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
         super().__init__(
             model=model,
             args=args,
@@ -170,7 +167,7 @@ class BKDTrainer(Trainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             model_init=model_init,
-            compute_metrics=compute_metrics,
+            compute_metrics=None if adds_up else compute_metrics,
             callbacks=[_SetEpoch(self), *(callbacks or [])],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -190,8 +187,12 @@ class BKDTrainer(Trainer):
             self.class_counts = check_class_counts(class_counts).astype(np.int64)
         elif train_dataset is not None:
             self.class_counts = _count_training_examples(train_dataset, num_labels(self.model))
-        if compute_metrics is None and preprocess_logits_for_metrics is None and self.class_counts is not None:
-            self.compute_metrics = LongTailEvaluation(self.class_counts)
+        self.long_tail = compute_metrics if isinstance(compute_metrics, LongTailEvaluation) else None
+        if self.long_tail is None and self.class_counts is not None:
+            self.long_tail = LongTailEvaluation(self.class_counts)
+        self._accumulator: LongTailAccumulator | None = None
+        self._evaluation_losses: list[torch.Tensor] = []
+        self._num_evaluated, self._is_measuring = 0, False
 
         # Teacher
         self.teacher_model: FrozenTeacher | None = None
@@ -566,7 +567,8 @@ class BKDTrainer(Trainer):
                 power = strongest_power(logits, labels, weights, args.temperature) if is_measured else None
                 found["power"] = broadcast_object_list([power])[0] if is_measured else self.class_balance_power
                 weights = weights.pow(found["power"])
-            thresholds = shot_thresholds(self.compute_metrics)
+            assert self.long_tail is not None  # there are class counts
+            thresholds = self.long_tail.many_shot_threshold, self.long_tail.few_shot_threshold
             statistics = target_statistics(targets_of(args, logits, weights), logits, labels, counts, *thresholds)
             self._looks[seen] = statistics | found
         return self._looks[seen]
@@ -881,22 +883,32 @@ class BKDTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as `Trainer`, with a loss that counts each example once."""
+        """Evaluate as `Trainer`, with a loss and metrics that are added up by each process, and then merged."""
         if self.is_in_train:
             self._stop_if_not_finite()
-        if prediction_loss_only is None:
-            prediction_loss_only = self.args.prediction_loss_only
-        # The loss is computed from gathered logits: means per process count the padding of the last batch. Loaders
-        # take numbers from the common generator, how many depends on their workers: the training must not notice.
+        self._accumulator, self._num_evaluated = None, 0
+        self._evaluation_losses = [torch.zeros(2, device=self.args.device)]
+        if self.long_tail is not None and self._is_measuring:
+            prediction_loss_only = True
+            self._accumulator = self.long_tail.accumulator(self.long_tail.post_hoc_tau)
+        elif self.long_tail is not None and not (self.compute_metrics or self.preprocess_logits_for_metrics):
+            self._accumulator = self.long_tail.accumulator()
+        # Loaders take numbers from the common generator, how many depends on their workers: the training must not
+        # notice.
         with torch.random.fork_rng(devices=[]):
-            output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        logits, labels = output.predictions, output.label_ids
-        if self.preprocess_logits_for_metrics is None and isinstance(logits, np.ndarray) and labels is not None:
-            loss = cross_entropy_loss(
-                torch.from_numpy(logits), torch.from_numpy(labels), self.args.label_smoothing_factor
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
-        return output._replace(predictions=None, label_ids=None) if prediction_loss_only else output
+        sums = torch.stack(self._evaluation_losses).cpu().double().sum(dim=0)
+        all_sums, accumulators = zip(*gather_object([(sums, self._accumulator)]), strict=True)
+        loss, number = sum(all_sums).tolist()
+        if number:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / number
+        if self._accumulator is not None:
+            self._accumulator = functools.reduce(LongTailAccumulator.merge, accumulators)
+            scalars = self._accumulator.scalars() if self._accumulator.num_images else {}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scalars.items()})
+        return output
 
     def prediction_step(
         self,
@@ -906,8 +918,52 @@ class BKDTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Predict logits; hidden states and other outputs, which some models add, are not gathered."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        if logits is not None and labels is not None:
+            self._add_up(logits, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def _add_up(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch to the loss and the metrics, without the examples that fill up the last one of all processes."""
+        number, rank, state = len(labels), self.args.process_index, self.accelerator.gradient_state
+        first = self._num_evaluated + rank * number
+        self._num_evaluated += self.args.world_size * number
+        if state.end_of_dataloader and state.remainder > 0:
+            number = min(max(state.remainder - rank * number, 0), number)
+        if not number:
+            return
+        logits, labels = logits[:number], labels[:number]
+        loss = cross_entropy_loss(logits, labels, self.args.label_smoothing_factor, reduction="sum")
+        self._evaluation_losses.append(torch.stack([loss, (labels != IGNORE_INDEX).sum()]))
+        if self._accumulator is not None:
+            at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+            self._accumulator.update(logits.to("cpu", at_least_float32).numpy(), labels.cpu().numpy(), first)
+
+    def measure(self, dataset: Dataset, metric_key_prefix: str = "eval") -> tuple[dict, LongTailAccumulator]:
+        """Measure the model as `predict` does, but keep no logits; all processes have to call it.
+
+        Args:
+            dataset: As for `predict`.
+            metric_key_prefix: As for `predict`.
+
+        Returns:
+            The metrics of `predict`, and the accumulator that has seen all examples, with post-hoc adjustment where
+            the trainer's [`LongTailEvaluation`] has a τ.
+
+        Raises:
+            ValueError: Without class counts, or if the examples have no labels.
+        """
+        if self.long_tail is None:
+            self._known_class_counts()  # raises
+        self._is_measuring = True
+        try:
+            metrics = self.predict(dataset, metric_key_prefix=metric_key_prefix).metrics
+        finally:
+            self._is_measuring = False
+        assert metrics is not None
+        assert self._accumulator is not None
+        return metrics, self._accumulator
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does, also after an `evaluate()`."""
@@ -1157,18 +1213,6 @@ class _SetEpoch(TrainerCallback):
     def on_epoch_end(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.teacher_cache is not None:
             self.trainer.teacher_cache.flush()
-
-
-def _check_that_metrics_see_all(args: BKDConfig) -> None:
-    for option, is_refused in (
-        ("batch_eval_metrics true", args.batch_eval_metrics),
-        ("eval_do_concat_batches false", not args.eval_do_concat_batches),
-    ):
-        if is_refused:
-            raise InputError(
-                f"--{option}: the long-tail metrics are those of all evaluation examples at once. Leave the option "
-                "out, or pass a compute_metrics of your own."
-            )
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -134,52 +134,44 @@ def describe_data(
     name: str, train: datasets.Dataset, evaluation: datasets.Dataset, many_shot_threshold: int, few_shot_threshold: int
 ) -> dict[str, Any]:
     """Return the `data` section of a run on these images (the counts as [`describe_classes`])."""
-    return describe_classes(
-        name,
+    names, of_training, of_evaluation = (
         train.features[LABEL_COLUMN].names,
         class_counts(train),
         class_counts(evaluation),
-        many_shot_threshold,
-        few_shot_threshold,
-        fingerprints=(fingerprint(train), fingerprint(evaluation)),
-        eval_split=_eval_split(train, evaluation),
     )
-
-
-def _eval_split(train: datasets.Dataset, evaluation: datasets.Dataset) -> str | None:
-    if evaluation.split is None:
-        return None
-    return "train" if evaluation.split == train.split else str(evaluation.split)
+    split = None if evaluation.split is None else str(evaluation.split)
+    return {
+        **describe_classes(names, of_training, of_evaluation, many_shot_threshold, few_shot_threshold),
+        "name": without_folders(name),
+        "hub_id": hub_id(name),
+        "eval_split": "train" if split and evaluation.split == train.split else split,
+        "fingerprint": fingerprint(train),
+        "eval_fingerprint": fingerprint(evaluation),
+    }
 
 
 def describe_classes(
-    name: str,
     class_names: list[str],
     counts: list[int],
     eval_counts: list[int],
     many_shot_threshold: int = MANY_SHOT_THRESHOLD,
     few_shot_threshold: int = FEW_SHOT_THRESHOLD,
-    fingerprints: tuple[str | None, str | None] = (None, None),
-    eval_split: str | None = None,
 ) -> dict[str, Any]:
-    """Return the `data` section.
+    """Return the `data` section of data of which nothing else is known.
 
     Args:
-        name: Folder, Hub id, or `digits`.
         class_names: Names of the C classes.
         counts: C numbers of training images.
         eval_counts: C numbers of evaluation images.
         many_shot_threshold: Classes with more training images are many-shot.
         few_shot_threshold: Classes with fewer training images are few-shot.
-        fingerprints: Of training and evaluation images, where they are known.
-        eval_split: Name of the split that is evaluated on, where it is known.
     """
     return {
-        "name": without_folders(name),
-        "hub_id": hub_id(name),
-        "eval_split": eval_split,
-        "fingerprint": fingerprints[0],
-        "eval_fingerprint": fingerprints[1],
+        "name": "own data",
+        "hub_id": None,
+        "eval_split": None,
+        "fingerprint": None,
+        "eval_fingerprint": None,
         "num_train_images": sum(counts),
         "num_eval_images": sum(eval_counts),
         "class_names": class_names,
@@ -419,8 +411,6 @@ def _commit() -> str | None:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(encoding="utf-8"), re.M) if path.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import EvalPrediction
 
 from .long_tail.metrics import (
     FEW_SHOT_THRESHOLD,
@@ -21,6 +21,9 @@ from .long_tail.metrics import (
     shot_groups,
     wilson_interval,
 )
+
+if TYPE_CHECKING:  # losses need no transformers
+    from transformers import EvalPrediction
 
 __all__ = [
     "FEW_SHOT_THRESHOLD",

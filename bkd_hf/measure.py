@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from torch.utils.data import Dataset
 
-from .metrics import shot_thresholds
 from .models import label_names
 from .results import describe_classes, describe_model, describe_run, history_of, summarize_training
-from .teacher import TEACHER_PREFIX, FrozenTeacher, gives_teacher_inputs
-
-if TYPE_CHECKING:
-    from .trainer import BKDTrainer
+from .teacher import TEACHER_PREFIX, gives_teacher_inputs
 
 
-def measure(trainer: BKDTrainer, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
+def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
     """Measure a trainer's student and teacher on its `eval_dataset`; all processes have to call it.
 
     Args:
-        trainer: The trainer.
+        trainer: A `BKDTrainer`.
         dataset_name: What the data is called.
         dataset_id: Its id on the Hub, where it is there.
 
@@ -38,34 +33,30 @@ def measure(trainer: BKDTrainer, dataset_name: str | None = None, dataset_id: st
             "Results are measured on one eval_dataset, with known class counts: pass both to the trainer."
         )
     teacher_images = _seen_by_teacher(trainer) if trainer.teacher_model is not None else None  # before any work
-    prediction = trainer.predict(images)
+    _, measured = trainer.measure(images)
     names = label_names(trainer.model.config) or [str(number) for number in range(len(counts))]
-    eval_counts = np.bincount(prediction.label_ids, minlength=len(counts)).tolist()
+    thresholds = trainer.long_tail.many_shot_threshold, trainer.long_tail.few_shot_threshold
     data = {
-        **describe_classes("own data", names, counts.tolist(), eval_counts, *shot_thresholds(trainer.compute_metrics)),
+        **describe_classes(names, counts.tolist(), measured.labelled.tolist(), *thresholds),
         "name": dataset_name or dataset_id or "own data",
         "hub_id": dataset_id,
     }
-    student = describe_model(_name(trainer.model), trainer.model, prediction.predictions, prediction.label_ids, data)
+    student = describe_model(_name(trainer.model), trainer.model, measured)
     seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     if seconds:
         student["training"] = summarize_training(trainer.state, seconds[-1], int(counts.sum()))
         student["history"] = history_of(trainer.state)
     teacher = None
     if trainer.teacher_model is not None:
-        teacher = _measure_teacher(trainer, trainer.teacher_model, teacher_images, data)
+        evaluation = type(trainer)(
+            model=trainer.teacher_model.as_classifier(),
+            args=dataclasses.replace(trainer.args, push_to_hub=False),
+            data_collator=trainer.data_collator,
+            compute_metrics=trainer.long_tail,
+        )
+        _, measured = evaluation.measure(teacher_images)
+        teacher = describe_model(_name(trainer.teacher_model.model), trainer.teacher_model, measured)
     return describe_run(trainer.args, data, student, teacher)
-
-
-def _measure_teacher(trainer: BKDTrainer, teacher: FrozenTeacher, images: Any, data: dict[str, Any]) -> dict[str, Any]:
-    evaluation = type(trainer)(
-        model=teacher.as_classifier(),
-        args=dataclasses.replace(trainer.args, push_to_hub=False),
-        data_collator=trainer.data_collator,
-        class_counts=trainer.class_counts,
-    )
-    prediction = evaluation.predict(images)
-    return describe_model(_name(teacher.model), teacher, prediction.predictions, prediction.label_ids, data)
 
 
 def _name(model: Any) -> str:
@@ -73,7 +64,7 @@ def _name(model: Any) -> str:
     return getattr(getattr(model, "config", None), "_name_or_path", "")
 
 
-def _seen_by_teacher(trainer: BKDTrainer) -> Any:
+def _seen_by_teacher(trainer: Any) -> Any:
     """Return the evaluation images as the teacher takes them."""
     of_training, of_evaluation = map(gives_teacher_inputs, (trainer.train_dataset, trainer.eval_dataset))
     if of_training and not of_evaluation:

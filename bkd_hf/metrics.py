@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .long_tail.metrics import (
     FEW_SHOT_THRESHOLD,
     MANY_SHOT_THRESHOLD,
+    LongTailAccumulator,
     NotFiniteError,
     check_class_counts,
     check_shot_thresholds,
@@ -21,12 +22,13 @@ from .long_tail.metrics import (
     wilson_interval,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # losses need no transformers
     from transformers import EvalPrediction
 
 __all__ = [
     "FEW_SHOT_THRESHOLD",
     "MANY_SHOT_THRESHOLD",
+    "LongTailAccumulator",
     "LongTailEvaluation",
     "NotFiniteError",
     "check_class_counts",
@@ -35,7 +37,6 @@ __all__ = [
     "long_tail_metrics",
     "post_hoc_logit_adjustment",
     "shot_groups",
-    "shot_thresholds",
     "wilson_interval",
 ]
 
@@ -44,30 +45,25 @@ __all__ = [
 class LongTailEvaluation:
     """[`long_tail_metrics`] as `compute_metrics` of a `Trainer`: the scalars, which it logs at every evaluation.
 
+    `BKDTrainer` adds them up batch by batch, without collecting logits.
+
     Args:
         class_counts: C numbers of *training* images.
         many_shot_threshold: As for [`long_tail_metrics`].
         few_shot_threshold: As for [`long_tail_metrics`].
+        post_hoc_tau: τ of the post-hoc logit adjustment in `BKDTrainer.measure`; 0 for none.
     """
 
     class_counts: Sequence[int] | np.ndarray
     many_shot_threshold: int = MANY_SHOT_THRESHOLD
     few_shot_threshold: int = FEW_SHOT_THRESHOLD
+    post_hoc_tau: float = 0.0
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        metrics = long_tail_metrics(
-            prediction.predictions,
-            prediction.label_ids,
-            self.class_counts,
-            self.many_shot_threshold,
-            self.few_shot_threshold,
-        )
-        del metrics["per_class_accuracy"]
-        return metrics
+        accumulator = self.accumulator()
+        accumulator.update(prediction.predictions, prediction.label_ids)
+        return accumulator.scalars()
 
-
-def shot_thresholds(compute_metrics: Any) -> tuple[int, int]:
-    """Return the bounds of many- and few-shot classes that a trainer's evaluations have."""
-    if isinstance(compute_metrics, LongTailEvaluation):
-        return compute_metrics.many_shot_threshold, compute_metrics.few_shot_threshold
-    return MANY_SHOT_THRESHOLD, FEW_SHOT_THRESHOLD
+    def accumulator(self, post_hoc_tau: float = 0.0) -> LongTailAccumulator:
+        """Return an accumulator of these metrics that has seen nothing yet."""
+        return LongTailAccumulator(self.class_counts, self.many_shot_threshold, self.few_shot_threshold, post_hoc_tau)

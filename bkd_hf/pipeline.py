@@ -21,7 +21,6 @@ from rich.table import Table
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from .arguments import CHOOSE_WORKERS, DataArguments, ModelArguments, RunArguments
@@ -262,9 +261,7 @@ class _Stage:
             train_dataset=self.images["train"],
             eval_dataset=self.images["eval"],
             processing_class=self.processor,
-            compute_metrics=LongTailEvaluation(
-                self.data["class_counts"], self.data["many_shot_threshold"], self.data["few_shot_threshold"]
-            ),
+            compute_metrics=self._evaluation(),
             callbacks=[clock],
         )
         trainer.add_callback(_TellOfCache(trainer, self.say))
@@ -284,10 +281,10 @@ class _Stage:
         trainer.save_state()
         trainer.log_metrics("train", outcome.metrics)
         trainer.save_metrics("train", outcome.metrics)
-        evaluation = trainer.predict(self.images["eval"], metric_key_prefix="eval")
-        trainer.save_metrics("eval", evaluation.metrics)
+        metrics, measured = trainer.measure(self.images["eval"])
+        trainer.save_metrics("eval", metrics)
         return {
-            **self._describe(model, evaluation),
+            **describe_model(self.name, model, measured),
             **about_teacher,
             "training": clock.summary(trainer, len(self.images["train"])),
             "history": history_of(trainer.state),
@@ -322,14 +319,14 @@ class _Stage:
         trainer = BKDTrainer(
             model=teacher.as_classifier(),
             args=self.args,
-            eval_dataset=self.images["eval"],
-            class_counts=self.data["class_counts"],
+            compute_metrics=self._evaluation(),
         )
-        return self._describe(teacher, trainer.predict(self.images["eval"]))
+        return describe_model(self.name, teacher, trainer.measure(self.images["eval"])[1])
 
-    def _describe(self, model: nn.Module, evaluation: PredictionOutput) -> dict[str, Any]:
-        logits, labels = evaluation.predictions, evaluation.label_ids
-        return describe_model(self.name, model, logits, labels, self.data, self.post_hoc_tau)
+    def _evaluation(self) -> LongTailEvaluation:
+        data = self.data
+        thresholds = data["many_shot_threshold"], data["few_shot_threshold"]
+        return LongTailEvaluation(data["class_counts"], *thresholds, self.post_hoc_tau)
 
 
 @dataclass(frozen=True)

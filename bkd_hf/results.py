@@ -50,7 +50,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
@@ -60,7 +59,11 @@ from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
 from .machine import precision_of
-from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, long_tail_metrics, post_hoc_logit_adjustment
+from .metrics import (
+    FEW_SHOT_THRESHOLD,
+    MANY_SHOT_THRESHOLD,
+    LongTailAccumulator,
+)
 from .models import cifar_resnet_depth
 from .objective import corrects
 from .teacher import FrozenTeacher
@@ -69,7 +72,6 @@ RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
 
 _REQUIRED = ("options", "seed", "data", "teacher", "student", "versions", "hardware")
-_MAX_CONFUSIONS = 2000
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.
 _FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
@@ -136,52 +138,44 @@ def describe_data(
     name: str, train: datasets.Dataset, evaluation: datasets.Dataset, many_shot_threshold: int, few_shot_threshold: int
 ) -> dict[str, Any]:
     """Return the `data` section of a run on these images (the counts as [`describe_classes`])."""
-    return describe_classes(
-        name,
+    names, of_training, of_evaluation = (
         train.features[LABEL_COLUMN].names,
         class_counts(train),
         class_counts(evaluation),
-        many_shot_threshold,
-        few_shot_threshold,
-        fingerprints=(fingerprint(train), fingerprint(evaluation)),
-        eval_split=_eval_split(train, evaluation),
     )
-
-
-def _eval_split(train: datasets.Dataset, evaluation: datasets.Dataset) -> str | None:
-    if evaluation.split is None:
-        return None
-    return "train" if evaluation.split == train.split else str(evaluation.split)
+    split = None if evaluation.split is None else str(evaluation.split)
+    return {
+        **describe_classes(names, of_training, of_evaluation, many_shot_threshold, few_shot_threshold),
+        "name": without_folders(name),
+        "hub_id": hub_id(name),
+        "eval_split": "train" if split and evaluation.split == train.split else split,
+        "fingerprint": fingerprint(train),
+        "eval_fingerprint": fingerprint(evaluation),
+    }
 
 
 def describe_classes(
-    name: str,
     class_names: list[str],
     counts: list[int],
     eval_counts: list[int],
     many_shot_threshold: int = MANY_SHOT_THRESHOLD,
     few_shot_threshold: int = FEW_SHOT_THRESHOLD,
-    fingerprints: tuple[str | None, str | None] = (None, None),
-    eval_split: str | None = None,
 ) -> dict[str, Any]:
-    """Return the `data` section.
+    """Return the `data` section of data of which nothing else is known.
 
     Args:
-        name: Folder, Hub id, or `digits`.
         class_names: Names of the C classes.
         counts: C numbers of training images.
         eval_counts: C numbers of evaluation images.
         many_shot_threshold: Classes with more training images are many-shot.
         few_shot_threshold: Classes with fewer training images are few-shot.
-        fingerprints: Of training and evaluation images, where they are known.
-        eval_split: Name of the split that is evaluated on, where it is known.
     """
     return {
-        "name": without_folders(name),
-        "hub_id": hub_id(name),
-        "eval_split": eval_split,
-        "fingerprint": fingerprints[0],
-        "eval_fingerprint": fingerprints[1],
+        "name": "own data",
+        "hub_id": None,
+        "eval_split": None,
+        "fingerprint": None,
+        "eval_fingerprint": None,
         "num_train_images": sum(counts),
         "num_eval_images": sum(eval_counts),
         "class_names": class_names,
@@ -234,23 +228,13 @@ def describe_run(
     }
 
 
-def describe_model(
-    name: str,
-    model: nn.Module,
-    logits: np.ndarray,
-    labels: np.ndarray,
-    data: dict[str, Any],
-    post_hoc_tau: float = 0.0,
-) -> dict[str, Any]:
+def describe_model(name: str, model: nn.Module, measured: LongTailAccumulator) -> dict[str, Any]:
     """Return what is told of a model: what it is, and how well it does.
 
     Args:
         name: Folder, Hub id, or `cifar-resnet-…`; empty for what was made from a configuration.
         model: The model.
-        logits: N×C, of the evaluation images.
-        labels: N class numbers.
-        data: The `data` section.
-        post_hoc_tau: τ of the post-hoc logit adjustment; 0 for none.
+        measured: Its answers about the evaluation images.
     """
     classifier = model.model if isinstance(model, FrozenTeacher) else model
     return {
@@ -258,7 +242,7 @@ def describe_model(
         "hub_id": hub_id(name) if name and cifar_resnet_depth(name) is None else None,
         "architecture": type(classifier).__name__,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **describe_predictions(logits, labels, data, post_hoc_tau),
+        **measured.compute(),
     }
 
 
@@ -282,25 +266,6 @@ def summarize_training(state: TrainerState, seconds: float, num_images: int) -> 
 def history_of(state: TrainerState) -> list[dict[str, float]]:
     """Return the `history` of a model: what was logged while training, without the summary at the end."""
     return [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
-
-
-def describe_predictions(
-    logits: np.ndarray, labels: np.ndarray, data: dict[str, Any], post_hoc_tau: float = 0.0
-) -> dict[str, Any]:
-    """Return the `metrics`, `post_hoc_metrics`, `answers` and `confusions` of a model."""
-    about = data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"]
-    metrics = long_tail_metrics(logits, labels, *about)
-    post_hoc = None
-    if post_hoc_tau and all(data["class_counts"]):
-        adjusted = post_hoc_logit_adjustment(logits, data["class_counts"], post_hoc_tau)
-        post_hoc = {"tau": post_hoc_tau, **long_tail_metrics(adjusted, labels, *about)}
-    predictions = logits.argmax(axis=1)
-    wrong = predictions != labels
-    pairs, counts = np.unique(np.stack([labels[wrong], predictions[wrong]], axis=1), axis=0, return_counts=True)
-    order = np.argsort(-counts, kind="stable")[:_MAX_CONFUSIONS]
-    confusions = np.concatenate([pairs, counts[:, None]], axis=1)[order].tolist()
-    answers = np.bincount(predictions, minlength=len(data["class_counts"])).tolist()
-    return {"metrics": metrics, "post_hoc_metrics": post_hoc, "answers": answers, "confusions": confusions}
 
 
 def describe_training(args: BKDConfig, relative_to: BKDConfig | None = None) -> dict[str, Any]:
@@ -450,8 +415,6 @@ def _commit() -> str | None:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(encoding="utf-8"), re.M) if path.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

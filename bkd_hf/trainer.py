@@ -19,13 +19,13 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_len
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from .callbacks import EpochSetter, FiniteGuard, LossMeter, TeacherLogitsError, TrainingDivergedError
+from .callbacks import EpochSetter, EvaluationMeter, FiniteGuard, LossMeter, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
 from .counting import count_training_examples, training_labels
 from .errors import InputError
 from .images import ImageDataset, collate_images
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
-from .metrics import LongTailEvaluation, check_class_counts, shot_thresholds
+from .metrics import LongTailAccumulator, LongTailEvaluation, check_class_counts
 from .models import freeze_backbone, load_weights_strictly, start_from_teacher, the_head, why_not_alike
 from .objective import Objective, Progress, corrects
 from .publishing_trainer import PublishingTrainer
@@ -128,11 +128,6 @@ class BKDTrainer(PublishingTrainer):
         if teacher_model is not None and teacher_model is model:
             raise ValueError("teacher_model is the student itself: freezing it would stop all training. Pass a copy.")
 
-        is_ours = compute_metrics is None and preprocess_logits_for_metrics is None
-        if isinstance(compute_metrics, LongTailEvaluation) or (
-            is_ours and (class_counts is not None or train_dataset is not None)
-        ):
-            _check_that_metrics_see_all(args)
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             # Trainer would cut each batch among the GPUs by DataParallel, and the number of its examples with it.
             logger.warning_once(
@@ -143,6 +138,8 @@ class BKDTrainer(PublishingTrainer):
         any_dataset = eval_dataset if train_dataset is None else train_dataset
         if data_collator is None and all(isinstance(part, ImageDataset) for part in innermost(any_dataset)):
             data_collator = collate_images
+        # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
+        adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
         super().__init__(
             model=model,
             args=args,
@@ -151,7 +148,7 @@ class BKDTrainer(PublishingTrainer):
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             model_init=model_init,
-            compute_metrics=compute_metrics,
+            compute_metrics=None if adds_up else compute_metrics,
             callbacks=[EpochSetter(self.set_epoch, self._flush_teacher_cache), *(callbacks or [])],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -168,8 +165,10 @@ class BKDTrainer(PublishingTrainer):
             self.class_counts = check_class_counts(class_counts).astype(np.int64)
         elif train_dataset is not None:
             self.class_counts = count_training_examples(train_dataset, num_labels(self.model))
-        if is_ours and self.class_counts is not None:
-            self.compute_metrics = LongTailEvaluation(self.class_counts)
+        self.long_tail = compute_metrics if isinstance(compute_metrics, LongTailEvaluation) else None
+        if self.long_tail is None and self.class_counts is not None:
+            self.long_tail = LongTailEvaluation(self.class_counts)
+        self._evaluation, self._is_measuring = EvaluationMeter(self.accelerator, 0.0, None), False
 
         self.teacher_model: FrozenTeacher | None = None
         if teacher_model is not None:
@@ -397,9 +396,9 @@ class BKDTrainer(PublishingTrainer):
             sample = sample_of(dataset, num_images, args.seed)
             loader = DataLoader(sample, args.eval_batch_size, collate_fn=collator)
             logits, labels = answers_about_sample(self.teacher_model, loader, self._split_inputs, args.device)
-            self._looks[seen] = look(
-                objective, logits, labels, self.class_counts, *shot_thresholds(self.compute_metrics)
-            )
+            assert self.long_tail is not None  # there are class counts
+            thresholds = self.long_tail.many_shot_threshold, self.long_tail.few_shot_threshold
+            self._looks[seen] = look(objective, logits, labels, self.class_counts, *thresholds)
         return self._looks[seen]
 
     # ---- Logging --------------------------------------------------------------------------------------------------
@@ -614,22 +613,24 @@ class BKDTrainer(PublishingTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as `Trainer`, with a loss that counts each example once."""
+        """Evaluate as `Trainer`, with a loss and metrics that are added up by each process, and then merged."""
         if self.is_in_train:
             self._guard.stop_if_not_finite()
-        if prediction_loss_only is None:
-            prediction_loss_only = self.args.prediction_loss_only
-        # The loss is computed from gathered logits: means per process count the padding of the last batch. Loaders
-        # take numbers from the common generator, how many depends on their workers: the training must not notice.
+        accumulator = None
+        if self.long_tail is not None and self._is_measuring:
+            prediction_loss_only, accumulator = True, self.long_tail.accumulator(self.long_tail.post_hoc_tau)
+        elif self.long_tail is not None and not (self.compute_metrics or self.preprocess_logits_for_metrics):
+            accumulator = self.long_tail.accumulator()
+        self._evaluation = EvaluationMeter(self.accelerator, self.args.label_smoothing_factor, accumulator)
+        # Loaders take numbers from the common generator, how many depends on their workers: the training must not
+        # notice.
         with torch.random.fork_rng(devices=[]):
-            output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        logits, labels = output.predictions, output.label_ids
-        if self.preprocess_logits_for_metrics is None and isinstance(logits, np.ndarray) and labels is not None:
-            loss = cross_entropy_loss(
-                torch.from_numpy(logits), torch.from_numpy(labels), self.args.label_smoothing_factor
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            output.metrics[f"{metric_key_prefix}_loss"] = loss.item()
-        return output._replace(predictions=None, label_ids=None) if prediction_loss_only else output
+        found = self._evaluation.finish()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
 
     def prediction_step(
         self,
@@ -639,8 +640,35 @@ class BKDTrainer(PublishingTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Predict logits; hidden states and other outputs, which some models add, are not gathered."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        return loss, logits[0] if isinstance(logits, tuple) else logits, labels
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        if logits is not None and labels is not None:
+            self._evaluation.add(logits, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def measure(self, dataset: Dataset, metric_key_prefix: str = "eval") -> tuple[dict, LongTailAccumulator]:
+        """Measure the model as `predict` does, but keep no logits; all processes have to call it.
+
+        Args:
+            dataset: As for `predict`.
+            metric_key_prefix: As for `predict`.
+
+        Returns:
+            The metrics of `predict`, and the accumulator that has seen all examples, with post-hoc adjustment where
+            the trainer's [`LongTailEvaluation`] has a τ.
+
+        Raises:
+            ValueError: Without class counts, or if the examples have no labels.
+        """
+        self.objective.known_class_counts()  # raises
+        self._is_measuring = True
+        try:
+            metrics = self.predict(dataset, metric_key_prefix=metric_key_prefix).metrics
+        finally:
+            self._is_measuring = False
+        assert metrics is not None
+        assert self._evaluation.accumulator is not None
+        return metrics, self._evaluation.accumulator
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does, also after an `evaluate()`."""
@@ -687,15 +715,3 @@ class BKDTrainer(PublishingTrainer):
             return False
         load_weights_strictly(self.model, checkpoint)
         return True
-
-
-def _check_that_metrics_see_all(args: BKDConfig) -> None:
-    for option, is_refused in (
-        ("batch_eval_metrics true", args.batch_eval_metrics),
-        ("eval_do_concat_batches false", not args.eval_do_concat_batches),
-    ):
-        if is_refused:
-            raise InputError(
-                f"--{option}: the long-tail metrics are those of all evaluation examples at once. Leave the option "
-                "out, or pass a compute_metrics of your own."
-            )

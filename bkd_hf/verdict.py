@@ -40,13 +40,8 @@ class Verdict:
 
 
 def judge(results: dict[str, Any]) -> Verdict:
-    """Judge the student of a run.
-
-    Args:
-        results: The content of a `results.json`.
-    """
-    is_better, sentence = _compare(results)
-    return Verdict(is_better, sentence, _warnings(results))
+    """Judge the student of a run, from the content of its `results.json`."""
+    return Verdict(*_compare(results), _warnings(results))
 
 
 def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -80,24 +75,21 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
     if not alternatives:
         return None, ""
     student = results["student"]["metrics"]
-    best = max(alternatives, key=lambda name: [alternatives[name][key] for key in ("balanced_accuracy", "accuracy")])
+    best = max(alternatives, key=lambda name: [alternatives[name][key] for key in reversed(_COMPARED)])
     other = alternatives[best]
     better = [words for key, words in _COMPARED.items() if student[key] > other[key]]
+    # On a balanced test set overall and balanced accuracy are the same.
+    is_balanced = all(abs(each["accuracy"] - each["balanced_accuracy"]) < 0.0005 for each in (student, other))
     numbers = "; ".join(
-        f"{_percent(student[key])} against {_percent(other[key])} % {words}"
+        f"{100 * student[key]:.1f} against {100 * other[key]:.1f} % {words}"
         for key, words in _COMPARED.items()
-        if key == "accuracy" or not _is_balanced(student, other)
+        if key == "accuracy" or not is_balanced
     )
     subject = "student" if results["teacher"] else "student as it was trained"
     if len(better) == len(_COMPARED):
         return True, f"The {subject} is better than {best}, which costs nothing: {numbers}."
     what = f"better only {better[0]} than" if better else "NOT better than"
     return False, f"The {subject} is {what} {best}, which costs nothing: {numbers}. {_try(results)}"
-
-
-def _is_balanced(*metrics: dict[str, Any]) -> bool:
-    """Whether overall and balanced accuracy are the same, as on a balanced test set."""
-    return all(abs(each["accuracy"] - each["balanced_accuracy"]) < 0.0005 for each in metrics)
 
 
 def _try(results: dict[str, Any]) -> str:
@@ -110,30 +102,20 @@ def _try(results: dict[str, Any]) -> str:
 
 def _warnings(results: dict[str, Any]) -> list[str]:
     data, student, teacher = results["data"], results["student"], results["teacher"]
-    metrics = student["metrics"]
     found = []
-    if teacher and all(
-        metrics[key] < _FAR_BELOW * teacher["metrics"][key] for key in ("accuracy", "balanced_accuracy")
-    ):
-        found.append(
-            f"The student is far below its teacher: {_percent(metrics['accuracy'])} against "
-            f"{_percent(teacher['metrics']['accuracy'])} % overall."
-        )
-    if "answers" in student:  # not in results of earlier versions
-        answers, images = np.asarray(student["answers"]), np.asarray(data["eval_class_counts"])
-        tested = images > 0
-        num_answered, num_tested = int((answers[tested] > 0).sum()), int(tested.sum())
-        if num_answered < _FEW_ANSWERED * num_tested:
-            found.append(f"Only {num_answered:,} of the {num_tested:,} tested classes are ever answered.")
-        most = int(np.argmax(np.where(tested, answers / np.maximum(images, 1), 0)))
-        times, share = answers[most] / max(images[most], 1), answers[most] / answers.sum()
-        if times > _TOO_OFTEN and share > _MANY_ANSWERS:
-            found.append(
-                f"{data['class_names'][most]!r} is answered {times:.1f} times as often as it occurs among the test "
-                "images."
-            )
+    if teacher and all(student["metrics"][key] < _FAR_BELOW * teacher["metrics"][key] for key in _COMPARED):
+        ours, theirs = (100 * model["metrics"]["accuracy"] for model in (student, teacher))
+        found.append(f"The student is far below its teacher: {ours:.1f} against {theirs:.1f} % overall.")
+    if "answers" not in student:  # results of earlier versions
+        return found
+    answers, images = np.asarray(student["answers"]), np.asarray(data["eval_class_counts"])
+    tested = images > 0
+    num_answered, num_tested = int((answers[tested] > 0).sum()), int(tested.sum())
+    if num_answered < _FEW_ANSWERED * num_tested:
+        found.append(f"Only {num_answered:,} of the {num_tested:,} tested classes are ever answered.")
+    times = np.where(tested, answers / np.maximum(images, 1), 0)
+    most = times.argmax()
+    if times[most] > _TOO_OFTEN and answers[most] > _MANY_ANSWERS * answers.sum():
+        name = data["class_names"][most]
+        found.append(f"{name!r} is answered {times[most]:.1f} times as often as it occurs among the test images.")
     return found
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"

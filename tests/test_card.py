@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.card import build, of_teacher, to_recipe
+from bkd_hf.metrics import LongTailAccumulator
 from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
 from bkd_hf.run_folder import _told
 from tests.conftest import REPOSITORY
@@ -307,8 +308,9 @@ def test_recorded_options_tell_nothing_of_the_machine():
 
 
 def test_hub_model_is_told_from_a_folder(results, tmp_path):
-    logits, labels = np.eye(10, dtype=np.float32), np.arange(10)
-    about = {name: describe_model(name, torch.nn.Linear(2, 2), logits, labels, results["data"])
+    measured = LongTailAccumulator(results["data"]["class_counts"])
+    measured.update(np.eye(10, dtype=np.float32), np.arange(10))
+    about = {name: describe_model(name, torch.nn.Linear(2, 2), measured)
              for name in ("google/vit", str(tmp_path), "cifar-resnet-32")}  # fmt: skip
     assert [model["hub_id"] for model in about.values()] == ["google/vit", None, None]
     assert about[str(tmp_path)]["model"] == tmp_path.name

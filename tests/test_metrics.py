@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import doctest
 import math
+import pickle
 from pathlib import Path
 
 import evaluate
@@ -10,14 +11,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
-from sklearn.metrics import balanced_accuracy_score, f1_score, top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score, top_k_accuracy_score
 
 import bkd_hf
-from bkd_hf import NotFiniteError, expected_calibration_error, long_tail_metrics, shot_groups, wilson_interval
+from bkd_hf import (
+    NotFiniteError,
+    expected_calibration_error,
+    long_tail_metrics,
+    post_hoc_logit_adjustment,
+    shot_groups,
+    wilson_interval,
+)
+from bkd_hf.metrics import LongTailAccumulator
 
 
 def one_hot(predictions: list[int], classes: int) -> np.ndarray:
     return 5.0 * np.eye(classes)[predictions]
+
+
+def flat(metrics: dict) -> dict:
+    return {**metrics, **dict(enumerate(metrics["per_class_accuracy"])), "per_class_accuracy": None}
 
 
 @pytest.mark.parametrize("row", [[0, math.nan, 0], [0, math.inf, 0], [-math.inf] * 3])
@@ -31,6 +44,61 @@ def test_answers_that_are_no_numbers_are_refused(row):
             measure()
     # A teacher that does not know a class says −∞ of it.
     assert long_tail_metrics(np.array([[0, -math.inf]]), np.array([0]), [5, 5])["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("classes", [4, 30])
+def test_batches_and_merged_parts_are_measured_as_the_whole(dtype, classes):
+    generator = np.random.default_rng(0)
+    labels, counts = generator.integers(0, classes, 200), generator.integers(1, 300, classes)
+    logits = (generator.normal(size=(200, classes)) + 2 * np.eye(classes)[labels]).astype(dtype)
+    parts = [LongTailAccumulator(counts, post_hoc_tau=0.5) for _ in range(2)]
+    for number, (start, stop) in enumerate([(0, 1), (1, 90), (90, 97), (97, 200)]):
+        parts[number % 2].update(logits[start:stop], labels[start:stop])
+    found = parts[0].merge(parts[1]).compute()
+    adjusted = post_hoc_logit_adjustment(logits, counts, 0.5)
+    assert flat(found["metrics"]) == pytest.approx(flat(long_tail_metrics(logits, labels, counts)), abs=1e-12)
+    expected = {"tau": 0.5, **long_tail_metrics(adjusted, labels, counts)}
+    assert flat(found["post_hoc_metrics"]) == pytest.approx(flat(expected), abs=1e-12)
+    predictions = logits.argmax(axis=1)
+    assert found["answers"] == np.bincount(predictions, minlength=classes).tolist()
+    confused = confusion_matrix(labels, predictions, labels=range(classes)) * (1 - np.eye(classes, dtype=int))
+    assert sorted(found["confusions"]) == [[i, j, confused[i, j]] for i, j in np.argwhere(confused)]
+    numbers = [number for _, _, number in found["confusions"]]
+    assert numbers == sorted(numbers, reverse=True)
+
+
+def test_many_logits_are_measured_as_few(monkeypatch):
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 500, 2000)
+    logits = (generator.normal(size=(2000, 500)) + 4 * np.eye(500)[labels]).astype(np.float32)
+    logits[0] = 0
+    logits[0, 0] = math.log(499)  # its confidence is one half, the border of two bins
+    exact = expected_calibration_error(logits, labels, num_bins=10)
+    monkeypatch.setattr("bkd_hf.long_tail.metrics._EXACT_VALUES", 0)
+    assert exact != expected_calibration_error(logits, labels, num_bins=10) == pytest.approx(exact, abs=1e-9)
+
+
+def test_ten_thousand_classes_need_no_matrix():
+    accumulator = LongTailAccumulator(np.ones(10_000))
+    accumulator.update(np.eye(2, 10_000), np.array([0, 9_999]))
+    assert accumulator.compute()["confusions"] == [[9_999, 1, 1]]
+    assert len(pickle.dumps(accumulator)) < 5 * 8 * 10_000
+
+
+def test_of_equal_logits_the_first_are_the_best():
+    metrics = long_tail_metrics(np.zeros((10, 10)), np.arange(10), [1] * 10)
+    assert (metrics["accuracy"], metrics["top5_accuracy"]) == (0.1, 0.5)
+
+
+def test_after_an_image_without_an_answer_parts_have_no_metrics():
+    parts = [LongTailAccumulator([5, 5]) for _ in range(2)]
+    parts[0].update(np.zeros((2, 2)), np.array([0, 1]), first=0)
+    parts[1].update(np.array([[0, 1], [0, math.nan]]), np.array([0, 1]), first=2)
+    with pytest.raises(NotFiniteError, match="logits of image 3 are not finite"):
+        parts[0].merge(parts[1]).compute()
+    with pytest.raises(ValueError, match="No image has been measured"):
+        LongTailAccumulator([5, 5]).compute()
 
 
 def test_by_hand():

@@ -24,6 +24,7 @@ from bkd_hf import (
     class_balanced_weights,
     load_classifier,
     load_teacher,
+    long_tail_metrics,
 )
 from tests.tiny_models import tiny_vit
 
@@ -180,11 +181,19 @@ def test_evaluation_is_plain_cross_entropy_with_long_tail_metrics(tmp_path):
     assert trainer.predict(images()).predictions.shape == (40, 5)
 
 
-@pytest.mark.parametrize("option", [{"batch_eval_metrics": True}, {"eval_do_concat_batches": False}])
-def test_metrics_need_all_examples_at_once(tmp_path, option):
+@pytest.mark.parametrize("option", [{}, {"batch_eval_metrics": True}, {"eval_do_concat_batches": False}])
+def test_metrics_are_those_of_all_logits_whatever_is_collected(tmp_path, option):
     for compute_metrics in (None, LongTailEvaluation(COUNTS)):
-        with pytest.raises(InputError, match=f"--{next(iter(option))} .* all evaluation examples at once"):
-            trainer_for(tmp_path, compute_metrics=compute_metrics, **option)
+        trainer = trainer_for(tmp_path, compute_metrics=compute_metrics, per_device_eval_batch_size=16, **option)
+        prediction = trainer.predict(images(), metric_key_prefix="eval")
+        logits, labels = prediction.predictions, np.array([example["labels"] for example in images()])
+        logits = np.concatenate(logits) if isinstance(logits, list) else logits
+        expected = long_tail_metrics(logits, labels, COUNTS)
+        loss = nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+        for metrics in (prediction.metrics, trainer.evaluate()):
+            assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-6)
+            for name, value in expected.items():
+                assert name == "per_class_accuracy" or metrics[f"eval_{name}"] == pytest.approx(value, abs=1e-12), name
 
     def mine(prediction, compute_result: bool = True) -> dict[str, float]:
         return {"mine": 1.0}

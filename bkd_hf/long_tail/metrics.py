@@ -5,6 +5,8 @@ This file needs only numpy: it travels with `long_tail.py` to a Space, where bkd
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +17,181 @@ MANY_SHOT_THRESHOLD = 100
 #: Fewer training images than this: few-shot.
 FEW_SHOT_THRESHOLD = 20
 
-_VALUES_AT_A_TIME = 2**22
+#: Equal bins of the largest softmax probability, of the calibration error.
+NUM_BINS = 15
+#: Confused pairs of classes that are reported.
+MAX_CONFUSIONS = 2000
+
+_VALUES_AT_A_TIME = 2**17  # what stays in a cache
+# After so many logits, exponentials are computed in float32, which takes a third of the time. Freed of their bias they
+# change the mean confidence of many images by less than 1e-9; an image at the border of a calibration bin is computed
+# again in float64, so that none changes its bin.
+_EXACT_VALUES, _AT_THE_BORDER = 2**24, 1e-5
+_GRID = np.linspace(-16, 0, 2**14, dtype=np.float32)
+_FLOAT32_BIAS = (np.exp(_GRID) / np.exp(_GRID, dtype=np.float64)).mean()
 
 
 class NotFiniteError(ValueError):
     """What a model says is no number: a training that diverged, or a teacher that does not compute."""
+
+
+class LongTailAccumulator:
+    """All metrics of a classifier, from batches of any size; of the logits nothing is kept but counts per class.
+
+    A group's accuracy is the mean of the accuracies of its classes, as in Liu et al. (2019): the same as over its
+    images where the test set is balanced. Classes without test images are left out of every mean over classes, and
+    their own accuracy is `None`.
+
+    Args:
+        class_counts: C numbers of *training* images, which sort the classes into many-shot (more than
+            `many_shot_threshold`), few-shot (fewer than `few_shot_threshold`) and medium-shot (the others).
+        many_shot_threshold: See above.
+        few_shot_threshold: See above.
+        post_hoc_tau: τ of [`post_hoc_logit_adjustment`], after which everything is measured once more; 0 for not.
+        num_bins: Of the calibration error.
+
+    Raises:
+        ValueError: If class counts or thresholds make no sense.
+    """
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | np.ndarray,
+        many_shot_threshold: int = MANY_SHOT_THRESHOLD,
+        few_shot_threshold: int = FEW_SHOT_THRESHOLD,
+        post_hoc_tau: float = 0.0,
+        num_bins: int = NUM_BINS,
+    ):
+        check_shot_thresholds(many_shot_threshold, few_shot_threshold)
+        self.class_counts = check_class_counts(class_counts)
+        self.thresholds = many_shot_threshold, few_shot_threshold
+        # Images of each class, images it was the answer to, and both.
+        self.labelled, self.answered, self.correct = np.zeros((3, self.class_counts.size), dtype=np.int64)
+        self.num_images = self.num_in_top5 = 0
+        self.gaps = np.zeros(num_bins)  # right answers − confidence, summed in each bin
+        self.confusions: Counter[int] = Counter()  # by true class · C + answer
+        self.not_finite: int | None = None  # the first image without an answer
+        self.post_hoc_tau, self.adjusted = post_hoc_tau, None
+        if post_hoc_tau and self.class_counts.all():
+            self.adjusted = LongTailAccumulator(self.class_counts, *self.thresholds, num_bins=num_bins)
+            self._adjustment = _log_frequencies(self.class_counts, post_hoc_tau)
+
+    def update(self, logits: np.ndarray, labels: np.ndarray, first: int | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            logits: N×C, unnormalised log-probabilities; anything with a shape that can be sliced, e.g. a memory map.
+            labels: N class numbers.
+            first: Number of the first of these images, for errors; by default they follow those before.
+
+        Raises:
+            ValueError: If shapes do not fit, or a label is out of range.
+        """
+        logits, labels = (logits if hasattr(logits, "shape") else np.asarray(logits)), np.asarray(labels)
+        num_classes = self.class_counts.size
+        if len(logits.shape) != 2 or labels.shape != logits.shape[:1] or not labels.size:
+            raise ValueError(f"Expected N×C logits and N ≥ 1 labels, got shapes {logits.shape} and {labels.shape}.")
+        if logits.shape[1] != num_classes:
+            raise ValueError(f"There are {num_classes} class counts, but the logits have {logits.shape[1]} classes.")
+        if labels.min() < 0 or labels.max() >= num_classes:
+            raise ValueError(f"Labels must be in 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}.")
+        labels = labels.astype(np.int64, casting="same_kind", copy=False)
+        first = self.num_images if first is None else first
+        rows = max(1, _VALUES_AT_A_TIME // num_classes)
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            self._add(np.asarray(logits[part]), labels[part], first + start)
+
+    def _add(self, logits: np.ndarray, labels: np.ndarray, first: int) -> None:
+        logits = logits.astype(np.result_type(logits, np.float32), copy=False)
+        answers = logits.argmax(axis=1)
+        largest = np.take_along_axis(logits, answers[:, None], axis=1)  # NaN where one of them is
+        self.num_images += len(labels)
+        np.add.at(self.labelled, labels, 1)
+        if not np.isfinite(largest).all():
+            bad = first + int(np.isfinite(largest[:, 0]).argmin())
+            self.not_finite = bad if self.not_finite is None else min(bad, self.not_finite)
+            return  # there will be no metrics
+        right = answers == labels
+        np.add.at(self.answered, answers, 1)
+        np.add.at(self.correct, labels[right], 1)
+        self.confusions.update((labels[~right] * self.class_counts.size + answers[~right]).tolist())
+        self.num_in_top5 += int(right.sum()) + _num_in_top5(logits, labels, ~right)
+        num_bins = len(self.gaps)
+        is_exact = self.num_images * self.class_counts.size < _EXACT_VALUES
+        confidence = _confidence(logits, largest, num_bins, np.float64 if is_exact else np.float32)
+        bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+        self.gaps += np.bincount(bins, weights=right - confidence, minlength=num_bins)
+        if self.adjusted is not None:
+            self.adjusted._add(logits - self._adjustment, labels, first)
+
+    def merge(self, other: LongTailAccumulator) -> LongTailAccumulator:
+        """Add what another accumulator, of the same classes and options, has seen; return this one."""
+        for name in ("labelled", "answered", "correct", "num_images", "num_in_top5", "gaps"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.confusions.update(other.confusions)
+        bad = [each.not_finite for each in (self, other) if each.not_finite is not None]
+        self.not_finite = min(bad, default=None)
+        if self.adjusted is not None and other.adjusted is not None:
+            self.adjusted.merge(other.adjusted)
+        return self
+
+    def compute(self) -> dict[str, Any]:
+        """Return what has been measured.
+
+        Returns:
+            `metrics`: as [`long_tail_metrics`];
+            `post_hoc_metrics`: `tau`, and the metrics after post-hoc logit adjustment; `None` without it, or if a
+            class has no training image;
+            `answers`: C numbers of images for which each class was the answer;
+            `confusions`: lists [true class, answer, images], the most frequent first (2,000 at most).
+
+        Raises:
+            NotFiniteError: If the best logit of an image is not finite. A `ValueError`, as the following.
+            ValueError: If there is nothing to measure.
+        """
+        metrics = self._metrics()
+        most = heapq.nsmallest(MAX_CONFUSIONS, self.confusions.items(), key=lambda pair: (-pair[1], pair[0]))
+        return {
+            "metrics": metrics,
+            "post_hoc_metrics": self.adjusted and {"tau": self.post_hoc_tau, **self.adjusted._metrics()},
+            "answers": self.answered.tolist(),
+            "confusions": [[*divmod(pair, self.class_counts.size), number] for pair, number in most],
+        }
+
+    def scalars(self) -> dict[str, float]:
+        """Return the `metrics` of [`compute`] that are single numbers."""
+        return {name: value for name, value in self._metrics().items() if name != "per_class_accuracy"}
+
+    def _metrics(self) -> dict[str, Any]:
+        if not self.num_images:
+            raise ValueError("No image has been measured.")
+        if self.not_finite is not None:
+            raise NotFiniteError(
+                f"The logits of image {self.not_finite} are not finite (NaN or Inf): they answer nothing. The model "
+                "has diverged, or its precision has too small a range."
+            )
+        tested = self.labelled > 0
+        recall = self.correct[tested] / self.labelled[tested]
+        f1 = 2 * self.correct[tested] / (self.labelled[tested] + self.answered[tested])
+
+        metrics: dict[str, Any] = {"accuracy": self.correct.sum() / self.num_images}
+        if tested.size > 5:
+            metrics["top5_accuracy"] = self.num_in_top5 / self.num_images
+        metrics["balanced_accuracy"] = recall.mean()
+        metrics["macro_f1"] = f1.mean()
+        for name, group in shot_groups(self.class_counts, *self.thresholds).items():
+            if group[tested].any():
+                metrics[f"{name}_accuracy"] = recall[group[tested]].mean()
+        metrics["worst_class_accuracy"] = recall.min()
+        with np.errstate(divide="ignore"):
+            metrics["harmonic_mean_accuracy"] = 1 / np.mean(1 / recall)
+            metrics["geometric_mean_accuracy"] = np.exp(np.mean(np.log(recall)))
+        metrics["expected_calibration_error"] = np.abs(self.gaps).sum() / self.num_images
+        metrics = {name: float(value) for name, value in metrics.items()}
+        per_class = iter(recall.tolist())
+        metrics["per_class_accuracy"] = [next(per_class) if is_tested else None for is_tested in tested]
+        return metrics
 
 
 def long_tail_metrics(
@@ -29,19 +201,7 @@ def long_tail_metrics(
     many_shot_threshold: int = MANY_SHOT_THRESHOLD,
     few_shot_threshold: int = FEW_SHOT_THRESHOLD,
 ) -> dict[str, Any]:
-    """All metrics of a classifier on a test set, as fractions.
-
-    A group's accuracy is the mean of the accuracies of its classes, as in Liu et al. (2019): the same as over its
-    images where the test set is balanced. Classes without test images are left out of every mean over classes, and
-    their own accuracy is `None`.
-
-    Args:
-        logits: N×C, unnormalised log-probabilities; anything that has a shape and can be sliced, e.g. a memory map.
-        labels: N class numbers.
-        class_counts: C numbers of *training* images, which sort the classes into many-shot (more than
-            `many_shot_threshold`), few-shot (fewer than `few_shot_threshold`) and medium-shot (the others).
-        many_shot_threshold: See above.
-        few_shot_threshold: See above.
+    """All metrics of a classifier on a test set, as fractions (see [`LongTailAccumulator`], also for the arguments).
 
     Returns:
         `accuracy`, `top5_accuracy` (with more than 5 classes), `balanced_accuracy` (mean over classes), `macro_f1`,
@@ -53,43 +213,9 @@ def long_tail_metrics(
         NotFiniteError: If the best logit of an image is not finite. A `ValueError`, as the following.
         ValueError: If there is nothing to measure, shapes do not fit, or a threshold makes no sense.
     """
-    logits, labels = (logits if hasattr(logits, "shape") else np.asarray(logits)), np.asarray(labels)
-    counts = check_class_counts(class_counts)
-    if len(logits.shape) != 2 or labels.shape != logits.shape[:1] or not labels.size:
-        raise ValueError(f"Expected N×C logits and N ≥ 1 labels, got shapes {logits.shape} and {labels.shape}.")
-    if counts.size != logits.shape[1]:
-        raise ValueError(f"There are {counts.size} class counts, but the logits have {logits.shape[1]} classes.")
-    if labels.min() < 0 or labels.max() >= counts.size:
-        raise ValueError(f"Labels must be in 0 to {counts.size - 1}, got {labels.min()} to {labels.max()}.")
-    check_shot_thresholds(many_shot_threshold, few_shot_threshold)
-
-    num_classes = counts.size
-    predictions, in_top5, confidence = _answers(logits, labels)
-    correct = predictions == labels
-    num_labelled = np.bincount(labels, minlength=num_classes)
-    num_predicted = np.bincount(predictions, minlength=num_classes)
-    num_correct = np.bincount(labels[correct], minlength=num_classes)
-    tested = num_labelled > 0
-    recall = num_correct[tested] / num_labelled[tested]
-    f1 = 2 * num_correct[tested] / (num_labelled[tested] + num_predicted[tested])
-
-    metrics: dict[str, Any] = {"accuracy": correct.mean()}
-    if num_classes > 5:
-        metrics["top5_accuracy"] = in_top5.mean()
-    metrics["balanced_accuracy"] = recall.mean()
-    metrics["macro_f1"] = f1.mean()
-    for name, group in shot_groups(counts, many_shot_threshold, few_shot_threshold).items():
-        if group[tested].any():
-            metrics[f"{name}_accuracy"] = recall[group[tested]].mean()
-    metrics["worst_class_accuracy"] = recall.min()
-    with np.errstate(divide="ignore"):
-        metrics["harmonic_mean_accuracy"] = 1 / np.mean(1 / recall)
-        metrics["geometric_mean_accuracy"] = np.exp(np.mean(np.log(recall)))
-    metrics["expected_calibration_error"] = _calibration_error(confidence, correct)
-    metrics = {name: float(value) for name, value in metrics.items()}
-    per_class = np.divide(num_correct, num_labelled, where=tested, out=np.full(num_classes, np.nan))
-    metrics["per_class_accuracy"] = [float(value) if ok else None for value, ok in zip(per_class, tested, strict=True)]
-    return metrics
+    accumulator = LongTailAccumulator(class_counts, many_shot_threshold, few_shot_threshold)
+    accumulator.update(logits, labels)
+    return accumulator.compute()["metrics"]
 
 
 def post_hoc_logit_adjustment(
@@ -117,7 +243,11 @@ def post_hoc_logit_adjustment(
         raise ValueError(
             f"Class {counts.argmin()} has no training image: the logarithm of its frequency is not finite."
         )
-    return np.asarray(logits, dtype=np.float64) - tau * np.log(counts / counts.sum())
+    return np.asarray(logits, dtype=np.float64) - _log_frequencies(counts, tau)
+
+
+def _log_frequencies(counts: np.ndarray, tau: float) -> np.ndarray:
+    return tau * np.log(counts / counts.sum())
 
 
 def shot_groups(
@@ -140,7 +270,7 @@ def check_shot_thresholds(many_shot_threshold: int, few_shot_threshold: int) -> 
         )
 
 
-def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins: int = NUM_BINS) -> float:
     """Gap between confidence and accuracy (Naeini et al., 2015; Guo et al., 2017, arXiv 1706.04599, eq. 3).
 
         ECE = Σ_b (n_b / N) · |accuracy(b) − confidence(b)|
@@ -155,42 +285,32 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins:
     Raises:
         NotFiniteError: If the best logit of an image is not finite.
     """
-    logits, labels = np.asarray(logits), np.asarray(labels)
-    predictions, _, confidence = _answers(logits, labels)
-    return _calibration_error(confidence, predictions == labels, num_bins)
+    accumulator = LongTailAccumulator(np.ones(np.shape(logits)[-1]), num_bins=num_bins)
+    accumulator.update(logits, labels)
+    return accumulator.compute()["metrics"]["expected_calibration_error"]
 
 
-def _calibration_error(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> float:
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(confidence))
+def _num_in_top5(logits: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> int:
+    """How many labels, of the rows that are asked for, are among the five best; of equals the first is the best."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    better = (logits > own).view(np.uint8).sum(axis=1, dtype=np.uint32)
+    rows = np.flatnonzero(asked & (better < 5))
+    before = np.arange(logits.shape[1]) < labels[rows, None]
+    return int((better[rows] + ((logits[rows] == own[rows]) & before).sum(axis=1) < 5).sum())
 
 
-def _answers(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each image the predicted class, whether the label is among the five best, and the largest probability.
-
-    Some images at a time: a copy of a million images × ten thousand classes in float64 would take 80 GB.
-    """
-    num_images, num_classes = logits.shape
-    predictions, confidence = np.empty(num_images, dtype=np.int64), np.empty(num_images)
-    in_top5 = np.ones(num_images, dtype=bool)
-    rows = max(1, _VALUES_AT_A_TIME // num_classes)
-    for start in range(0, num_images, rows):
-        part = slice(start, start + rows)
-        values = np.asarray(logits[part], dtype=np.float64)
-        largest = values.max(axis=1, keepdims=True)  # NaN where one of them is
-        wrong = np.flatnonzero(~np.isfinite(largest))
-        if wrong.size:
-            raise NotFiniteError(
-                f"The logits of image {start + wrong[0]} are not finite (NaN or Inf): they answer nothing. The "
-                "model has diverged, or its precision has too small a range."
-            )
-        predictions[part] = values.argmax(axis=1)
-        if num_classes > 5:
-            best = np.argpartition(values, -5, axis=1)[:, -5:]
-            in_top5[part] = (best == labels[part, None]).any(axis=1)
-        confidence[part] = 1 / np.exp(values - largest).sum(axis=1)
-    return predictions, in_top5, confidence
+def _confidence(logits: np.ndarray, largest: np.ndarray, num_bins: int, dtype: Any) -> np.ndarray:
+    """Largest softmax probability of each row, by exponentials of this type."""
+    with np.errstate(over="ignore"):  # of the range of float32: −∞, whose exponential is 0
+        shifted = np.subtract(logits, largest, dtype=np.result_type(logits, dtype)).astype(dtype, copy=False)
+    total = np.exp(shifted, out=shifted).sum(axis=1, dtype=np.float64)
+    confidence = 1 / total
+    if dtype is np.float32:
+        confidence = 1 / (1 + (total - 1) / _FLOAT32_BIAS)  # the largest is 1
+        border = np.rint(confidence * num_bins)
+        near = (np.abs(confidence * num_bins - border) < _AT_THE_BORDER) & (border > 0) & (border < num_bins)
+        confidence[near] = _confidence(logits[near], largest[near], num_bins, np.float64)
+    return confidence
 
 
 def wilson_interval(

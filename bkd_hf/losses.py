@@ -136,9 +136,9 @@ def balanced_distillation_loss(
 
         BKD = T² · KL( softmax(z_t / T + p · log w) ‖ softmax(z_s / T) )
 
-    The paper (p = 1, eq. 5-6) multiplies the teacher's softmax by ``w`` and renormalises: exactly a shift of its
-    logits by ``log w``, which cannot underflow. The scale of ``w`` cancels. The weights act on the *classes* of each target
-    distribution, not on the examples.
+    The paper (p = 1, eq. 5-6) multiplies the teacher's softmax by ``w`` and renormalises. That is exactly a shift of
+    its logits by ``log w``, which cannot underflow. The scale of ``w`` cancels. The weights act on the *classes* of
+    each target distribution, not on the examples.
 
     p = 1 assumes a teacher that is sure of its training images, whose targets the shift can hardly move; p = 1/T
     assumes one whose softmax(z_t) is calibrated on them (see the top of this module).

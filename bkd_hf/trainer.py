@@ -660,7 +660,8 @@ class BKDTrainer(PublishingTrainer):
         Raises:
             ValueError: Without class counts, or if the examples have no labels.
         """
-        self.objective.known_class_counts()  # raises
+        if self.long_tail is None:
+            self.objective.known_class_counts()  # raises
         self._is_measuring = True
         try:
             metrics = self.predict(dataset, metric_key_prefix=metric_key_prefix).metrics

@@ -44,7 +44,7 @@ from .methods import MEAN_OVER_EXAMPLES, NEED_CLASS_COUNTS, corrects, mixture
 from .metrics import LongTailEvaluation, NotFiniteError, shot_thresholds
 from .models import head_modules, start_from_teacher, why_not_alike
 from .precision import precision_of
-from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples, innermost
+from .sampling import GlobalBatchSampler, SampledExamples, innermost
 from .schedules import StepDecay
 from .targets import NUM_IMAGES, strongest_power, target_statistics
 from .teacher import (
@@ -55,7 +55,17 @@ from .teacher import (
     load_teacher,
     num_labels,
 )
-from .teacher_cache import DEFAULT_VIEWS, TeacherCache, describe_teacher, describe_views, is_augmented
+from .teacher_logits import (
+    DEFAULT_FOLDER,
+    DEFAULT_VIEWS,
+    TEACHER_LOGITS,
+    LogitsFolder,
+    TeacherLogitsError,
+    WithTeacherLogits,
+    describe_teacher,
+    describe_views,
+    precompute_logits,
+)
 from .transforms import ImageDataset, collate_images
 from .weights import check_class_counts, class_balanced_weights, deferred_weights
 
@@ -63,10 +73,6 @@ logger = logging.get_logger(__name__)
 
 _TEACHER, _STUDENT = 0, 1
 _NO_STEP = torch.iinfo(torch.int64).max
-
-
-class TeacherLogitsError(NotFiniteError):
-    """The teacher's logits are not finite; the message names the training step."""
 
 
 class TrainingDivergedError(NotFiniteError):
@@ -200,8 +206,8 @@ class BKDTrainer(Trainer):
             if args.teacher_cache != "off":
                 self._about_teacher = describe_teacher(teacher)  # before it may be spread over devices
             self.teacher_model = self._prepare_teacher(teacher)
-        self.teacher_cache: TeacherCache | None = None  # opened when training begins
-        self._view = 0
+        self.teacher_cache: LogitsFolder | None = None  # opened when training begins
+        self._with_teacher_logits: WithTeacherLogits | None = None
         self._check_numbers_of_classes()
 
         # Losses
@@ -265,7 +271,7 @@ class BKDTrainer(Trainer):
             kd = None
             classification_weight, distillation_weight = mixture(self.args, self._epochs_trained())
             if self.teacher_model is not None and distillation_weight:
-                teacher_logits = self._teacher_logits(self.teacher_model, teacher_inputs, inputs.get(EXAMPLE_NUMBERS))
+                teacher_logits = self._teacher_logits(self.teacher_model, teacher_inputs, inputs.get(TEACHER_LOGITS))
                 kd = self._distil(outputs.logits, teacher_logits, self.teacher_model.known_classes, labels)
                 loss = classification_weight * ce + distillation_weight * kd
             self._add_loss_parts(labels != IGNORE_INDEX, ce_loss=ce, kd_loss=kd)
@@ -342,16 +348,14 @@ class BKDTrainer(Trainer):
         return self.args.num_train_epochs
 
     def _split_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
-        student_inputs = {
-            key: value
-            for key, value in inputs.items()
-            if not key.startswith(TEACHER_PREFIX) and key != EXAMPLE_NUMBERS
-        }
+        student_inputs = {key: value for key, value in inputs.items() if not key.startswith(TEACHER_PREFIX)}
         labels = student_inputs.pop("labels", None)
         if labels is None:
             raise ValueError(f'The batch has no "labels", only {", ".join(inputs)}.')
         teacher_inputs = {
-            key.removeprefix(TEACHER_PREFIX): value for key, value in inputs.items() if key.startswith(TEACHER_PREFIX)
+            key.removeprefix(TEACHER_PREFIX): value
+            for key, value in inputs.items()
+            if key.startswith(TEACHER_PREFIX) and key != TEACHER_LOGITS
         }
         return student_inputs, teacher_inputs or student_inputs, labels
 
@@ -431,18 +435,13 @@ class BKDTrainer(Trainer):
         self.student_started_from_teacher = True
 
     def _teacher_logits(
-        self, teacher: FrozenTeacher, inputs: dict[str, Any], examples: np.ndarray | None
+        self, teacher: FrozenTeacher, inputs: dict[str, Any], computed: torch.Tensor | None
     ) -> torch.Tensor:
-        """B×C logits of the teacher; from the cache, where they are in it."""
-        if self.teacher_cache is None or examples is None:
-            return teacher(**inputs)
-        logits = self.teacher_cache.read(self._view, examples)
-        if logits is None:
-            logits = self.teacher_cache.write(self._view, examples, teacher(**inputs))
-        return logits.to(self.args.device, non_blocking=True)
+        """B×C logits of the teacher: those of the batch, if it has some."""
+        return teacher(**inputs) if computed is None else computed
 
-    def _open_teacher_cache(self) -> TeacherCache | None:
-        """Open the cache that the options ask for; `None` without one.
+    def _open_teacher_cache(self) -> LogitsFolder | None:
+        """Open the folder that the options ask for; `None` without one.
 
         Raises:
             InputError: If there can be none, and it was not left open by `"auto"`.
@@ -450,13 +449,13 @@ class BKDTrainer(Trainer):
         args = self.args
         if args.teacher_cache == "off" or self.teacher_model is None:
             return None
-        folder = TeacherCache.default_folder() if args.teacher_cache == "auto" else args.teacher_cache
+        folder = DEFAULT_FOLDER if args.teacher_cache == "auto" else args.teacher_cache
         try:
             self._check_that_batches_come_again()
             images = describe_views(self.train_dataset, args.sampler)
             about = {"teacher": self._about_teacher, "precision": args.mixed_precision, "images": images}
-            size = self.num_views or 1, len(self.train_dataset), len(self._known_class_counts())
-            cache = TeacherCache(folder, about, *size, dtype=args.teacher_cache_dtype)
+            shape = self.num_views or 1, len(self.train_dataset), len(self._known_class_counts())
+            return LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
         except InputError as error:
             if args.teacher_cache != "auto":
                 raise
@@ -468,9 +467,10 @@ class BKDTrainer(Trainer):
                 )
             logger.warning(f"The teacher's logits are not cached: {error}{again}")
             return None
-        fill = [self.is_world_process_zero() and cache.try_to_lock()]  # one run of all, with all its processes
-        cache.open(fill=broadcast_object_list(fill)[0])
-        return cache
+
+    def _ask_teacher(self, batch: dict[str, Any]) -> torch.Tensor:
+        assert self.teacher_model is not None
+        return self.teacher_model(**self._split_inputs(send_to_device(batch, self.args.device))[1])
 
     def _check_that_batches_come_again(self) -> None:
         if not self._numbers_examples:
@@ -498,7 +498,8 @@ class BKDTrainer(Trainer):
             return self.args.teacher_cache_views
         if self.args.teacher_cache == "off" or not self._numbers_examples:
             return None
-        return DEFAULT_VIEWS if is_augmented(self.train_dataset) else 1
+        parts = innermost(self.train_dataset)
+        return DEFAULT_VIEWS if any(getattr(part, "augmentation", "none") != "none" for part in parts) else 1
 
     @property
     def class_balance_power(self) -> float:
@@ -695,9 +696,18 @@ class BKDTrainer(Trainer):
             collator = self._get_collator_with_removed_columns(collator, description="training")
         self.teacher_cache = self._open_teacher_cache()
         if self.teacher_cache is not None:
-            collator = NumberedCollator(collator)
-            if isinstance(dataset, ImageDataset) and self.teacher_cache.is_complete():
-                dataset = dataset.for_student_alone()
+            self._precompute_logits = functools.partial(
+                precompute_logits,
+                self._ask_teacher,
+                dataset,
+                self.teacher_cache,
+                batch_size=self._train_batch_size,
+                collate_fn=collator,
+                num_workers=args.dataloader_num_workers,
+                multiprocessing_context=args.dataloader_multiprocessing_context,
+            )
+            alone = dataset.for_student_alone() if isinstance(dataset, ImageDataset) else dataset
+            dataset = self._with_teacher_logits = WithTeacherLogits(alone, self.teacher_cache)
         sampler = GlobalBatchSampler(
             len(dataset),
             batch_size=self._train_batch_size,
@@ -711,7 +721,7 @@ class BKDTrainer(Trainer):
             class_balanced_labels=_training_labels(self.train_dataset) if args.sampler == "class_balanced" else None,
         )
         loader = DataLoader(
-            SampledExamples(dataset, with_numbers=self.teacher_cache is not None),
+            SampledExamples(dataset),
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
@@ -751,17 +761,22 @@ class BKDTrainer(Trainer):
         The order is that of the epoch, the augmentation that of its view.
         """
         self._loader_generator.manual_seed(self.args.seed + epoch)
-        self._view = epoch % self.num_views if self.num_views else epoch
+        view = self._view(epoch)
+        if self._with_teacher_logits is not None:
+            self._with_teacher_logits.set_epoch(view)
         if self._train_batch_sampler is not None:
             self._train_batch_sampler.set_epoch(epoch)
         for part in innermost(self.train_dataset):
             if hasattr(part, "set_epoch"):
-                part.set_epoch(self._view)
+                part.set_epoch(view)
+
+    def _view(self, epoch: int) -> int:
+        return epoch % self.num_views if self.num_views else epoch
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # type: ignore[has-type]
             super()._set_signature_columns_if_needed()
-            columns = ["labels", *(self._signature_columns or [])]  # type: ignore[has-type]
+            columns = ["labels", TEACHER_LOGITS, *(self._signature_columns or [])]  # type: ignore[has-type]
             if isinstance(self.model, TeacherAsClassifier):
                 columns += self.model.teacher.input_names
             if self.teacher_model is not None:
@@ -918,11 +933,7 @@ class BKDTrainer(Trainer):
         self._has_new_weights = True
         _ = self.class_weights  # their power may have to be measured first
         self._first_bad_steps.fill_(_NO_STEP)
-        try:
-            outcome = super().train(*args, **kwargs)
-        finally:
-            if self.teacher_cache is not None:
-                self.teacher_cache.close()
+        outcome = super().train(*args, **kwargs)
         self._stop_unless_good_to_save()
         return outcome
 
@@ -1152,11 +1163,10 @@ class _SetEpoch(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.set_epoch(int(state.epoch or 0))
-
-    def on_epoch_end(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.teacher_cache is not None:
-            self.trainer.teacher_cache.flush()
+        trainer, epoch = self.trainer, int(state.epoch or 0)
+        trainer.set_epoch(epoch)
+        if trainer.teacher_cache is not None:
+            trainer._precompute_logits(trainer._view(epoch))
 
 
 def _check_that_metrics_see_all(args: BKDConfig) -> None:

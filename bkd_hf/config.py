@@ -21,7 +21,7 @@ from .methods import (
     STUDENT_INITS,
     WITHOUT_LABEL_SMOOTHING,
 )
-from .teacher_cache import DEFAULT_VIEWS, DTYPES
+from .teacher_logits import DEFAULT_VIEWS, DTYPES
 
 _PARTS: dict[str, Collection[str]] = {
     "classification_loss": CLASSIFICATION_LOSSES.keys(),  # views: what a user adds is a choice too

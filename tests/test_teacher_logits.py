@@ -1,11 +1,10 @@
-"""The teacher's logits are computed once: same numbers, whoever fills the cache, and whatever happens on the way."""
+"""The teacher's logits are computed beforehand: the same numbers, whoever computes them, and undamaged."""
 
 from __future__ import annotations
 
 import copy
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import default_data_collator
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
 
 from bkd_hf import (
     BKDConfig,
@@ -27,8 +35,9 @@ from bkd_hf import (
     load_processor,
     load_teacher,
 )
-from bkd_hf.teacher_cache import TeacherCache, describe_teacher
-from tests.conftest import REPOSITORY, WORKER_ENVIRONMENT, launch_two_processes
+from bkd_hf.teacher_logits import LogitsFolder, WithTeacherLogits, describe_teacher, describe_views, precompute_logits
+from bkd_hf.trainer import TeacherLogitsError
+from tests.conftest import REPOSITORY, launch_two_processes
 
 NAMES = [str(digit) for digit in range(10)]
 
@@ -57,21 +66,21 @@ def images(digits, **options) -> ImageDataset:
 
 
 def train(
-    models, dataset, tmp_path: Path, data_collator=None, **options
+    models, dataset, tmp_path: Path, data_collator=None, checkpoint: str | None = None, **options
 ) -> tuple[list[dict[str, float]], torch.Tensor, int]:
     """Losses of the epochs, the student's weights as one vector, and how often the teacher was asked."""
     student, teacher = copy.deepcopy(models)
     args = BKDConfig(
         output_dir=str(tmp_path / "run"), num_train_epochs=4, per_device_train_batch_size=16, learning_rate=0.05,
-        optim="sgd", use_cpu=True, save_strategy="no", logging_strategy="epoch", disable_tqdm=True,
-        **{"teacher_cache": str(tmp_path / "cache"), "teacher_cache_views": 2, "teacher_cache_dtype": "float32"}
-        | options,
+        optim="sgd", use_cpu=True, logging_strategy="epoch", disable_tqdm=True,
+        **{"save_strategy": "no", "teacher_cache": str(tmp_path / "cache"), "teacher_cache_views": 2,
+           "teacher_cache_dtype": "float32"} | options,
     )  # fmt: skip
     CountingTeacher.calls = 0
     trainer = BKDTrainer(
         student, CountingTeacher(teacher), args, data_collator, train_dataset=dataset, class_counts=[8] * 10
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     losses = [
         {k: v for k, v in entry.items() if "loss" in k} for entry in trainer.state.log_history if "loss" in entry
     ]
@@ -81,17 +90,17 @@ def train(
 # ---- The same numbers
 
 
-def test_second_run_is_bitwise_the_run_that_filled_the_cache(models, digits, tmp_path):
+@pytest.mark.parametrize("workers", [{}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}])
+def test_second_run_is_bitwise_the_run_that_computed_the_logits(models, digits, tmp_path, workers):
     first = train(models, images(digits), tmp_path)
-    second = train(models, images(digits), tmp_path)
+    second = train(models, images(digits), tmp_path, **workers)
     assert first[2] == 2 * 5  # five batches of each of two views, of four epochs
     assert second[2] == 0
     assert second[0] == first[0]
     assert torch.equal(second[1], first[1])
 
 
-def test_a_full_cache_saves_the_teachers_pixels_too(models, digits, tmp_path):
-    """A teacher that takes other pixels: they are rendered while the cache is filled, and no more after that."""
+def test_the_teachers_pixels_are_rendered_for_its_logits_alone(models, digits, tmp_path):
     of_teacher = load_processor("cifar-resnet-8", 8, [0.2] * 3, [0.3] * 3)
     rendered = []
 
@@ -102,14 +111,15 @@ def test_a_full_cache_saves_the_teachers_pixels_too(models, digits, tmp_path):
             return examples
 
     dataset = Watched(digits, load_processor("cifar-resnet-8", 8), "pad_crop", teacher_processor=of_teacher)
-    first = train(models, dataset, tmp_path)
-    assert all(rendered)
+    cached = train(models, dataset, tmp_path)
+    assert sum(rendered) == 2 * 80  # 76 images of two views, in batches of one size
     rendered.clear()
-    second = train(models, dataset, tmp_path)
+    assert train(models, dataset, tmp_path)[0] == cached[0]
     assert len(rendered) == 4 * len(digits)
     assert not any(rendered)
-    assert second[0] == first[0]
-    assert torch.equal(second[1], first[1])
+    online = train(models, dataset, tmp_path, teacher_cache="off", teacher_cache_dtype="float16")
+    for ours, theirs in zip(cached[0], online[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float16", 1e-3)])
@@ -165,20 +175,38 @@ def test_one_view_is_enough_where_nothing_is_augmented(models, digits, tmp_path)
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_interrupted_filling_goes_on(models, digits, tmp_path):
-    complete = train(models, images(digits), tmp_path)
-    shutil.rmtree(tmp_path / "cache")
-    train(models, images(digits), tmp_path, max_steps=7)  # the first view, and two batches of the second
-    assert train(models, images(digits), tmp_path)[2] == 3
-    again = train(models, images(digits), tmp_path)
-    assert again[2] == 0
-    for ours, theirs in zip(again[0], complete[0], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+def test_views_are_computed_when_an_epoch_needs_them(models, digits, tmp_path):
+    assert train(models, images(digits), tmp_path, max_steps=7, teacher_cache_views=8)[2] == 2 * 5
+    assert sorted(path.name for path in tmp_path.glob("cache/*/*")) == ["about.json", "view0.bin", "view1.bin"]
+    assert train(models, images(digits), tmp_path, teacher_cache_views=3)[2] == 5  # the third
+
+
+def test_resumed_in_the_middle_of_an_epoch(models, digits, tmp_path):
+    whole = train(models, images(digits), tmp_path, save_strategy="steps", save_steps=8)
+    resumed = train(models, images(digits), tmp_path, checkpoint=str(tmp_path / "run" / "checkpoint-8"))
+    assert resumed[2] == 0
+    assert torch.equal(resumed[1], whole[1])
+
+
+def test_logits_of_texts(tmp_path):
+    """Padded by a collator of `transformers`, in a data set of 🤗 Datasets."""
+    texts = datasets.Dataset.from_dict({"input_ids": [[1] * (2 + n % 3) for n in range(20)], "labels": [0, 1] * 10})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0, "a": 1})), pad_token="[PAD]")
+    config = BertConfig(
+        vocab_size=2, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, num_labels=10,
+        hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+    )  # fmt: skip
+    bert = [BertForSequenceClassification(config) for _ in range(2)]
+    collator = DataCollatorWithPadding(tokenizer)
+    cached = train(bert, texts, tmp_path, collator, teacher_cache_views=None)
+    online = train(bert, texts, tmp_path, collator, teacher_cache="off", teacher_cache_views=None)
+    assert (cached[2], online[2]) == (2, 8)
+    assert cached[0][0] == pytest.approx(online[0][0], rel=1e-5)
 
 
 @pytest.mark.parametrize(
     "change",
-    ["weights", "data_seed", "horizontal_flip", "images", "processor", "views", "dtype"],
+    ["weights", "data_seed", "horizontal_flip", "images", "processor", "dtype"],
 )
 def test_nothing_else_is_taken_for_the_same(models, digits, tmp_path, change):
     train(models, images(digits), tmp_path)
@@ -194,8 +222,6 @@ def test_nothing_else_is_taken_for_the_same(models, digits, tmp_path, change):
         dataset = images(digits.select(range(75, -1, -1)))
     elif change == "processor":
         dataset = ImageDataset(digits, load_processor("cifar-resnet-8", 8, [0.4] * 3), "pad_crop")
-    elif change == "views":
-        options = {"teacher_cache_views": 3}
     else:
         options = {"teacher_cache_dtype": "float16"}
     assert train([models[0], teacher], dataset, tmp_path, **options)[2] > 0
@@ -226,83 +252,131 @@ def test_a_saved_teacher_is_the_same(tmp_path):
     assert describe_teacher(load_teacher(str(tmp_path))) == describe_teacher(FrozenTeacher(teacher))
 
 
+def test_images_are_told_apart_by_their_content(tmp_path):
+    """Not by the names and sizes of their files."""
+
+    def described(colour: int) -> dict:
+        Image.new("RGB", (8, 8), (colour, 0, 0)).save(tmp_path / "image.bmp")
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)})
+        data = datasets.Dataset.from_dict({"image": [str(tmp_path / "image.bmp")], "label": [0]}, features=features)
+        return describe_views(images(data, cache_images="none"), "instance")
+
+    assert described(1) == described(1) != described(2)
+
+
+def test_tables_are_told_apart_by_their_content():
+    def described(values: list[int], **columns: list[int]) -> dict:
+        return describe_views(datasets.Dataset.from_dict({"x": values, **columns}), "instance")
+
+    rows = datasets.Dataset.from_dict({"x": [2, 1]}).select([1, 0])
+    assert described([1, 2]) == described([1, 2]) == describe_views(rows, "instance") != described([1, 3])
+    assert described([1, 2]) != described([1, 2], y=[1, 2])
+
+
 # ---- Files
 
 
-def write(cache: TeacherCache, view: int, examples: list[int], value: float) -> torch.Tensor:
-    return cache.write(view, np.array(examples), torch.full((len(examples), 3), value))
+class Numbers(list):
+    """Ten examples; the teacher's logits of number n in view v are n, 10 v and −∞."""
+
+    def __init__(self):
+        super().__init__({"n": n} for n in range(10))
+
+    def set_epoch(self, view: int) -> None:
+        self.view = view
 
 
-def opened(folder: Path, fill: bool = True, dtype: str = "float32") -> TeacherCache:
-    cache = TeacherCache(folder, {"teacher": 1}, 2, 5, 3, dtype)
-    cache.open(fill=fill)
-    return cache
+def compute(folder: Path, view: int = 1, dtype: str = "float32", change=lambda logits: logits) -> LogitsFolder:
+    files, data = LogitsFolder(folder, {"teacher": 1}, (2, 10, 3), dtype), Numbers()
+    data.set_epoch(view)
+
+    def teacher(batch):
+        n = batch["n"].float()
+        return change(torch.stack([n, torch.full_like(n, 10 * data.view), torch.full_like(n, float("-inf"))], 1))
+
+    precompute_logits(teacher, data, files, view, batch_size=4)
+    return files
 
 
-def test_entries_count_when_they_are_on_disk(tmp_path):
-    writer = opened(tmp_path)
-    write(writer, 0, [1, 3], 7.0)
-    assert opened(tmp_path).num_known == 0  # as after a kill
-    writer.flush()
-    reader = opened(tmp_path, fill=False)
-    assert reader.num_known == 2
-    assert reader.read(0, np.array([3, 1])).tolist() == [[7.0] * 3] * 2
-    assert reader.read(0, np.array([1, 2])) is None
-    assert reader.read(1, np.array([1, 3])) is None
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_logits_are_a_column(tmp_path, dtype):
+    data = WithTeacherLogits(Numbers(), compute(tmp_path, dtype=dtype))
+    data.set_epoch(1)
+    expected = [{"n": n, "teacher_logits": [n, 10, float("-inf")]} for n in (9, 0, 3)]
+    assert [{**e, "teacher_logits": e["teacher_logits"].tolist()} for e in data.__getitems__([9, 0, 3])] == expected
+    assert data[9]["teacher_logits"].dtype == np.float32
+    data.set_epoch(0)
+    with pytest.raises(InputError, match="view 0 are not in"):
+        data[0]
 
 
-def test_first_answer_stays(tmp_path):
-    cache = opened(tmp_path)
-    write(cache, 0, [1], 7.0)
-    assert write(cache, 0, [1, 2], 8.0).tolist() == [[7.0] * 3, [8.0] * 3]
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: bytes(len(content)),
+        lambda content: content + b"x",
+        *(lambda content, at=at: content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in (0, 60, -1)),
+    ],
+    ids=["halved", "empty", "zeroed", "longer", "flipped at the start", "flipped inside", "flipped in the checksum"],
+)
+def test_damaged_files_are_computed_again(tmp_path, damage, caplog):
+    files = compute(tmp_path)
+    content = files.path(1).read_bytes()
+    compute(tmp_path, change=pytest.fail)  # nothing to do
+    files.path(1).write_bytes(damage(content))
+    assert files.open(1) is None
+    assert "are damaged" in caplog.text
+    compute(tmp_path)
+    assert files.path(1).read_bytes() == content
 
 
-def test_reader_changes_nothing(tmp_path):
-    reader = opened(tmp_path, fill=False)
-    assert write(reader, 0, [1], 7.0).tolist() == [[7.0] * 3]
-    reader.flush()
-    assert opened(tmp_path).num_known == 0
+def test_training_goes_on_with_damaged_files(models, digits, tmp_path):
+    first = train(models, images(digits), tmp_path)
+    for path in tmp_path.glob("cache/*/view*.bin"):
+        path.write_bytes(path.read_bytes()[::-1])
+    second = train(models, images(digits), tmp_path)
+    assert second[2] == first[2]
+    assert torch.equal(second[1], first[1])
 
 
-def test_one_run_fills(tmp_path):
-    first, second = opened(tmp_path), opened(tmp_path)
-    assert first.try_to_lock()
-    assert not second.try_to_lock()
-    first.close()
-    assert second.try_to_lock()
+def test_files_of_other_views_and_teachers_are_not_taken(tmp_path):
+    files = compute(tmp_path)
+    shutil.copy(files.path(1), files.path(0))
+    assert files.open(0) is None
+    other = LogitsFolder(tmp_path, {"teacher": 2}, (2, 10, 3), "float32")
+    shutil.copy(files.path(1), other.path(1))
+    assert other.open(1) is None
 
 
-def test_lock_falls_with_its_process(tmp_path):
-    code = f"""
-import os, signal
-from bkd_hf.teacher_cache import TeacherCache
-cache = TeacherCache({str(tmp_path)!r}, {{"teacher": 1}}, 2, 5, 3, "float32")
-assert cache.try_to_lock()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    process = subprocess.run([sys.executable, "-c", code], env=WORKER_ENVIRONMENT, timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert opened(tmp_path).try_to_lock()
+@pytest.mark.parametrize(
+    ("dtype", "change", "error", "message"),
+    [
+        ("float16", lambda logits: logits + 1e5, InputError, "--teacher_cache_dtype float16: use float32"),
+        ("float32", lambda logits: logits * float("nan"), TeacherLogitsError, "not finite .* in view 1"),
+        ("float32", lambda logits: -logits, TeacherLogitsError, "not finite .* in view 1"),
+    ],
+)
+def test_nothing_is_left_of_logits_that_cannot_be_stored(tmp_path, dtype, change, error, message):
+    with pytest.raises(error, match=message):
+        compute(tmp_path, dtype=dtype, change=change)
+    assert [path.name for path in tmp_path.glob("*/*")] == ["about.json"]
+    compute(tmp_path, change=lambda logits: logits + 1e5)
 
 
-def test_accidents_are_not_stored_and_unknown_classes_are(tmp_path):
-    cache = opened(tmp_path)
-    logits = torch.tensor([[1.0, float("nan"), 0.0], [1.0, float("-inf"), 0.0], [float("inf"), 0.0, 0.0]])
-    cache.write(0, np.array([0, 1, 2]), logits)
-    assert cache.read(0, np.array([1])).tolist() == [[1.0, float("-inf"), 0.0]]
-    assert cache.num_known == 1
+def test_what_killed_runs_left_is_removed(tmp_path):
+    old, new = (compute(tmp_path).folder / f"view0-{name}.partial" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    compute(tmp_path)
+    assert (old.exists(), new.exists()) == (False, True)
 
 
-def test_large_logits_need_float32(tmp_path):
-    with pytest.raises(InputError, match="--teacher_cache_dtype float16: use float32"):
-        write(opened(tmp_path, dtype="float16"), 0, [1], 1e5)
-    write(opened(tmp_path, dtype="float32"), 0, [1], 1e5)
-
-
-def test_size_is_known_beforehand(tmp_path):
-    opened(tmp_path)
-    on_disk = sum(path.stat().st_size for path in tmp_path.rglob("*.bin"))
-    assert on_disk == TeacherCache.size_in_bytes(2, 5, 3, "float32") == 2 * 5 * (3 * 4 + 1)
+def test_size_is_said(tmp_path):
+    assert str(compute(tmp_path)) == f"2 views × 10 images × 3 classes, 0.0 MB in {tmp_path}; 50 % of it is there"
+    assert str(compute(tmp_path, view=0)).endswith("all of it is there")
 
 
 # ---- Refused
@@ -368,8 +442,8 @@ def test_options_are_checked(tmp_path, options, named):
 # ---- Real processes
 
 
-def test_two_processes_fill_what_one_reads(tmp_path):
-    """A run by two processes fills the cache; one by one process, with the same teacher, finds all in it."""
+def test_two_processes_compute_what_one_reads(tmp_path):
+    """A run by one process, with the same teacher as a run by two, finds all logits."""
     script = str(REPOSITORY / "scripts" / "run_bkd.py")
     options = [
         "--config", str(REPOSITORY / "scripts" / "recipes" / "digits.yaml"), "--train_augmentation", "pad_crop",

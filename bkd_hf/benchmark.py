@@ -69,7 +69,7 @@ from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_
 from .pipeline import choose_workers
 from .results import describe_hardware, describe_versions
 from .teacher import load_teacher
-from .teacher_cache import DEFAULT_VIEWS, TeacherCache
+from .teacher_logits import DEFAULT_VIEWS
 from .trainer import BKDTrainer
 from .weights import class_balanced_weights
 
@@ -1352,7 +1352,7 @@ def project(settings: dict[str, Any]) -> list[dict[str, Any]]:
             cached = published.num_images / measured["cache"]["images_per_second"]["median"] / 3600
             hours = DEFAULT_VIEWS * online + (published.epochs - DEFAULT_VIEWS) * cached
             told["cached_hours"] = {"1": hours, "8": hours / speed_of_8}
-        told["cache_size"] = TeacherCache.size_in_bytes(DEFAULT_VIEWS, published.num_images, published.num_classes)
+        told["cache_size"] = 2 * DEFAULT_VIEWS * published.num_images * published.num_classes
         told["decoded_size"] = 3 * published.pixels * published.num_images
         projections.append(told)
     return projections

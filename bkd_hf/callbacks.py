@@ -17,13 +17,10 @@ from transformers import TrainerCallback, TrainingArguments
 from .losses import IGNORE_INDEX, cross_entropy_loss
 from .machine import precision_of
 from .metrics import LongTailAccumulator, NotFiniteError
+from .teacher_logits import TeacherLogitsError
 
 _NO_STEP = torch.iinfo(torch.int64).max
 _MODELS = ("teacher", "student")
-
-
-class TeacherLogitsError(NotFiniteError):
-    """The teacher's logits are not finite; the message names the training step."""
 
 
 class TrainingDivergedError(NotFiniteError):
@@ -123,21 +120,17 @@ class LossMeter:
 
 
 class EpochSetter(TrainerCallback):
-    """Tells which epoch begins, and that it has ended.
+    """Tells which epoch begins.
 
     Args:
         begin: Called with the number of the epoch.
-        end: Called without arguments.
     """
 
-    def __init__(self, begin: Callable[[int], None], end: Callable[[], None]):
-        self.begin, self.end = begin, end
+    def __init__(self, begin: Callable[[int], None]):
+        self.begin = begin
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin(int(state.epoch or 0))
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.end()
 
 
 class EvaluationMeter:

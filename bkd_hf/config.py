@@ -23,7 +23,7 @@ from .objective import (
     Loss,
     Objective,
 )
-from .teacher_cache import DEFAULT_VIEWS, DTYPES
+from .teacher_logits import DEFAULT_VIEWS, DTYPES
 
 _REGISTRIES: dict[str, Mapping[str, Loss | None]] = {
     "classification_loss": CLASSIFICATION_LOSSES,

@@ -277,7 +277,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self._epoch[0] = epoch
 
     def describe_views(self) -> dict[str, Any]:
-        """Return all that the pixels of an example depend on, beside its number and the epoch, for `TeacherCache`.
+        """Return all that the pixels of an example depend on, beside its number and the epoch, for a `LogitsFolder`.
 
         Raises:
             InputError: If they depend on more than that.
@@ -288,7 +288,8 @@ class ImageDataset(torch.utils.data.Dataset):
                 "augmentation of ImageDataset, or --teacher_cache off."
             )
         return {
-            "images": fingerprint(self._stored.dataset),
+            "images": fingerprint(self._stored.dataset, read_files=True),
+            "pillow": PIL.__version__,
             "augmentation": self.augmentation,
             "horizontal_flip": self.horizontal_flip,
             "data_seed": self.data_seed,

@@ -692,8 +692,7 @@ class _TellOfCache(TrainerCallback):
     def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
         cache = self.trainer.teacher_cache
         if cache is not None:
-            computed = "" if cache.is_complete() or cache.is_filling else " (another run is filling it)"
-            self.say(f"Teacher cache: {cache}{computed}.")
+            self.say(f"Teacher cache: {cache}.")
 
 
 def _device_name(args: BKDConfig, threads: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,6 @@ import numpy.typing as npt
 import torch
 
 from .losses import IGNORE_INDEX
-
-#: Key of the examples' numbers in a batch, where these are asked for.
-EXAMPLE_NUMBERS = "example_numbers"
 
 
 class GlobalBatchSampler:
@@ -144,12 +141,10 @@ class SampledExamples(torch.utils.data.Dataset):
 
     Args:
         dataset: The data set.
-        with_numbers: Whether each example says which it is, for a [`NumberedCollator`].
     """
 
-    def __init__(self, dataset: Any, with_numbers: bool = False):
+    def __init__(self, dataset: Any):
         self.dataset = dataset
-        self.with_numbers = with_numbers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -165,36 +160,12 @@ class SampledExamples(torch.utils.data.Dataset):
             examples = self.dataset.__getitems__(wanted)
         else:
             examples = [self.dataset[index] for index in wanted]
-        if self.with_numbers:
-            numbers = [index % len(self.dataset) for index in wanted]
-            examples = [{**example, EXAMPLE_NUMBERS: n} for example, n in zip(examples, numbers, strict=True)]
         return [
             example
             if index >= 0
             else {key: IGNORE_INDEX if key in ("labels", "label") else value for key, value in example.items()}
             for index, example in zip(indices, examples, strict=True)
         ]
-
-
-class NumberedCollator:
-    """Makes a batch by another collator, and adds the numbers of its examples, a NumPy array.
-
-    An array, not a tensor, stays on the host: what is looked up by these numbers lies there too.
-
-    Args:
-        collator: Makes the batch of the examples, without their numbers.
-    """
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], Any]):
-        self.collator = collator
-
-    def __call__(self, examples: list[dict[str, Any]]) -> Any:
-        numbers = np.array([example[EXAMPLE_NUMBERS] for example in examples])
-        batch = self.collator(
-            [{key: value for key, value in example.items() if key != EXAMPLE_NUMBERS} for example in examples]
-        )
-        batch[EXAMPLE_NUMBERS] = numbers
-        return batch
 
 
 # ---- Random numbers as a function of counters, such as (seed, epoch, index): no generator, so no state. They are the

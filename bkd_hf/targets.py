@@ -14,11 +14,11 @@ import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch.utils.data import DataLoader, Subset
 
-from .callbacks import TeacherLogitsError
 from .errors import InputError
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 from .objective import Objective
 from .teacher import FrozenTeacher
+from .teacher_logits import TeacherLogitsError
 
 #: Training images that are looked at.
 NUM_IMAGES = 1024

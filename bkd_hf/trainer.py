@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, send_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
@@ -29,7 +29,7 @@ from .metrics import LongTailAccumulator, LongTailEvaluation, check_class_counts
 from .models import freeze_backbone, load_weights_strictly, start_from_teacher, the_head, why_not_alike
 from .objective import Objective, Progress, corrects
 from .publishing_trainer import PublishingTrainer
-from .sampling import EXAMPLE_NUMBERS, GlobalBatchSampler, NumberedCollator, SampledExamples, innermost
+from .sampling import GlobalBatchSampler, SampledExamples, innermost
 from .schedules import StepDecay
 from .targets import NUM_IMAGES, answers_about_sample, look, sample_of
 from .teacher import (
@@ -41,12 +41,14 @@ from .teacher import (
     load_teacher,
     num_labels,
 )
-from .teacher_cache import (
+from .teacher_logits import (
     DEFAULT_VIEWS,
-    TeacherCache,
+    TEACHER_LOGITS,
+    LogitsFolder,
+    WithTeacherLogits,
     describe_teacher,
-    is_augmented,
-    open_teacher_cache,
+    open_logits_folder,
+    precompute_logits,
 )
 
 logger = logging.get_logger(__name__)
@@ -149,7 +151,7 @@ class BKDTrainer(PublishingTrainer):
             processing_class=processing_class,
             model_init=model_init,
             compute_metrics=None if adds_up else compute_metrics,
-            callbacks=[EpochSetter(self.set_epoch, self._flush_teacher_cache), *(callbacks or [])],
+            callbacks=[EpochSetter(self._begin_epoch), *(callbacks or [])],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
@@ -176,7 +178,8 @@ class BKDTrainer(PublishingTrainer):
             if args.teacher_cache != "off":
                 self._about_teacher = describe_teacher(teacher)  # before it may be spread over devices
             self.teacher_model = self._prepare_teacher(teacher)
-        self.teacher_cache: TeacherCache | None = None  # opened when training begins
+        self.teacher_cache: LogitsFolder | None = None  # opened when training begins
+        self._with_teacher_logits: WithTeacherLogits | None = None
         check_numbers_of_classes(self.model, self.teacher_model, self.class_counts)
 
         self.objective = Objective(
@@ -196,7 +199,6 @@ class BKDTrainer(PublishingTrainer):
         self._first_batch_checked = False
         self._mean_weight_of_step: torch.Tensor | None = None
         self._has_new_weights = False  # that results.json does not tell of
-        self._view = 0
         self._train_batch_sampler: GlobalBatchSampler | None = None
         self._loader_generator = torch.Generator()
         self._update_steps_per_epoch: int | None = None
@@ -228,7 +230,7 @@ class BKDTrainer(PublishingTrainer):
         outputs = model(**student_inputs)
         counted = labels != IGNORE_INDEX
         if model.training:
-            teacher_logits = self._teacher_logits(teacher_inputs, inputs.get(EXAMPLE_NUMBERS))
+            teacher_logits = self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
             losses = self.objective(outputs.logits, teacher_logits, labels, self._progress(num_items_in_batch))
             self._meter.add(losses, counted)
         else:
@@ -240,11 +242,15 @@ class BKDTrainer(PublishingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _split_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
-        own = {k: v for k, v in inputs.items() if not k.startswith(TEACHER_PREFIX) and k != EXAMPLE_NUMBERS}
+        own = {k: v for k, v in inputs.items() if not k.startswith(TEACHER_PREFIX)}
         labels = own.pop("labels", None)
         if labels is None:
             raise ValueError(f'The batch has no "labels", only {", ".join(inputs)}.')
-        of_teacher = {k.removeprefix(TEACHER_PREFIX): v for k, v in inputs.items() if k.startswith(TEACHER_PREFIX)}
+        of_teacher = {
+            k.removeprefix(TEACHER_PREFIX): v
+            for k, v in inputs.items()
+            if k.startswith(TEACHER_PREFIX) and k != TEACHER_LOGITS
+        }
         return own, of_teacher or own, labels
 
     def _share_of_mean(
@@ -321,18 +327,12 @@ class BKDTrainer(PublishingTrainer):
         start_from_teacher(student, teacher.model, self.class_counts if corrects(vars(args)) else None)
         self.student_started_from_teacher = True
 
-    def _teacher_logits(self, inputs: dict[str, Any], examples: np.ndarray | None) -> torch.Tensor | None:
-        """B×C logits of the teacher, from the cache, where they are in it; `None` if they are not looked at."""
+    def _teacher_logits(self, inputs: dict[str, Any], computed: torch.Tensor | None) -> torch.Tensor | None:
+        """B×C logits of the teacher: those of the batch, if it has some; `None` if they are not looked at."""
         teacher = self.teacher_model
         if teacher is None or not self.objective.mixture(self._progress().epoch)[1]:
             return None
-        if self.teacher_cache is None or examples is None:
-            logits = teacher(**inputs)
-        else:
-            found = self.teacher_cache.read(self._view, examples)
-            if found is None:
-                found = self.teacher_cache.write(self._view, examples, teacher(**inputs))
-            logits = found.to(self.args.device, non_blocking=True)
+        logits = teacher(**inputs) if computed is None else computed
         known = logits if teacher.known_classes is None else logits[:, teacher.known_classes]
         self._guard.watch("teacher", known.isfinite(), self.state.global_step + 1)
         if not self._first_batch_checked:
@@ -340,9 +340,9 @@ class BKDTrainer(PublishingTrainer):
             self._guard.stop_if_not_finite()
         return logits
 
-    def _flush_teacher_cache(self) -> None:
-        if self.teacher_cache is not None:
-            self.teacher_cache.flush()
+    def _ask_teacher(self, batch: dict[str, Any]) -> torch.Tensor:
+        assert self.teacher_model is not None
+        return self.teacher_model(**self._split_inputs(send_to_device(batch, self.args.device))[1])
 
     @property
     def num_views(self) -> int | None:
@@ -354,7 +354,8 @@ class BKDTrainer(PublishingTrainer):
             return self.args.teacher_cache_views
         if self.args.teacher_cache == "off" or not self._numbers_examples:
             return None
-        return DEFAULT_VIEWS if is_augmented(self.train_dataset) else 1
+        parts = innermost(self.train_dataset)
+        return DEFAULT_VIEWS if any(getattr(part, "augmentation", "none") != "none" for part in parts) else 1
 
     def _measured_power(self) -> float:
         statistics = self.look_at_targets()
@@ -442,9 +443,18 @@ class BKDTrainer(PublishingTrainer):
         dataset, collator = self._with_used_columns(dataset)
         self.teacher_cache = self._open_teacher_cache()
         if self.teacher_cache is not None:
-            collator = NumberedCollator(collator)
-            if isinstance(dataset, ImageDataset) and self.teacher_cache.is_complete():
-                dataset = dataset.for_student_alone()
+            self._precompute_logits = functools.partial(
+                precompute_logits,
+                self._ask_teacher,
+                dataset,
+                self.teacher_cache,
+                batch_size=self._train_batch_size,
+                collate_fn=collator,
+                num_workers=args.dataloader_num_workers,
+                multiprocessing_context=args.dataloader_multiprocessing_context,
+            )
+            alone = dataset.for_student_alone() if isinstance(dataset, ImageDataset) else dataset
+            dataset = self._with_teacher_logits = WithTeacherLogits(alone, self.teacher_cache)
         sampler = GlobalBatchSampler(
             len(dataset),
             batch_size=self._train_batch_size,
@@ -458,7 +468,7 @@ class BKDTrainer(PublishingTrainer):
             class_balanced_labels=training_labels(self.train_dataset) if args.sampler == "class_balanced" else None,
         )
         loader = DataLoader(
-            SampledExamples(dataset, with_numbers=self.teacher_cache is not None),
+            SampledExamples(dataset),
             batch_sampler=sampler,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
@@ -485,8 +495,8 @@ class BKDTrainer(PublishingTrainer):
             return self._remove_unused_columns(dataset, description="training"), self.data_collator
         return dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
 
-    def _open_teacher_cache(self) -> TeacherCache | None:
-        return None if self.teacher_model is None else open_teacher_cache(self)
+    def _open_teacher_cache(self) -> LogitsFolder | None:
+        return None if self.teacher_model is None else open_logits_folder(self)
 
     @property
     def _numbers_examples(self) -> bool:
@@ -507,17 +517,27 @@ class BKDTrainer(PublishingTrainer):
         The order is that of the epoch, the augmentation that of its view.
         """
         self._loader_generator.manual_seed(self.args.seed + epoch)
-        self._view = epoch % self.num_views if self.num_views else epoch
+        view = self._view(epoch)
+        if self._with_teacher_logits is not None:
+            self._with_teacher_logits.set_epoch(view)
         if self._train_batch_sampler is not None:
             self._train_batch_sampler.set_epoch(epoch)
         for part in innermost(self.train_dataset):
             if hasattr(part, "set_epoch"):
-                part.set_epoch(self._view)
+                part.set_epoch(view)
+
+    def _view(self, epoch: int) -> int:
+        return epoch % self.num_views if self.num_views else epoch
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self.set_epoch(epoch)
+        if self.teacher_cache is not None:
+            self._precompute_logits(self._view(epoch))
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # type: ignore[has-type]
             super()._set_signature_columns_if_needed()
-            columns = ["labels", *(self._signature_columns or [])]  # type: ignore[has-type]
+            columns = ["labels", TEACHER_LOGITS, *(self._signature_columns or [])]  # type: ignore[has-type]
             if isinstance(self.model, TeacherAsClassifier):
                 columns += self.model.teacher.input_names
             if self.teacher_model is not None:
@@ -680,11 +700,7 @@ class BKDTrainer(PublishingTrainer):
         self._guard.reset()
         self._has_new_weights = True
         _ = self.class_weights  # their power may have to be measured first
-        try:
-            outcome = super().train(*args, **kwargs)
-        finally:
-            if self.teacher_cache is not None:
-                self.teacher_cache.close()
+        outcome = super().train(*args, **kwargs)
         self._guard.check_weights(self.model, self.state.global_step)
         return outcome
 

@@ -1,0 +1,357 @@
+"""The teacher's logits for views of the training images: computed beforehand, then one more column of the batch.
+
+With augmentation that is a function of (seed, epoch, index), image i in epoch e looks as in epoch e mod K, where K is
+the number of views. The logits for one view of all images are one file: N×C numbers, then their checksum. It lies in a
+folder that is named by all that the logits depend on: the teacher's weights, configuration and precision, the images,
+what is made of them, the augmentation and its seed.
+
+A file gets its name when it is complete, so runs need not know of each other: two that compute the same view write
+equally good files. A file whose checksum is wrong is computed again, never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object
+from huggingface_hub import constants
+from torch.utils.data import DataLoader, Subset
+from transformers import DataCollatorWithPadding, DefaultDataCollator, PreTrainedConfig, default_data_collator
+from transformers.utils import logging
+
+from .errors import InputError
+from .images import collate_images
+from .metrics import NotFiniteError
+from .teacher import FrozenTeacher
+
+logger = logging.get_logger(__name__)
+
+#: Key of the logits in an example and in a batch.
+TEACHER_LOGITS = "teacher_logits"
+#: What `teacher_cache_dtype` may be.
+DTYPES = ("float16", "float32")
+#: K for augmented images where nothing else is said.
+DEFAULT_VIEWS = 16
+#: Where `--teacher_cache auto` keeps its files.
+DEFAULT_FOLDER = Path(constants.HF_HOME) / "bkd_hf" / "teacher_logits"
+
+# Entries of a model's configuration; the type of its weights is known from these.
+_WITHOUT_INFLUENCE = {
+    "transformers_version", "_name_or_path", "_commit_hash", "architectures", "auto_map", "dtype", "torch_dtype",
+    "id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states",
+}  # fmt: skip
+
+
+class TeacherLogitsError(NotFiniteError):
+    """The teacher's logits are not finite; the message names the training step, or the view."""
+
+
+class LogitsFolder:
+    """Files of a teacher's logits, one for each view. All processes have to make one together.
+
+    Args:
+        folder: Where such folders are; this one gets a folder in it, named by `about`.
+        about: All that the logits depend on; must be writable as JSON.
+        shape: Numbers of views K, examples N and classes C.
+        dtype: `"float16"` or `"float32"`, as the logits are stored.
+
+    Raises:
+        InputError: If the folder cannot be written, or its disk has no room.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        about: dict[str, Any],
+        shape: tuple[int, int, int],
+        dtype: str = "float16",
+    ):
+        self.num_views, *self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self._num_bytes = math.prod(self.shape) * self.dtype.itemsize
+        text = json.dumps({**about, "shape": self.shape, "dtype": dtype}, sort_keys=True, indent=1)
+        self.folder = Path(folder).expanduser() / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        for problem in gather_object([self._prepare(text)]):  # or processes would go different ways
+            if problem:
+                raise InputError(problem)
+
+    def __str__(self) -> str:
+        size, missing = self.num_views * self._num_bytes / 1e6, self._num_missing / self.num_views
+        state = f"{100 * (1 - missing):.0f} % of it is there" if missing else "all of it is there"
+        return (
+            f"{self.num_views:,} view{'s' if self.num_views > 1 else ''} × {self.shape[0]:,} images × "
+            f"{self.shape[1]:,} classes, {size:,.1f} MB in {self.folder.parent}; {state}"
+        )
+
+    def path(self, view: int) -> Path:
+        """Where the logits of a view are."""
+        return self.folder / f"view{view}.bin"
+
+    def open(self, view: int) -> np.ndarray | None:
+        """Map the N×C logits of a view into memory; `None` if they are not there, or damaged."""
+        path, digest = self.path(view), self._digest(view)
+        if not path.exists():
+            return None
+        content = np.memmap(path, np.uint8, "r").view(np.ndarray) if path.stat().st_size else np.zeros(0, np.uint8)
+        digest.update(content[: self._num_bytes].data)
+        if content[self._num_bytes :].tobytes() == digest.digest():
+            return content[: self._num_bytes].view(self.dtype).reshape(self.shape)
+        logger.warning(f"The teacher's logits in {path} are damaged: they are not read.")
+        return None
+
+    def write(self, view: int, batches: Iterable[np.ndarray]) -> None:
+        """Write the logits of a view, batch after batch, and give the file its name when all of it is on disk."""
+        digest, partial = self._digest(view), self.folder / f"view{view}-{uuid.uuid4().hex}.partial"
+        try:
+            for rows in batches:
+                digest.update(rows.tobytes())
+                with self._writing(), open(partial, "ab") as file:
+                    file.write(rows.tobytes())
+            with self._writing(), open(partial, "ab") as file:
+                file.write(digest.digest())
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(partial, self.path(view))
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @property
+    def _num_missing(self) -> int:
+        return sum(not self.path(view).exists() for view in range(self.num_views))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"--teacher_cache {self.folder.parent} cannot be written: {error.strerror or error}. Choose another "
+                "folder, or --teacher_cache off."
+            ) from error
+
+    def _digest(self, view: int) -> hashlib.blake2b:
+        return hashlib.blake2b(f"{self.folder.name} {view}".encode(), digest_size=16)
+
+    def _prepare(self, about: str) -> str:
+        """Make the folder; return why this cannot be, if so."""
+        try:
+            with self._writing():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not (self.folder / "about.json").exists():
+                    (self.folder / "about.json").write_text(about + "\n", encoding="utf-8")
+                free = shutil.disk_usage(self.folder).free
+                for path in self.folder.glob("*.partial"):
+                    with suppress(FileNotFoundError):  # its run may complete or remove it at any time
+                        if time.time() - path.stat().st_mtime > 3600:  # its process was killed
+                            path.unlink()
+        except InputError as error:
+            return str(error)
+        size = self._num_missing * self._num_bytes
+        if size <= free:
+            return ""
+        return (
+            f"--teacher_cache {self.folder.parent}: the logits take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
+            "free there. Choose another folder, fewer --teacher_cache_views, or --teacher_cache off."
+        )
+
+
+def precompute_logits(
+    teacher: Callable[[Any], torch.Tensor],
+    dataset: Any,
+    folder: LogitsFolder,
+    view: int,
+    batch_size: int = 128,
+    **loader_options: Any,
+) -> None:
+    """Write the teacher's logits of a view of all examples, unless they are there. All processes share the work.
+
+    Args:
+        teacher: Called with a batch, on the host; returns B×C logits.
+        dataset: Map-style, N examples, which shows them in this view.
+        folder: Where one process of each machine writes them.
+        view: Number of the view.
+        batch_size: Examples that a process asks the teacher about at a time.
+        loader_options: For torch's `DataLoader`.
+
+    Raises:
+        InputError: If the file cannot be written, or a logit is too large for its precision.
+        TeacherLogitsError: If a logit is NaN or +∞; −∞ stands for a class that the teacher does not know.
+    """
+    state, num_examples = PartialState(), len(dataset)
+    if all(gather_object([folder.open(view) is not None])):
+        return
+    # All processes ask about as many batches, all of one size: compiled teachers, and those that are spread over
+    # processes, need that. Batches of the processes follow one another.
+    batch_size = min(batch_size, math.ceil(num_examples / state.num_processes))
+    per_round = batch_size * state.num_processes
+    examples = np.arange(math.ceil(num_examples / per_round) * per_round).clip(max=num_examples - 1)
+    ours = examples.reshape(-1, state.num_processes, batch_size)[:, state.process_index].flatten().tolist()
+    loader = DataLoader(Subset(dataset, ours), batch_size, generator=torch.Generator(), **loader_options)
+
+    def batches() -> Iterator[np.ndarray]:
+        for number, batch in enumerate(loader):
+            logits = gather(teacher(batch)).detach().float().cpu().numpy()[: num_examples - number * per_round]
+            if (np.isnan(logits) | np.isposinf(logits)).any():
+                raise TeacherLogitsError(
+                    f"The teacher's logits are not finite (NaN or Inf) for training images, in view {view}. Check the "
+                    "teacher's weights and precision (try without --fp16/--bf16), and the images."
+                )
+            with np.errstate(over="ignore"):
+                stored = logits.astype(folder.dtype)
+            if np.isposinf(np.abs(stored[np.isfinite(logits)])).any():
+                raise InputError(
+                    f"A logit of the teacher ({np.abs(logits[np.isfinite(logits)]).max():.0f}) is too large for "
+                    "--teacher_cache_dtype float16: use float32."
+                )
+            yield stored
+
+    if state.is_local_main_process:
+        folder.write(view, batches())
+    else:
+        for _ in batches():
+            pass
+    state.wait_for_everyone()
+
+
+class WithTeacherLogits(Subset):
+    """All examples of a map-style data set, each with its C float32 `teacher_logits`.
+
+    Args:
+        dataset: N examples.
+        folder: Their logits; those of a view have to be there when an example is read.
+    """
+
+    def __init__(self, dataset: Any, folder: LogitsFolder):
+        super().__init__(dataset, range(len(dataset)))
+        self.folder = folder
+        # Shared with workers. The second number counts: the file of the same view may be a new one.
+        self._view = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._opened: dict[tuple[int, ...], np.ndarray | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}  # a pickled map would be a copy
+
+    def set_epoch(self, view: int) -> None:
+        """Choose the view whose logits the next examples get."""
+        self._view.copy_(torch.tensor([view, self._view[1] + 1]))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Return the examples of these indices, with their logits as arrays, which all collators put together."""
+        view = tuple(self._view.tolist())
+        if view not in self._opened:
+            self._opened = {view: self.folder.open(view[0])}
+        stored = self._opened[view]
+        if stored is None:
+            raise InputError(f"The teacher's logits of view {view[0]} are not in {self.folder.folder}, or damaged.")
+        logits = stored[indices].astype(np.float32)
+        return [{**e, TEACHER_LOGITS: row} for e, row in zip(super().__getitems__(indices), logits, strict=True)]
+
+
+def describe_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
+    """Return what a teacher's logits depend on, beside its inputs: architecture, weights, order of its outputs."""
+    model = teacher.model
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    config = getattr(model, "config", None)
+    text = config.to_json_string(use_diff=False) if isinstance(config, PreTrainedConfig) else "null"
+    return {
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "modules": re.sub(r" at 0x[0-9a-f]+", "", repr(model)),
+        "config": json.loads(
+            text, object_hook=lambda entries: {k: v for k, v in entries.items() if k not in _WITHOUT_INFLUENCE}
+        ),
+        "weights": digest.hexdigest(),
+        "columns": teacher.columns,
+    }
+
+
+def describe_views(dataset: Any, sampler: str) -> dict[str, Any]:
+    """Return what the views of a data set's examples depend on, beside their numbers and the epoch.
+
+    Raises:
+        InputError: If they depend on more than that.
+    """
+    if sampler != "instance":
+        raise InputError(
+            f"--teacher_cache does not go with --sampler {sampler}: how often an image is drawn in an epoch, and so "
+            "how many views it has, differs from epoch to epoch. Use --teacher_cache off."
+        )
+    if hasattr(dataset, "describe_views"):
+        return dataset.describe_views()
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
+        digest = hashlib.blake2b(repr((dataset.features, dataset.format)).encode(), digest_size=16)
+        for table in dataset.with_format("arrow").iter(1000):
+            for batch in table.combine_chunks().to_batches():
+                digest.update(batch.serialize())
+        return {"examples": digest.hexdigest()}
+    raise InputError(
+        "--teacher_cache needs training examples that are a function of (seed, epoch, number), as ImageDataset's are "
+        f"and those of a {type(dataset).__name__} need not be: a cached answer would be about another view. Give it a "
+        "method describe_views() that returns all that they depend on, or use --teacher_cache off."
+    )
+
+
+def open_logits_folder(trainer: Any) -> LogitsFolder | None:
+    """Open the folder that the options ask for; `None` without one.
+
+    Raises:
+        InputError: If there can be none, and it was not left open by `"auto"`.
+    """
+    args = trainer.args
+    if args.teacher_cache == "off" or trainer.teacher_model is None:
+        return None
+    folder = DEFAULT_FOLDER if args.teacher_cache == "auto" else args.teacher_cache
+    try:
+        _check_that_batches_come_again(trainer)
+        images = describe_views(trainer.train_dataset, args.sampler)
+        about = {"teacher": trainer._about_teacher, "precision": args.mixed_precision, "images": images}
+        shape = trainer.num_views or 1, len(trainer.train_dataset), len(trainer.objective.known_class_counts())
+        return LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
+    except InputError as error:
+        if args.teacher_cache != "auto":
+            raise
+        again = ""
+        if trainer.num_views is not None:
+            again = (
+                " Views come again all the same, as for methods that are compared with this one "
+                "(--teacher_cache_views)."
+            )
+        logger.warning(f"The teacher's logits are not cached: {error}{again}")
+        return None
+
+
+def _check_that_batches_come_again(trainer: Any) -> None:
+    if not trainer._numbers_examples:
+        raise InputError(
+            "--teacher_cache needs a training set with a length and random access, --train_sampling_strategy "
+            "random or sequential, and neither split_batches nor dispatch_batches of accelerate. Use "
+            "--teacher_cache off."
+        )
+    known = default_data_collator, collate_images
+    if trainer.data_collator not in known and not isinstance(
+        trainer.data_collator, (DefaultDataCollator, DataCollatorWithPadding)
+    ):
+        raise InputError(
+            "--teacher_cache does not go with a data_collator of your own, which may change the examples, or mix "
+            "them, each time in another way. Use --teacher_cache off."
+        )

@@ -52,6 +52,7 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
             model=trainer.teacher_model.as_classifier(),
             args=dataclasses.replace(trainer.args, push_to_hub=False),
             data_collator=trainer.data_collator,
+            eval_dataset=teacher_images,
             compute_metrics=trainer.long_tail,
         )
         _, measured = evaluation.measure(teacher_images)

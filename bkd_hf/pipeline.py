@@ -319,6 +319,7 @@ class _Stage:
         trainer = BKDTrainer(
             model=teacher.as_classifier(),
             args=self.args,
+            eval_dataset=self.images["eval"],
             compute_metrics=self._evaluation(),
         )
         return describe_model(self.name, teacher, trainer.measure(self.images["eval"])[1])

@@ -18,11 +18,12 @@ from typing import IO
 
 import torch
 
-from .arguments import RunArguments, parse_arguments
+from .arguments import parse_arguments
 from .config import BKDConfig
 from .errors import InputError
 from .machine import available_cores
 from .methods import METHODS
+from .options import RunArguments
 from .results import load_results
 from .run_folder import options_of_teacher_alone, run_state
 

@@ -16,15 +16,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .arguments import NOT_FOR_TEACHER, SCRIPT_DEFAULTS, UNKNOWN_LICENSE
+from .arguments import SCRIPT_DEFAULTS
 from .config import METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
 from .methods import METHODS
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
+from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
 from .results import check_schema, effective_batch_size, load_results, training_options
-from .run_folder import WITHOUT_INFLUENCE
 from .targets import describe_targets
 from .verdict import free_alternatives, judge
 
@@ -234,7 +234,7 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     told = training_options(results)
     training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
     method = training.get("method", "bkd")
-    of_machine = WITHOUT_INFLUENCE | {"accelerator_config", "use_cpu", "gradient_checkpointing"}
+    of_machine = WITHOUT_INFLUENCE | options_with("place")
     recipe = {
         **chosen(options["model"], of_machine, {}),
         **chosen(options["data"], of_machine, {}),

@@ -24,7 +24,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from .arguments import CHOOSE_WORKERS, DataArguments, ModelArguments, RunArguments
+from .arguments import CHOOSE_WORKERS
 from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
 from .errors import InputError
@@ -34,6 +34,7 @@ from .metrics import LongTailEvaluation, shot_groups
 from .model_card import build as build_card
 from .model_card import check_repo_id
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
+from .options import DataArguments, ModelArguments, RunArguments
 from .plots import save_plots
 from .precision import precision_of
 from .publishing import CARD_NAME, check_repo_access, publish_run
@@ -54,7 +55,6 @@ from .run_folder import (
     differences,
     influential_for_teacher,
     last_complete_checkpoint,
-    options_of_teacher_alone,
     origin_of,
     read_json,
 )
@@ -93,7 +93,8 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     keep_freed_memory()
     if arguments.training.disable_tqdm:
         logging.disable_progress_bar()
-    _warn_of_options_without_effect(arguments)
+    for name, reason in arguments.options_without_effect().items():
+        warnings.warn(f"--{name} has no effect: {reason}.", stacklevel=2)
     _check_publishing(arguments)
 
     with PartialState().main_process_first():
@@ -116,7 +117,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     )
     counts = data["class_counts"]
     _warn_of_untested_classes(data)
-    for args in (arguments.training, arguments.teacher_training):
+    for args in (arguments.training, arguments.for_teacher().training):
         _check_metric_for_best_model(args, data)
     say(
         f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
@@ -125,10 +126,10 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     )
 
     processor = _load_processor(arguments.model, splits["train"])
-    distils = arguments.training.distillation_loss != "none"
-    teacher_processor = _load_teacher_processor(arguments.model, processor) if distils else processor
+    distils = arguments.distils
+    teacher_processor = _load_teacher_processor(arguments.for_teacher().model, processor) if distils else processor
     # Before any image is decoded: a teacher that does not fit should not cost that time.
-    match = _match_teacher(arguments.model, data["class_names"]) if distils else None
+    match = _match_teacher(arguments.model, arguments.for_teacher().model, data["class_names"]) if distils else None
     if arguments.publishing.push_to_hub and arguments.publishing.push_teacher and not (match and match.why_trained):
         raise InputError(
             "--push_teacher: no teacher is trained in this run, and one that was given is where it comes from. Leave "
@@ -140,7 +141,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         "train": _decode(splits["train"], processor, arguments, augmented=True, teacher=teacher_processor),
         "eval": _decode(splits["eval"], processor, arguments),
     }
-    choose_workers(arguments.teacher_training, images["train"], threads)
+    choose_workers(arguments.for_teacher().training, images["train"], threads)
     if choose_workers(arguments.training, images["train"], threads):
         workers = arguments.training.dataloader_num_workers
         why = "" if images["train"].in_memory else ": they do not stay in memory"
@@ -154,7 +155,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     )
     student = make_stage(arguments.model.model_name_or_path, arguments.training, processor, images)
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.
-    student_model = student.load_model(arguments.model, arguments.model.model_revision)
+    student_model = student.load_model(arguments.model)
 
     teacher, teacher_results = None, None
     if match is not None:
@@ -171,7 +172,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         data,
         student_results,
         teacher_results,
-        teacher_training=arguments.teacher_training,
+        teacher_training=arguments.for_teacher().training,
         model_options=dataclasses.asdict(arguments.model),
         data_options=dataclasses.asdict(arguments.data),
         command=arguments.command_line,
@@ -180,7 +181,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         save_json(results, output_dir / RESULTS_NAME)
         figures = save_plots(results, output_dir / "figures")
         publishing = arguments.publishing
-        card = build_card(results, _repo_id(arguments), publishing.hub_license, publishing.hub_dataset_id)
+        card = build_card(results, arguments.repo_id, publishing.hub_license, publishing.hub_dataset_id)
         card.save(output_dir / CARD_NAME)
         say.stage("Results")
         say.table(results)
@@ -229,7 +230,7 @@ class _Stage:
     force_distillation: bool
     say: _Announcer
 
-    def load_model(self, options: ModelArguments, revision: str | None = None) -> PreTrainedModel:
+    def load_model(self, options: ModelArguments) -> PreTrainedModel:
         """Load the model that is to be trained, with a head for the data's classes."""
         if self.args.freeze_backbone and cifar_resnet_depth(self.name) is not None:
             raise InputError(
@@ -237,8 +238,6 @@ class _Stage:
                 "trained model, or leave the option out."
             )
         kwargs = options.from_pretrained_kwargs()
-        if revision is not None:
-            kwargs["revision"] = revision
         torch.manual_seed(self.args.seed)  # fresh weights, and fresh heads of pretrained models
         cosine_scale = self.args.ldam_scale if self.args.classification_loss == "ldam" else None
         model = load_classifier(self.name, self.data["class_names"], options.image_size, cosine_scale, **kwargs)
@@ -344,7 +343,7 @@ class _Match:
     why_trained: str | None = None
 
 
-def _match_teacher(options: ModelArguments, class_names: list[str]) -> _Match:
+def _match_teacher(options: ModelArguments, of_teacher: ModelArguments, class_names: list[str]) -> _Match:
     """Match a given teacher's outputs with the classes of the data, by name.
 
     Raises:
@@ -356,7 +355,7 @@ def _match_teacher(options: ModelArguments, class_names: list[str]) -> _Match:
     if options.finetune_teacher:
         return _Match(why_trained="--finetune_teacher")
     option = f"--teacher_model_name_or_path {name}"
-    names = teacher_label_names(name, **options.from_pretrained_kwargs())
+    names = teacher_label_names(name, **of_teacher.from_pretrained_kwargs())
     if isinstance(names, int):
         if names != len(class_names):
             return _Match(
@@ -410,7 +409,7 @@ def _provide_teacher(
     name = given or arguments.model.model_name_or_path
     if not match.why_trained:
         return _use_teacher(arguments, make_stage(name, arguments.training, processor, images), match)
-    stage = make_stage(name, arguments.teacher_training, processor, images)
+    stage = make_stage(name, arguments.for_teacher().training, processor, images)
     if given is not None and cifar_resnet_depth(given) is None:
         stage.say(f"The teacher {given} is fine-tuned on the data first: {match.why_trained}.")
     return _train_teacher(arguments, stage)
@@ -418,7 +417,7 @@ def _provide_teacher(
 
 def _train_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Train a vanilla teacher, from fresh or from given weights, unless it was before; with its results."""
-    args, say, given = stage.args, stage.say, arguments.model.teacher_model_name_or_path
+    args, say = stage.args, stage.say
     folder = Path(args.output_dir)
     told = {
         "model": stage.name,
@@ -439,12 +438,12 @@ def _train_teacher(arguments: RunArguments, stage: _Stage) -> tuple[FrozenTeache
         if PartialState().is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             save_json({"told": told}, folder / TEACHER_NAME)
-        model = stage.load_model(arguments.model, arguments.model.model_revision if given is None else None)
+        model = stage.load_model(arguments.for_teacher().model)
         record = {"told": told, "results": {**stage.train(model, None), "method": args.method_label}}
         if PartialState().is_main_process:
             save_json(record, folder / TEACHER_NAME)
     PartialState().wait_for_everyone()
-    teacher = load_teacher(str(folder), **arguments.model.from_pretrained_kwargs())
+    teacher = load_teacher(str(folder), **arguments.for_teacher().model.from_pretrained_kwargs())
     prefer_channels_last(teacher)
     return teacher, record["results"]
 
@@ -459,7 +458,7 @@ def _use_teacher(arguments: RunArguments, stage: _Stage, match: _Match) -> tuple
     elif match.columns != list(range(len(class_names))):
         say(f"The teacher's outputs are put into the order of the data, by name ({len(class_names)} of its classes).")
 
-    for alone in options_of_teacher_alone(arguments):
+    for alone in arguments.teacher_options:
         warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=2)
     origin = origin_of(Path(name))
     if origin.fingerprint not in (None, data["fingerprint"]):
@@ -474,7 +473,7 @@ def _use_teacher(arguments: RunArguments, stage: _Stage, match: _Match) -> tuple
             f"{METHODS[method].teacher}.",
             stacklevel=2,
         )
-    teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
+    teacher = load_teacher(name, match.columns, **arguments.for_teacher().model.from_pretrained_kwargs())
     prefer_channels_last(teacher)
     if origin.fingerprint != data["fingerprint"]:
         stage.post_hoc_tau = 0.0  # the class frequencies of this tail are not in its answers
@@ -523,13 +522,13 @@ def _load_processor(options: ModelArguments, train: datasets.Dataset) -> BaseIma
     if cifar_resnet_depth(name) is not None:
         mean, std = channel_statistics(train)
         return load_processor(name, options.image_size, mean, std)
-    return load_processor(name, **options.from_pretrained_kwargs(), revision=options.model_revision)
+    return load_processor(name, **options.from_pretrained_kwargs())
 
 
 def _load_teacher_processor(options: ModelArguments, of_student: BaseImageProcessor) -> BaseImageProcessor:
     """Load the image processor of a given teacher; a teacher that is trained from scratch takes the student's."""
-    name = options.teacher_model_name_or_path
-    if name is None or cifar_resnet_depth(name) is not None:
+    name = options.model_name_or_path
+    if cifar_resnet_depth(name) is not None:
         return of_student
     return load_processor(name, **options.from_pretrained_kwargs())
 
@@ -553,7 +552,7 @@ def _decode(
         reduced_decoding=options.reduced_decoding,
         # accelerate, where it sends the main process's batches to the others, knows how to cut tensors only.
         as_bytes=not any(
-            args.accelerator_config.dispatch_batches for args in (arguments.training, arguments.teacher_training)
+            args.accelerator_config.dispatch_batches for args in (arguments.training, arguments.for_teacher().training)
         ),
     )
 
@@ -587,17 +586,13 @@ def _load_splits(options: DataArguments, model_options: ModelArguments) -> datas
 # ---- Publishing ---------------------------------------------------------------------------------------------------
 
 
-def _repo_id(arguments: RunArguments) -> str:
-    return arguments.training.hub_model_id or Path(arguments.training.output_dir).absolute().name
-
-
 def _check_publishing(arguments: RunArguments) -> None:
     """Notice a wrong name or token before any work."""
     if arguments.publishing.hub_dataset_id is not None:
         check_repo_id(arguments.publishing.hub_dataset_id)
     if arguments.publishing.push_to_hub and PartialState().is_main_process:
         token, private = arguments.training.hub_token or arguments.model.token, arguments.training.hub_private_repo
-        check_repo_access(_repo_id(arguments), token, private=private)
+        check_repo_access(arguments.repo_id, token, private=private)
 
 
 def _publish(arguments: RunArguments, say: _Announcer) -> None:
@@ -607,7 +602,7 @@ def _publish(arguments: RunArguments, say: _Announcer) -> None:
         return
     for url in publish_run(
         training.output_dir,
-        _repo_id(arguments),
+        arguments.repo_id,
         publishing.push_teacher,
         private=training.hub_private_repo,
         token=training.hub_token or arguments.model.token,
@@ -728,42 +723,3 @@ def _warn_of_untested_classes(data: dict[str, Any]) -> None:
             "and cannot be the worst class.",
             stacklevel=3,
         )
-
-
-def _warn_of_options_without_effect(arguments: RunArguments) -> None:
-    def given(options: Any, name: str) -> bool:
-        default = next(f.default for f in dataclasses.fields(options) if f.name == name)
-        return getattr(options, name) != default
-
-    def warn(option: str, reason: str) -> None:
-        warnings.warn(f"--{option} has no effect: {reason}.", stacklevel=3)
-
-    model, data, publishing = arguments.model, arguments.data, arguments.publishing
-    for name in ("resume_from_checkpoint", "do_train", "do_predict"):
-        if getattr(arguments.training, name):
-            warn(name, "a run trains and evaluates, and continues from its last checkpoint, by itself")
-    if publishing.push_teacher and not publishing.push_to_hub:
-        warn("push_teacher", "--push_to_hub is not given")
-    if data.imbalance_ratio is None:
-        for name in ("imbalance_profile", "max_class_count"):
-            if given(data, name):
-                warn(name, "it shapes a tail that is cut by --imbalance_ratio, which is not given")
-    if given(model, "image_size") and cifar_resnet_depth(model.model_name_or_path) is None:
-        warn("image_size", f"the size of {model.model_name_or_path} is fixed by its image processor")
-    if given(data, "horizontal_flip") and data.train_augmentation == "none":
-        warn("horizontal_flip", "--train_augmentation is none")
-    teacher = model.teacher_model_name_or_path
-    if arguments.training.distillation_loss == "none":
-        if teacher is not None:
-            warn("teacher_model_name_or_path", f"--method {arguments.training.method} has no distillation loss")
-        for name in options_of_teacher_alone(arguments):
-            warn(f"teacher_{name}", f"--method {arguments.training.method} has no distillation loss")
-    about_given_teacher = ("teacher_label_map", "assume_label_order", "allow_partial_teacher", "force_teacher")
-    if teacher is None or cifar_resnet_depth(teacher) is not None:
-        for name in (*about_given_teacher, "finetune_teacher"):
-            if given(model, name):
-                warn(name, "it is about a teacher given by --teacher_model_name_or_path")
-    elif model.finetune_teacher:
-        for name in about_given_teacher:
-            if given(model, name):
-                warn(name, "--finetune_teacher gives the teacher a head for the classes of the data")

@@ -11,27 +11,15 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .arguments import NOT_FOR_TEACHER, RunArguments
-from .config import BKDConfig, method_defaults
+from .config import BKDConfig
 from .errors import InputError
-from .methods import METHODS
+from .options import NOT_FOR_TEACHER, WITHOUT_INFLUENCE, RunArguments
 from .results import RESULTS_NAME, SCHEMA_VERSION, save_json
 
 #: Marks an output folder as ours and records what the run in it was told.
 RUN_NAME = "bkd_run.json"
 #: Marks a trained teacher and records what it was trained on.
 TEACHER_NAME = "bkd_teacher.json"
-
-# Options that change nothing in what a run computes; they may differ when it is continued.
-WITHOUT_INFLUENCE = {
-    "output_dir", "overwrite", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "report_to",
-    "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub",
-    "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "token",
-    "cache_dir", "num_threads", "cache_images", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context",
-    "save_total_limit", "local_rank", "ddp_backend", "ddp_timeout", "resume_from_checkpoint", "do_train", "do_eval",
-    "do_predict", "skip_memory_metrics", "debug", "force_distillation",
-}  # fmt: skip
 
 _LEFT_BY_A_RUN = (
     RUN_NAME, RESULTS_NAME, "figures", "teacher", "checkpoint-*", "model*.safetensors*", "config.json",
@@ -105,11 +93,10 @@ def influential_for_teacher(args: BKDConfig) -> dict[str, Any]:
 
 
 def options_of_teacher_alone(arguments: RunArguments) -> dict[str, Any]:
-    """Options that were given for the teacher's training alone."""
-    expected = influential_for_teacher(arguments.training)
-    expected |= method_defaults(METHODS[arguments.training.method].teacher)
-    teacher = influential_for_teacher(arguments.teacher_training)
-    return {name: value for name, value in teacher.items() if value != expected[name]}
+    """Options that were given for the teacher alone and decide what it computes."""
+    teacher = arguments.for_teacher()
+    used = {**dataclasses.asdict(teacher.model), **teacher.training.options_in_use()}
+    return _influential({name: used[name] for name in arguments.teacher_options})
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:

@@ -265,7 +265,7 @@ def test_recipe_gives_the_same_options(options, results, tmp_path):
         "model": recordable(dataclasses.asdict(first.model)),
         "data": recordable(dataclasses.asdict(first.data)),
         "training": describe_training(first.training),
-        "teacher_training": describe_training(first.teacher_training, relative_to=first.training),
+        "teacher_training": describe_training(first.for_teacher().training, relative_to=first.training),
     }
     (tmp_path / "recipe.yaml").write_text(to_recipe(results))
     again = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", "x"])

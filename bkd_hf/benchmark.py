@@ -61,11 +61,11 @@ from .data import (
     stored_images,
 )
 from .errors import InputError
+from .inputs import choose_workers
 from .losses import bkd_loss
 from .machine import keep_freed_memory, set_num_threads
 from .metrics import long_tail_metrics
 from .models import cifar_resnet_depth, load_classifier, load_processor, prefer_channels_last
-from .pipeline import choose_workers
 from .precision import default_precision
 from .results import describe_hardware, describe_versions
 from .teacher import load_teacher

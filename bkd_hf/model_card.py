@@ -185,27 +185,6 @@ def check_repo_id(repo_id: str) -> None:
         ) from error
 
 
-def of_teacher(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of a run as if its teacher, which was trained in it, were all that was trained.
-
-    Args:
-        results: The content of a `results.json` whose teacher has a training.
-    """
-    options = results["options"]
-    training = {**options["training"], **options["teacher_training"]}
-    # What is said of a model is said of the student: here that is the teacher.
-    model = {name: value for name, value in options["model"].items() if not name.startswith("teacher_")}
-    model |= {"model_name_or_path": results["teacher"]["hub_id"] or results["teacher"]["model"]} if model else {}
-    return {
-        **results,
-        "method": results["teacher"].get("method") or "ce",
-        "options": {**options, "model": model, "training": training, "teacher_training": {}},
-        "command": None,
-        "teacher": None,
-        "student": results["teacher"],
-    }
-
-
 def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     """Return the options of a run as a YAML file for `--config`: all that decide what it computes.
 

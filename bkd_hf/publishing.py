@@ -20,9 +20,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, g
 from huggingface_hub.errors import HTTPError
 
 from .errors import InputError, PublishError, first_line
-from .model_card import build, check_repo_id, choices_of_card, of_teacher
+from .model_card import build, check_repo_id, choices_of_card
 from .plots import figure_names, save_plots
-from .results import RESULTS_NAME, load_results, save_json
+from .results import RESULTS_NAME, load_results
 from .run_folder import read_json
 from .splits import PLACEHOLDER, SPLIT_NAME, split_files
 
@@ -245,12 +245,12 @@ def folders_of_run(folder: str | os.PathLike[str], repo_id: str, with_teacher: b
     """
     folders = {repo_id: Path(folder)}
     if with_teacher:
-        folders[f"{repo_id}-teacher"] = prepare_teacher(folder)
+        folders[f"{repo_id}-teacher"] = folder_of_teacher(folder)
     return folders
 
 
-def prepare_teacher(folder: str | os.PathLike[str]) -> Path:
-    """Make the teacher that was trained in a run publishable on its own: with results and figures.
+def folder_of_teacher(folder: str | os.PathLike[str]) -> Path:
+    """Find the teacher that was trained in a run.
 
     Args:
         folder: Output folder of the finished run.
@@ -266,8 +266,6 @@ def prepare_teacher(folder: str | os.PathLike[str]) -> Path:
         raise InputError(
             f"--push_teacher: no teacher was trained in {folder}; one that was given is where it comes from."
         )
-    save_json(of_teacher(results), teacher / RESULTS_NAME)
-    save_plots(of_teacher(results), teacher / "figures")
     return teacher
 
 

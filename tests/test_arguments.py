@@ -7,7 +7,7 @@ import yaml
 
 from bkd_hf import ImageDataset, InputError
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.pipeline import choose_workers
+from bkd_hf.inputs import choose_workers
 from bkd_hf.precision import default_precision
 from tests.conftest import REPOSITORY
 from tests.test_transforms import photos, vit_processor

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.model_card import build, of_teacher, to_recipe
+from bkd_hf.model_card import build, to_recipe
 from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
 from bkd_hf.run_folder import _told
 from tests.conftest import REPOSITORY
@@ -230,21 +230,6 @@ def test_other_files_and_schema_versions_are_refused(tmp_path, content, message)
 def test_other_schema_version_is_refused_from_python_too(results):
     with pytest.raises(InputError, match="schema version 2"):
         build({**results, "schema_version": 2})
-
-
-def test_card_of_the_teacher(results):
-    card = build(of_teacher(results), "user/teacher")
-    value = metadata(card)["model-index"][0]["results"][0]["metrics"][0]["value"]
-    assert value == pytest.approx(results["teacher"]["metrics"]["accuracy"], abs=1e-6)
-    assert "| accuracy in % | this model |" in str(card)
-
-
-def test_recipe_of_the_teacher_trains_the_teacher(results):
-    results["teacher"]["model"] = "cifar-resnet-20"
-    results["options"]["model"]["teacher_model_name_or_path"] = "cifar-resnet-20"
-    recipe = yaml.safe_load(to_recipe(of_teacher(results)))
-    assert (recipe["model_name_or_path"], recipe["method"]) == ("cifar-resnet-20", "ce")
-    assert "teacher_model_name_or_path" not in recipe
 
 
 # ---- How to do it again

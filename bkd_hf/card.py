@@ -16,15 +16,15 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .arguments import NOT_FOR_TEACHER, SCRIPT_DEFAULTS, UNKNOWN_LICENSE
+from .arguments import SCRIPT_DEFAULTS
 from .config import METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
 from .objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
+from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
 from .results import check_schema, effective_batch_size, load_results, training_options
-from .run_folder import WITHOUT_INFLUENCE
 from .targets import describe_targets
 from .verdict import free_alternatives, judge
 
@@ -171,27 +171,6 @@ def check_repo_id(repo_id: str) -> None:
         ) from error
 
 
-def of_teacher(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the results of a run as if its teacher, which was trained in it, were all that was trained.
-
-    Args:
-        results: The content of a `results.json` whose teacher has a training.
-    """
-    options = results["options"]
-    training = {**options["training"], **options["teacher_training"]}
-    # What is said of a model is said of the student: here that is the teacher.
-    model = {name: value for name, value in options["model"].items() if not name.startswith("teacher_")}
-    model |= {"model_name_or_path": results["teacher"].get("hub_id") or results["teacher"]["model"]} if model else {}
-    return {
-        **results,
-        "method": results["teacher"].get("method") or "ce",
-        "options": {**options, "model": model, "training": training, "teacher_training": {}},
-        "command": None,
-        "teacher": None,
-        "student": results["teacher"],
-    }
-
-
 def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     """Return the options of a run as a YAML file for `--config`: all that decide what it computes.
 
@@ -220,7 +199,7 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     told = training_options(results)
     training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
     method = training.get("method", "bkd")
-    of_machine = WITHOUT_INFLUENCE | {"accelerator_config", "use_cpu", "gradient_checkpointing"}
+    of_machine = WITHOUT_INFLUENCE | options_with("place")
     recipe = {
         **chosen(options["model"], of_machine, {}),
         **chosen(options["data"], of_machine, {}),

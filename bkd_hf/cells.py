@@ -18,13 +18,14 @@ from typing import IO
 
 import torch
 
-from .arguments import RunArguments, parse_arguments
+from .arguments import parse_arguments
 from .config import BKDConfig
 from .errors import InputError
 from .machine import available_cores
 from .objective import METHODS
+from .options import RunArguments
 from .results import load_results
-from .run_folder import options_of_teacher_alone, run_state
+from .run_folder import run_state
 
 _TIMED_STEPS = 24
 # A comparison decides about these itself.
@@ -114,7 +115,7 @@ def plan_cells(
 
     for method in dict.fromkeys(methods):
         arguments = Cell(method, seeds[0], output_dir, script, tuple(options)).parse()
-        if arguments.model.teacher_model_name_or_path is not None or options_of_teacher_alone(arguments):
+        if arguments.model.teacher_model_name_or_path is not None or arguments.teacher_options:
             raise InputError(
                 "The section `teacher:` of --config cannot be used in a comparison: the teacher of a seed is that "
                 "seed's ce cell. Take it out."

@@ -381,9 +381,8 @@ def _differing_options(cells: Sequence[dict[str, Any]], within_a_method: bool = 
 
     One that is not recorded, because it is not told or was not there yet, has its default.
     """
-    from .arguments import DataArguments, ModelArguments  # loads transformers
     from .config import METHOD_OPTIONS, BKDConfig
-    from .run_folder import WITHOUT_INFLUENCE
+    from .options import WITHOUT_INFLUENCE, DataArguments, ModelArguments  # loads transformers
 
     may_differ = {*WITHOUT_INFLUENCE, "seed", "data_seed", "teacher_model_name_or_path"}
     if not within_a_method:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
@@ -109,7 +109,7 @@ class BKDConfig(TrainingArguments):
             "class_weighting_start); not given: as --method says."
         },
     )
-    distillation_loss: str | None = field(
+    distillation_loss: Annotated[str | None, "student"] = field(
         default=None, metadata={"help": f"{', '.join(DISTILLATION_LOSSES)}; not given: as --method says."}
     )
     sampler: str | None = field(
@@ -119,7 +119,7 @@ class BKDConfig(TrainingArguments):
             "--method says."
         },
     )
-    student_init: str | None = field(
+    student_init: Annotated[str | None, "student"] = field(
         default=None,
         metadata={
             "help": "What the student starts from: model (the weights of --model_name_or_path), teacher (the "
@@ -132,17 +132,17 @@ class BKDConfig(TrainingArguments):
         default=None,
         metadata={"help": "Arguments of the classification loss, a JSON object, e.g. '{\"gamma\": 2}' for focal."},
     )
-    distillation_loss_args: str | None = field(
+    distillation_loss_args: Annotated[str | None, "student"] = field(
         default=None,
         metadata={"help": "Arguments of the distillation loss, a JSON object, e.g. '{\"beta\": 2}' for dkd."},
     )
-    temperature: float = field(
+    temperature: Annotated[float, "student"] = field(
         default=2.0,
         metadata={
             "help": "T > 0 of kd and bkd: softens both distributions; raising it also strengthens the rebalancing."
         },
     )
-    distillation_weight: float = field(
+    distillation_weight: Annotated[float, "student"] = field(
         default=1.0,
         metadata={
             "help": "α ≥ 0 of kd and bkd: weight of the distillation loss beside the classification loss.",
@@ -157,7 +157,7 @@ class BKDConfig(TrainingArguments):
             "aliases": ["--beta"],
         },
     )
-    class_balance_power: str | None = field(
+    class_balance_power: Annotated[str | None, "student"] = field(
         default=None,
         metadata={
             "help": "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; "
@@ -166,7 +166,7 @@ class BKDConfig(TrainingArguments):
             "says, for bkd 1."
         },
     )
-    deferred_reweighting_start: float | None = field(
+    deferred_reweighting_start: Annotated[float | None, "student"] = field(
         default=None,
         metadata={
             "help": "Class weights in the distillation loss are uniform until this epoch (≥ 1), or this fraction of "
@@ -189,16 +189,22 @@ class BKDConfig(TrainingArguments):
             "says, 1."
         },
     )
-    dive_temperature: float = field(default=2.0, metadata={"help": "T > 0 of dive."})
-    dive_alpha: float = field(
+    dive_temperature: Annotated[float, "student"] = field(default=2.0, metadata={"help": "T > 0 of dive."})
+    dive_alpha: Annotated[float, "student"] = field(
         default=0.5,
         metadata={"help": "α in [0, 1] of dive: weight of distillation; the rest is balanced softmax."},
     )
-    dive_power: float = field(default=0.5, metadata={"help": "Power > 0 of the teacher's probabilities in dive."})
-    dkd_temperature: float = field(default=4.0, metadata={"help": "T > 0 of dkd."})
-    dkd_alpha: float = field(default=1.0, metadata={"help": "α ≥ 0 of dkd: weight of the target class."})
-    dkd_beta: float = field(default=8.0, metadata={"help": "β ≥ 0 of dkd: weight of the non-target classes."})
-    dkd_warmup_epochs: int = field(
+    dive_power: Annotated[float, "student"] = field(
+        default=0.5, metadata={"help": "Power > 0 of the teacher's probabilities in dive."}
+    )
+    dkd_temperature: Annotated[float, "student"] = field(default=4.0, metadata={"help": "T > 0 of dkd."})
+    dkd_alpha: Annotated[float, "student"] = field(
+        default=1.0, metadata={"help": "α ≥ 0 of dkd: weight of the target class."}
+    )
+    dkd_beta: Annotated[float, "student"] = field(
+        default=8.0, metadata={"help": "β ≥ 0 of dkd: weight of the non-target classes."}
+    )
+    dkd_warmup_epochs: Annotated[int, "student"] = field(
         default=20, metadata={"help": "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."}
     )
     momentum: float = field(default=0.0, metadata={"help": "Momentum of --optim sgd (without Nesterov), in [0, 1)."})
@@ -215,14 +221,14 @@ class BKDConfig(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the head; not given: learning_rate, as for the rest."}
     )
-    teacher_cache: str = field(
+    teacher_cache: Annotated[str, "path", "student"] = field(
         default="off",
         metadata={
             "help": "Compute the teacher's logits once, and read them ever after: off, the folder to keep them in, or "
             "auto (a folder beside the caches of the Hub; without a cache where there can be none)."
         },
     )
-    teacher_cache_views: int | None = field(
+    teacher_cache_views: Annotated[int | None, "student"] = field(
         default=None,
         metadata={
             "help": "Number of views K: the augmentation of an epoch is that of epoch mod K. Not given: with a cache "
@@ -230,7 +236,7 @@ class BKDConfig(TrainingArguments):
             "its own."
         },
     )
-    teacher_cache_dtype: str = field(
+    teacher_cache_dtype: Annotated[str, "student"] = field(
         default="float16", metadata={"help": f"How cached logits are stored: {' or '.join(DTYPES)}."}
     )
     lr_step_epochs: list[int] | None = field(

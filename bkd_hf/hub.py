@@ -24,10 +24,10 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HTTPError
 
-from .card import build, check_repo_id, choices_of_card, of_teacher
+from .card import build, check_repo_id, choices_of_card
 from .errors import InputError, PublishError, first_line
 from .plots import figure_names, save_plots
-from .results import RESULTS_NAME, load_results, save_json
+from .results import RESULTS_NAME, load_results
 from .run_folder import read_json
 from .splits import PLACEHOLDER, SPLIT_NAME
 
@@ -181,13 +181,7 @@ def folders_of_run(folder: str | os.PathLike[str], repo_id: str, with_teacher: b
     """
     folders = {repo_id: Path(folder)}
     if with_teacher:
-        results, teacher = load_results(folder), Path(folder, TEACHER_FOLDER)
-        if not (results["teacher"] or {}).get("training") or not teacher.is_dir():
-            raise InputError(
-                f"--push_teacher: no teacher was trained in {folder}; one that was given is where it comes from."
-            )
-        save_json(of_teacher(results), teacher / RESULTS_NAME)
-        folders[f"{repo_id}-teacher"] = teacher
+        folders[f"{repo_id}-teacher"] = folder_of_teacher(folder)
     return folders
 
 
@@ -237,6 +231,26 @@ def write_card(publication: Publication, folder: str | os.PathLike[str]) -> Path
     path = Path(folder, CARD_NAME)
     path.write_text(publication.card, encoding="utf-8")
     return path
+
+
+def folder_of_teacher(folder: str | os.PathLike[str]) -> Path:
+    """Find the teacher that was trained in a run.
+
+    Args:
+        folder: Output folder of the finished run.
+
+    Returns:
+        The teacher's folder, for [`publish_folder`].
+
+    Raises:
+        InputError: If no teacher was trained in that run.
+    """
+    results, teacher = load_results(folder), Path(folder) / TEACHER_FOLDER
+    if not (results["teacher"] or {}).get("training") or not teacher.is_dir():
+        raise InputError(
+            f"--push_teacher: no teacher was trained in {folder}; one that was given is where it comes from."
+        )
+    return teacher
 
 
 def check_repo_access(

@@ -66,6 +66,7 @@ from .metrics import (
 )
 from .models import cifar_resnet_depth
 from .objective import corrects
+from .options import WITHOUT_INFLUENCE, options_with
 from .teacher import FrozenTeacher
 
 RESULTS_NAME = "results.json"
@@ -75,9 +76,10 @@ _REQUIRED = ("options", "seed", "data", "teacher", "student", "versions", "hardw
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.
 _FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
-_FOLDER_OPTIONS = {"output_dir", "teacher_cache", "cache_dir", "config", "teacher_label_map", "deepspeed"}
+_FOLDER_OPTIONS = options_with("path") | {"config"}
+_OF_PUBLISHING = options_with("publishing")
 # Neither a result nor of interest to others.
-_NOT_RECORDED = {"output_dir", "hub_model_id", "cache_dir", "run_name", "logging_dir"}
+_NOT_RECORDED = _OF_PUBLISHING | (options_with("path") & WITHOUT_INFLUENCE)
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -385,7 +387,7 @@ def _is_path(text: str) -> bool:
 
 
 def _is_private(name: str) -> bool:
-    return _is_secret(name) or name in ("push_to_hub", "push_teacher") or name.startswith("hub_")
+    return _is_secret(name) or name in _OF_PUBLISHING
 
 
 def _is_secret(name: str) -> bool:

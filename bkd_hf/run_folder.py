@@ -11,27 +11,12 @@ from typing import Any
 
 from accelerate import PartialState
 
-from .arguments import NOT_FOR_TEACHER, RunArguments
-from .config import BKDConfig, method_defaults
 from .errors import InputError
-from .objective import METHODS
-from .results import RESULTS_NAME, SCHEMA_VERSION, save_json
+from .options import WITHOUT_INFLUENCE, RunArguments
+from .results import RESULTS_NAME, save_json
 
 #: Marks an output folder as ours and records what the run in it was told.
 RUN_NAME = "bkd_run.json"
-#: Marks a trained teacher and records what it was trained on.
-TEACHER_NAME = "bkd_teacher.json"
-
-# Options that change nothing in what a run computes; they may differ when it is continued.
-WITHOUT_INFLUENCE = {
-    "output_dir", "overwrite", "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "report_to",
-    "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "push_to_hub",
-    "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "token",
-    "cache_dir", "num_threads", "cache_images", "dataloader_num_workers", "dataloader_pin_memory",
-    "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context",
-    "save_total_limit", "local_rank", "ddp_backend", "ddp_timeout", "resume_from_checkpoint", "do_train", "do_eval",
-    "do_predict", "skip_memory_metrics", "debug", "force_distillation",
-}  # fmt: skip
 
 _LEFT_BY_A_RUN = (
     RUN_NAME, RESULTS_NAME, "figures", "teacher", "checkpoint-*", "model*.safetensors*", "config.json",
@@ -40,11 +25,15 @@ _LEFT_BY_A_RUN = (
 )  # fmt: skip
 
 
-def run_state(arguments: RunArguments) -> str:
+def run_state(arguments: RunArguments, fingerprint: str | None = None) -> str:
     """Return what the output folder holds of this very run: `"new"` (nothing), `"interrupted"` or `"finished"`.
 
+    Args:
+        arguments: What the run is told.
+        fingerprint: Of its training images, once they are known.
+
     Raises:
-        InputError: If it holds something else, or a run with other options.
+        InputError: If it holds something else, or a run with other options or on other images.
     """
     output_dir = Path(arguments.training.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -57,7 +46,16 @@ def run_state(arguments: RunArguments) -> str:
         )
     if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
         return "new"
-    if found := differences(record or {}, _told(arguments)):
+    there, here = record or {}, _told(arguments, fingerprint)
+    if None in (there.get("fingerprint"), fingerprint):  # not known yet
+        there, here = ({**told, "fingerprint": None} for told in (there, here))
+    found = differences(there, here)
+    if found and arguments.is_teacher:
+        raise InputError(
+            f"The teacher in {output_dir} was trained otherwise: {found}. Use --overwrite to train it anew, another "
+            "--output_dir, or --teacher_model_name_or_path to use it all the same."
+        )
+    if found:
         teacher = f" (and that run's teacher, by --teacher_model_name_or_path {output_dir}/teacher)"
         raise InputError(
             f"--output_dir {output_dir} holds a run with other options: {found}. Use another folder"
@@ -66,26 +64,36 @@ def run_state(arguments: RunArguments) -> str:
     return "finished" if RESULTS_NAME in content else "interrupted"
 
 
-def claim_output_dir(output_dir: Path, arguments: RunArguments) -> bool:
-    """Make the output folder ours; True if it holds the finished results of this very run."""
+def claim_output_dir(arguments: RunArguments, fingerprint: str | None = None) -> bool:
+    """Make the output folder ours; True if it holds the finished results of this very run (arguments as there)."""
+    output_dir = Path(arguments.training.output_dir)
     starts_anew = arguments.overwrite and (output_dir / RUN_NAME).exists()
-    state = "new" if starts_anew else run_state(arguments)
-    if state == "new" and PartialState().is_main_process:
+    state = "new" if starts_anew else run_state(arguments, fingerprint)
+    if PartialState().is_main_process and (state == "new" or (state == "interrupted" and fingerprint is not None)):
         if starts_anew:
             _delete_run(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        save_json(_told(arguments), output_dir / RUN_NAME)
+        save_json(_told(arguments, fingerprint), output_dir / RUN_NAME)
     return state == "finished"
 
 
-def _told(arguments: RunArguments) -> dict[str, Any]:
+def _told(arguments: RunArguments, fingerprint: str | None = None) -> dict[str, Any]:
+    of_teacher = {}
+    if arguments.teacher_options:
+        teacher = arguments.for_teacher()
+        used = {**dataclasses.asdict(teacher.model), **teacher.training.options_in_use()}
+        of_teacher = {name: used[name] for name in arguments.teacher_options}
     told = {
-        "model": _influential(dataclasses.asdict(arguments.model)),
-        "data": _influential(dataclasses.asdict(arguments.data)),
-        "training": _influential(arguments.training.options_in_use()),
-        "teacher_training": options_of_teacher_alone(arguments),
+        "model": dataclasses.asdict(arguments.model),
+        "data": dataclasses.asdict(arguments.data),
+        "training": arguments.training.options_in_use(),
+        "teacher_training": of_teacher,
     }
-    return json.loads(json.dumps(told))  # as it will be read back
+    influential = {
+        part: {name: value for name, value in options.items() if name not in WITHOUT_INFLUENCE}
+        for part, options in told.items()
+    }
+    return json.loads(json.dumps({**influential, "fingerprint": fingerprint}))  # as it will be read back
 
 
 def _delete_run(output_dir: Path) -> None:
@@ -93,23 +101,6 @@ def _delete_run(output_dir: Path) -> None:
     for pattern in _LEFT_BY_A_RUN:
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _influential(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in WITHOUT_INFLUENCE}
-
-
-def influential_for_teacher(args: BKDConfig) -> dict[str, Any]:
-    """Return the options that decide what a teacher's training computes."""
-    return {name: value for name, value in _influential(args.to_dict()).items() if name not in NOT_FOR_TEACHER}
-
-
-def options_of_teacher_alone(arguments: RunArguments) -> dict[str, Any]:
-    """Options that were given for the teacher's training alone."""
-    expected = influential_for_teacher(arguments.training)
-    expected |= method_defaults(METHODS[arguments.training.method].teacher)
-    teacher = influential_for_teacher(arguments.teacher_training)
-    return {name: value for name, value in teacher.items() if value != expected[name]}
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
@@ -136,33 +127,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def _checkpoint_step(folder: Path) -> int:
     suffix = folder.name.rpartition("-")[2]
     return int(suffix) if suffix.isdigit() else -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """What a model was trained from and on; `None` where nothing is known.
-
-    Attributes:
-        model: What was trained, e.g. `cifar-resnet-32`.
-        fingerprint: Of the training images.
-        method: The preset.
-    """
-
-    model: str | None = None
-    fingerprint: str | None = None
-    method: str | None = None
-
-
-def origin_of(folder: Path) -> Origin:
-    """Return what is known of the model in a folder."""
-    record = read_json(folder / TEACHER_NAME)
-    if record is not None:
-        told = record["told"]
-        return Origin(told["model"], told["fingerprint"], told["training"].get("method"))
-    results = read_json(folder / RESULTS_NAME)
-    if results is not None and results.get("schema_version") == SCHEMA_VERSION:
-        return Origin(results["student"]["model"], results["data"]["fingerprint"], results.get("method"))
-    return Origin()
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

@@ -12,7 +12,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.errors import InputError, PublishError, tell
 from bkd_hf.machine import leave_process_group
 from bkd_hf.metrics import NotFiniteError
-from bkd_hf.pipeline import run
+from bkd_hf.run import run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,8 +7,8 @@ import yaml
 
 from bkd_hf import ImageDataset, InputError
 from bkd_hf.arguments import parse_arguments
+from bkd_hf.inputs import choose_workers
 from bkd_hf.machine import default_precision
-from bkd_hf.pipeline import choose_workers
 from tests.conftest import REPOSITORY
 from tests.test_images import photos, vit_processor
 
@@ -30,7 +30,7 @@ def test_nothing_given_is_the_digits_recipe():
     assert arguments.data.imbalance_ratio == recipe["imbalance_ratio"]
     assert arguments.training.lr_step_epochs == recipe["lr_step_epochs"]
     assert arguments.training.output_dir == "outputs/digits_cifar-resnet-8_seed42"
-    assert arguments.teacher_training.output_dir == arguments.training.output_dir + "/teacher"
+    assert arguments.for_teacher().training.output_dir == arguments.training.output_dir + "/teacher"
 
 
 def test_another_data_set_does_not_get_the_digits_recipe():
@@ -62,7 +62,7 @@ def test_recipes_are_the_papers(name):
     assert not training.load_best_model_at_end
     assert (data.imbalance_ratio, data.imbalance_profile) == (100, "exp")
     assert arguments.model.model_name_or_path == "cifar-resnet-32"
-    assert arguments.teacher_training.num_train_epochs == 200
+    assert arguments.for_teacher().training.num_train_epochs == 200
 
 
 def test_command_line_wins_over_the_file(tmp_path):
@@ -86,7 +86,7 @@ def test_teacher_has_its_own_options(tmp_path):
     arguments = parse("--teacher_num_train_epochs 7 --teacher-weight-decay=1e-3", tmp_path, text)
     assert arguments.model.teacher_model_name_or_path == "cifar-resnet-56"
     assert (arguments.training.learning_rate, arguments.training.num_train_epochs) == (0.1, 3)
-    teacher = arguments.teacher_training
+    teacher = arguments.for_teacher().training
     assert (teacher.learning_rate, teacher.num_train_epochs, teacher.weight_decay) == (0.02, 7, 1e-3)
 
 
@@ -164,7 +164,7 @@ def test_bad_command_line(line, message):
 )
 def test_precision(options, bf16, fp16):
     arguments = parse_arguments([*options.split(), "--use_cpu", "true"])
-    for args in (arguments.training, arguments.teacher_training):
+    for args in (arguments.training, arguments.for_teacher().training):
         assert (args.bf16, args.fp16) == (bf16, fp16)
 
 
@@ -172,11 +172,11 @@ def test_precision(options, bf16, fp16):
 def test_number_of_workers_is_chosen_where_it_is_not_given(options, workers):
     images = ImageDataset(photos(), vit_processor(), cache_images="none")
     arguments = parse_arguments([*options.split(), "--use_cpu", "true"])
-    for args in (arguments.training, arguments.teacher_training):
+    for args in (arguments.training, arguments.for_teacher().training):
         assert choose_workers(args, images, num_threads=2) == (not options)
         assert (args.dataloader_num_workers, args.dataloader_persistent_workers) == (workers, workers > 0)
     arguments = parse_arguments([*options.split(), "--teacher_dataloader_num_workers", "1"])
-    assert arguments.teacher_training.dataloader_num_workers == 1
+    assert arguments.for_teacher().training.dataloader_num_workers == 1
 
 
 def test_contradicting_precisions_are_refused():

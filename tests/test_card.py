@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.card import build, of_teacher, to_recipe
+from bkd_hf.card import build, to_recipe
 from bkd_hf.metrics import LongTailAccumulator
 from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
 from bkd_hf.run_folder import _told
@@ -221,18 +221,6 @@ def test_other_schema_version_is_refused_from_python_too(results):
         build({**results, "schema_version": 2})
 
 
-def test_card_and_recipe_of_the_teacher(results):
-    results["teacher"]["model"] = "cifar-resnet-20"
-    results["options"]["model"]["teacher_model_name_or_path"] = "cifar-resnet-20"
-    card = build(of_teacher(results), "user/teacher")
-    value = metadata(card)["model-index"][0]["results"][0]["metrics"][0]["value"]
-    assert value == pytest.approx(results["teacher"]["metrics"]["accuracy"], abs=1e-6)
-    assert "| accuracy in % | this model |" in str(card)
-    recipe = yaml.safe_load(to_recipe(of_teacher(results)))
-    assert (recipe["model_name_or_path"], recipe["method"]) == ("cifar-resnet-20", "ce")
-    assert "teacher_model_name_or_path" not in recipe
-
-
 # ---- How to do it again
 
 
@@ -251,7 +239,7 @@ def test_recipe_gives_the_same_options(options, results, tmp_path):
         "model": recordable(dataclasses.asdict(first.model)),
         "data": recordable(dataclasses.asdict(first.data)),
         "training": describe_training(first.training),
-        "teacher_training": describe_training(first.teacher_training, relative_to=first.training),
+        "teacher_training": describe_training(first.for_teacher().training, relative_to=first.training),
     }
     (tmp_path / "recipe.yaml").write_text(to_recipe(results))
     again = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", "x"])

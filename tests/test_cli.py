@@ -16,10 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from bkd_hf import InputError, load_classifier, load_processor, load_results, pipeline
+from bkd_hf import InputError, load_classifier, load_processor, load_results
 from bkd_hf.arguments import parse_arguments
+from bkd_hf.card import to_recipe
+from bkd_hf.run import run as run_bkd
 from tests.conftest import REPOSITORY, launch_two_processes
 from tests.tiny_models import tiny_vit
 
@@ -42,7 +45,7 @@ def run(*options: str, launcher: tuple[str, ...] = (sys.executable,)) -> str:
 def refused(*options: str) -> str:
     """The error of the same path without a new process."""
     with pytest.raises(InputError) as error:
-        pipeline.run(parse_arguments(options, digits_recipe=RECIPE))
+        run_bkd(parse_arguments(options, digits_recipe=RECIPE))
     return str(error.value)
 
 
@@ -53,7 +56,7 @@ def run_here(capsys):
     def run_here(*options: str) -> str:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            pipeline.run(parse_arguments(options, digits_recipe=RECIPE))
+            run_bkd(parse_arguments(options, digits_recipe=RECIPE))
         return capsys.readouterr().out + "\n".join(str(warning.message) for warning in caught)
 
     return run_here
@@ -218,13 +221,36 @@ def test_killed_run_continues_in_either_stage(tmp_path):
 # ---- Teachers
 
 
+def test_teacher_that_is_trained_here_is_a_run_of_its_own(finished):
+    results = load_results(finished / "teacher")
+    assert {**results["student"], "method": results["method"]} == load_results(finished)["teacher"]
+    assert (results["teacher"], results["method"], results["command"]) == (None, "ce", None)
+    card = (finished / "teacher" / "README.md").read_text()
+    assert "| accuracy in % | this model |" in card
+    assert (finished / "teacher" / "figures" / "class_accuracy.png").exists()
+    recipe = yaml.safe_load(to_recipe(results))
+    assert (recipe["model_name_or_path"], recipe["method"]) == ("cifar-resnet-8", "ce")
+    assert not [name for name in recipe if name.startswith("teacher")]
+
+
 def test_teacher_trained_otherwise_is_refused(copy):
     (copy / "results.json").unlink()
-    record = json.loads((copy / "teacher" / "bkd_teacher.json").read_text())
-    record["told"]["fingerprint"] = "another split"
-    (copy / "teacher" / "bkd_teacher.json").write_text(json.dumps(record))
-    output = refused(*QUICK, "--output_dir", str(copy))
-    assert "was trained otherwise: fingerprint is another split there" in output
+    record = json.loads((copy / "teacher" / "bkd_run.json").read_text())
+    for change, message in (
+        ({"fingerprint": "other"}, "fingerprint is other there"),
+        ({"training": {**record["training"], "momentum": 0.5}}, "--momentum is 0.5 there, 0.9 here"),
+    ):
+        (copy / "teacher" / "bkd_run.json").write_text(json.dumps({**record, **change}))
+        output = refused(*QUICK, "--output_dir", str(copy))
+        assert output.startswith(f"The teacher in {copy / 'teacher'} was trained otherwise: {message}")
+        assert "Use --overwrite to train it anew" in output
+
+
+def test_other_images_under_an_interrupted_run_are_refused(copy):
+    (copy / "results.json").unlink()
+    record = json.loads((copy / "bkd_run.json").read_text())
+    (copy / "bkd_run.json").write_text(json.dumps({**record, "fingerprint": "other"}))
+    assert "holds a run with other options: fingerprint is other there" in refused(*QUICK, "--output_dir", str(copy))
 
 
 def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
@@ -238,19 +264,6 @@ def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
     assert results["teacher"]["model"] == "cifar-resnet-8"  # what was trained, not the folder it lies in
     assert "training" not in results["teacher"]
     assert not (tmp_path / "run" / "teacher").exists()
-
-
-def test_a_given_teacher_does_not_tell_where_it_was_made_from(copy, tmp_path, run_here):
-    """Its record holds the name of what it was trained from, which may be a folder."""
-    record = json.loads((copy / "teacher" / "bkd_teacher.json").read_text())
-    record["told"]["model"] = str(tmp_path / "secret" / "backbone")
-    (copy / "teacher" / "bkd_teacher.json").write_text(json.dumps(record))
-    run_here(
-        *QUICK, "--num_train_epochs", "1", "--lr_step_epochs", "0", "--lr_step_factors", "1",
-        "--output_dir", str(tmp_path / "other"), "--teacher_model_name_or_path", str(copy / "teacher"),
-    )  # fmt: skip
-    assert load_results(tmp_path / "other")["teacher"]["model"] == "backbone"
-    assert "secret" not in (tmp_path / "other" / "results.json").read_text()
 
 
 # ---- The default, the look before training and the verdict after it
@@ -339,7 +352,7 @@ def test_teacher_of_dive_is_trained_with_balanced_softmax(tmp_path, run_here):
     assert results["method"] == "dive (dive_temperature 3)"
     assert results["options"]["teacher_training"]["method"] == "balanced-softmax"
     assert results["options"]["teacher_training"]["distillation_loss"] == "none"
-    told = json.loads((tmp_path / "run" / "teacher" / "bkd_teacher.json").read_text())["told"]["training"]
+    told = json.loads((tmp_path / "run" / "teacher" / "bkd_run.json").read_text())["training"]
     assert (told["method"], told["sampler"]) == ("balanced-softmax", "instance")
     assert refused(
         *QUICK, "--output_dir", str(tmp_path / "run"), "--method", "dive", "--teacher_method", "resample"

@@ -432,7 +432,7 @@ def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run_her
     recipe = RECIPE.with_name("finetune.yaml")
     told = parse_arguments(["--config", str(recipe), "--dataset_name", "user/birds"])
     assert told.model.teacher_model_name_or_path == "google/vit-base-patch16-224-in21k"
-    assert (told.training.learning_rate, told.teacher_training.learning_rate) == (1e-4, 3e-5)
+    assert (told.training.learning_rate, told.for_teacher().training.learning_rate) == (1e-4, 3e-5)
     for name, folder in (("ViT", "teacher"), ("ResNet", "student")):
         tiny(name, seed=0).save_pretrained(tmp_path / folder)
         processor(32).save_pretrained(tmp_path / folder)

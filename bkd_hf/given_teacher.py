@@ -1,0 +1,151 @@
+"""A teacher that was given: whether its outputs fit the classes of the data, and what it is worth."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .inputs import Inputs, long_tail_evaluation
+from .models import prefer_channels_last
+from .objective import METHODS
+from .options import RunArguments
+from .results import RESULTS_NAME, SCHEMA_VERSION, describe_model
+from .run_folder import read_json
+from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
+from .trainer import BKDTrainer
+
+
+@dataclass(frozen=True)
+class Match:
+    """Whether a teacher can be used as it is.
+
+    Attributes:
+        columns: For each class of the data the teacher's output that is about it, `None` where there is none.
+        why_trained: Why the teacher has to be trained on the data first; `None` if it has not.
+    """
+
+    columns: list[int | None] = field(default_factory=list)
+    why_trained: str | None = None
+
+    def lack(self, class_names: list[str]) -> str:
+        """Say which classes it lacks."""
+        missing = [name for name, column in zip(class_names, self.columns, strict=True) if column is None]
+        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
+        return f"has no output for {len(missing)} of {len(class_names)} classes: {shown}"
+
+
+def match_teacher(arguments: RunArguments, class_names: list[str]) -> Match:
+    """Match a given teacher's outputs with the classes of the data, by name; if it is none, it is to be trained.
+
+    Raises:
+        InputError: If it lacks classes, or does not name them.
+    """
+    options, name = arguments.model, arguments.model.given_teacher
+    if name is None:
+        return Match(why_trained="there is none yet")
+    if options.finetune_teacher:
+        return Match(why_trained="--finetune_teacher")
+    option = f"--teacher_model_name_or_path {name}"
+    names = teacher_label_names(name, **arguments.for_teacher().model.from_pretrained_kwargs())
+    if isinstance(names, int):
+        if names != len(class_names):
+            return Match(
+                why_trained=f"its head has {names} outputs without names, the data {len(class_names)} classes"
+            )
+        if not options.assume_label_order:
+            raise InputError(
+                f"{option} does not name its {names} classes (LABEL_0, …), so they cannot be matched with those of "
+                "the data. If they are in the same order, say --assume_label_order; to train it on the data first, "
+                "--finetune_teacher."
+            )
+        return Match(list(range(names)))
+    columns = align_labels(names, class_names, options.read_teacher_label_map())
+    match = Match(columns)
+    if not any(column is not None for column in columns):
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        return Match(why_trained=f"its head is for other classes ({shown})")
+    if None in columns and not options.allow_partial_teacher:
+        raise InputError(
+            f"{option} {match.lack(class_names)}. --teacher_label_map tells what they are called there; "
+            "--allow_partial_teacher leaves them without distillation; --finetune_teacher trains the teacher on the "
+            "data first."
+        )
+    return match
+
+
+def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """Load a teacher that was trained elsewhere, its outputs in the order of the data's classes; with its results."""
+    options, data, name = arguments.for_teacher().model, inputs.data, arguments.model.given_teacher or ""
+    option, class_names = f"--teacher_model_name_or_path {name}", data["class_names"]
+    if None in match.columns:
+        about = match.lack(class_names)
+        inputs.say(f"WARNING: {option} {about}. These classes are learned from the labels alone.")
+    elif match.columns != list(range(len(class_names))):
+        inputs.say(
+            f"The teacher's outputs are put into the order of the data, by name ({len(class_names)} of its classes)."
+        )
+
+    def warn(message: str) -> None:
+        warnings.warn(message, stacklevel=3)
+
+    for alone in arguments.teacher_options:
+        warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.")
+    origin = read_json(Path(name) / RESULTS_NAME) or {}
+    if origin.get("schema_version") != SCHEMA_VERSION:
+        origin = {"data": {"fingerprint": None}, "student": {}}
+    fingerprint, method = origin["data"]["fingerprint"], origin.get("method")
+    if fingerprint not in (None, data["fingerprint"]):
+        warn(f"{option} was trained on other images (another data set, ratio or split) than the student will be.")
+    of_student = arguments.training.method
+    if method not in (None, METHODS[of_student].teacher):
+        published = f"the published teacher of {of_student} is trained by {METHODS[of_student].teacher}"
+        warn(f"{option} was trained by {method}; {published}.")
+    teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
+    prefer_channels_last(teacher)
+    # The class frequencies of this tail are not in the answers of a teacher that was trained on other images.
+    tau = arguments.data.post_hoc_tau if fingerprint == data["fingerprint"] else 0.0
+    trainer = BKDTrainer(
+        model=teacher.as_classifier(),
+        args=arguments.training,
+        eval_dataset=inputs.images["eval"],
+        compute_metrics=long_tail_evaluation(data, tau),
+    )
+    results = describe_model(name, teacher, trainer.measure(inputs.images["eval"])[1])
+    _check_above_chance(option, results["metrics"], data, match.columns, arguments.model.force_teacher)
+    return teacher, {**results, "model": origin["student"].get("model", results["model"]), "method": method}
+
+
+def _check_above_chance(
+    option: str, metrics: dict[str, Any], data: dict[str, Any], columns: list[int | None], force: bool
+) -> None:
+    """Refuse a teacher that guesses: the one check that catches every mistake in its classes and in its pixels."""
+    known = [
+        (accuracy, num_images)
+        for accuracy, num_images, column in zip(
+            metrics["per_class_accuracy"], data["eval_class_counts"], columns, strict=True
+        )
+        if accuracy is not None and column is not None
+    ]
+    if not known:
+        return
+    accuracies, num_images = zip(*known, strict=True)
+    verdict = beats_guessing(accuracies, num_images)
+    if verdict:
+        return
+    accuracy, chance = sum(accuracies) / len(accuracies), 1 / len(accuracies)
+    message = (
+        f"{option} is right for {100 * accuracy:.1f} % of the evaluation images (mean over classes), where guessing "
+        f"gives {100 * chance:.1f} %"
+    )
+    if verdict is None:
+        warnings.warn(f"{message}: {sum(num_images)} images are too few to tell whether it guesses.", stacklevel=3)
+        return
+    if not force:
+        raise InputError(
+            f"{message}: its classes or its image processor are not what they seem. Check id2label and "
+            "preprocessor_config.json; --force_teacher uses it all the same, --finetune_teacher trains it first."
+        )
+    warnings.warn(f"{message}; it is used all the same (--force_teacher).", stacklevel=3)

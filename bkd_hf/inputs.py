@@ -1,0 +1,162 @@
+"""What a run and its teacher share: splits, their description, images as each model takes them."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import EvalPrediction
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .announcer import Announcer
+from .arguments import CHOOSE_WORKERS
+from .config import BKDConfig
+from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
+from .errors import InputError
+from .images import ImageDataset, channel_statistics, default_augmentation, default_num_workers
+from .metrics import LongTailEvaluation, shot_groups
+from .models import cifar_resnet_depth, load_processor
+from .options import ModelArguments, RunArguments
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is trained on: the data that a run and its teacher share, and their images as one model takes them.
+
+    Attributes:
+        splits: `train` and `eval`.
+        data: The `data` section of the results.
+        processor: The model's.
+        images: By split.
+        threads: CPU threads of this process.
+        say: Tells the user.
+    """
+
+    splits: datasets.DatasetDict
+    data: dict[str, Any]
+    processor: BaseImageProcessor
+    images: dict[str, ImageDataset]
+    threads: int
+    say: Announcer
+
+
+def load_own_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
+    name = options.model_name_or_path
+    if cifar_resnet_depth(name) is not None:
+        return load_processor(name, options.image_size, *channel_statistics(train))
+    return load_processor(name, **options.from_pretrained_kwargs())
+
+
+def load_teacher_processor(
+    arguments: RunArguments, of_student: BaseImageProcessor, train: datasets.Dataset
+) -> BaseImageProcessor:
+    """Load the image processor of a teacher with weights; fresh weights see the student's pixels, unless told else."""
+    options = arguments.for_teacher().model
+    is_fresh = cifar_resnet_depth(options.model_name_or_path) is not None
+    decisive = ["image_size"] if is_fresh else ["model_name_or_path", "model_revision"]
+    is_same = all(getattr(options, name) == getattr(arguments.model, name) for name in decisive)
+    return of_student if is_same else load_own_processor(options, train)
+
+
+def decode(
+    arguments: RunArguments,
+    split: datasets.Dataset,
+    processor: BaseImageProcessor,
+    augmentation: str = "none",
+    teacher: BaseImageProcessor | None = None,
+) -> ImageDataset:
+    options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
+    return ImageDataset(
+        split,
+        processor,
+        augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,
+        horizontal_flip=options.horizontal_flip,
+        cache_images=options.cache_images,  # type: ignore[arg-type]
+        teacher_processor=teacher,
+        reduced_decoding=options.reduced_decoding,
+        # accelerate, where it sends the main process's batches to the others, knows how to cut tensors only.
+        as_bytes=not any(args.accelerator_config.dispatch_batches for args in trainings),
+    )
+
+
+def load_splits(arguments: RunArguments) -> datasets.DatasetDict:
+    options = arguments.data
+    splits = load_image_dataset(
+        options.dataset_name,
+        config_name=options.dataset_config_name,
+        image_column=options.image_column_name,
+        label_column=options.label_column_name,
+        train_split=options.train_split_name,
+        eval_split=options.eval_split_name,
+        split_seed=options.split_seed,
+        cache_dir=arguments.model.cache_dir,
+        token=arguments.model.token,
+    )
+    if options.imbalance_ratio is not None:
+        splits["train"] = make_long_tailed(
+            splits["train"],
+            LABEL_COLUMN,
+            options.imbalance_ratio,
+            options.imbalance_profile,  # type: ignore[arg-type]
+            options.split_seed,
+            options.max_class_count,
+        )
+    splits["train"] = limit_examples(splits["train"], options.max_train_samples, "max_train_samples")
+    splits["eval"] = limit_examples(splits["eval"], options.max_eval_samples, "max_eval_samples")
+    return splits
+
+
+def choose_workers(args: BKDConfig, dataset: ImageDataset, num_threads: int) -> bool:
+    """Have other processes prepare the images, if the options do not say how many and it pays; whether they do.
+
+    They stay alive from epoch to epoch, unless the options say otherwise. Started anew, they would be copies of a
+    process that holds a training: on a CPU, whose memory is then copied page by page as the training goes on, an epoch
+    of a ResNet-18 began 2 s late.
+
+    Args:
+        args: The options, which are changed.
+        dataset: The training images.
+        num_threads: CPU threads of this process.
+    """
+    chooses = args.dataloader_num_workers == CHOOSE_WORKERS
+    if chooses:
+        args.dataloader_num_workers = default_num_workers(dataset, num_threads, args.device.type == "cuda")
+    if not args.dataloader_num_workers:  # what is about workers, torch refuses without any
+        args.dataloader_persistent_workers, args.dataloader_prefetch_factor = False, None
+    return chooses and args.dataloader_num_workers > 0
+
+
+def long_tail_evaluation(data: dict[str, Any], post_hoc_tau: float) -> LongTailEvaluation:
+    """The metrics of a run, from the `data` section of its results."""
+    thresholds = data["many_shot_threshold"], data["few_shot_threshold"]
+    return LongTailEvaluation(data["class_counts"], *thresholds, post_hoc_tau)
+
+
+def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
+    """Refuse a name that no evaluation will give; `Trainer` would at the first one."""
+    name = args.metric_for_best_model
+    if name is None:
+        return
+    thresholds = data["many_shot_threshold"], data["few_shot_threshold"]
+    groups = shot_groups(np.asarray(data["class_counts"]), *thresholds).values()
+    tested = np.asarray(data["eval_class_counts"]) > 0
+    labels = np.array([np.flatnonzero(group & tested)[0] for group in groups if (group & tested).any()])
+    answers = EvalPrediction(np.zeros((len(labels), len(tested))), labels)
+    names = ["loss", *LongTailEvaluation(data["class_counts"], *thresholds)(answers)]
+    if name.removeprefix("eval_") not in names:
+        raise InputError(f"--metric_for_best_model {name}: the evaluations of this run give {', '.join(names)}.")
+
+
+def warn_of_untested_classes(data: dict[str, Any]) -> None:
+    counts = data["eval_class_counts"]
+    untested = [name for name, count in zip(data["class_names"], counts, strict=True) if not count]
+    if untested:
+        shown = ", ".join(untested[:5]) + (", …" if len(untested) > 5 else "")
+        warnings.warn(
+            f"{len(untested)} of {len(counts)} classes ({shown}) have no evaluation image: they are in no accuracy "
+            "and cannot be the worst class.",
+            stacklevel=3,
+        )

@@ -1,0 +1,365 @@
+"""The options of a run, their roles, and what a run and its teacher are told.
+
+The options of the training itself are those of [`BKDConfig`].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+from .config import METHOD_OPTIONS, BKDConfig
+from .data import PROFILES
+from .errors import InputError
+from .images import AUGMENTATIONS, CACHE_IMAGES
+from .machine import PRECISIONS
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
+from .models import cifar_resnet_depth
+from .objective import METHODS
+
+#: The Hub's name for a licence that nobody has chosen.
+UNKNOWN_LICENSE = "unknown"
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+# ---- The options --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelArguments:
+    """Which models are trained, and from what."""
+
+    _argument_group_name: ClassVar[str] = "models"
+
+    model_name_or_path: str = _option(
+        "cifar-resnet-32", "Student: a Hub id, a folder, or cifar-resnet-20|32|44|56|110 for fresh weights."
+    )
+    teacher_model_name_or_path: Annotated[str | None, "student"] = _option(
+        None,
+        "Teacher: a Hub id or a folder. Its classes are matched with those of the data by name; if it is for other "
+        "classes, it is fine-tuned first. Not given, or cifar-resnet-…: a vanilla teacher (as the student, or of that "
+        "depth) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher.",
+    )
+    teacher_label_map: Annotated[str | None, "path", "student"] = _option(
+        None, "JSON file for renamed classes: {name in the data: the teacher's name or number for it}."
+    )
+    assume_label_order: Annotated[bool, "student"] = _option(
+        False, "The outputs of a teacher without class names (LABEL_0, …) are in the data's order."
+    )
+    allow_partial_teacher: Annotated[bool, "student"] = _option(
+        False, "Go on if the teacher lacks some classes: these are not distilled."
+    )
+    force_teacher: Annotated[bool, "student"] = _option(
+        False, "Use a teacher that is no better than guessing on the evaluation images."
+    )
+    force_distillation: Annotated[bool, "permission", "student"] = _option(
+        False, "Distil even if the targets know the labels no more (they are looked at before training)."
+    )
+    finetune_teacher: Annotated[bool, "student"] = _option(
+        False, "Train the given teacher on the data first, whatever its head is for."
+    )
+    image_size: int = _option(32, "Height and width in pixels for cifar-resnet-… models.")
+    cache_dir: Annotated[str | None, "path", "machine", "shared"] = _option(None, "Where downloads are kept.")
+    model_revision: str = _option("main", "Revision of the student on the Hub.")
+    token: Annotated[str | None, "secret"] = _option(None, "Hub token, if not stored by `hf auth login`.")
+    trust_remote_code: bool = _option(False, "Run model code that comes with a Hub model.")
+    precision: Annotated[str, "shared"] = _option(
+        "auto",
+        "fp32, bf16, fp16 (mixed precision), or auto: bf16 where the processor computes in it, else fp32. --bf16 and "
+        "--fp16 win over auto.",
+    )
+    num_threads: Annotated[int | None, "machine", "shared"] = _option(
+        None, "CPU threads per process; by default the machine's cores divided among local processes."
+    )
+
+    def __post_init__(self) -> None:
+        _check_least(self, {"image_size": 8, "num_threads": 1})
+        _check_choice("precision", self.precision, ("auto", *PRECISIONS))
+
+    @property
+    def given_teacher(self) -> str | None:
+        """Name of a teacher that has weights already; `None` for one that is trained from fresh weights."""
+        name = self.teacher_model_name_or_path
+        return None if name is None or cifar_resnet_depth(name) is not None else name
+
+    def read_teacher_label_map(self) -> dict[str, str | int]:
+        """Content of `--teacher_label_map`; empty if it is not given."""
+        if self.teacher_label_map is None:
+            return {}
+        path = self.teacher_label_map
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"--teacher_label_map {path} cannot be read: {error.strerror}.") from error
+        except json.JSONDecodeError as error:
+            raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
+        if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
+            raise InputError(
+                f'--teacher_label_map {path}: expected {{"name in the data": "name (or number) of the teacher", …}}.'
+            )
+        return content
+
+    def from_pretrained_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained` of the model and of its image processor."""
+        names = ("cache_dir", "token", "trust_remote_code")
+        return {**{name: getattr(self, name) for name in names}, "revision": self.model_revision}
+
+
+@dataclass
+class DataArguments:
+    """Which images are trained on, and how they are seen."""
+
+    _argument_group_name: ClassVar[str] = "data"
+    _roles_of_all: ClassVar = ("shared",)  # teacher and student are trained on the same images
+
+    dataset_name: str = _option(
+        "digits", "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network)."
+    )
+    dataset_config_name: str | None = _option(None, "Configuration of a Hub data set.")
+    image_column_name: str | None = _option(None, "Found by its type if not given; a column of paths has to be named.")
+    label_column_name: str | None = _option(None, "Found by its type or a usual name if not given.")
+    train_split_name: str | None = _option(None, "train, or the only split, if not given.")
+    eval_split_name: str | None = _option(
+        None, "Not given: the first of validation, val, test, …; without any, a fifth of each class is taken."
+    )
+    max_train_samples: int | None = _option(None, "Train on about so many images, in proportion to the class counts.")
+    max_eval_samples: int | None = _option(
+        None, "Evaluate on about so many images, in proportion to the class counts."
+    )
+    imbalance_ratio: float | None = _option(
+        None,
+        "Cut a long tail: images of the largest class per image of the smallest. Not given: the data set is used as "
+        "it is.",
+    )
+    imbalance_profile: str = _option(
+        "exp", "Shape of the tail: exp (exponential), step (half head, half tail) or pareto (α = 6)."
+    )
+    max_class_count: int | None = _option(
+        None, "Images of the largest class of a cut tail; by default as many as possible."
+    )
+    split_seed: int = _option(0, "Which images are kept; independent of --seed, so that seeds share a split.")
+    train_augmentation: str = _option(
+        "auto", f"{', '.join(AUGMENTATIONS)}; auto: pad_crop up to 64 pixels, random_resized_crop above."
+    )
+    horizontal_flip: bool = _option(True, "Mirror half of the training images; not for digits or letters.")
+    cache_images: Annotated[str, "machine"] = _option(
+        "auto",
+        "Keep decoded images: in memory, on disk (one file for all processes and later runs), none, or auto (in "
+        "memory, or with several processes on disk, if they fit). Views are the same.",
+    )
+    reduced_decoding: bool = _option(
+        True, "Decode JPEGs of the training at 1/2, 1/4 or 1/8 of their size where the crop needs no more."
+    )
+    many_shot_threshold: int = _option(MANY_SHOT_THRESHOLD, "Classes with more training images are many-shot.")
+    few_shot_threshold: int = _option(FEW_SHOT_THRESHOLD, "Classes with fewer training images are few-shot.")
+    post_hoc_tau: float = _option(
+        1.0, "τ of the post-hoc logit adjustment that is reported beside the plain numbers; 0: none."
+    )
+
+    def __post_init__(self) -> None:
+        ratio = self.imbalance_ratio
+        if ratio is not None and not 1 <= ratio < float("inf"):
+            raise InputError(f"--imbalance_ratio must be a finite number ≥ 1, got {ratio}.")
+        _check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
+        _check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
+        _check_choice("cache_images", self.cache_images, CACHE_IMAGES)
+        _check_least(self, {"max_train_samples": 1, "max_eval_samples": 1, "max_class_count": 1})
+        if not math.isfinite(self.post_hoc_tau):
+            raise InputError(f"--post_hoc_tau must be a finite number, got {self.post_hoc_tau}.")
+        check_shot_thresholds(self.many_shot_threshold, self.few_shot_threshold)
+
+
+@dataclass
+class PublishingArguments:
+    """What goes to the Hub beside the student, and what its page says; where to is said by `--hub_model_id`."""
+
+    _argument_group_name: ClassVar[str] = "publishing"
+    _roles_of_all: ClassVar = ("publishing",)
+
+    hub_license: str = _option(UNKNOWN_LICENSE, "License of the student, as the Hub calls it: apache-2.0, mit, …")
+    hub_dataset_id: str | None = _option(None, "Id on the Hub of the training data, where it was read from a folder.")
+    push_teacher: bool = _option(False, "Also push a teacher that was trained here, to HUB_MODEL_ID-teacher.")
+    push_to_hub: bool = field(init=False, default=False)  # the option of TrainingArguments
+
+
+# ---- Their roles --------------------------------------------------------------------------------------------------
+
+# What an option is about, where that is not simply what is computed:
+#   student     means nothing to a teacher           shared      one for teacher and student
+#   secret      never leaves this machine            path        a place here: its folders are told to nobody
+#   machine     how this machine does the work       reporting   what is said and kept of the work
+#   publishing  what goes to the Hub, and where to   permission  lets a run go on, and changes nothing in it
+#   place       where the work is done; may move the last digits, but is of no interest to others
+# An own option has its roles in its annotation (HfArgumentParser hands all metadata of a field to argparse).
+_INHERITED_ROLES = {
+    "secret": "hub_token",
+    "path": "output_dir run_name deepspeed",
+    "machine": "output_dir dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
+    "dataloader_persistent_workers dataloader_multiprocessing_context local_rank ddp_backend ddp_timeout",
+    "reporting": "disable_tqdm log_level log_level_replica log_on_each_node report_to run_name project "
+    "trackio_space_id trackio_bucket_id trackio_static_space_id save_total_limit skip_memory_metrics debug do_eval "
+    "do_train do_predict resume_from_checkpoint",
+    "publishing": "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
+    "place": "use_cpu accelerator_config gradient_checkpointing",
+    "shared": "output_dir use_cpu bf16 fp16",
+}
+
+
+_KINDS = (ModelArguments, DataArguments, PublishingArguments, BKDConfig)
+_DEFAULTS = {f.name: f.default for kind in _KINDS for f in dataclasses.fields(kind)}
+_ROLES: dict[str, set[str]] = {name: set() for name in _DEFAULTS}
+for _kind in _KINDS:
+    for _name, _hint in get_type_hints(_kind, include_extras=True).items():
+        if _name in _ROLES:
+            _ROLES[_name] |= {*getattr(_hint, "__metadata__", ()), *getattr(_kind, "_roles_of_all", ())}
+for _role, _names in _INHERITED_ROLES.items():
+    for _name in _names.split():
+        _ROLES[_name].add(_role)
+
+
+def options_with(*roles: str) -> set[str]:
+    """Return the names of the options that have one of these roles."""
+    return {name for name, own in _ROLES.items() if own.intersection(roles)}
+
+
+#: All options of a run.
+OPTIONS = frozenset(_ROLES)
+#: Options that change nothing in what a run computes; they may differ when it is continued.
+WITHOUT_INFLUENCE = options_with("secret", "machine", "reporting", "publishing", "permission")
+#: Options that cannot be set for the teacher alone.
+NOT_FOR_TEACHER = options_with("student", "shared", "secret", "publishing")
+
+
+# ---- A run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunArguments:
+    """Everything that a run is told.
+
+    Attributes:
+        options: All options by name.
+        teacher_options: What was given for the teacher alone, by name; of it, what makes a difference.
+        overwrite: Whether an earlier run in the output folder is deleted.
+        command_line: What was parsed.
+        is_teacher: Whether this run trains a teacher, within the run of its student.
+        model: Its model.
+        data: Its data.
+        training: Its training.
+        publishing: What is published, and as what.
+
+    Raises:
+        InputError: If a value is out of its range.
+    """
+
+    options: dict[str, Any]
+    teacher_options: dict[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
+    command_line: tuple[str, ...] | None = None
+    is_teacher: bool = False
+    model: ModelArguments = field(init=False)
+    data: DataArguments = field(init=False)
+    training: BKDConfig = field(init=False)
+    publishing: PublishingArguments = field(init=False)
+
+    def __post_init__(self) -> None:
+        try:
+            self.model = _build(ModelArguments, self.options)
+            self.data = _build(DataArguments, self.options)
+            # A run publishes what it has measured, at its end; Trainer would at every save.
+            self.training = _build(BKDConfig, {**self.options, "push_to_hub": False})
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        self.publishing = _build(PublishingArguments, self.options)
+        self.publishing.push_to_hub = self.options["push_to_hub"]
+        same = self._options_of_teacher()
+        self.teacher_options = {name: value for name, value in self.teacher_options.items() if value != same[name]}
+        self._teacher: RunArguments | None = None
+
+    @property
+    def distils(self) -> bool:
+        """Whether the method has a teacher."""
+        return self.training.distillation_loss != "none"
+
+    @property
+    def repo_id(self) -> str:
+        """Of the model, on the Hub."""
+        return self.training.hub_model_id or Path(self.training.output_dir).absolute().name
+
+    def for_teacher(self) -> RunArguments:
+        """Return what the run of the teacher is told: the same, its method, and what was given for it alone.
+
+        Raises:
+            InputError: If a value is out of its range, or the teacher would need one itself.
+        """
+        if self._teacher is None:
+            self._teacher = RunArguments({**self._options_of_teacher(), **self.teacher_options}, is_teacher=True)
+            if self._teacher.distils:
+                method = self._teacher.training.method
+                raise InputError(f"--teacher_method {method}: a teacher is trained without a teacher.")
+        return self._teacher
+
+    def _options_of_teacher(self) -> dict[str, Any]:
+        """Options of the teacher where nothing was given for it alone."""
+        options = {**self.options, **{name: _DEFAULTS[name] for name in (*options_with("student"), *METHOD_OPTIONS)}}
+        if self.model.teacher_model_name_or_path is not None:
+            options["model_name_or_path"] = self.model.teacher_model_name_or_path
+            options["model_revision"] = _DEFAULTS["model_revision"]
+        return {
+            **options,
+            "method": METHODS[self.training.method].teacher,
+            "output_dir": f"{self.training.output_dir}/teacher",
+            "hub_model_id": f"{self.repo_id}-teacher",
+            "push_to_hub": False,
+        }
+
+    def options_without_effect(self) -> dict[str, str]:
+        """Return why options that were given have no effect, by option."""
+        model, method = self.model, self.training.method
+        of_given = ["teacher_label_map", "assume_label_order", "allow_partial_teacher", "force_teacher"]
+        found: dict[str, str] = {}
+
+        def add(holds: bool, names: list[str], why: str) -> None:
+            found.update({name: why for name in names if holds and self.options[name] != _DEFAULTS[name]})
+
+        by_itself = "a run trains and evaluates, and continues from its last checkpoint, by itself"
+        add(True, ["resume_from_checkpoint", "do_train", "do_predict"], by_itself)
+        add(not self.publishing.push_to_hub, ["push_teacher"], "--push_to_hub is not given")
+        tail = "it shapes a tail that is cut by --imbalance_ratio, which is not given"
+        add(self.data.imbalance_ratio is None, ["imbalance_profile", "max_class_count"], tail)
+        size = f"the size of {model.model_name_or_path} is fixed by its image processor"
+        add(cifar_resnet_depth(model.model_name_or_path) is None, ["image_size"], size)
+        add(self.data.train_augmentation == "none", ["horizontal_flip"], "--train_augmentation is none")
+        head = "--finetune_teacher gives the teacher a head for the classes of the data"
+        add(model.finetune_teacher, of_given, head)
+        given = "it is about a teacher given by --teacher_model_name_or_path"
+        add(model.given_teacher is None, [*of_given, "finetune_teacher"], given)
+        if not self.distils:
+            no_teacher = f"--method {method} has no distillation loss"
+            add(True, ["teacher_model_name_or_path"], no_teacher)
+            found |= {f"teacher_{name}": no_teacher for name in self.teacher_options}
+        return found
+
+
+def _build(cls: type, options: dict[str, Any]) -> Any:
+    return cls(**{f.name: options[f.name] for f in dataclasses.fields(cls) if f.init})
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_least(options: Any, least: dict[str, int]) -> None:
+    for name, number in least.items():
+        value = getattr(options, name)
+        if value is not None and value < number:
+            raise InputError(f"--{name} must be at least {number}, got {value}.")

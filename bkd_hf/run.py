@@ -1,0 +1,371 @@
+"""A run, from data to results: `run` trains a student and, with the very same function, its teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from .announcer import Announcer
+from .card import build as build_card
+from .card import check_repo_id
+from .config import BKDConfig
+from .errors import InputError
+from .given_teacher import Match, match_teacher, use_given_teacher
+from .hub import CARD_NAME, check_repo_access, publish_run
+from .inputs import (
+    Inputs,
+    check_metric_for_best_model,
+    choose_workers,
+    decode,
+    load_own_processor,
+    load_splits,
+    load_teacher_processor,
+    long_tail_evaluation,
+    warn_of_untested_classes,
+)
+from .machine import keep_freed_memory, precision_of, set_num_threads
+from .models import cifar_resnet_depth, load_classifier, prefer_channels_last
+from .options import RunArguments
+from .plots import save_plots
+from .results import (
+    RESULTS_NAME,
+    describe_data,
+    describe_model,
+    describe_run,
+    history_of,
+    load_results,
+    save_json,
+    summarize_training,
+)
+from .run_folder import claim_output_dir, last_complete_checkpoint
+from .targets import describe_targets, why_collapsed
+from .teacher import FrozenTeacher, load_teacher
+from .trainer import BKDTrainer
+from .views import same_pixels
+
+
+def run(arguments: RunArguments) -> dict[str, Any]:
+    """Train a teacher (unless one is given, or the method has none) and a student, evaluate, and leave all on disk.
+
+    The output folder holds the student as `transformers` saves it, `results.json`, the figures, a model card, and in
+    `teacher`, if it was trained here, the same of the teacher. A run that was interrupted is continued; one that is
+    finished is reported again.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        InputError: If something that the user gave cannot work.
+    """
+    started, say = time.perf_counter(), Announcer()
+    output_dir = Path(arguments.training.output_dir)
+    threads = set_num_threads(arguments.model.num_threads)
+    keep_freed_memory()
+    if arguments.training.disable_tqdm:
+        logging.disable_progress_bar()
+    for name, reason in arguments.options_without_effect().items():
+        warnings.warn(f"--{name} has no effect: {reason}.", stacklevel=2)
+    _check_publishing(arguments)
+    if _claim(arguments):
+        results = load_results(output_dir)
+        say(f"This run is finished: its results are in {output_dir}. To start anew, use --overwrite.")
+        say.table(results)
+    else:
+        results = _prepare_and_train(arguments, threads, say)
+        say.stage("Results")
+        say.table(results)
+        figures = len(list((output_dir / "figures").iterdir())) if PartialState().is_main_process else 0
+        say(
+            f"Student, {RESULTS_NAME}, {figures} figures and a model card ({CARD_NAME}): {output_dir}  "
+            f"({time.perf_counter() - started:.0f} s)"
+        )
+    _publish(arguments, say)
+    return results
+
+
+def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) -> dict[str, Any]:
+    """Check all that may be wrong, from what is quick to find out to what takes long, and train."""
+    say.stage("Data")
+    with PartialState().main_process_first():
+        splits = load_splits(arguments)
+    options = arguments.data
+    data = describe_data(
+        options.dataset_name, splits["train"], splits["eval"], options.many_shot_threshold, options.few_shot_threshold
+    )
+    counts = data["class_counts"]
+    warn_of_untested_classes(data)
+    of_teacher = arguments.for_teacher()
+    for args in (arguments.training, of_teacher.training):
+        check_metric_for_best_model(args, data)
+    say(
+        f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
+        f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
+        f"{_device_name(arguments.training, threads)}"
+    )
+
+    processor = load_own_processor(arguments.model, splits["train"])
+    distils, publishing = arguments.distils, arguments.publishing
+    teacher_processor = load_teacher_processor(arguments, processor, splits["train"]) if distils else processor
+    # Before any image is decoded: a teacher that does not fit should not cost that time.
+    match = match_teacher(arguments, data["class_names"]) if distils else Match()
+    if publishing.push_to_hub and publishing.push_teacher and not match.why_trained:
+        raise InputError(
+            "--push_teacher: no teacher is trained in this run, and one that was given is where it comes from. Leave "
+            "the option out."
+        )
+    if not same_pixels(processor, teacher_processor):
+        say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
+    images = {
+        "train": decode(arguments, splits["train"], processor, arguments.data.train_augmentation, teacher_processor),
+        "eval": decode(arguments, splits["eval"], processor),
+    }
+    inputs = Inputs(splits, data, processor, images, threads, say)
+    provide = functools.partial(_provide_teacher, arguments, inputs, teacher_processor, match)
+    return _train(arguments, inputs, provide if distils else None)
+
+
+def _train(
+    options: RunArguments,
+    inputs: Inputs,
+    provide_teacher: Callable[[], tuple[FrozenTeacher, dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """Train one model, teacher or student, in the folder of its run, unless that is done; leave all results there."""
+    args, data, say, folder = options.training, inputs.data, inputs.say, Path(options.training.output_dir)
+    if choose_workers(args, inputs.images["train"], inputs.threads) and not options.is_teacher:
+        workers = args.dataloader_num_workers
+        why = "" if inputs.images["train"].in_memory else ": they do not stay in memory"
+        say(f"Images are prepared by {workers} worker{'s' if workers > 1 else ''} a process{why}.")
+    if _claim(options, data["fingerprint"]):
+        say(f"Using the teacher in {folder}, trained on the same data with the same options.")
+        return load_results(folder)
+    # Before the teacher is trained: a student that cannot be loaded should not cost that time.
+    model = _load_model(options, data, say)
+    teacher, teacher_results = None, None
+    if provide_teacher is not None:
+        say.stage("Teacher")
+        teacher, teacher_results = provide_teacher()
+        gc.collect()  # its trainer and callbacks know each other: their workers would stay, idle, beside the student's
+    if not options.is_teacher:
+        say.stage("Student")
+    section = _fit(options, inputs, model, teacher)
+    is_trained_here = teacher_results is not None and "training" in teacher_results
+    results = describe_run(
+        args,
+        data,
+        section,
+        teacher_results,
+        teacher_training=options.for_teacher().training if is_trained_here else None,
+        model_options=dataclasses.asdict(options.model),
+        data_options=dataclasses.asdict(options.data),
+        command=options.command_line,
+    )
+    if PartialState().is_main_process:
+        save_plots(results, folder / "figures")
+        publishing = options.publishing
+        build_card(results, options.repo_id, publishing.hub_license, publishing.hub_dataset_id).save(
+            folder / CARD_NAME
+        )
+        save_json(results, folder / RESULTS_NAME)  # last: it says that the run is finished
+    PartialState().wait_for_everyone()
+    return results
+
+
+# ---- One model ----------------------------------------------------------------------------------------------------
+
+
+def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer) -> PreTrainedModel:
+    """Load the model that is to be trained, with a head for the data's classes."""
+    name, args = options.model.model_name_or_path, options.training
+    is_fresh = cifar_resnet_depth(name) is not None
+    if args.freeze_backbone and is_fresh:
+        raise InputError(
+            f"--freeze_backbone: {name} starts from fresh weights, so its features would stay random. Give a trained "
+            "model, or leave the option out."
+        )
+    torch.manual_seed(args.seed)  # fresh weights, and fresh heads of pretrained models
+    cosine_scale = args.loss_arguments("classification_loss")["scale"] if args.classification_loss == "ldam" else None
+    kwargs = options.model.from_pretrained_kwargs()
+    model = load_classifier(name, data["class_names"], options.model.image_size, cosine_scale, **kwargs)
+    prefer_channels_last(model)
+    if model.new_parameters and not is_fresh:
+        shown = ", ".join(model.new_parameters[:8]) + (", …" if len(model.new_parameters) > 8 else "")
+        say(f"{name}: learned from scratch: {shown}; all else starts from its weights.")
+    return model
+
+
+def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher: nn.Module | None) -> dict[str, Any]:
+    """Train (from the last checkpoint if there is one), save and evaluate a model; return its section of results."""
+    args, data, images, say = options.training, inputs.data, inputs.images, inputs.say
+    name, clock = options.model.model_name_or_path, _Clock()
+    images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
+    trainer = BKDTrainer(
+        model=model,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=images["train"],
+        eval_dataset=images["eval"],
+        processing_class=inputs.processor,
+        compute_metrics=long_tail_evaluation(data, options.data.post_hoc_tau),
+        callbacks=[clock],
+    )
+    trainer.add_callback(_TellOfCache(trainer, say))
+    length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
+    say(f"{name}: {model.num_parameters():,} parameters, {length}")
+    about_teacher = {}
+    if teacher is not None:
+        about_teacher = {
+            "started_from_teacher": trainer.student_started_from_teacher,
+            "targets": _look_at_targets(options, trainer, data["class_names"], say),
+        }
+    checkpoint = last_complete_checkpoint(args.output_dir)
+    if checkpoint is not None:
+        say(f"Continuing from {Path(checkpoint).name}.")
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", outcome.metrics)
+    trainer.save_metrics("train", outcome.metrics)
+    metrics, measured = trainer.measure(images["eval"])
+    trainer.save_metrics("eval", metrics)
+    return {
+        **describe_model(name, model, measured),
+        **about_teacher,
+        "training": clock.summary(trainer, len(images["train"])),
+        "history": history_of(trainer.state),
+    }
+
+
+def _look_at_targets(
+    options: RunArguments, trainer: BKDTrainer, class_names: list[str], say: Announcer
+) -> dict[str, Any] | None:
+    """Say what the student is to imitate, and refuse it if it knows the labels no more."""
+    if trainer.student_started_from_teacher:
+        say("The student starts from the teacher's weights (--student_init).")
+    statistics = trainer.look_at_targets()
+    if statistics is None:
+        return None
+    say(describe_targets(statistics, class_names))
+    if collapse := why_collapsed(statistics, class_names):
+        over_corrects = statistics.get("power", 0.0) > 1 / options.training.temperature
+        if over_corrects and not options.model.force_distillation:
+            raise InputError(
+                f"The distillation targets collapse: {collapse}. A student would learn that. In another "
+                "--output_dir, try --class_balance_power auto, a lower --temperature, or a teacher that was "
+                "trained longer; --force_distillation uses these targets all the same."
+            )
+        # Not the re-weighting, but the teacher is to blame for the rest, as after the first steps of a training.
+        say(
+            f"WARNING: The distillation targets collapse: {collapse}. Train the teacher longer "
+            "(--teacher_num_train_epochs)."
+        )
+    return statistics
+
+
+class _Clock(TrainerCallback):
+    """Measures training time over all sessions of a run that was interrupted: each log carries what has passed."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.started = 0.0
+
+    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.started = time.perf_counter()
+
+    def on_log(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.log_history and self.started:
+            state.log_history[-1]["elapsed_seconds"] = round(self.before + time.perf_counter() - self.started, 3)
+
+    def summary(self, trainer: BKDTrainer, num_images: int) -> dict[str, float]:
+        """Time and speed of the training itself; evaluations in between are taken off."""
+        history, state = trainer.state.log_history, trainer.state
+        elapsed = next(e["elapsed_seconds"] for e in reversed(history) if "train_runtime" in e)
+        evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history if "train_runtime" not in entry)
+        return summarize_training(state, max(elapsed - evaluating, 1e-9), num_images)
+
+
+class _TellOfCache(TrainerCallback):
+    """Says how large the cache of the teacher's logits is, before it is filled."""
+
+    def __init__(self, trainer: BKDTrainer, say: Announcer):
+        self.trainer, self.say = trainer, say
+
+    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        cache = self.trainer.teacher_cache
+        if cache is not None:
+            self.say(f"Teacher cache: {cache}.")
+
+
+def _provide_teacher(
+    arguments: RunArguments, inputs: Inputs, processor: BaseImageProcessor, match: Match
+) -> tuple[FrozenTeacher, dict[str, Any]]:
+    """Train the teacher, as a run of its own, or use the one that was given; with its results."""
+    images, options, given = inputs.images, arguments.for_teacher(), arguments.model.given_teacher
+    if not same_pixels(inputs.processor, processor):
+        images = {"eval": decode(arguments, inputs.splits["eval"], processor)}
+        if match.why_trained:
+            images["train"] = decode(arguments, inputs.splits["train"], processor, options.data.train_augmentation)
+    inputs = dataclasses.replace(inputs, processor=processor, images=images)
+    if not match.why_trained:
+        return use_given_teacher(arguments, inputs, match)
+    if given is not None:
+        inputs.say(f"The teacher {given} is fine-tuned on the data first: {match.why_trained}.")
+    results = _train(options, inputs)
+    teacher = load_teacher(options.training.output_dir, **options.model.from_pretrained_kwargs())
+    prefer_channels_last(teacher)
+    return teacher, {**results["student"], "method": results["method"]}
+
+
+# ---- What is said, checked and published --------------------------------------------------------------------------
+
+
+def _claim(options: RunArguments, fingerprint: str | None = None) -> bool:
+    with PartialState().main_process_first():
+        return claim_output_dir(options, fingerprint)
+
+
+def _device_name(args: BKDConfig, threads: int) -> str:
+    """E.g. "2 processes, 1 CPU thread each, fp32."."""
+    device = f"{threads} CPU thread{'s' if threads > 1 else ''}" if args.device.type == "cpu" else str(args.device)
+    processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}, {device}"
+    return f"{processes}{' each' if args.world_size > 1 else ''}, {precision_of(args)}."
+
+
+def _check_publishing(arguments: RunArguments) -> None:
+    """Notice a wrong name or token before any work."""
+    if arguments.publishing.hub_dataset_id is not None:
+        check_repo_id(arguments.publishing.hub_dataset_id)
+    if arguments.publishing.push_to_hub and PartialState().is_main_process:
+        token, private = arguments.training.hub_token or arguments.model.token, arguments.training.hub_private_repo
+        check_repo_access(arguments.repo_id, token, private=private)
+
+
+def _publish(arguments: RunArguments, say: Announcer) -> None:
+    """Push the finished student, in the main process alone: the others need not wait."""
+    training, publishing = arguments.training, arguments.publishing
+    if not publishing.push_to_hub or not PartialState().is_main_process:
+        return
+    for url in publish_run(
+        training.output_dir,
+        arguments.repo_id,
+        publishing.push_teacher,
+        private=training.hub_private_repo,
+        token=training.hub_token or arguments.model.token,
+        license=publishing.hub_license,
+        dataset_id=publishing.hub_dataset_id,
+        revision=training.hub_revision,
+    ):
+        say(f"Published: {url}")

@@ -44,6 +44,7 @@ class Inputs:
 
 
 def load_own_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
+    """Load the image processor of a model; that of fresh weights knows the mean and deviation of the data."""
     name = options.model_name_or_path
     if cifar_resnet_depth(name) is not None:
         return load_processor(name, options.image_size, *channel_statistics(train))
@@ -68,6 +69,7 @@ def decode(
     augmentation: str = "none",
     teacher: BaseImageProcessor | None = None,
 ) -> ImageDataset:
+    """Decode a split for a model, augmented (by default not), and for its teacher if that takes other pixels."""
     options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
     return ImageDataset(
         split,
@@ -83,6 +85,7 @@ def decode(
 
 
 def load_splits(arguments: RunArguments) -> datasets.DatasetDict:
+    """Load `train` and `eval`, cut as the options say."""
     options = arguments.data
     splits = load_image_dataset(
         options.dataset_name,
@@ -151,6 +154,7 @@ def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
 
 
 def warn_of_untested_classes(data: dict[str, Any]) -> None:
+    """Name classes without an evaluation image."""
     counts = data["eval_class_counts"]
     untested = [name for name, count in zip(data["class_names"], counts, strict=True) if not count]
     if untested:

@@ -260,7 +260,7 @@ class RunArguments:
         InputError: If a value is out of its range.
     """
 
-    options: dict[str, Any]
+    options: dict[str, Any] = field(repr=False)  # tokens among them
     teacher_options: dict[str, Any] = field(default_factory=dict)
     overwrite: bool = False
     command_line: tuple[str, ...] | None = None

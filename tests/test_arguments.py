@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import HfArgumentParser
 
-from bkd_hf import ImageDataset, InputError
+from bkd_hf import BKDConfig, ImageDataset, InputError
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.inputs import choose_workers
 from bkd_hf.machine import default_precision
@@ -90,6 +91,32 @@ def test_teacher_has_its_own_options(tmp_path):
     assert (teacher.learning_rate, teacher.num_train_epochs, teacher.weight_decay) == (0.02, 7, 1e-3)
 
 
+def test_any_option_that_makes_sense_for_a_teacher_can_be_given_for_it(tmp_path):
+    text = "image_size: 32\ntoken: hf_secret\nteacher:\n  image_size: 48\n  sampler: class_balanced\n"
+    arguments = parse("--teacher_trust_remote_code --method dkd --dkd_beta 2 --hub_model_id me/x", tmp_path, text)
+    teacher = arguments.for_teacher()
+    assert (arguments.model.image_size, teacher.model.image_size) == (32, 48)
+    assert (arguments.model.trust_remote_code, teacher.model.trust_remote_code) == (False, True)
+    assert (teacher.training.method, teacher.training.sampler) == ("ce", "class_balanced")
+    assert (teacher.training.dkd_beta, teacher.distils, teacher.repo_id) == (8, False, "me/x-teacher")
+    assert teacher.data == arguments.data
+    assert teacher.model.token == "hf_secret"
+    assert parse("--teacher_learning_rate 0.05 --teacher_seed 7").teacher_options == {"seed": 7}  # the recipe's rate
+
+
+def test_the_revision_is_that_of_the_students_model():
+    line = "--dataset_name some/data --model_name_or_path a/b --model_revision v2"
+    assert parse(line).for_teacher().model.model_revision == "v2"
+    line += " --teacher_model_name_or_path c/d"
+    assert parse(line).for_teacher().model.model_revision == "main"
+    assert parse(f"{line} --teacher_model_revision v3").for_teacher().model.model_revision == "v3"
+
+
+def test_roles_do_not_get_in_the_way_of_other_parsers():
+    (training,) = HfArgumentParser(BKDConfig).parse_args_into_dataclasses(["--temperature", "3", "--use_cpu"])
+    assert training.temperature == 3
+
+
 def test_dictionaries_in_yaml(tmp_path):
     arguments = parse("", tmp_path, "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}\n")
     assert arguments.training.lr_scheduler_kwargs == {"min_lr": 1e-6}
@@ -140,7 +167,12 @@ def test_bad_yaml(tmp_path, text, message):
         ("--num_threads 0", "--num_threads must be at least 1"),
         ("--few_shot_threshold 200", "--few_shot_threshold"),
         ("--teacher_foo 1", "--teacher_foo: there is no training option --foo"),
-        ("--teacher_output_dir x", "cannot be set for the teacher alone"),
+        ("--teacher_output_dir x", "--teacher_output_dir: --output_dir cannot be set for the teacher alone"),
+        ("--teacher_dataset_name x", "--dataset_name cannot be set for the teacher alone"),
+        ("--teacher_hub_token x", "--hub_token cannot be set for the teacher alone"),
+        ("--teacher_precision fp32", "--precision cannot be set for the teacher alone"),
+        ("--teacher_method kd", "--teacher_method kd: a teacher is trained without a teacher"),
+        ("--teacher_learning_rat 1", "there is no training option --learning_rat. Did you mean learning_rate"),
         ("--fp16 --bf16", "At most one of fp16 and bf16"),
     ],
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -222,6 +223,11 @@ def view(size: int, generator: np.random.Generator, image: Image.Image) -> torch
     return (pixels.float() / 255 - 0.5) / 0.5
 
 
+def is_warm(marks: list[list[float]], after: float) -> bool:
+    """Whether enough steps were made after an epoch."""
+    return sum(mark[1] > after for mark in marks) >= WARM_UP_STEPS
+
+
 class Contestant:
     """A training that is stopped, but for its windows; raises a `RuntimeError` with the end of its log if it ends."""
 
@@ -242,7 +248,8 @@ class Contestant:
 
     def run_until(self, enough: Callable[[list[list[float]]], bool]) -> list[list[float]]:
         """Let it run until its marks are enough; returns them: time, epochs and peak memory of each step."""
-        path, marks = self.folder / "marks0", []
+        path = self.folder / "marks0"
+        marks: list[list[float]] = []
         self.signal(signal.SIGCONT)
         while not enough(marks):
             time.sleep(0.1)
@@ -293,7 +300,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     windows: dict[str, list[dict[str, float]]] = {letter: [] for letter in letters}
     data = make_images(options.output_dir.resolve() / "data", setting)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        common = {"data": str(data), "cache": f"{data.parent}/cache", "device": device}
+        common: dict[str, Any] = {"data": str(data), "cache": f"{data.parent}/cache", "device": device}
         common |= {"image_size": setting.image_size, "global_batch_size": batch_size}
         for model, folder in ((setting.student, "student"), (setting.teacher, "teacher")):
             common[folder] = save_model(model, setting, f"{scratch}/{folder}")
@@ -308,14 +315,15 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             stack.callback(contestants[letter].process.wait)  # after what comes next
             stack.callback(contestants[letter].signal, signal.SIGKILL)
             filled = 1 if letter == "e" else -1  # epochs until the teacher cache is filled
-            contestants[letter].run_until(lambda marks, f=filled: sum(m[1] > f for m in marks) >= WARM_UP_STEPS)
+            contestants[letter].run_until(functools.partial(is_warm, after=filled))
         for turn in range(options.windows):
             print(f"{name}: window {turn + 1} of {options.windows}", flush=True)
             first = turn % len(letters)  # nobody always follows the same
             for letter in letters[first:] + letters[:first]:
                 windows[letter].append(contestants[letter].window(options.window_seconds))
     rates = {letter: [window["images_per_second"] for window in windows[letter]] for letter in letters}
-    for ratio, (over, under) in RATIOS.items():
+    for ratio, pair in RATIOS.items():
+        over, under = pair[0], pair[-1]
         if over in rates and under in rates:
             rates[ratio] = [ours / theirs for ours, theirs in zip(rates[over], rates[under], strict=True)]
     spreads = {key: {"median": statistics.median(x), "low": min(x), "high": max(x)} for key, x in rates.items()}

@@ -76,7 +76,7 @@ def outcome(hub, output_dir, environment, tmp_path_factory) -> dict:
     scratch = tmp_path_factory.mktemp("scratch")
     process = subprocess.run(
         [sys.executable, str(REPOSITORY / "tests" / "hub_worker.py"), str(output_dir), str(scratch)],
-        env=environment, capture_output=True, text=True, timeout=250,
+        env=environment, capture_output=True, text=True, timeout=290,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     return json.loads((scratch / "outcome.json").read_text())

@@ -20,7 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,8 @@ class LogitsFolder:
                 raise InputError(problem)
 
     def __str__(self) -> str:
-        known, size = self._num_there() / self.num_views, self.num_views * self._num_bytes / 1e6
-        state = "all of it is there" if known == 1 else f"{100 * known:.0f} % of it is there"
+        size, missing = self.num_views * self._num_bytes / 1e6, self._num_missing / self.num_views
+        state = f"{100 * (1 - missing):.0f} % of it is there" if missing else "all of it is there"
         return (
             f"{self.num_views:,} view{'s' if self.num_views > 1 else ''} × {self.shape[0]:,} images × "
             f"{self.shape[1]:,} classes, {size:,.1f} MB in {self.folder.parent}; {state}"
@@ -129,6 +129,10 @@ class LogitsFolder:
         finally:
             partial.unlink(missing_ok=True)
 
+    @property
+    def _num_missing(self) -> int:
+        return sum(not self.path(view).exists() for view in range(self.num_views))
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
@@ -142,9 +146,6 @@ class LogitsFolder:
     def _digest(self, view: int) -> hashlib.blake2b:
         return hashlib.blake2b(f"{self.folder.name} {view}".encode(), digest_size=16)
 
-    def _num_there(self) -> int:
-        return sum(self.path(view).exists() for view in range(self.num_views))
-
     def _prepare(self, about: str) -> str:
         """Make the folder; return why this cannot be, if so."""
         try:
@@ -152,13 +153,14 @@ class LogitsFolder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not (self.folder / "about.json").exists():
                     (self.folder / "about.json").write_text(about + "\n", encoding="utf-8")
-                for path in self.folder.glob("*.partial"):
-                    if time.time() - path.stat().st_mtime > 3600:  # its process was killed
-                        path.unlink(missing_ok=True)
                 free = shutil.disk_usage(self.folder).free
+                for path in self.folder.glob("*.partial"):
+                    with suppress(FileNotFoundError):  # its run may complete or remove it at any time
+                        if time.time() - path.stat().st_mtime > 3600:  # its process was killed
+                            path.unlink()
         except InputError as error:
             return str(error)
-        size = (self.num_views - self._num_there()) * self._num_bytes
+        size = self._num_missing * self._num_bytes
         if size <= free:
             return ""
         return (

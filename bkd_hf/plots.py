@@ -107,12 +107,12 @@ def save_comparison_plots(comparison: ComparedRuns, folder: str | os.PathLike[st
 
 
 def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
-    figures = {"class_accuracy.png": functools.partial(plot_class_accuracy, results)}
+    figures: dict[str, Callable[[], Figure]] = {"class_accuracy.png": functools.partial(plot_class_accuracy, results)}
     if _training_panels(results):
         figures["training_curves.png"] = functools.partial(plot_training_curves, results)
     for model in reversed(_models(results)):
         figures[f"confusion_{model}.png"] = functools.partial(plot_confusion, results, model)
-    return dict(figures)
+    return figures
 
 
 def _save(figures: Mapping[str, Callable[[], Figure]], folder: str | os.PathLike[str]) -> list[Path]:

@@ -1,24 +1,29 @@
-"""Where examples come from: data sets, long-tailed subsets of them, class counts."""
+"""Where examples come from: data sets, folders of images, long-tailed subsets of them, class counts."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import CastError
+from huggingface_hub import DatasetCard
 from transformers.utils import logging
 
 from .errors import InputError, first_line
-from .image_folder import load_image_folder
 from .sampling import hash_uniform
 
 logger = logging.get_logger(__name__)
@@ -36,6 +41,12 @@ _LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "cate
 _EVAL_SPLIT_NAMES = ("validation", "valid", "val", "dev", "test", "eval")
 _CARVED_SHARE = 0.2
 _DIGITS_TEST_IMAGES_PER_CLASS = 40
+
+# In folders of images: words that name a split, as `datasets` knows them, and what else `datasets` goes by.
+_SPLITS = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
+_IMAGE_SUFFIXES = set(ImageFolder.EXTENSIONS)
+_TABLE_SUFFIXES = {".parquet", ".arrow"}
+_HIDDEN = (".", "__")  # .DS_Store, __MACOSX, …
 
 
 # ---- Long-tailed subsets ------------------------------------------------------------------------------------------
@@ -109,34 +120,31 @@ def make_long_tailed(
         InputError: If an argument is out of its range, or a class would be left without images or has fewer images
             than its share.
     """
-    labels = labels_of(dataset, label_column)
     available = np.asarray(class_counts(dataset, label_column))
     num_classes = available.size
     order = np.arange(num_classes) if class_order is None else np.asarray(class_order)
     if not np.array_equal(np.sort(order), np.arange(num_classes)):
         raise InputError(f"class_order must name each of the {num_classes} classes once, got {list(order)}.")
+    name_those = functools.partial(_name_classes, dataset, label_column)
     if max_count is None:
         shares = _profile_shares(num_classes, imbalance_ratio, profile, pareto_alpha)
         max_count = int(np.min(available[order] / np.asarray(shares)))
         if max_count < 1:
-            empty = np.flatnonzero(available == 0)
-            raise InputError(f"{_name_classes(dataset, label_column, empty)} without images: nothing to select from.")
-
+            raise InputError(f"{name_those(available == 0)} without images: nothing to select from.")
     wanted = np.zeros(num_classes, dtype=np.int64)
     wanted[order] = long_tailed_counts(max_count, num_classes, imbalance_ratio, profile, pareto_alpha)
     if (wanted == 0).any():
         raise InputError(
-            f"imbalance_ratio {imbalance_ratio:g} leaves {_name_classes(dataset, label_column, wanted == 0)} without "
-            f"images, as the largest class has {max_count}: choose a ratio of {max_count} or below."
+            f"imbalance_ratio {imbalance_ratio:g} leaves {name_those(wanted == 0)} without images, as the largest "
+            f"class has {max_count}: choose a ratio of {max_count} or below."
         )
-    short = np.flatnonzero(wanted > available)
-    if short.size:
+    if (wanted > available).any():
+        first = int(np.argmax(wanted > available))
         raise InputError(
-            f"{_name_classes(dataset, label_column, short)} cannot give the images asked for: class {short[0]} has "
-            f"{available[short[0]]}, its share is {wanted[short[0]]}. Lower max_count ({max_count}) or change "
-            "class_order."
+            f"{name_those(wanted > available)} cannot give the images asked for: class {first} has "
+            f"{available[first]}, its share is {wanted[first]}. Lower max_count ({max_count}) or change class_order."
         )
-    return dataset.select(_choose_per_class(labels, wanted, split_seed))
+    return dataset.select(_choose_per_class(labels_of(dataset, label_column), wanted, split_seed))
 
 
 def limit_examples(
@@ -205,10 +213,8 @@ def labels_of(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) -> np
     """
     if label_column not in dataset.column_names:
         raise InputError(f"There is no label column {label_column!r}; the columns are {dataset.column_names}.")
-    missing = _without_value(dataset, label_column)
-    if missing.size:
-        raise InputError(f"Column {label_column!r}: {_without(missing, 'label')}.")
-    labels = _column_values(dataset, label_column)
+    _check_complete(dataset, label_column, "label", f"Column {label_column!r}")
+    labels = _selected(dataset, dataset.data.column(label_column))
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise InputError(
             f"The labels in column {label_column!r} are not classes: expected one whole number per image, "
@@ -256,9 +262,7 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if LABEL_COLUMN in dataset.column_names:
         digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
-    missing = _without_image(dataset)
-    if missing.size:
-        raise InputError(f"Column {IMAGE_COLUMN!r}: {_without(missing, 'image')}.")
+    _check_complete(dataset, IMAGE_COLUMN, "image", f"Column {IMAGE_COLUMN!r}")
     for index, image in enumerate(stored_images(dataset)):
         if image["bytes"] is not None:
             digest.update(image["bytes"])
@@ -281,44 +285,31 @@ def stored_images(dataset: datasets.Dataset) -> Iterable[dict[str, Any]]:
     return dataset.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))[IMAGE_COLUMN]
 
 
-def _column_values(dataset: datasets.Dataset, column: str) -> np.ndarray:
-    # Reading a selection through the data set's own indexing takes 10 s for a million shuffled rows; this, 10 ms.
-    return _selected(dataset, dataset.data.column(column))
-
-
 def _selected(dataset: datasets.Dataset, column: pa.ChunkedArray) -> np.ndarray:
+    # Reading a selection through the data set's own indexing takes 10 s for a million shuffled rows; this, 10 ms.
     values = column.to_numpy()
     return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
 
 
-def _without_value(dataset: datasets.Dataset, column: str) -> np.ndarray:
-    """Numbers of the examples that have nothing in a column."""
-    return np.flatnonzero(_selected(dataset, pc.is_null(dataset.data.column(column))))
-
-
-def _without_image(dataset: datasets.Dataset) -> np.ndarray:
-    """Numbers of the examples whose image is stored neither as bytes nor as the path of a file."""
-    images = dataset.cast_column(IMAGE_COLUMN, datasets.Image(decode=False)).data.column(IMAGE_COLUMN)
-    parts = (pc.is_null(pc.struct_field(images, part)) for part in ("bytes", "path"))
-    return np.flatnonzero(_selected(dataset, pc.and_(*parts)))
-
-
-def _without(examples: np.ndarray, what: str) -> str:
-    """E.g. "3 examples have no label (first: example 7); remove them from the data set"."""
-    several = len(examples) > 1
-    return (
-        f"{len(examples)} example{'s have' if several else ' has'} no {what} (first: example {examples[0]}); remove "
-        f"{'them' if several else 'it'} from the data set"
-    )
+def _check_complete(dataset: datasets.Dataset, column: str, what: str, where: str) -> None:
+    """Raise an `InputError` if examples have no label, or no image: neither bytes nor the path of a file."""
+    values = dataset.data.column(column)
+    parts = [pc.struct_field(values, part) for part in ("bytes", "path")] if what == "image" else [values]
+    missing = np.flatnonzero(np.all([_selected(dataset, pc.is_null(part)) for part in parts], axis=0))
+    if missing.size:
+        have, them = ("examples have", "them") if missing.size > 1 else ("example has", "it")
+        raise InputError(
+            f"{where}: {missing.size} {have} no {what} (first: example {missing[0]}); remove {them} from the data set."
+        )
 
 
 def _name_classes(dataset: datasets.Dataset, label_column: str, classes: np.ndarray) -> str:
-    """E.g. "2 of 10 classes (cat, dog)"."""
-    numbers = np.flatnonzero(classes) if classes.dtype == bool else classes
+    """E.g. "2 of 10 classes (cat, dog)", given which as booleans."""
     feature = dataset.features[label_column]
-    names = [feature.int2str(int(c)) if isinstance(feature, datasets.ClassLabel) else str(c) for c in numbers[:5]]
-    total = feature.num_classes if isinstance(feature, datasets.ClassLabel) else int(numbers.max()) + 1
-    return f"{len(numbers)} of {total} classes ({', '.join(names)}{', …' if len(numbers) > 5 else ''})"
+    named = isinstance(feature, datasets.ClassLabel)
+    names = [feature.int2str(c) if named else str(c) for c in np.flatnonzero(classes).tolist()]
+    total = feature.num_classes if named else classes.size
+    return f"{len(names)} of {total} classes ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
 
 
 # ---- Loading ------------------------------------------------------------------------------------------------------
@@ -360,10 +351,7 @@ def load_image_dataset(
     Raises:
         InputError: If something is not there, or the labels are not classes.
     """
-    if name == "digits":
-        data = _load_digits()
-    else:
-        data = _load_splits(name, config_name, cache_dir, token)
+    data = _load_digits() if name == "digits" else _load_splits(name, config_name, cache_dir, token)
     train_name, eval_name = _find_splits(name, data, train_split, eval_split, untouched_test)
     if untouched_test and eval_name is None:
         raise InputError(
@@ -381,9 +369,7 @@ def load_image_dataset(
         if len(data[split_name]) == 0:
             raise InputError(f"{name}: split {split_name!r} is empty; name another by --{split}_split_name.")
         splits[split] = _standard_columns(data[split_name], image_column, label_column)
-        empty = _without_image(splits[split])
-        if empty.size:
-            raise InputError(f"{name}: split {split_name!r}, column {image_column!r}: {_without(empty, 'image')}.")
+        _check_complete(splits[split], IMAGE_COLUMN, "image", f"{name}: split {split_name!r}, column {image_column!r}")
 
     splits = _to_class_labels(name, splits, label_column)
     counts = np.asarray(class_counts(splits["train"]))
@@ -408,19 +394,17 @@ def _load_digits() -> datasets.DatasetDict:
     digits = load_digits()
     images = []
     for pixels in digits.images:
-        file = io.BytesIO()
-        Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(file, format="PNG")
+        Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(file := io.BytesIO(), format="PNG")
         images.append({"bytes": file.getvalue(), "path": None})
-    features = datasets.Features(
-        {
-            IMAGE_COLUMN: datasets.Image(),
-            LABEL_COLUMN: datasets.ClassLabel(names=[str(n) for n in digits.target_names]),
-        }
-    )
+    features = _features([str(name) for name in digits.target_names])
     everything = datasets.Dataset.from_dict({IMAGE_COLUMN: images, LABEL_COLUMN: digits.target}, features=features)
     test = _choose_per_class(digits.target, np.full(10, _DIGITS_TEST_IMAGES_PER_CLASS), seed=0)
     train = np.setdiff1d(np.arange(len(everything)), test)
     return datasets.DatasetDict({"train": everything.select(train), "test": everything.select(test)})
+
+
+def _features(class_names: list[str]) -> datasets.Features:
+    return datasets.Features({IMAGE_COLUMN: datasets.Image(), LABEL_COLUMN: datasets.ClassLabel(names=class_names)})
 
 
 def _load_splits(name: str, config_name: str | None, cache_dir: str | None, token: str | None) -> datasets.DatasetDict:
@@ -448,21 +432,17 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
             if path.is_dir()
             else "It is no file or folder here, and the Hub does not give it"
         )
-        reason = _why_not_loaded(error)
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+        reason = first_line(cause)
+        if isinstance(cause, IndexError):  # how `load_from_disk` fails on a split without rows
+            reason = "one of its splits is empty"
+        elif isinstance(cause, CastError):
+            reason = f"its files differ in their columns, or in their types ({' '.join(str(cause).split())})"
         raise InputError(
             f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, a folder with one folder per "
             'class, a saved data set, a parquet file, or "digits".'
         ) from error
     return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict({"train": data})
-
-
-def _why_not_loaded(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
-    if isinstance(cause, IndexError):  # how `load_from_disk` fails on a split without rows
-        return "one of its splits is empty"
-    if isinstance(cause, CastError):
-        return f"its files differ in their columns, or in their types ({' '.join(str(cause).split())})"
-    return first_line(cause)
 
 
 def _find_splits(
@@ -487,6 +467,7 @@ def _find_columns(
     name: str, dataset: datasets.Dataset, image_column: str | None, label_column: str | None
 ) -> tuple[str, str]:
     features = dataset.features
+    columns = f"The columns are {', '.join(features)}."
     for option, column in (("image_column_name", image_column), ("label_column_name", label_column)):
         if column is not None and column not in features:
             raise InputError(f"--{option} {column}: {name} has the columns {', '.join(features)}.")
@@ -494,8 +475,7 @@ def _find_columns(
         found = _image_columns(features)
         if len(found) != 1:
             raise InputError(
-                f"{name} has {len(found)} image columns; name the one to use by --image_column_name. The columns are "
-                f"{', '.join(features)}."
+                f"{name} has {len(found)} image columns; name the one to use by --image_column_name. {columns}"
             )
         image_column = found[0]
     elif not _image_columns({image_column: features[image_column]}) and not _is(features[image_column], "string"):
@@ -503,15 +483,9 @@ def _find_columns(
     if label_column is None:
         found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         usual = [column for column in _LABEL_COLUMN_NAMES if column in features]
-        if len(found) == 1:
-            label_column = found[0]
-        elif usual:
-            label_column = usual[0]
-        else:
-            raise InputError(
-                f"{name}: no label column found; name it by --label_column_name. The columns are "
-                f"{', '.join(features)}."
-            )
+        if len(found) != 1 and not usual:
+            raise InputError(f"{name}: no label column found; name it by --label_column_name. {columns}")
+        label_column = found[0] if len(found) == 1 else usual[0]
     return image_column, label_column
 
 
@@ -543,9 +517,7 @@ def _standard_columns(dataset: datasets.Dataset, image_column: str, label_column
 def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
     """Give the label column of every split the same `ClassLabel` feature."""
     for split, dataset in splits.items():
-        missing = _without_value(dataset, LABEL_COLUMN)
-        if missing.size:
-            raise InputError(f"{name}: {split} split, column {label_column!r}: {_without(missing, 'label')}.")
+        _check_complete(dataset, LABEL_COLUMN, "label", f"{name}: {split} split, column {label_column!r}")
     feature = splits["train"].features[LABEL_COLUMN]
     if isinstance(feature, datasets.ClassLabel):
         other = splits["eval"].features[LABEL_COLUMN] if "eval" in splits else feature
@@ -564,7 +536,7 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
             + (": several labels per image (multi-label), which this method is not for." if several else ".")
         )
 
-    values = {split: _column_values(dataset, LABEL_COLUMN) for split, dataset in splits.items()}
+    values = {split: _selected(dataset, dataset.data.column(LABEL_COLUMN)) for split, dataset in splits.items()}
     known = np.unique(values["train"])
     if known.dtype.kind in "iu" and not np.array_equal(known, np.arange(known.size)):
         logger.warning(
@@ -598,3 +570,94 @@ def _carve_evaluation_split(
         "aside for evaluation."
     )
     return {"train": dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), "eval": dataset.select(chosen)}
+
+
+# ---- Folders of images --------------------------------------------------------------------------------------------
+
+
+def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | None:
+    """Read images whose class is the name of their folder: `train/cat/1.jpg`, or `cat/1.jpg`.
+
+    The first folders are splits if they are called so (train, val, Test, …) and hold folders themselves; else they are
+    classes. In deeper trees the innermost folder is the class. `datasets` itself finds splits by words anywhere in a
+    path, where a class "steam_train" or a file "my_test_3.png" changes its split; and it takes 2 ms for each file
+    that is named to it.
+
+    Args:
+        folder: Of the images. A single folder in it that holds all others is looked through.
+
+    Returns:
+        The splits, under the names that `datasets` gives them (`"train"`, `"validation"`, `"test"`), each with the
+        columns `"image"` (files) and `"label"`; `None` where the folder holds something else: tables, images with
+        `metadata.csv`, a data set with a configuration of its own.
+
+    Raises:
+        InputError: If an image lies in no class folder, or two class folders of a split have one name.
+    """
+    folder = Path(os.path.abspath(folder))
+    files = sorted(_files_below(folder))
+    images = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
+    if not images or _is_described(folder, files):
+        return None
+    others = [file for file in files if file.suffix.lower() not in _IMAGE_SUFFIXES and len(file.parts) > 1]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        logger.warning(f"{folder}: left out, as they are no images by their names: {others[0]}{more}.")
+    while len({image.parts[0] for image in images}) == 1 and all(len(image.parts) > 2 for image in images):
+        if _split_of(images[0].parts[0]) is not None:
+            break
+        folder /= images[0].parts[0]
+        images = [PurePath(*image.parts[1:]) for image in images]
+
+    first = {image.parts[0] for image in images if len(image.parts) > 1}
+    with_folders = {image.parts[0].lower() for image in images if len(image.parts) > 2}
+    has_splits = "train" in with_folders or (bool(with_folders) and all(_split_of(name) for name in first))
+    loose = [image for image in images if len(image.parts) <= 1 + has_splits]
+    if loose:
+        raise InputError(
+            f"{folder} has images that lie in no class folder ({len(loose)} of {len(images)}), such as {loose[0]}: "
+            f"expected {'SPLIT/' * has_splits}CLASS/IMAGE. Move or remove them."
+        )
+    class_names = sorted({image.parent.name for image in images})
+    numbers = {name: number for number, name in enumerate(class_names)}
+    columns: dict[str, dict[str, list[Any]]] = {}
+    class_folders: dict[tuple[str, str], PurePath] = {}
+    for image in images:
+        split = (_split_of(image.parts[0]) or image.parts[0]) if has_splits else "train"
+        other = class_folders.setdefault((split, image.parent.name), image.parent)
+        if other != image.parent:
+            raise InputError(
+                f"{folder}: which folder is the class? {other} and {image.parent} have the same name. Have one folder "
+                "for each class, with its images in it."
+            )
+        members = columns.setdefault(split, {IMAGE_COLUMN: [], LABEL_COLUMN: []})
+        members[IMAGE_COLUMN].append(str(folder / image))
+        members[LABEL_COLUMN].append(numbers[image.parent.name])
+    features = _features(class_names)
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(members, features=features, split=datasets.NamedSplit(split))
+            for split, members in columns.items()
+        }
+    )
+
+
+def _files_below(folder: Path) -> Iterable[PurePath]:
+    """Paths relative to the folder, without what is hidden."""
+    for directory, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
+        inner = PurePath(directory).relative_to(folder)
+        yield from (inner / name for name in names if not name.startswith(_HIDDEN))
+
+
+def _is_described(folder: Path, files: list[PurePath]) -> bool:
+    """Whether something other than folders says what the images are."""
+    if any(file.stem == "metadata" or file.suffix in _TABLE_SUFFIXES for file in files):
+        return True
+    card = folder / "README.md"
+    return card.exists() and bool(DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs"))
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a folder's name tells: Train, test-images, train_val2018, …"""
+    return next((_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS), None)

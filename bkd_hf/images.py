@@ -61,30 +61,38 @@ _CROP_ATTEMPTS = 10
 # ---- Augmentations ------------------------------------------------------------------------------------------------
 
 
-class Views(NamedTuple):
-    """What is shown of B images of one size: boxes (B×4: left, top, right, bottom) and whether mirrored (B)."""
+class Augmentation(NamedTuple):
+    """How views of images are chosen; operations on their pixels would be another field.
 
-    boxes: np.ndarray
-    mirrored: np.ndarray
+    Attributes:
+        views: Function of width, height and B×`num_draws` numbers in [0, 1), each a hash of (seed, epoch, index) and
+            its column. Returns B boxes (left, top, right, bottom), and B booleans: which views are mirrored.
+        num_draws: Random numbers for an image.
+        of_original: Whether boxes are in the stored image, whatever the processor would show of it, and are resized;
+            else they lie in the processor's view, may stick out of it into black, and keep its size.
+    """
+
+    views: Callable[[int, int, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    num_draws: int = 0
+    of_original: bool = False
 
 
-def whole_view(width: int, height: int, draws: np.ndarray) -> Views:
+def whole_view(width: int, height: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The processor's own view."""
-    return Views(np.tile([0, 0, width, height], (len(draws), 1)), np.zeros(len(draws), dtype=bool))
+    return np.tile([0, 0, width, height], (len(draws), 1)), np.zeros(len(draws), dtype=bool)
 
 
-def pad_crop(width: int, height: int, draws: np.ndarray) -> Views:
+def pad_crop(width: int, height: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Images moved by whole pixels, up to an eighth of their size in each direction, and mirrored half of the time."""
-    size = np.array([height, width])
-    pads = np.array([round(height / 8), round(width / 8)])
-    top_left = (draws[:, 1:3] * (2 * pads + 1)).astype(np.int64) - pads
-    return Views(np.concatenate([top_left[:, ::-1], (top_left + size)[:, ::-1]], axis=1), draws[:, 0] < 0.5)
+    pads = np.array([round(width / 8), round(height / 8)])
+    left_top = (draws[:, [2, 1]] * (2 * pads + 1)).astype(np.int64) - pads
+    return np.hstack([left_top, left_top + np.array([width, height])]), draws[:, 0] < 0.5
 
 
-def random_resized_crop(width: int, height: int, draws: np.ndarray) -> Views:
+def random_resized_crop(width: int, height: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """8 to 100 % of the image at an aspect ratio of 3/4 to 4/3, mirrored half of the time."""
-    boxes = [random_resized_crop_box(width, height, draw) for draw in draws[:, 1:]]
-    return Views(np.array(boxes), draws[:, 0] < 0.5)
+    boxes = [random_resized_crop_box(width, height, numbers) for numbers in draws[:, 1:]]
+    return np.array(boxes), draws[:, 0] < 0.5
 
 
 def random_resized_crop_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
@@ -110,21 +118,6 @@ def random_resized_crop_box(width: int, height: int, draws: np.ndarray) -> tuple
     crop_height = min(height, max(1, round(width / _CROP_ASPECT_RATIO[0])))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
-
-
-class Augmentation(NamedTuple):
-    """How views of images are chosen; operations on their pixels would be another field.
-
-    Attributes:
-        views: Function of width, height and B×`num_draws` numbers in [0, 1), those of (seed, epoch, index).
-        num_draws: Random numbers for an image.
-        of_original: Whether boxes are in the stored image, whatever the processor would show of it, and are resized;
-            else they lie in the processor's view, may stick out of it into black, and keep its size.
-    """
-
-    views: Callable[[int, int, np.ndarray], Views]
-    num_draws: int = 0
-    of_original: bool = False
 
 
 AUGMENTATIONS = {
@@ -327,10 +320,8 @@ class ImageDataset(torch.utils.data.Dataset):
             return _stacked(self._part(index, row) for index, row in zip(indices.tolist(), draws, strict=True))
         student = self._renderings["pixel_values"]
         boxes, mirrored = choose(*student.size, draws)
-        shifts, mirrored = boxes[:, :2] / np.array(student.size), mirrored & self.horizontal_flip
-        return {
-            name: move_and_mirror(views, shifts, mirrored) for name, views in self._processors_views(indices).items()
-        }
+        shifts, flips = boxes[:, :2] / np.array(student.size), mirrored & self.horizontal_flip
+        return {name: move_and_mirror(seen, shifts, flips) for name, seen in self._processors_views(indices).items()}
 
     def _processors_views(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         if self._kept is None:

@@ -99,10 +99,10 @@ class Rendering:
         self._region_of = region_of if region_of is not None and not self._shows_the_same(region_of) else None
         # Images of the model's size that the processor shows as they are need not be sent through it, which takes
         # longer than to decode 32×32 pixels.
-        self._keeps_size: tuple[int, int] | None = None
+        self._shows_as_they_are: tuple[int, int] | None = None
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         if np.array_equal(self.view(Image.fromarray(noise)), noise):
-            self._keeps_size = self.size
+            self._shows_as_they_are = self.size
 
     def describe(self) -> dict[str, Any]:
         """Return all that a view depends on, beside the image."""
@@ -111,7 +111,7 @@ class Rendering:
 
     def view(self, image: Image.Image) -> np.ndarray:
         """H×W×3 bytes: what the processor makes of the image, before its arithmetic."""
-        if image.size == self._keeps_size:
+        if image.size == self._shows_as_they_are:
             return np.asarray(image)
         if self._region_of is None:
             return self._bytes(image)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 from collections import Counter
 from pathlib import Path
@@ -7,13 +8,23 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from bkd_hf import InputError, class_counts, load_image_dataset, long_tailed_counts, make_long_tailed
-from bkd_hf.data import PROFILES, fingerprint, limit_examples, stored_images
+from bkd_hf import (
+    InputError,
+    class_counts,
+    load_image_dataset,
+    long_tail_metrics,
+    long_tailed_counts,
+    make_long_tailed,
+)
+from bkd_hf.data import PROFILES, fingerprint, limit_examples, load_image_folder, stored_images
+
+SIZE = (12, 10)
 
 
 def balanced_set(num_classes: int = 10, per_class: int = 50) -> datasets.Dataset:
@@ -26,6 +37,19 @@ def png(value: int, size: tuple[int, int] = (4, 4)) -> dict:
     file = io.BytesIO()
     Image.new("L", size, value).save(file, format="PNG")
     return {"bytes": file.getvalue(), "path": None}
+
+
+def table(images: list[dict], **columns) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column("image", datasets.Image())
+
+
+def saved(data: datasets.Dataset | datasets.DatasetDict, folder: Path) -> str:
+    data.save_to_disk(str(folder))
+    return str(folder)
+
+
+def plain(number: int) -> list[dict]:
+    return [png(i, SIZE) for i in range(number)]
 
 
 def image_set(labels: list, feature, name: str = "label") -> datasets.Dataset:
@@ -104,7 +128,9 @@ def test_subset_is_the_same_on_every_machine():
     assert make_long_tailed(balanced_set(3, 5), "label", 5)["x"][:] == [0, 1, 3, 6, 8, 9, 12, 13]
 
 
-def test_class_order_and_max_count():
+def test_class_order_max_count_and_alpha():
+    subset = make_long_tailed(balanced_set(), "label", 10, "pareto", max_count=40, pareto_alpha=2)
+    assert class_counts(subset, "label") == long_tailed_counts(40, 10, 10, "pareto", 2)
     subset = make_long_tailed(balanced_set(3, 50), "label", 4, max_count=20, class_order=[2, 0, 1])
     assert class_counts(subset, "label") == [10, 5, 20]
 
@@ -113,11 +139,6 @@ def test_class_order_and_max_count():
 def test_a_longer_tail_is_contained_in_a_shorter_one(profile):
     subsets = [set(make_long_tailed(balanced_set(), "label", ratio, profile)["x"]) for ratio in (50, 10, 2)]
     assert subsets[0] < subsets[1] < subsets[2]
-
-
-def test_pareto_subset():
-    subset = make_long_tailed(balanced_set(), "label", 10, "pareto", max_count=40, pareto_alpha=2)
-    assert class_counts(subset, "label") == long_tailed_counts(40, 10, 10, "pareto", 2)
 
 
 def test_never_more_than_a_class_has():
@@ -184,46 +205,37 @@ def test_digits_come_without_network():
     assert fingerprint(data["train"]) != fingerprint(data["eval"])
 
 
-def test_saved_data_set_with_other_column_names(tmp_path):
-    feature = datasets.ClassLabel(names=["cat", "dog"])
-    data = {"train": image_set([0, 1] * 6, feature, "fine_label"), "test": image_set([0, 1], feature, "fine_label")}
-    datasets.DatasetDict(data).save_to_disk(tmp_path / "saved")
-    loaded = load_image_dataset(str(tmp_path / "saved"))
-    assert loaded["train"].column_names == ["image", "label"]
-    assert loaded["train"].features["label"].names == ["cat", "dog"]
-    assert len(loaded["eval"]) == 2
-
-
-def test_folder_of_class_folders(tmp_path):
-    for split, number in (("train", 6), ("val", 2)):
-        for name in ("cat", "dog"):
-            folder = tmp_path / "animals" / split / name
-            folder.mkdir(parents=True)
-            for i in range(number):
-                Image.new("RGB", (5, 7), (i, 0, 0)).save(folder / f"{i}.png")
-    loaded = load_image_dataset(str(tmp_path / "animals"))
-    assert class_counts(loaded["train"], "label") == [6, 6]
-    assert class_counts(loaded["eval"], "label") == [2, 2]
-    assert loaded["train"].features["label"].names == ["cat", "dog"]
-    # Of files it is enough to look at names and sizes, unless they are to be compared with stored images.
-    train = loaded["train"]
+def test_fingerprints_of_files(tmp_path):
+    """It is enough to look at names and sizes, unless files are to be compared with stored images."""
+    train = load_image_dataset(fill(tmp_path, {"train/cat": 6, "train/dog": 6, "val/cat": 2, "val/dog": 2}))["train"]
     stored = [{"bytes": Path(image["path"]).read_bytes(), "path": None} for image in stored_images(train)]
     embedded = datasets.Dataset.from_dict({"image": stored, "label": train["label"]}, features=train.features)
     assert fingerprint(train) != fingerprint(embedded) == fingerprint(embedded, read_files=True)
     assert fingerprint(train, read_files=True) == fingerprint(embedded)
 
 
-def test_an_untouched_test_split_is_asked_for(tmp_path):
+@pytest.mark.parametrize(
+    ("others", "eval_split", "expected", "untouched"),
+    [
+        ({"validation": 4, "test": 6}, None, 4, 6),
+        ({"val": 4}, None, 4, None),
+        ({"test": 6}, None, 6, 6),
+        ({"held_out": 8}, "held_out", 8, 8),
+        ({"held_out": 8}, None, 4, None),
+        ({}, None, 4, None),
+    ],
+    ids=str,
+)
+def test_evaluation_splits(tmp_path, others, eval_split, expected, untouched):
     feature = datasets.ClassLabel(names=["cat", "dog"])
-    parts = {"train": 20, "validation": 4, "test": 6}
-    data = {split: image_set([0, 1] * (number // 2), feature) for split, number in parts.items()}
-    datasets.DatasetDict(data).save_to_disk(tmp_path / "all")
-    assert len(load_image_dataset(str(tmp_path / "all"))["eval"]) == 4
-    assert len(load_image_dataset(str(tmp_path / "all"), untouched_test=True)["eval"]) == 6
-    datasets.DatasetDict(train=data["train"]).save_to_disk(tmp_path / "train")
-    assert len(load_image_dataset(str(tmp_path / "train"))["eval"]) == 4
-    with pytest.raises(InputError, match="has no test split, which nobody trains on: it has train"):
-        load_image_dataset(str(tmp_path / "train"), untouched_test=True)
+    data = {split: image_set([0, 1] * (size // 2), feature) for split, size in {"train": 20, **others}.items()}
+    load = functools.partial(load_image_dataset, saved(datasets.DatasetDict(data), tmp_path), eval_split=eval_split)
+    assert len(load()["eval"]) == expected
+    if untouched is not None:
+        assert len(load(untouched_test=True)["eval"]) == untouched
+    elif "val" not in others:
+        with pytest.raises(InputError, match="has no test split, which nobody trains on: it has train"):
+            load(untouched_test=True)
 
 
 def test_parquet_without_evaluation_split_is_carved_stratified(tmp_path):
@@ -247,7 +259,9 @@ def test_integers_with_gaps_are_renumbered(tmp_path, caplog):
     ("labels", "feature", "message"),
     [
         ([0.5, 1.5, 2.0], datasets.Value("float64"), "are not classes"),
-        ([[0], [1], [0, 1]], datasets.List(datasets.Value("int64")), "are not classes"),
+        ([[0], [1], [0, 1]], datasets.List(datasets.Value("int64")), r"not classes.*several labels per image \(multi"),
+        ([["cat"], ["cat", "dog"]], datasets.List(datasets.Value("string")), "multi-label"),
+        ([[0, 1], [1]], datasets.List(datasets.ClassLabel(names=["cat", "dog"])), "multi-label"),
         ([0, 0, 0], datasets.ClassLabel(names=["only"]), "one class only"),
         (["x", "x", "x"], datasets.Value("string"), "one class only"),
         ([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "ghost"]), r"1 of 3 classes \(ghost\) have a name but no"),
@@ -299,7 +313,7 @@ def test_files_with_other_columns_are_refused(tmp_path):
         ({"image_column": "label"}, "--image_column_name label: the column holds"),
         ({"label_column": "y"}, "--label_column_name y"),
         ({"train_split": "training"}, "--train_split_name training: .* has the splits train"),
-        ({"eval_split": "test"}, "--eval_split_name test"),
+        ({"eval_split": "test"}, "--eval_split_name test: .* has the splits train"),
         ({"eval_split": "train"}, "is the training split"),
     ],
 )
@@ -328,8 +342,191 @@ def test_empty_splits(tmp_path):
         load_image_dataset(str(tmp_path / "parquet"))
 
 
-@settings(max_examples=20)
-@given(seed=st.integers(0, 1000), ratio=st.floats(1, 50))
-def test_subsets_of_any_seed_have_the_counts(seed, ratio):
-    subset = make_long_tailed(balanced_set(5, 50), "label", ratio, split_seed=seed)
-    assert class_counts(subset, "label") == long_tailed_counts(50, 5, ratio)
+# ---- Columns and labels of any data set
+
+
+@pytest.mark.parametrize(
+    ("image_column", "label_column", "labels", "names"),
+    [
+        ("image", "label", [0, 1] * 10, ["0", "1"]),
+        ("img", "fine_label", [0, 1] * 10, ["0", "1"]),
+        ("photo", "label", ["cat", "dog"] * 10, ["cat", "dog"]),
+        ("image", "labels", [True, False] * 10, ["False", "True"]),
+    ],
+)
+def test_columns_and_labels(tmp_path, image_column, label_column, labels, names):
+    data = table(plain(20), **{label_column: labels})
+    if image_column != "image":
+        data = data.rename_column("image", image_column)
+    splits = load_image_dataset(saved(data, tmp_path / "data"))
+    assert splits["train"].column_names == ["image", "label"]
+    assert splits["train"].features["label"].names == names
+    assert len(splits["train"]) + len(splits["eval"]) == 20
+
+
+@pytest.mark.parametrize("named", [None, "photo"])
+@pytest.mark.parametrize(
+    ("kind", "as_stored"),
+    [
+        (pa.struct({"bytes": pa.binary(), "path": pa.string()}), lambda image: image),
+        (pa.struct({"path": pa.large_string(), "bytes": pa.large_binary()}), lambda image: image),
+        (pa.struct({"bytes": pa.binary()}), lambda image: {"bytes": image["bytes"]}),
+        (pa.binary(), lambda image: image["bytes"]),
+        (pa.large_binary(), lambda image: image["bytes"]),
+    ],
+    ids=["struct", "struct of polars", "bytes in a struct", "bytes", "bytes of polars"],
+)
+def test_tables_that_do_not_say_which_column_holds_images(tmp_path, kind, as_stored, named):
+    path = tmp_path / "data.parquet"
+    images = pa.array([as_stored(image) for image in plain(20)], kind)
+    pq.write_table(pa.table({"id": list(range(20)), "photo": images, "label": ["cat", "dog"] * 10}), path)
+    loaded = load_image_dataset(str(path), image_column=named)
+    assert loaded["train"][0]["image"].size == SIZE
+    assert loaded["train"].features["label"].names == ["cat", "dog"]
+
+
+def test_columns_of_bytes_are_images_where_nothing_else_is(tmp_path):
+    stored = pa.array(plain(8), datasets.Image().pa_type)
+    columns = {"image": stored, "mask": pa.array([b"?"] * 8, pa.binary()), "label": [0, 1] * 4}
+    pq.write_table(pa.table(columns), tmp_path / "one.parquet")
+    assert load_image_dataset(str(tmp_path / "one.parquet"))["train"][0]["image"].size == SIZE
+    columns["image"] = stored.field("bytes")
+    pq.write_table(pa.table(columns), tmp_path / "two.parquet")
+    with pytest.raises(InputError, match="has 2 image columns; name the one to use by --image_column_name"):
+        load_image_dataset(str(tmp_path / "two.parquet"))
+    assert load_image_dataset(str(tmp_path / "two.parquet"), image_column="image")["train"][0]["image"].size == SIZE
+
+
+def test_class_that_is_absent_from_evaluation(tmp_path):
+    data = datasets.DatasetDict(
+        {"train": table(plain(9), label=["a", "b", "c"] * 3), "test": table(plain(4), label=["a", "c"] * 2)}
+    )
+    splits = load_image_dataset(saved(data, tmp_path / "data"))
+    assert class_counts(splits["eval"]) == [2, 0, 2]
+    metrics = long_tail_metrics(np.eye(3)[[0, 2, 0, 1]], np.array([0, 2, 0, 2]), class_counts(splits["train"]))
+    assert metrics["per_class_accuracy"] == [1.0, None, 0.5]
+    assert metrics["worst_class_accuracy"] == 0.5
+
+
+def test_ten_thousand_classes(tmp_path):
+    one = plain(1)
+    names = [f"species {number}" for number in range(10_000)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    labels = np.repeat(np.arange(10_000), 3)
+    data = datasets.Dataset.from_dict({"image": one * len(labels), "label": labels}, features=features)
+    splits = load_image_dataset(saved(data, tmp_path / "data"))
+    assert class_counts(splits["train"]) == [2] * 10_000
+    tail = make_long_tailed(splits["train"], imbalance_ratio=2)
+    assert min(class_counts(tail)) == 1
+    logits = np.eye(10_000, dtype=np.float32)[::50]
+    metrics = long_tail_metrics(logits, np.arange(0, 10_000, 50), class_counts(tail))
+    assert metrics["accuracy"] == 1.0
+
+
+# ---- Folders of class folders, as people have them
+
+
+def fill(root: Path, folders: dict[str, int], name: str = "{}.png") -> str:
+    """Write so many images into each folder, of which no two are alike."""
+    for number, (folder, count) in enumerate(folders.items()):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (2, 2), (number, i, 0)).save(root / folder / name.format(i))
+    return str(root)
+
+
+def counts(root: str) -> dict[str, dict[str, int]]:
+    """Images of each class, by split."""
+    return {
+        split: dict(zip(data.features["label"].names, class_counts(data), strict=True))
+        for split, data in (load_image_folder(root) or {}).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        # A word of a class's name is no split, …
+        (
+            {"train/cat": 9, "train/steam_train": 9, "test/cat": 3, "test/steam_train": 3},
+            {"train": {"cat": 9, "steam_train": 9}, "test": {"cat": 3, "steam_train": 3}},
+        ),
+        (
+            {"train/cat": 9, "train/test tube": 9, "val/cat": 3, "val/test tube": 3},
+            {"train": {"cat": 9, "test tube": 9}, "validation": {"cat": 3, "test tube": 3}},
+        ),
+        ({"train/cat": 4, "train/train": 5}, {"train": {"cat": 4, "train": 5}}),
+        # … nor a whole name, where the folders hold images.
+        ({"steam_train": 3, "bullet_train": 4, "bus": 5}, {"train": {"bullet_train": 4, "bus": 5, "steam_train": 3}}),
+        ({"bus": 3, "car": 4, "train": 5}, {"train": {"bus": 3, "car": 4, "train": 5}}),
+        ({"train": 3, "test": 4}, {"train": {"test": 4, "train": 3}}),
+        # Splits, as they are called.
+        ({"Train/a": 3, "Train/b": 3, "TEST/b": 1}, {"train": {"a": 3, "b": 3}, "test": {"a": 0, "b": 1}}),
+        ({"train_set/a": 3, "train_set/b": 3, "test_set/a": 1}, {"train": {"a": 3, "b": 3}, "test": {"a": 1, "b": 0}}),
+        ({"train/a": 3, "train/b": 3, "unseen/a": 1}, {"train": {"a": 3, "b": 3}, "unseen": {"a": 1, "b": 0}}),
+        # Deeper trees.
+        (
+            {"pets/train/a": 3, "pets/train/b": 2, "pets/val/a": 1},
+            {"train": {"a": 3, "b": 2}, "validation": {"a": 1, "b": 0}},
+        ),
+        ({"train/plants/7": 3, "train/birds/12": 2}, {"train": {"12": 2, "7": 3}}),
+        ({"all/a": 3, "all/b": 2}, {"train": {"a": 3, "b": 2}}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_splits_and_classes(tmp_path, folders, expected):
+    assert counts(fill(tmp_path, folders)) == expected
+
+
+def test_names_of_files_say_nothing(tmp_path):
+    root = fill(tmp_path, {"cat": 20, "dog": 20}, "img_test_{}.png")
+    fill(tmp_path, {"cat": 60, "dog": 20})
+    assert counts(root) == {"train": {"cat": 80, "dog": 40}}
+
+
+def test_each_image_has_the_class_of_its_folder(tmp_path):
+    data = load_image_dataset(fill(tmp_path, {"train/b": 3, "train/a": 2, "test/b": 2, "test/a": 1}))
+    for split, colours in (("train", {"b": 0, "a": 1}), ("eval", {"b": 2, "a": 3})):
+        for example in data[split]:
+            name = data[split].features["label"].int2str(example["label"])
+            assert example["image"].getpixel((0, 0))[0] == colours[name]
+
+
+def test_what_is_hidden_or_no_image_is_left_out(tmp_path, caplog):
+    root = fill(tmp_path, {"a": 3, "b": 2, "__MACOSX/a": 3, ".thumbnails": 4})
+    (tmp_path / "a" / "notes.heic").write_text("no image by its name")
+    (tmp_path / "a" / ".DS_Store").write_text("")
+    (tmp_path / "LICENSE").write_text("")
+    assert counts(root) == {"train": {"a": 3, "b": 2}}
+    assert "left out, as they are no images by their names: a/notes.heic." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ({"": 2, "a": 3, "b": 2}, r"lie in no class folder \(2 of 7\), such as 0.png: expected CLASS/IMAGE"),
+        ({"train/a": 3, "train": 1}, r"no class folder \(1 of 4\), such as train/0.png: expected SPLIT/CLASS/IMAGE"),
+        ({"": 2}, "no class folder"),
+        ({"cat/left": 2, "cat/right": 2, "dog/left": 2}, "which folder is the class.*cat/left and dog/left"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_images_without_a_class_are_refused(tmp_path, folders, message):
+    with pytest.raises(InputError, match=message):
+        load_image_dataset(fill(tmp_path, folders))
+
+
+def test_a_folder_that_describes_itself_is_left_to_datasets(tmp_path):
+    root = fill(tmp_path, {"a": 6, "b": 6})
+    rows = "".join(f"{name}/{i}.png,{i % 2}\n" for name in "ab" for i in range(6))
+    (tmp_path / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    assert load_image_folder(root) is None
+    data = load_image_dataset(root)
+    assert data["train"].features["label"].names == ["0", "1"]
+
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a/*\n"
+        "  - split: test\n    path: b/*\n---\n"
+    )
+    assert load_image_folder(root) is None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
+    CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
     MobileViTImageProcessorPil,
     ViTImageProcessorPil,
@@ -354,3 +355,52 @@ def test_hash_uniform_looks_random():
     assert abs(np.corrcoef(numbers.T)[0, 1]) < 0.03
     assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.03
     assert hash_uniform(1, 2) != hash_uniform(2, 1)
+
+
+# ---- Images of all kinds and sizes
+
+RED, SIZE = (200, 30, 20), (12, 10)
+
+
+def rotated() -> dict:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return stored(Image.new("RGB", SIZE, RED), "JPEG", exif=exif, quality=95)
+
+
+KINDS = {
+    "RGB": lambda: stored(Image.new("RGB", SIZE, RED)),
+    "RGBA": lambda: stored(Image.new("RGBA", SIZE, (*RED, 255))),
+    "palette": lambda: stored(Image.new("RGB", SIZE, RED).convert("P", palette=Image.Palette.ADAPTIVE)),
+    "CMYK": lambda: stored(Image.new("RGB", SIZE, RED).convert("CMYK"), "TIFF"),
+    "grayscale": lambda: stored(Image.new("L", SIZE, 90)),
+    "black and white": lambda: stored(Image.new("1", SIZE, 1)),
+    "16 bits": lambda: stored(Image.fromarray(np.full(SIZE[::-1], 90 * 256, dtype=np.uint16))),
+    "rotated by EXIF": rotated,
+    "1 × 1": lambda: stored(Image.new("RGB", (1, 1), RED)),
+    "10,000 × 50": lambda: stored(Image.new("RGB", (10_000, 50), RED)),
+    "50 × 10,000": lambda: stored(Image.new("RGB", (50, 10_000), RED)),
+}
+COLOURS = {"grayscale": (90, 90, 90), "16 bits": (90, 90, 90), "black and white": (255, 255, 255)}
+
+
+@pytest.mark.parametrize("augmentation", ["none", "pad_crop", "random_resized_crop"])
+@pytest.mark.parametrize(
+    "processor",
+    [
+        vit_processor(16),
+        CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}),
+    ],
+    ids=["resized", "cropped"],
+)
+def test_images_of_all_kinds_and_sizes_in_one_data_set(processor, augmentation):
+    data = labelled([make() for make in KINDS.values()] * 2)
+    dataset = ImageDataset(data, processor, augmentation, teacher_processor=vit_processor(24), cache_images="none")
+    for name, size in (("pixel_values", 16), ("teacher_pixel_values", 24)):
+        pixels = torch.stack([example[name] for example in dataset.__getitems__(list(range(len(dataset))))])
+        assert pixels.shape == (len(dataset), 3, size, size)
+        assert pixels.isfinite().all()
+    mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (processor.image_mean, processor.image_std))
+    centres = ((pixels_of(dataset, range(len(KINDS))) * std + mean) * 255)[:, :, 8, 8]
+    for kind, centre in zip(KINDS, centres, strict=True):
+        np.testing.assert_allclose(centre.numpy(), COLOURS.get(kind, RED), atol=6, err_msg=kind)

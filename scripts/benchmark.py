@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import io
 import itertools
 import json
@@ -52,12 +51,11 @@ CONTESTANTS = {
     "f": "`BKDTrainer`, two processes that share the cores (with --use_cpu, or without a GPU)",
     "o": "as b, of --other_checkout",
 }
-#: Whose images/s are divided by whose.
-RATIOS = {"b/a": "ba", "b/c": "bc", "time of a step, e/d": "de", "f/b": "fb", "b/o": "bo"}
+#: Name; whose images/s are divided by whose.
+RATIOS = [("b/a", "b", "a"), ("b/c", "b", "c"), ("e/d (time)", "d", "e"), ("f/b", "f", "b"), ("b/o", "b", "o")]
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS, MIN_STEPS = 6, 3
-RATE, MOMENTUM, DECAY = 0.01, 0.9, 2e-4
-ENDLESS = 1_000_000  # epochs
+RATE, MOMENTUM, DECAY, ENDLESS = 0.01, 0.9, 2e-4, 1_000_000  # ENDLESS: epochs
 
 
 @dataclass(frozen=True)
@@ -223,11 +221,6 @@ def view(size: int, generator: np.random.Generator, image: Image.Image) -> torch
     return (pixels.float() / 255 - 0.5) / 0.5
 
 
-def is_warm(marks: list[list[float]], after: float) -> bool:
-    """Whether enough steps were made after an epoch."""
-    return sum(mark[1] > after for mark in marks) >= WARM_UP_STEPS
-
-
 class Contestant:
     """A training that is stopped, but for its windows; raises a `RuntimeError` with the end of its log if it ends."""
 
@@ -236,9 +229,9 @@ class Contestant:
         self.folder.mkdir()
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if letter == "f" else []
         command = [sys.executable, *launcher, __file__, "take_part", letter, json.dumps(job), f"{self.folder}/marks"]
+        told = {**os.environ, "PYTHONPATH": str(checkout)}
         with (self.folder / "log").open("w") as log:
-            environment = {**os.environ, "PYTHONPATH": str(checkout)}
-            self.process = psutil.Popen(command, stdout=log, stderr=log, env=environment)
+            self.process = psutil.Popen(command, stdout=log, stderr=log, env=told)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to all its processes and data workers."""
@@ -259,6 +252,11 @@ class Contestant:
             marks = [[float(word) for word in line.split()] for line in path.open()] if path.exists() else []
         self.signal(signal.SIGSTOP)
         return marks
+
+    def warm_up(self) -> None:
+        """Take some steps; e takes them after an epoch, when its cache is filled."""
+        least = 1 if self.letter == "e" else -1
+        self.run_until(lambda marks: sum(epoch > least for _, epoch, _ in marks) >= WARM_UP_STEPS)
 
     def window(self, seconds: float) -> dict[str, float]:
         """Measure a window; its first step, within which it was stopped before, does not count."""
@@ -314,16 +312,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             contestants[letter] = Contestant(letter, job | {"words": words(letter, job, setting)}, checkout)
             stack.callback(contestants[letter].process.wait)  # after what comes next
             stack.callback(contestants[letter].signal, signal.SIGKILL)
-            filled = 1 if letter == "e" else -1  # epochs until the teacher cache is filled
-            contestants[letter].run_until(functools.partial(is_warm, after=filled))
+            contestants[letter].warm_up()
         for turn in range(options.windows):
             print(f"{name}: window {turn + 1} of {options.windows}", flush=True)
             first = turn % len(letters)  # nobody always follows the same
             for letter in letters[first:] + letters[:first]:
                 windows[letter].append(contestants[letter].window(options.window_seconds))
     rates = {letter: [window["images_per_second"] for window in windows[letter]] for letter in letters}
-    for ratio, pair in RATIOS.items():
-        over, under = pair[0], pair[-1]
+    for ratio, over, under in RATIOS:
         if over in rates and under in rates:
             rates[ratio] = [ours / theirs for ours, theirs in zip(rates[over], rates[under], strict=True)]
     spreads = {key: {"median": statistics.median(x), "low": min(x), "high": max(x)} for key, x in rates.items()}
@@ -336,7 +332,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     settings, hardware = list(results["settings"].values()), results["hardware"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [["", *(measured["title"] for measured in settings)], ["---"] * (1 + len(settings))]
-    for key in (*RATIOS, *CONTESTANTS):
+    for key in (*(ratio for ratio, _, _ in RATIOS), *CONTESTANTS):
         cells = []
         for rate, windows in ((found["rates"].get(key), found["windows"].get(key)) for found in settings):
             cell = "{median:.3g} ({low:.3g}–{high:.3g})".format(**rate) if rate else ""
@@ -354,20 +350,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure; exit code 1 if a contestant fails, 2 for bad input."""
     from bkd_hf import machine, results
 
-    given = sys.argv[1:] if argv is None else list(argv)
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"), help="Where all files go.")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="What is trained.")
-    known, help_text = list("abcdef"), "; ".join(f"{letter}: {meaning}" for letter, meaning in CONTESTANTS.items())
-    parser.add_argument("--contestants", nargs="+", choices=known, default=known, help=help_text)
+    known, meant = list("abcdef"), "; ".join(f"{letter}: {meaning}" for letter, meaning in CONTESTANTS.items())
+    parser.add_argument("--contestants", nargs="+", choices=known, default=known, help=meant)
     parser.add_argument("--windows", type=int, default=6, help="Windows of each contestant.")
     parser.add_argument("--window_seconds", type=float, default=10.0, help=f"At least {MIN_STEPS} steps are taken.")
     parser.add_argument("--other_checkout", type=Path, help="Of this repository, say of the commit before a change.")
     parser.add_argument("--num_threads", type=int, help="CPU threads; all cores if not given.")
     parser.add_argument("--use_cpu", action="store_true", help="Use the CPU even if there is a GPU.")
     parser.add_argument("--quick", action="store_true", help="Tiny models, few images: shows that it works.")
-    options = parser.parse_args(given)
+    options = parser.parse_args(argv)
     for name, least in (("windows", 1), ("window_seconds", 0), ("num_threads", 1)):
         if getattr(options, name) is not None and not getattr(options, name) >= least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}.")
@@ -377,18 +371,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--other_checkout {options.other_checkout}: there is no scripts/run_bkd.py in it.")
     if "f" in options.contestants and torch.cuda.is_available() and not options.use_cpu:
         options.contestants.remove("f")  # a stopped process would keep the GPU of the others busy
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
     options.num_threads = machine.set_num_threads(options.num_threads)
     try:
         found: dict[str, Any] = {"settings": {name: measure(name, options) for name in options.settings}}
     except (RuntimeError, KeyboardInterrupt) as error:
         print(f"error: {error}" if str(error) else "interrupted", file=sys.stderr)
         return 1 if str(error) else 130
-    in_bf16 = machine.default_precision(options.use_cpu) == "bf16"
-    args = bkd_hf.BKDConfig(str(options.output_dir), use_cpu=options.use_cpu, bf16=in_bf16)
+    bf16 = machine.default_precision(options.use_cpu) == "bf16"
+    args = bkd_hf.BKDConfig(str(options.output_dir), use_cpu=options.use_cpu, bf16=bf16)
     # The command as others may see it: without the folders of this machine.
-    shown = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in given]
+    shown = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in argv or sys.argv[1:]]
     found["command"] = shlex.join(["python", "scripts/benchmark.py", *shown])
     found |= {"versions": results.describe_versions(), "hardware": results.describe_hardware(args)}
     (options.output_dir / "benchmark.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

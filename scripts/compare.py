@@ -9,6 +9,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from bkd_hf.compare import CellRunner, duration, plan_cells, save_comparison, to_markdown
+from bkd_hf.comparison import load_comparison
 from bkd_hf.errors import InputError, tell
 
 _SCRIPT = Path(__file__).with_name("run_bkd.py")
@@ -71,8 +73,6 @@ def main() -> int:
 
 def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int:
     """Write the tables and figures of finished cells."""
-    from bkd_hf.compare import load_comparison, save_comparison, to_markdown
-
     comparison = load_comparison(options.folders)
     notes = [*(notes or []), f"Made by `{shlex.join(['python', *sys.argv])}`."]
     paths = save_comparison(comparison, options.output_dir, notes)
@@ -83,8 +83,6 @@ def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int
 
 def compare(options: argparse.Namespace, rest: list[str]) -> int:
     """Run the cells that are not finished, and tabulate."""
-    from bkd_hf.cells import CellRunner, duration, plan_cells, shown_command
-
     cells = plan_cells(options.methods, options.seeds, options.output_dir, _SCRIPT, rest)
     runner = CellRunner(
         logs=options.output_dir / "logs",
@@ -94,7 +92,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
     )
     if options.dry_run:
         for cell in cells:
-            print(f"{cell.state():11}  {shown_command(cell, runner.launcher)}")
+            print(f"{cell.state():11}  {cell.command(runner.launcher)}")
         print("Timing a few steps …", flush=True)
         seconds = runner.estimate(cells)
         for name, value in seconds.items():

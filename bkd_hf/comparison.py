@@ -1,0 +1,189 @@
+"""Statistics over methods × seeds, from the `results.json` of their runs; no model and no data set is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from .config import METHOD_OPTIONS, BKDConfig
+from .errors import InputError
+from .objective import METHODS
+from .options import WITHOUT_INFLUENCE, DataArguments, ModelArguments
+from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
+
+#: Columns of the tables, and their keys in `long_tail_metrics`.
+METRICS = {
+    "overall": "accuracy",
+    "many": "many_shot_accuracy",
+    "medium": "medium_shot_accuracy",
+    "few": "few_shot_accuracy",
+    "worst class": "worst_class_accuracy",
+    "ECE": "expected_calibration_error",
+}
+#: Methods that the others are compared with, seed by seed.
+BASELINES = ("ce", "kd")
+_CONFIDENCE = 0.95
+_MAY_DIFFER = {*WITHOUT_INFLUENCE, "seed", "data_seed", "teacher_model_name_or_path"}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds in percent, or of differences paired by seed in percentage points.
+
+    Attributes:
+        mean: Mean.
+        n: Number of seeds.
+        std: Standard deviation with n − 1 in the denominator; `None` for n = 1.
+        low: Lower end of the 95 % confidence interval by Student's t; `None` for n = 1.
+        high: Upper end.
+        paired: Whether it is of differences, which are shown with sign and interval.
+    """
+
+    mean: float
+    n: int
+    std: float | None = None
+    low: float | None = None
+    high: float | None = None
+    paired: bool = False
+
+    @classmethod
+    def of(cls, values: Sequence[float], paired: bool = False) -> Mean | None:
+        """Summarise values; `None` without any."""
+        if len(values) < 2:
+            return cls(values[0], 1, paired=paired) if values else None
+        n, mean, std = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
+        half = float(stats.t.ppf((1 + _CONFIDENCE) / 2, n - 1)) * std / n**0.5
+        return cls(mean, n, std, mean - half, mean + half, paired)
+
+    def __str__(self) -> str:
+        if self.paired:
+            return f"{self.mean:+.1f}" if self.low is None else f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
+
+
+class Comparison:
+    """The cells of a table, by method and seed.
+
+    Args:
+        cells: The contents of `results.json` files.
+        sources: Where each is from, for messages.
+
+    Raises:
+        InputError: If there are none, two of the same method and seed differ, the seeds of a method were run with
+            different options, or they are of different images.
+    """
+
+    def __init__(self, cells: Sequence[dict[str, Any]], sources: Sequence[str] | None = None):
+        if not cells:
+            raise InputError("There is no results.json to compare.")
+        names = list(sources or (f"results {number}" for number in range(len(cells))))
+        self.cells: dict[str, dict[int, dict[str, Any]]] = {}
+        self.data = cells[0]["data"]
+        found: dict[tuple[str, int], str] = {}
+        for results, source in zip(cells, names, strict=True):
+            if "method" not in results:
+                raise InputError(
+                    f"{source} does not tell its method: an earlier version of bkd_hf wrote it. Run it again, or "
+                    "leave it out."
+                )
+            if any(results["data"][part] != self.data[part] for part in ("fingerprint", "eval_fingerprint")):
+                raise InputError(
+                    f"{names[0]} and {source} are of different images (data set, ratio or split): a comparison would "
+                    "tell nothing."
+                )
+            method, seed = results["method"], results["seed"]
+            other = self.cells.setdefault(method, {}).setdefault(seed, results)
+            first = found.setdefault((method, seed), source)
+            if other["student"]["metrics"] != results["student"]["metrics"]:
+                raise InputError(
+                    f"{first} and {source} are both {method} with seed {seed}, with different results: keep one of "
+                    "them."
+                )
+        for method, seeds in self.cells.items():
+            if differing := _differing_options(list(seeds.values())):
+                raise InputError(
+                    f"The seeds of {method} were not run with the same options, so they have no common mean: "
+                    f"{differing}. Leave out what does not belong there."
+                )
+        order = {name: number for number, name in enumerate(METHODS)}
+        self.methods = sorted(self.cells, key=lambda name: (order.get(name.partition(" ")[0], len(order)), name))
+        #: E.g. "`num_train_epochs` is 3 or 30", beside the options of the methods themselves; empty without.
+        self.differing_options = _differing_options(cells, {"method of the teacher", *METHOD_OPTIONS})
+
+    def estimate(self, method: str, metric: str, post_hoc: bool = False) -> Mean | None:
+        """Mean and spread of a metric (a key of `METRICS`) over the seeds of a method; `None` if it has none."""
+        return Mean.of(list(self.values(method, metric, post_hoc).values()))
+
+    def difference(self, method: str, baseline: str, metric: str) -> Mean | None:
+        """Difference of a metric (a key of `METRICS`) to a baseline, over the seeds that both have."""
+        values, others = self.values(method, metric), self.values(baseline, metric)
+        seeds = sorted(values.keys() & others.keys())
+        return Mean.of([values[seed] - others[seed] for seed in seeds], paired=True)
+
+    def shown_metrics(self) -> list[str]:
+        """Metrics (keys of `METRICS`) that any cell has: without few-shot classes there is no such column."""
+        return [name for name in METRICS if any(self.estimate(method, name) for method in self.methods)]
+
+    def num_seeds(self, method: str) -> int:
+        """How many seeds a method has."""
+        return len(self.cells[method])
+
+    def adjusts_itself(self, method: str) -> bool:
+        """Whether a method corrects for the class frequencies while training, by loss, weights or sampler."""
+        return adjusts_itself(next(iter(self.cells[method].values())))
+
+    def values(self, method: str, metric: str, post_hoc: bool = False) -> dict[int, float]:
+        """A metric (a key of `METRICS`) of each seed of a method, in percent."""
+        values = {}
+        for seed, results in self.cells.get(method, {}).items():
+            metrics = results["student"].get("post_hoc_metrics" if post_hoc else "metrics") or {}
+            if metrics.get(METRICS[metric]) is not None:
+                values[seed] = 100 * metrics[METRICS[metric]]
+        return values
+
+    def all_cells(self) -> list[dict[str, Any]]:
+        """The results of all methods and seeds."""
+        return [results for seeds in self.cells.values() for results in seeds.values()]
+
+
+def load_comparison(folders: Iterable[str | os.PathLike[str]]) -> Comparison:
+    """Read every `results.json` in folders and the folders below them.
+
+    Raises:
+        InputError: As [`Comparison`] and [`load_results`].
+    """
+    paths: dict[Path, None] = {}  # each once
+    for folder in map(Path, folders):
+        found = [folder] if folder.is_file() else sorted(folder.rglob(RESULTS_NAME))
+        if not found:
+            raise InputError(f"There is no {RESULTS_NAME} in {folder} or below it.")
+        paths |= dict.fromkeys(path.resolve() for path in found)
+    return Comparison([load_results(path) for path in paths], [str(path) for path in paths])
+
+
+def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str] = ()) -> str:
+    """Say which options are not the same in all cells, e.g. "`num_train_epochs` is 3 or 30"; empty without any.
+
+    One that is not recorded, because it is not told or was not there yet, has its default.
+    """
+    fields = [field for kind in (ModelArguments, DataArguments, BKDConfig) for field in dataclasses.fields(kind)]
+    defaults = {field.name: getattr(field.default, "value", field.default) for field in fields}
+    told = [
+        {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}
+        | {"method of the teacher": (results.get("teacher") or {}).get("method")}
+        | {"images in a step": effective_batch_size(results)}
+        for results in cells
+    ]
+    found = []
+    for name in sorted(set().union(*told) - {*may_differ} - _MAY_DIFFER):
+        values = sorted({str(options.get(name, defaults.get(name))) for options in told})
+        if len(values) > 1:
+            found.append(f"`{name}` is {' or '.join(values)}")
+    return "; ".join(found)

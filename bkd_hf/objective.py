@@ -320,10 +320,11 @@ class Objective:
 
     def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
         w, known, own = self.distillation_weights(progress), self.known_classes, self.own["distillation_loss"]
+        w = None if w is None else self._raised(w)
         if known is not None:
             z_s, z_t, w, y = z_s[:, known], z_t[:, known], None if w is None else w[known], _among(known, y)
         if own is not None:
-            values = own(z_s, z_t, y, w if w is None or self.power == 1 else w.pow(self.power))
+            values = own(z_s, z_t, y, w)
         else:
             values = self._call("distillation_loss", student_logits=z_s, teacher_logits=z_t, labels=y, class_weights=w)
         _per_example("distillation", values, y)
@@ -337,8 +338,8 @@ class Objective:
             power: p; that of the options if not given.
         """
         loss = self.loss("distillation_loss")
-        w = self.final_weights() if self.balances_distillation else None
-        arguments = self._arguments("distillation_loss", power)
+        w = self._raised(self.final_weights(), power) if self.balances_distillation else None
+        arguments = self._arguments("distillation_loss")
         taken = inspect.signature(loss.targets).parameters  # type: ignore[union-attr, arg-type]
         given = {"teacher_logits": z_t, "class_weights": w, **arguments}
         return loss.targets(**{name: value for name, value in given.items() if name in taken})  # type: ignore[union-attr, misc]
@@ -435,11 +436,16 @@ class Objective:
             return tau
         return max(0.0, 2.0 - self.power * self.options.temperature) if self.has_teacher else 1.0
 
-    def _arguments(self, part: str, power: float | None = None) -> dict[str, Any]:
-        """Values of the options of a loss, with numbers where these say `auto` or `measured`."""
+    def _raised(self, weights: torch.Tensor, power: float | None = None) -> torch.Tensor:
+        """The weights to the power of p, as all distillation losses get them, own ones too."""
+        power = self.power if power is None else power
+        return weights if power == 1 else weights.pow(power)
+
+    def _arguments(self, part: str) -> dict[str, Any]:
+        """Values of the options of a loss, with a number for `auto`; the power is in the weights already."""
         arguments = self.options.loss_arguments(part)
-        if "power" in arguments and self.loss(part).shared.get("power"):  # type: ignore[union-attr]
-            arguments["power"] = self.power if power is None else power
+        if "power" in arguments and "power" in self.loss(part).shared:  # type: ignore[union-attr]
+            del arguments["power"]
         if arguments.get("tau") == "auto":
             arguments["tau"] = self.tau
         return arguments

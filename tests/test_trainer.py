@@ -578,7 +578,7 @@ def test_student_and_teacher_of_text_are_measured(tmp_path):
         }
     )
     teacher = bert(2)
-    trainer = trainer_for(tmp_path, bert(1), teacher, table, max_steps=1)
+    trainer = trainer_for(tmp_path, bert(1), teacher, table, max_steps=1, eval_strategy="epoch")
     trainer.train()
     results = trainer.save_results("texts")
     inputs = {name: torch.tensor(table[name][:]) for name in ("input_ids", "attention_mask")}

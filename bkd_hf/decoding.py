@@ -222,11 +222,11 @@ def shared_images(
     with filelock.FileLock(f"{path}.lock"):
         if (images := _mapped(path, number)) is not None:  # another process has written it in the meantime
             return images
-        for left in path.parent.glob("*.partial"):
-            with suppress(filelock.Timeout), filelock.FileLock(left.with_suffix(".lock"), timeout=0):
-                left.unlink()  # nobody is writing it
         partial = path.with_suffix(".partial")
         partial.unlink(missing_ok=True)
+        for left in path.parent.glob("*.partial"):
+            with suppress(filelock.Timeout), filelock.FileLock(left.with_suffix(".lock"), timeout=0):
+                left.unlink(missing_ok=True)  # nobody is writing it
         needed, free = num_bytes(), shutil.disk_usage(path.parent).free
         if needed > free:
             raise OSError(f"{needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")

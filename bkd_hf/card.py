@@ -200,6 +200,8 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
     method = training.get("method", "bkd")
     of_machine = WITHOUT_INFLUENCE | options_with("place")
+    if told.get("distillation_loss", METHODS[method].distillation_loss) == "none":
+        of_machine |= options_with("student")  # they are about a teacher that there is not
     recipe = {
         **chosen(options["model"], of_machine, {}),
         **chosen(options["data"], of_machine, {}),

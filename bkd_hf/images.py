@@ -41,7 +41,7 @@ from .decoding import (
 )
 from .errors import InputError
 from .sampling import hash_uniform
-from .views import Box, PixelBytes, Rendering, output_size, same_pixels
+from .views import Box, PixelBytes, Rendering, output_size, same_pixels, whole
 
 logger = logging.get_logger(__name__)
 
@@ -450,9 +450,18 @@ def _place_for(num_bytes: int, shared: bool = True) -> CacheImages:
 
 
 def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put examples together to a batch, as `transformers`' `default_data_collator` does, those with bytes too."""
-    images = [name for name, value in examples[0].items() if isinstance(value, PixelBytes)]
-    batch: dict[str, Any] = {name: PixelBytes.join([example[name] for example in examples]) for name in images}
+    """Put examples together to a batch, as `transformers`' `default_data_collator` does.
+
+    Tensors that are the successive parts of one tensor, as those of [`ImageDataset`]'s `__getitems__` are, are not
+    copied: the batch is that tensor.
+    """
+    names = [name for name in examples[0] if name not in ("label", "label_ids")]  # which get another name
+    batch: dict[str, Any] = {}
+    for name in names:
+        parts = [example[name] for example in examples]
+        joined = PixelBytes.join(parts) if isinstance(parts[0], PixelBytes) else whole(parts)
+        if joined is not None:
+            batch[name] = joined
     others = [{name: value for name, value in example.items() if name not in batch} for example in examples]
     return {**batch, **default_data_collator(others)}
 

@@ -13,6 +13,13 @@ Teacher and student may come from different people. Mismatches are fixed or repo
   processor, as `--finetune_teacher` does in any case.
 - **The check of all that** is the teacher's accuracy on the evaluation images: one that only guesses is
   refused, unless `--force_teacher`.
+
+Tested as student and as teacher with tiny random weights (`tests/test_architectures.py`: two steps, save, reload in a
+new process, `pipeline`, resumption to the same weights bit for bit):
+
+transformers: ViT, DeiT, BEiT, Swin, Swin v2, ConvNeXt, ConvNeXt v2, DINOv2, PVT, LeViT, SigLIP, CLIP
+convolutional: CIFAR ResNet, ResNet, RegNet, EfficientNet, MobileNet v2, MobileViT
+timm: through TimmWrapper, where timm is installed; not tried on a CPU build of torch, which has no torchvision
 """
 
 from __future__ import annotations

@@ -65,15 +65,31 @@ class PixelBytes:
 
     @staticmethod
     def join(parts: Sequence[PixelBytes]) -> PixelBytes:
-        """Put batches together.
+        """Put batches together, without a copy if they are the parts of one (see [`whole`]).
 
         Raises:
             ValueError: If their arithmetic differs.
         """
-        first = parts[0]
+        first, tensors = parts[0], [part.values for part in parts]
         if any((part.scale, part.shift) != (first.scale, first.shift) for part in parts):
             raise ValueError("Images of data sets with different image processors do not fit into one batch.")
-        return PixelBytes(torch.cat([part.values for part in parts]), first.scale, first.shift)
+        values = whole(tensors)
+        return PixelBytes(torch.cat(tensors) if values is None else values.flatten(0, 1), first.scale, first.shift)
+
+
+def whole(parts: Sequence[Any]) -> torch.Tensor | None:
+    """The tensor of which these are all the parts, in order; `None` if there is none."""
+    first = parts[0]
+    if not all(isinstance(part, torch.Tensor) for part in parts) or first.requires_grad:
+        return None
+    begin, step = first.untyped_storage().data_ptr(), first.nbytes
+    layout = (first.shape, first.stride(), first.dtype)
+    if first.untyped_storage().nbytes() != len(parts) * step or any(
+        part.data_ptr() != begin + i * step or (part.shape, part.stride(), part.dtype) != layout
+        for i, part in enumerate(parts)
+    ):
+        return None
+    return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
 
 
 class Rendering:

@@ -135,6 +135,7 @@ def build(
         needs_code=_needs_code(student),
         figures={figure.removesuffix(".png"): f"figures/{figure}" for figure in figure_names(results)},
         parts=[title for title, _ in sources],
+        formulas=[loss.formula for loss in _losses(options)],
         citations=_citations(source for _, source in sources if source),
         accuracies=_accuracy_rows(results),
         classes=_class_table(results),
@@ -245,6 +246,12 @@ def _needs_code(model: dict[str, Any]) -> bool:
     if "architecture" in model:
         return model["architecture"] == "CifarResNetForImageClassification"
     return cifar_resnet_depth(model["model"]) is not None
+
+
+def _losses(options: dict[str, Any]) -> list[Loss]:
+    """The losses of the method; one of a user's own, which no registry has here, is left out."""
+    found = [registry.get(options.get(part, "none")) for part, registry in _LOSSES.items()]
+    return [loss for loss in found if loss is not None]
 
 
 def _sources(options: dict[str, Any]) -> list[tuple[str, str | None]]:

@@ -347,7 +347,10 @@ class BKDConfig(TrainingArguments):
             if given is None:
                 continue
             self._require(isinstance(given, dict), option, "a JSON object")
-            known = [] if loss is None else list(loss.arguments)
+            for argument in given:
+                if loss is not None and argument in loss.shared:  # one way to say it, which all else looks at too
+                    raise ValueError(f"--{option}: give {argument!r} of --{part} {name} by --{loss.shared[argument]}.")
+            known = [] if loss is None else [argument for argument in loss.arguments if argument not in loss.shared]
             if unknown := [argument for argument in given if argument not in known]:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
                 raise ValueError(f"--{option}: --{part} {name} has no argument {unknown[0]!r}; {takes}.")

@@ -26,30 +26,26 @@ class PublishError(RuntimeError):
         self.is_temporary = is_temporary
 
 
-def run_script(work: Callable[[], None], interrupted: str) -> int:
+def run_script(work: Callable[[], int | None], interrupted: str, *failures: type[Exception]) -> int:
     """Do the work of a script; return its exit code: 2 for bad input, 1 if the Hub does not take it, 130 for Ctrl-C.
 
     Args:
-        work: What the script does.
+        work: What the script does; what it returns is the exit code, 0 for `None`.
         interrupted: What to say after Ctrl-C.
+        failures: Further errors that are one line and the exit code 1.
     """
     warnings.formatwarning = lambda message, category, *_: (
         f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
     )
+    one_line: tuple[type[Exception], ...] = (InputError, PublishError, *failures)
     try:
-        work()
-    except (InputError, PublishError) as error:
-        return tell(error)
+        return work() or 0
+    except one_line as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
-    return 0
-
-
-def tell(error: Exception) -> int:
-    """Print an error as one line; return the exit code of a script: 2 for bad input, else 1."""
-    print(f"error: {error}", file=sys.stderr)
-    return 2 if isinstance(error, InputError) else 1
 
 
 def first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 # Instructions that multiply bf16: without them it is emulated, and slower than fp32.
-_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "sve_bf16")
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 

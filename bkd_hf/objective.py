@@ -4,8 +4,8 @@ A method is a choice from four tables: classification loss × its class weightin
 choice runs through the same trainer, data and schedule: what differs between two methods is what their names say.
 
 To add a loss, write a function of logits in `losses.py` and one line in a registry below. Its arguments that are no
-inputs are its options (`--classification_loss_args`, `--distillation_loss_args`); title, source and formula are read
-from its docstring.
+inputs are its options (`--classification_loss_args`, `--distillation_loss_args`); the card reads title, source and
+formula from its docstring.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,16 @@ _INPUTS = frozenset(
         "weight",
     ]
 )
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def _call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """Call a function with what it takes of what is given."""
+    return function(**{name: value for name, value in given.items() if name in _parameters(function)})
 
 
 def constant(epoch: float, weight: float) -> tuple[float, float]:
@@ -92,9 +102,7 @@ class Loss:
     def arguments(self) -> dict[str, Any]:
         """Its options and their defaults."""
         parameters = [
-            parameter
-            for function in (self.function, self.mixture)
-            for parameter in inspect.signature(function).parameters.values()
+            parameter for function in (self.function, self.mixture) for parameter in _parameters(function).values()
         ]
         return {p.name: p.default for p in parameters if p.name not in _INPUTS}
 
@@ -119,7 +127,7 @@ class Loss:
 
     def needs(self, name: str) -> bool:
         """Whether its function, or its mixture, takes an input."""
-        return any(name in inspect.signature(function).parameters for function in (self.function, self.mixture))
+        return any(name in _parameters(function) for function in (self.function, self.mixture))
 
     def option(self, loss: str, argument: str) -> str:
         """The option that gives an argument its value, for the loss of this name."""
@@ -309,7 +317,7 @@ class Objective:
         if own is not None:
             values = _per_example("classification", own(z, y), y) * example_weights(y, w, like=z)
         else:
-            values = self._call("classification_loss", logits=z, labels=y, class_weights=w)
+            values = self._values("classification_loss", logits=z, labels=y, class_weights=w)
             _per_example("classification", values, y)
         if w is None or not self.divides_by_weights:
             return values
@@ -320,13 +328,14 @@ class Objective:
 
     def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
         w, known, own = self.distillation_weights(progress), self.known_classes, self.own["distillation_loss"]
-        w = None if w is None else self._raised(w)
         if known is not None:
             z_s, z_t, w, y = z_s[:, known], z_t[:, known], None if w is None else w[known], _among(known, y)
         if own is not None:
             values = own(z_s, z_t, y, w)
         else:
-            values = self._call("distillation_loss", student_logits=z_s, teacher_logits=z_t, labels=y, class_weights=w)
+            values = self._values(
+                "distillation_loss", student_logits=z_s, teacher_logits=z_t, labels=y, class_weights=w
+            )
         _per_example("distillation", values, y)
         return values if known is None else torch.where(y == IGNORE_INDEX, 0.0, values)
 
@@ -337,21 +346,18 @@ class Objective:
             z_t: Teacher logits, B×C.
             power: p; that of the options if not given.
         """
-        loss = self.loss("distillation_loss")
+        targets = self.loss("distillation_loss").targets  # type: ignore[union-attr]
         w = self._raised(self.final_weights(), power) if self.balances_distillation else None
-        arguments = self._arguments("distillation_loss")
-        taken = inspect.signature(loss.targets).parameters  # type: ignore[union-attr, arg-type]
-        given = {"teacher_logits": z_t, "class_weights": w, **arguments}
-        return loss.targets(**{name: value for name, value in given.items() if name in taken})  # type: ignore[union-attr, misc]
+        given = {"teacher_logits": z_t, "class_weights": w, **self._arguments("distillation_loss")}
+        return _call(targets, given)  # type: ignore[arg-type]
 
     def mixture(self, epoch: float) -> tuple[float, float]:
         """Weights of the classification loss and of the distillation loss, after `epoch` epochs of training."""
         loss = self.loss("distillation_loss")
         if loss is None:
             return constant(epoch, self.options.distillation_weight)
-        given = {"weight": self.options.distillation_weight, **self.options.loss_arguments("distillation_loss")}
-        taken = inspect.signature(loss.mixture).parameters
-        return loss.mixture(epoch, **{name: value for name, value in given.items() if name in taken})
+        given = {"epoch": epoch, "weight": self.options.distillation_weight}
+        return _call(loss.mixture, given | self.options.loss_arguments("distillation_loss"))
 
     # ---- Weights --------------------------------------------------------------------------------------------------
 
@@ -363,11 +369,11 @@ class Objective:
         return deferred_weights(self.final_weights(), start, progress.epoch, progress.num_epochs)
 
     def distillation_weights(self, progress: Progress) -> torch.Tensor | None:
-        """The C weights w in the distillation loss, uniform before a deferred start; `None` if it takes none."""
+        """The C weights w^p in the distillation loss, uniform before a deferred start; `None` if it takes none."""
         if not self.has_teacher or not self.balances_distillation:
             return None
         start = self.options.deferred_reweighting_start
-        return deferred_weights(self.final_weights(), start, progress.epoch, progress.num_epochs)
+        return self._raised(deferred_weights(self.final_weights(), start, progress.epoch, progress.num_epochs))
 
     def final_weights(self) -> torch.Tensor:
         """The C weights by the effective number, as they are once they are in force."""
@@ -450,12 +456,9 @@ class Objective:
             arguments["tau"] = self.tau
         return arguments
 
-    def _call(self, part: str, **inputs: Any) -> torch.Tensor:
-        loss = self.loss(part)
-        function = loss.function  # type: ignore[union-attr]
+    def _values(self, part: str, **inputs: Any) -> torch.Tensor:
         given = {**inputs, "class_counts": self._device_counts, "reduction": "none", **self._arguments(part)}
-        taken = inspect.signature(function).parameters
-        return function(**{name: value for name, value in given.items() if name in taken})
+        return _call(self.loss(part).function, given)  # type: ignore[union-attr]
 
     @cached_property
     def _device_counts(self) -> torch.Tensor | None:
@@ -464,7 +467,7 @@ class Objective:
     def try_out(self, part: str) -> None:
         """Call a loss once with a batch of one example, so that it checks the values of its arguments."""
         z, y, w = torch.zeros(1, len(self.known_class_counts())), torch.zeros(1, dtype=torch.int64), None
-        self._call(part, logits=z, student_logits=z, teacher_logits=z, labels=y, class_weights=w)
+        self._values(part, logits=z, student_logits=z, teacher_logits=z, labels=y, class_weights=w)
         self.mixture(0.0)
 
     def check(self, model_config: Any) -> None:

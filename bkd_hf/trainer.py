@@ -283,9 +283,8 @@ class BKDTrainer(PublishingTrainer):
 
     @property
     def class_weights(self) -> torch.Tensor | None:
-        """The C weights in the distillation loss at this point of training; `None` where it takes none."""
-        weights, power = self.objective.distillation_weights(self._progress()), self.objective.power
-        return weights if weights is None or power == 1 else weights.pow(power)
+        """The C weights w^p in the distillation loss at this point of training; `None` where it takes none."""
+        return self.objective.distillation_weights(self._progress())
 
     @property
     def classification_weights(self) -> torch.Tensor | None:

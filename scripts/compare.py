@@ -6,12 +6,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import warnings
 from pathlib import Path
 
 from bkd_hf.compare import CellRunner, duration, plan_cells, save_comparison, to_markdown
 from bkd_hf.comparison import load_comparison
-from bkd_hf.errors import InputError, tell
+from bkd_hf.errors import InputError, run_script
 
 _SCRIPT = Path(__file__).with_name("run_bkd.py")
 
@@ -60,15 +59,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 
 def main() -> int:
     """Compare; exit code 1 if a cell failed, 2 for bad input."""
-    warnings.formatwarning = lambda message, category, *_: f"warning: {message}\n"
-    try:
+
+    def work() -> int:
         options, rest = parse()
         return tabulate(options) if options.folders else compare(options, rest)
-    except InputError as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on with the cells that are not finished", file=sys.stderr)
-        return 130
+
+    return run_script(work, "the same command goes on with the cells that are not finished")
 
 
 def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.errors import InputError, PublishError, tell
+from bkd_hf.errors import run_script
 from bkd_hf.machine import leave_process_group
 from bkd_hf.metrics import NotFiniteError
 from bkd_hf.run import run
@@ -17,19 +16,14 @@ from bkd_hf.run import run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; one line and exit code 2 for bad input, 1 for a training that diverges, or a Hub that does not take it."""
-    warnings.formatwarning = lambda message, category, *_: (
-        f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
-    )
-    try:
+
+    def work() -> None:
         run(parse_arguments(argv, digits_recipe=Path(__file__).parent / "recipes" / "digits.yaml"))
-    except (InputError, PublishError, NotFiniteError) as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+
+    try:
+        return run_script(work, "the same command continues from the last checkpoint", NotFiniteError)
     finally:
         leave_process_group()
-    return 0
 
 
 if __name__ == "__main__":

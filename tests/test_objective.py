@@ -154,11 +154,15 @@ def test_mixture():
         ({"distillation_loss_args": "{beta: 1}"}, "--distillation_loss_args {beta: 1} is no JSON"),
         ({"classification_loss_args": {"gamma": 2}}, "--classification_loss cross_entropy has no argument 'gamma'"),
         ({"classification_loss_args": [1]}, "--classification_loss_args must be a JSON object"),
+        (
+            {"method": "bkd", "distillation_loss_args": {"power": 0.5}},
+            "--distillation_loss_args: give 'power' of --distillation_loss bkd by --class_balance_power",
+        ),
     ],
 )
 def test_arguments_of_losses_are_checked_against_their_signature(options, message):
     with pytest.raises(ValueError, match=message):
-        BKDConfig(output_dir="unused", use_cpu=True, method="dkd", **options)
+        BKDConfig(output_dir="unused", use_cpu=True, **{"method": "dkd", **options})
 
 
 def test_arguments_of_losses_are_those_of_their_options():

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
-from .losses import IGNORE_INDEX, cross_entropy_loss
 from .machine import precision_of
-from .metrics import LongTailAccumulator, NotFiniteError
+from .metrics import NotFiniteError
 from .teacher_logits import TeacherLogitsError
 
 _NO_STEP = torch.iinfo(torch.int64).max
@@ -131,45 +128,3 @@ class EpochSetter(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin(int(state.epoch or 0))
-
-
-class EvaluationMeter:
-    """Loss and metrics of an evaluation, added up by each process, and then merged: each example counts once.
-
-    Args:
-        accelerator: Of the trainer.
-        label_smoothing: Of the cross-entropy.
-        accumulator: Of metrics; `None` for the loss alone.
-    """
-
-    def __init__(self, accelerator: Accelerator, label_smoothing: float, accumulator: LongTailAccumulator | None):
-        self.accelerator, self.label_smoothing, self.accumulator = accelerator, label_smoothing, accumulator
-        self._sums = [torch.zeros(2, device=accelerator.device)]
-        self._num_seen = 0
-
-    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch of this process, without the examples that fill up the last one of all processes."""
-        number, rank, state = len(labels), self.accelerator.process_index, self.accelerator.gradient_state
-        first = self._num_seen + rank * number
-        self._num_seen += self.accelerator.num_processes * number
-        if state.end_of_dataloader and state.remainder > 0:
-            number = min(max(state.remainder - rank * number, 0), number)
-        if not number:
-            return
-        logits, labels = logits[:number], labels[:number]
-        loss = cross_entropy_loss(logits, labels, self.label_smoothing, reduction="sum")
-        self._sums.append(torch.stack([loss, (labels != IGNORE_INDEX).sum()]))
-        if self.accumulator is not None:
-            at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
-            self.accumulator.update(logits.to("cpu", at_least_float32).numpy(), labels.cpu().numpy(), first)
-
-    def finish(self) -> dict[str, float]:
-        """Merge what the processes added, and return loss and metrics; all processes have to call it."""
-        sums = torch.stack(self._sums).cpu().double().sum(dim=0)
-        all_sums, accumulators = zip(*gather_object([(sums, self.accumulator)]), strict=True)
-        loss, number = sum(all_sums).tolist()
-        found = {"loss": loss / number} if number else {}
-        if self.accumulator is not None:
-            self.accumulator = functools.reduce(LongTailAccumulator.merge, accumulators)
-            found |= self.accumulator.scalars() if self.accumulator.num_images else {}
-        return found

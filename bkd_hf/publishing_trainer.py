@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from transformers import Trainer
 
 from .card import build
 from .hub import check_repo_access, publish_folder
 from .measure import measure
+from .measuring_trainer import MeasuringTrainer
 from .plots import save_plots
 from .results import RESULTS_NAME, save_json
 
 
-class PublishingTrainer(Trainer):
+class PublishingTrainer(MeasuringTrainer):
     """A `Trainer` that publishes its student, once, with what was measured; checkpoints stay here."""
 
     _has_new_weights = False  # that results.json does not tell of

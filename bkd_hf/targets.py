@@ -6,7 +6,7 @@ Re-weighted by class, the answers of a teacher that is not sure of its training 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,13 @@ import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch.utils.data import DataLoader, Subset
 
+from .config import BKDConfig
 from .errors import InputError
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 from .objective import Objective
-from .teacher import FrozenTeacher
+from .teacher import FrozenTeacher, split_inputs
 from .teacher_logits import TeacherLogitsError
+from .training_data import TrainingData
 
 #: Training images that are looked at.
 NUM_IMAGES = 1024
@@ -142,35 +144,29 @@ def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> 
     )
 
 
-def sample_of(dataset: Any, num_images: int, seed: int) -> Subset:
-    """Draw some examples of a training set, in its order."""
-    numbers = np.random.default_rng(seed).permutation(len(dataset))[:num_images]
-    return Subset(dataset, np.sort(numbers).tolist())
-
-
 @torch.no_grad()
 def answers_about_sample(
-    teacher: FrozenTeacher,
-    loader: DataLoader,
-    split_inputs: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any], torch.Tensor]],
-    device: torch.device,
+    teacher: FrozenTeacher, data: TrainingData, num_images: int, args: BKDConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a teacher's logits, N×C, and the labels of the images that it knows the classes of.
+    """Return a teacher's logits of some training images, N×C, and the labels, of those whose class it knows.
 
     Args:
         teacher: The teacher.
-        loader: Gives batches.
-        split_inputs: Takes a batch apart: inputs of the student, inputs of the teacher, labels.
-        device: Where the teacher is.
+        data: The training images.
+        num_images: How many to look at, drawn by the seed.
+        args: Options.
 
     Raises:
         InputError: If none of the images is of a class that the teacher knows.
         TeacherLogitsError: If the logits are not finite.
     """
-    found = []
+    found, examples = [], data.examples
+    numbers = np.random.default_rng(args.seed).permutation(len(examples))[:num_images]
+    sample = Subset(examples, np.sort(numbers).tolist())
+    loader = DataLoader(sample, args.eval_batch_size, collate_fn=data.collator)
     with torch.random.fork_rng(devices=[]):  # the training must not notice
         for batch in loader:
-            _, inputs, labels = split_inputs(send_to_device(batch, device))
+            _, inputs, labels = split_inputs(send_to_device(batch, args.device))
             found.append((teacher(**inputs).float(), labels))
     logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     if logits.isnan().any():

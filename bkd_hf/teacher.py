@@ -39,10 +39,12 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import modeling_cifar_resnet  # noqa: F401 (makes the architecture known to the Auto classes)
 from .errors import InputError
-from .models import label_names
+from .models import label_names, why_not_alike
 
 #: Inputs with this prefix go to the teacher, without it.
 TEACHER_PREFIX = "teacher_"
+#: Key of the teacher's logits in an example and in a batch, where they were computed beforehand.
+TEACHER_LOGITS = "teacher_logits"
 
 
 class FrozenTeacher(nn.Module):
@@ -121,6 +123,30 @@ class TeacherAsClassifier(nn.Module):
 def gives_teacher_inputs(dataset: Any) -> bool:
     """Whether the examples of a data set have inputs for the teacher alone."""
     return hasattr(dataset, "__getitem__") and any(key.startswith(TEACHER_PREFIX) for key in dataset[0])
+
+
+def why_not_start_from(teacher: FrozenTeacher, student: nn.Module, dataset: Any) -> str | None:
+    """Return why a student cannot start from a teacher's weights and learn from these examples; `None` if it can."""
+    why_not = why_not_alike(student, teacher.model)
+    if why_not is None and teacher.columns is not None:
+        why_not = "the teacher's outputs are in another order"
+    if why_not is None and gives_teacher_inputs(dataset):
+        why_not = "the teacher takes other inputs than the student"
+    return why_not
+
+
+def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
+    """Take a batch apart: inputs of the student, inputs of the teacher (the same, if it has none alone), labels.
+
+    Raises:
+        ValueError: If there are no labels.
+    """
+    own = {k: v for k, v in inputs.items() if not k.startswith(TEACHER_PREFIX)}
+    labels = own.pop("labels", None)
+    if labels is None:
+        raise ValueError(f'The batch has no "labels", only {", ".join(inputs)}.')
+    names = [k for k in inputs if k.startswith(TEACHER_PREFIX) and k != TEACHER_LOGITS]
+    return own, {k.removeprefix(TEACHER_PREFIX): inputs[k] for k in names} or own, labels
 
 
 def num_labels(model: nn.Module) -> int | None:

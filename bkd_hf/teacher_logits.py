@@ -31,18 +31,15 @@ from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from huggingface_hub import constants
 from torch.utils.data import DataLoader, Subset
-from transformers import DataCollatorWithPadding, DefaultDataCollator, PreTrainedConfig, default_data_collator
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .errors import InputError
-from .images import collate_images
 from .metrics import NotFiniteError
-from .teacher import FrozenTeacher
+from .teacher import TEACHER_LOGITS, FrozenTeacher
 
 logger = logging.get_logger(__name__)
 
-#: Key of the logits in an example and in a batch.
-TEACHER_LOGITS = "teacher_logits"
 #: What `teacher_cache_dtype` may be.
 DTYPES = ("float16", "float32")
 #: K for augmented images where nothing else is said.
@@ -309,49 +306,3 @@ def describe_views(dataset: Any, sampler: str) -> dict[str, Any]:
         f"and those of a {type(dataset).__name__} need not be: a cached answer would be about another view. Give it a "
         "method describe_views() that returns all that they depend on, or use --teacher_cache off."
     )
-
-
-def open_logits_folder(trainer: Any) -> LogitsFolder | None:
-    """Open the folder that the options ask for; `None` without one.
-
-    Raises:
-        InputError: If there can be none, and it was not left open by `"auto"`.
-    """
-    args = trainer.args
-    if args.teacher_cache == "off" or trainer.teacher_model is None:
-        return None
-    folder = DEFAULT_FOLDER if args.teacher_cache == "auto" else args.teacher_cache
-    try:
-        _check_that_batches_come_again(trainer)
-        images = describe_views(trainer.train_dataset, args.sampler)
-        about = {"teacher": trainer._about_teacher, "precision": args.mixed_precision, "images": images}
-        shape = trainer.num_views or 1, len(trainer.train_dataset), len(trainer.objective.known_class_counts())
-        return LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
-    except InputError as error:
-        if args.teacher_cache != "auto":
-            raise
-        again = ""
-        if trainer.num_views is not None:
-            again = (
-                " Views come again all the same, as for methods that are compared with this one "
-                "(--teacher_cache_views)."
-            )
-        logger.warning(f"The teacher's logits are not cached: {error}{again}")
-        return None
-
-
-def _check_that_batches_come_again(trainer: Any) -> None:
-    if not trainer._numbers_examples:
-        raise InputError(
-            "--teacher_cache needs a training set with a length and random access, --train_sampling_strategy "
-            "random or sequential, and neither split_batches nor dispatch_batches of accelerate. Use "
-            "--teacher_cache off."
-        )
-    known = default_data_collator, collate_images
-    if trainer.data_collator not in known and not isinstance(
-        trainer.data_collator, (DefaultDataCollator, DataCollatorWithPadding)
-    ):
-        raise InputError(
-            "--teacher_cache does not go with a data_collator of your own, which may change the examples, or mix "
-            "them, each time in another way. Use --teacher_cache off."
-        )

@@ -2,74 +2,61 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import DynamoBackend, send_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length, seed_worker
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from .callbacks import EpochSetter, EvaluationMeter, FiniteGuard, LossMeter, TeacherLogitsError, TrainingDivergedError
+from .callbacks import EpochSetter, FiniteGuard, LossMeter, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
-from .counting import count_training_examples, training_labels
 from .errors import InputError
 from .images import ImageDataset, collate_images
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
-from .metrics import LongTailAccumulator, LongTailEvaluation, check_class_counts
-from .models import freeze_backbone, load_weights_strictly, start_from_teacher, the_head, why_not_alike
+from .metrics import LongTailEvaluation, check_class_counts
+from .models import freeze_backbone, load_weights_strictly, start_from_teacher
 from .objective import Objective, Progress, corrects
+from .optimization import OptimizingTrainer
 from .publishing_trainer import PublishingTrainer
-from .sampling import GlobalBatchSampler, SampledExamples, innermost
-from .schedules import StepDecay
-from .targets import NUM_IMAGES, answers_about_sample, look, sample_of
+from .sampling import innermost
+from .targets import NUM_IMAGES, answers_about_sample, look
 from .teacher import (
+    TEACHER_LOGITS,
     TEACHER_PREFIX,
     FrozenTeacher,
     TeacherAsClassifier,
     check_numbers_of_classes,
-    gives_teacher_inputs,
     load_teacher,
     num_labels,
+    split_inputs,
+    why_not_start_from,
 )
-from .teacher_logits import (
-    DEFAULT_VIEWS,
-    TEACHER_LOGITS,
-    LogitsFolder,
-    WithTeacherLogits,
-    describe_teacher,
-    open_logits_folder,
-    precompute_logits,
-)
+from .teacher_logits import LogitsFolder, describe_teacher
+from .training_data import TrainingData, count_training_examples
 
 logger = logging.get_logger(__name__)
 
 __all__ = ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"]
 
 
-class BKDTrainer(PublishingTrainer):
+class BKDTrainer(OptimizingTrainer, PublishingTrainer):
     """Trains a student with Balanced Knowledge Distillation (Zhang et al., 2021, arXiv 2104.10510).
 
         L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + log w) ‖ softmax(z_s / T) )     mean over the global batch
 
     or by another method of [`BKDConfig`]: λ_c · classification loss + λ_d · distillation loss (`bkd_hf.objective`).
-    In every other respect a [`~transformers.Trainer`]. What it does differently, and why:
-
-    - **One mean.** The loss is the mean over all examples of an optimizer step, however these are cut into
-      accumulation steps and processes, the short last step of an epoch included.
-    - **Resumption** restores every weight (by `from_pretrained`, strictly), whatever names a checkpoint uses.
-    - **Publishing**, by `push_to_hub()`, is of what others need, and once: checkpoints stay here.
-    - **Evaluation** counts each example once under several processes; its loss is the plain cross-entropy, without
-      the teacher. Without a `compute_metrics` of your own, [`long_tail_metrics`] are reported.
+    The loss is one mean over all examples of an optimizer step, however these are cut into accumulation steps and
+    processes. In every other respect a [`~transformers.Trainer`]; evaluation (`MeasuringTrainer`), optimizers and
+    schedules (`OptimizingTrainer`) and `push_to_hub()` (`PublishingTrainer`) say what they do differently.
 
     The trainer does not look into the inputs: those whose names start with `teacher_` go to the teacher (without the
     prefix) and all others to the student; if there are none, both models get the same.
@@ -81,14 +68,9 @@ class BKDTrainer(PublishingTrainer):
         args: Options.
         data_collator: As for `Trainer`; by default `collate_images` for an [`ImageDataset`], or parts of one.
         train_dataset: As for `Trainer`; a map-style data set gives the guarantees above.
-        eval_dataset: As for `Trainer`.
-        processing_class: Saved with the model.
         class_counts: C numbers of training images; counted in `train_dataset` if not given.
-        model_init: As for `Trainer`.
-        compute_metrics: As for `Trainer`.
-        callbacks: As for `Trainer`.
-        optimizers: As for `Trainer`.
-        preprocess_logits_for_metrics: As for `Trainer`.
+        eval_dataset, processing_class, model_init, compute_metrics, callbacks, optimizers,
+            preprocess_logits_for_metrics: As for `Trainer`.
         classification_loss: Used instead of the method's: called with logits (B×C) and labels (B), it returns B
             values. Class weights are applied to them.
         distillation_loss: Used instead of the method's: called with the logits of student and teacher (B×C), labels
@@ -132,10 +114,7 @@ class BKDTrainer(PublishingTrainer):
 
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
             # Trainer would cut each batch among the GPUs by DataParallel, and the number of its examples with it.
-            logger.warning_once(
-                f"The first of {args.n_gpu} GPUs is used: start with `accelerate launch` to use all, or choose one by "
-                "CUDA_VISIBLE_DEVICES."
-            )
+            logger.warning_once(f"The first of {args.n_gpu} GPUs is used: `accelerate launch` uses all.")
             args._n_gpu = 1
         any_dataset = eval_dataset if train_dataset is None else train_dataset
         if data_collator is None and all(isinstance(part, ImageDataset) for part in innermost(any_dataset)):
@@ -162,35 +141,26 @@ class BKDTrainer(PublishingTrainer):
         if args.freeze_backbone and train_dataset is not None and model_init is None:
             freeze_backbone(self.model)
 
-        self.class_counts: np.ndarray | None = None
-        if class_counts is not None:
-            self.class_counts = check_class_counts(class_counts).astype(np.int64)
-        elif train_dataset is not None:
-            self.class_counts = count_training_examples(train_dataset, num_labels(self.model))
+        if class_counts is None and train_dataset is not None:
+            class_counts = count_training_examples(train_dataset, num_labels(self.model))
+        self.class_counts = None if class_counts is None else check_class_counts(class_counts).astype(np.int64)
         self.long_tail = compute_metrics if isinstance(compute_metrics, LongTailEvaluation) else None
         if self.long_tail is None and self.class_counts is not None:
             self.long_tail = LongTailEvaluation(self.class_counts)
-        self._evaluation, self._is_measuring = EvaluationMeter(self.accelerator, 0.0, None), False
-
         self.teacher_model: FrozenTeacher | None = None
+        self._about_teacher: dict[str, Any] = {}
         if teacher_model is not None:
             teacher = load_teacher(teacher_model)
             if args.teacher_cache != "off":
                 self._about_teacher = describe_teacher(teacher)  # before it may be spread over devices
             self.teacher_model = self._prepare_teacher(teacher)
-        self.teacher_cache: LogitsFolder | None = None  # opened when training begins
-        self._with_teacher_logits: WithTeacherLogits | None = None
+        self._training_data = self._new_training_data()
         check_numbers_of_classes(self.model, self.teacher_model, self.class_counts)
 
+        known = None if self.teacher_model is None else self.teacher_model.known_classes
+        losses, measure_power = (classification_loss, distillation_loss), self._measured_power
         self.objective = Objective(
-            args,
-            self.class_counts,
-            args.device,
-            self.teacher_model is not None,
-            None if self.teacher_model is None else self.teacher_model.known_classes,
-            classification_loss,
-            distillation_loss,
-            self._measured_power,
+            args, self.class_counts, args.device, self.teacher_model is not None, known, *losses, measure_power
         )
         if train_dataset is not None or self.teacher_model is not None:
             self.objective.check(getattr(self.model, "config", None))
@@ -199,9 +169,6 @@ class BKDTrainer(PublishingTrainer):
         self._first_batch_checked = False
         self._mean_weight_of_step: torch.Tensor | None = None
         self._has_new_weights = False  # that results.json does not tell of
-        self._train_batch_sampler: GlobalBatchSampler | None = None
-        self._loader_generator = torch.Generator()
-        self._update_steps_per_epoch: int | None = None
         self.student_started_from_teacher = False
         self._initialise_student(self.model)
 
@@ -226,7 +193,7 @@ class BKDTrainer(PublishingTrainer):
             The batch's share of the loss, scaled so that gradients summed over micro-batches and averaged over
             processes are those of the mean over the step.
         """
-        student_inputs, teacher_inputs, labels = self._split_inputs(inputs)
+        student_inputs, teacher_inputs, labels = split_inputs(inputs)
         outputs = model(**student_inputs)
         counted = labels != IGNORE_INDEX
         if model.training:
@@ -241,27 +208,13 @@ class BKDTrainer(PublishingTrainer):
             self._guard.watch("student", loss.detach().isfinite(), self.state.global_step + 1)
         return (loss, outputs) if return_outputs else loss
 
-    def _split_inputs(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
-        own = {k: v for k, v in inputs.items() if not k.startswith(TEACHER_PREFIX)}
-        labels = own.pop("labels", None)
-        if labels is None:
-            raise ValueError(f'The batch has no "labels", only {", ".join(inputs)}.')
-        of_teacher = {
-            k.removeprefix(TEACHER_PREFIX): v
-            for k, v in inputs.items()
-            if k.startswith(TEACHER_PREFIX) and k != TEACHER_LOGITS
-        }
-        return own, of_teacher or own, labels
-
-    def _share_of_mean(
-        self, losses: torch.Tensor, counted: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
+    def _share_of_mean(self, losses: torch.Tensor, counted: torch.Tensor, num_items_in_step: Any) -> torch.Tensor:
         losses = losses * counted
-        if num_items_in_batch is None:
+        if num_items_in_step is None:
             return losses.sum() / counted.sum()
         # Processes average their gradients; the count is over all of them (unless that was switched off).
         num_averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return losses.sum() / num_items_in_batch * num_averaged
+        return losses.sum() / num_items_in_step * num_averaged
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the labelled examples of an optimizer step, as `Trainer`, and take the mean of their class weights."""
@@ -280,6 +233,11 @@ class BKDTrainer(PublishingTrainer):
         epoch = self.state.global_step / per_epoch if per_epoch else self.state.epoch or 0.0
         num_epochs = args.max_steps / per_epoch if args.max_steps > 0 and per_epoch else args.num_train_epochs
         return Progress(epoch, num_epochs, None if num_items_in_batch is None else self._mean_weight_of_step)
+
+    @property
+    def teacher_cache(self) -> LogitsFolder | None:
+        """Where the teacher's logits are kept; known when training begins."""
+        return self._training_data.logits
 
     @property
     def class_weights(self) -> torch.Tensor | None:
@@ -310,19 +268,12 @@ class BKDTrainer(PublishingTrainer):
         args, teacher = self.args, self.teacher_model
         if teacher is None or args.student_init == "model" or self.train_dataset is None:
             return
-        why_not = why_not_alike(student, teacher.model)
-        if why_not is None and teacher.columns is not None:
-            why_not = "the teacher's outputs are in another order"
-        if why_not is None and gives_teacher_inputs(self.train_dataset):
-            why_not = "the teacher takes other inputs than the student"
-        if why_not is not None:
-            if args.student_init == "teacher":
-                raise InputError(
-                    f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like the student."
-                )
+        why_not = why_not_start_from(teacher, student, self.train_dataset)
+        if why_not is not None and args.student_init == "teacher":
+            raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
+        # With p = 1 the teacher has learned all there is: its answers teach more than its weights.
+        if why_not is not None or (args.student_init == "auto" and self.objective.power >= 1):
             return
-        if args.student_init == "auto" and self.objective.power >= 1:
-            return  # the teacher has learned all there is: its answers teach more than its weights
         start_from_teacher(student, teacher.model, self.class_counts if corrects(vars(args)) else None)
         self.student_started_from_teacher = True
 
@@ -339,42 +290,23 @@ class BKDTrainer(PublishingTrainer):
             self._guard.stop_if_not_finite()
         return logits
 
-    def _ask_teacher(self, batch: dict[str, Any]) -> torch.Tensor:
-        assert self.teacher_model is not None
-        return self.teacher_model(**self._split_inputs(send_to_device(batch, self.args.device))[1])
-
-    @property
-    def num_views(self) -> int | None:
-        """Number of views of a training image, after which they come again; `None` if each epoch has its own.
-
-        It does not depend on whether there is a teacher: methods that are compared see the same views.
-        """
-        if self.args.teacher_cache_views is not None:
-            return self.args.teacher_cache_views
-        if self.args.teacher_cache == "off" or not self._numbers_examples:
-            return None
-        parts = innermost(self.train_dataset)
-        return DEFAULT_VIEWS if any(getattr(part, "augmentation", "none") != "none" for part in parts) else 1
-
     def _measured_power(self) -> float:
         statistics = self.look_at_targets()
         if statistics is None:
             raise InputError(
                 "--class_balance_power measured looks at training images first, which needs a training set with a "
-                "length and random access, and a distillation loss that is not your own. Use --class_balance_power "
-                "auto."
+                "length and random access, and a known distillation loss. Use --class_balance_power auto."
             )
         return statistics["power"]
 
     @torch.no_grad()
     def look_at_targets(self, num_images: int = NUM_IMAGES) -> dict[str, Any] | None:
-        """Look at the distillation targets of a sample of the training images (see `bkd_hf.targets`).
+        """Look at the distillation targets of some training images (see `bkd_hf.targets`), as they are in the end.
 
-        With a deferred start the targets are those of its end. All processes have to call it; each looks at the same
-        images.
+        All processes have to call it; each looks at the same images.
 
         Args:
-            num_images: How many images to look at, drawn by the seed.
+            num_images: How many, drawn by the seed.
 
         Returns:
             The statistics of [`target_statistics`], and the `power` of the class weights where there are any; `None`
@@ -391,11 +323,9 @@ class BKDTrainer(PublishingTrainer):
             return None
         seen = num_images, args.distillation_loss, args.temperature, args.class_balance_beta, args.class_balance_power
         if seen not in self._looks:
-            self.set_epoch(0)
-            dataset, collator = self._with_used_columns(dataset)
-            sample = sample_of(dataset, num_images, args.seed)
-            loader = DataLoader(sample, args.eval_batch_size, collate_fn=collator)
-            logits, labels = answers_about_sample(self.teacher_model, loader, self._split_inputs, args.device)
+            data = self._new_training_data()
+            data.set_epoch(0)
+            logits, labels = answers_about_sample(self.teacher_model, data, num_images, args)
             assert self.long_tail is not None  # there are class counts
             thresholds = self.long_tail.many_shot_threshold, self.long_tail.few_shot_threshold
             self._looks[seen] = look(objective, logits, labels, self.class_counts, *thresholds)
@@ -404,13 +334,10 @@ class BKDTrainer(PublishingTrainer):
     # ---- Logging --------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `ce_loss` and `kd_loss` to a training log: means over all examples, in all processes, since the last.
-
-        `kd_loss` includes T² but not α.
+        """Add `ce_loss` and `kd_loss` (with T², without α) to a training log: means over all examples since the last.
 
         Raises:
-            TeacherLogitsError: If the teacher's logits were not finite since the last log.
-            TrainingDivergedError: If the loss was not.
+            TeacherLogitsError, TrainingDivergedError: If something was not finite since then.
         """
         if self.is_in_train:
             self._guard.stop_if_not_finite()
@@ -426,112 +353,33 @@ class BKDTrainer(PublishingTrainer):
         Iterable data sets, other sampling strategies than random and sequential, and accelerate's `split_batches` and
         `dispatch_batches` take `Trainer`'s own path, without the guarantee for the last step of an epoch.
         """
-        dataset, args = self.train_dataset, self.args
-        if not self._numbers_examples:
-            self._open_teacher_cache()
-            if args.sampler == "class_balanced":
-                raise ValueError(
-                    "--sampler class_balanced needs a training set with a length and random access, "
-                    "--train_sampling_strategy random, and neither split_batches nor dispatch_batches of accelerate."
-                )
-            loader = super().get_train_dataloader()
-            if has_length(loader):
-                self._update_steps_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-            return loader
-
-        dataset, collator = self._with_used_columns(dataset)
-        self.teacher_cache = self._open_teacher_cache()
-        if self.teacher_cache is not None:
-            self._precompute_logits = functools.partial(
-                precompute_logits,
-                self._ask_teacher,
-                dataset,
-                self.teacher_cache,
-                batch_size=self._train_batch_size,
-                collate_fn=collator,
-                num_workers=args.dataloader_num_workers,
-                multiprocessing_context=args.dataloader_multiprocessing_context,
+        data = self._training_data = self._new_training_data()
+        if self.teacher_model is not None:
+            data.open_logits(self._about_teacher, 0 if self.class_counts is None else len(self.class_counts))
+        if data.numbers_examples:
+            loader = self.accelerator.prepare(data.loader(self._train_batch_size, self.accelerator))
+        elif self.args.sampler == "class_balanced":
+            raise ValueError(
+                "--sampler class_balanced needs a training set with a length and random access, "
+                "--train_sampling_strategy random, and neither split_batches nor dispatch_batches of accelerate."
             )
-            alone = dataset.for_student_alone() if isinstance(dataset, ImageDataset) else dataset
-            dataset = self._with_teacher_logits = WithTeacherLogits(alone, self.teacher_cache)
-        sampler = GlobalBatchSampler(
-            len(dataset),
-            batch_size=self._train_batch_size,
-            accumulation_steps=args.gradient_accumulation_steps,
-            num_processes=self.accelerator.num_processes,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy == "random",
-            drop_last=args.dataloader_drop_last,
-            # A step of another size would be compiled anew, for any size, and all later ones would be slower.
-            pad_last=self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
-            class_balanced_labels=training_labels(self.train_dataset) if args.sampler == "class_balanced" else None,
-        )
-        loader = DataLoader(
-            SampledExamples(dataset),
-            batch_sampler=sampler,
-            collate_fn=collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            in_order=args.dataloader_in_order,
-            # Its own, seeded by the epoch: a loader takes a number from it whenever it begins, or starts workers; from
-            # the common generator that would shift all dropout after it, and not alike after a resumption.
-            generator=self._loader_generator,
-            worker_init_fn=functools.partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-            ),
-        )
-        self._train_batch_sampler = sampler
-        prepared = self.accelerator.prepare(loader)
-        self._update_steps_per_epoch = math.ceil(len(prepared) / args.gradient_accumulation_steps)
-        return prepared
+        else:
+            loader = super().get_train_dataloader()
+        if has_length(loader):
+            self._update_steps_per_epoch = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
+        return loader
 
-    def _with_used_columns(self, dataset: Any) -> tuple[Any, Callable]:
-        """A training set and its collator, one of which leaves out what no model takes."""
+    def _new_training_data(self) -> TrainingData:
+        dataset, examples, collator = self.train_dataset, self.train_dataset, self.data_collator
         if isinstance(dataset, datasets.Dataset):
-            return self._remove_unused_columns(dataset, description="training"), self.data_collator
-        return dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
-
-    def _open_teacher_cache(self) -> LogitsFolder | None:
-        return None if self.teacher_model is None else open_logits_folder(self)
-
-    @property
-    def _numbers_examples(self) -> bool:
-        """Whether batches are cut by a [`GlobalBatchSampler`], which knows the numbers of their examples."""
-        dataset, config = self.train_dataset, self.args.accelerator_config
-        return not (
-            dataset is None
-            or isinstance(dataset, torch.utils.data.IterableDataset)
-            or not has_length(dataset)
-            or self.args.train_sampling_strategy not in ("random", "sequential")
-            or config.split_batches
-            or config.dispatch_batches
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Tell sampler and data set which epoch begins: accelerate reaches them in some set-ups only.
-
-        The order is that of the epoch, the augmentation that of its view.
-        """
-        self._loader_generator.manual_seed(self.args.seed + epoch)
-        view = self._view(epoch)
-        if self._with_teacher_logits is not None:
-            self._with_teacher_logits.set_epoch(view)
-        if self._train_batch_sampler is not None:
-            self._train_batch_sampler.set_epoch(epoch)
-        for part in innermost(self.train_dataset):
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(view)
-
-    def _view(self, epoch: int) -> int:
-        return epoch % self.num_views if self.num_views else epoch
+            examples = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        return TrainingData(dataset, examples, collator, self.args)
 
     def _begin_epoch(self, epoch: int) -> None:
-        self.set_epoch(epoch)
-        if self.teacher_cache is not None:
-            self._precompute_logits(self._view(epoch))
+        self._training_data.set_epoch(epoch)
+        self._training_data.fill_logits(epoch, self.teacher_model, self._train_batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # type: ignore[has-type]
@@ -547,29 +395,7 @@ class BKDTrainer(PublishingTrainer):
         # What `with_transform` makes of the columns is not known; removing them first would take away the images.
         return dataset if dataset.format["type"] == "custom" else super()._remove_unused_columns(dataset, description)
 
-    # ---- Optimisation ---------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: BKDConfig, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
-        """Return the optimizer class and its arguments; `momentum` goes to SGD."""
-        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if optimizer_cls is torch.optim.SGD and args.momentum:
-            kwargs["momentum"] = args.momentum
-        return optimizer_cls, kwargs
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer as `Trainer`; the head gets its own learning rate, if one is given."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_new and self.args.head_learning_rate is not None:
-            head = {id(parameter) for module in the_head(self.model).values() for parameter in module.parameters()}
-            groups = []
-            for group in optimizer.param_groups:
-                for in_head, rate in ((False, group["lr"]), (True, self.args.head_learning_rate)):
-                    parameters = [p for p in group["params"] if (id(p) in head) == in_head]
-                    groups += [{**group, "params": parameters, "lr": rate}] if parameters else []
-            optimizer.param_groups = groups
-        return optimizer
+    # ---- The course of a training ----------------------------------------------------------------------------------
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a student by `model_init`, at the start and again when training begins; its backbone may be frozen."""
@@ -580,115 +406,11 @@ class BKDTrainer(PublishingTrainer):
             freeze_backbone(model)
         return model
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Norm of the gradients; where nothing is clipped it is for the log alone, and taken at logged steps only."""
-        if grad_norm is None and not self._logs_after(self.state.global_step + 1):
-            return None
-        return super()._get_grad_norm(model, grad_norm)
-
-    def _logs_after(self, step: int) -> bool:
-        args, per_epoch = self.args, self._update_steps_per_epoch
-        if args.logging_strategy == IntervalStrategy.STEPS:
-            return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
-        if args.logging_strategy == IntervalStrategy.EPOCH:
-            return not per_epoch or step % per_epoch == 0 or step >= self.state.max_steps
-        return False
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count none: the estimate of `Trainer` is for tokens, and walks through all parameters at every step."""
-        return 0
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that decay: all with `decay_all_parameters`, else as in `Trainer`."""
-        if self.args.decay_all_parameters:
-            return [name for name, _ in model.named_parameters()]
-        return super().get_decay_parameter_names(model)
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Create the step-decay schedule if it is chosen, else `Trainer`'s."""
-        if self.args.uses_step_decay and self.lr_scheduler is None:  # type: ignore[has-type]
-            steps_per_epoch = self._update_steps_per_epoch or math.ceil(
-                num_training_steps / self._progress().num_epochs
-            )
-            schedule = StepDecay(
-                steps_per_epoch=steps_per_epoch,
-                warmup_epochs=self.args.lr_warmup_epochs,
-                step_epochs=self.args.lr_step_epochs,
-                step_factors=self.args.lr_step_factors,
-            )
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, schedule)
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    # ---- Evaluation -----------------------------------------------------------------------------------------------
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate as `Trainer`, with a loss and metrics that are added up by each process, and then merged."""
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as `Trainer`, unless the training has diverged."""
         if self.is_in_train:
             self._guard.stop_if_not_finite()
-        accumulator = None
-        if self.long_tail is not None and self._is_measuring:
-            prediction_loss_only, accumulator = True, self.long_tail.accumulator(self.long_tail.post_hoc_tau)
-        elif self.long_tail is not None and not (self.compute_metrics or self.preprocess_logits_for_metrics):
-            accumulator = self.long_tail.accumulator()
-        self._evaluation = EvaluationMeter(self.accelerator, self.args.label_smoothing_factor, accumulator)
-        # Loaders take numbers from the common generator, how many depends on their workers: the training must not
-        # notice.
-        with torch.random.fork_rng(devices=[]):
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        found = self._evaluation.finish()
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
-        return output
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Predict logits; hidden states and other outputs, which some models add, are not gathered."""
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        if logits is not None and labels is not None:
-            self._evaluation.add(logits, labels)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
-
-    def measure(self, dataset: Dataset, metric_key_prefix: str = "eval") -> tuple[dict, LongTailAccumulator]:
-        """Measure the model as `predict` does, but keep no logits; all processes have to call it.
-
-        Args:
-            dataset: As for `predict`.
-            metric_key_prefix: As for `predict`.
-
-        Returns:
-            The metrics of `predict`, and the accumulator that has seen all examples, with post-hoc adjustment where
-            the trainer's [`LongTailEvaluation`] has a τ.
-
-        Raises:
-            ValueError: Without class counts, or if the examples have no labels.
-        """
-        if self.long_tail is None:
-            self.objective.known_class_counts()  # raises
-        self._is_measuring = True
-        try:
-            metrics = self.predict(dataset, metric_key_prefix=metric_key_prefix).metrics
-        finally:
-            self._is_measuring = False
-        assert metrics is not None
-        assert self._evaluation.accumulator is not None
-        return metrics, self._evaluation.accumulator
+        return super().evaluation_loop(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does, also after an `evaluate()`."""
@@ -702,8 +424,6 @@ class BKDTrainer(PublishingTrainer):
         outcome = super().train(*args, **kwargs)
         self._guard.check_weights(self.model, self.state.global_step)
         return outcome
-
-    # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)
@@ -722,12 +442,8 @@ class BKDTrainer(PublishingTrainer):
 
         Trainer loads with `strict=False`, which silently skips all weights that `save_pretrained` renamed (ViT's).
         """
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if (
-            is_sharded
-            or type(self.model).__module__.startswith("peft.")
-            or not isinstance(self.model, PreTrainedModel)
-        ):
-            return False
-        load_weights_strictly(self.model, checkpoint)
-        return True
+        ours = isinstance(self.model, PreTrainedModel) and not type(self.model).__module__.startswith("peft.")
+        if ours and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            load_weights_strictly(self.model, checkpoint)
+            return True
+        return False

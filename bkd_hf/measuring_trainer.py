@@ -1,0 +1,131 @@
+"""What a `Trainer` does when it measures: loss and metrics are added up batch by batch; no rank keeps all logits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .losses import IGNORE_INDEX, cross_entropy_loss
+from .metrics import LongTailAccumulator, LongTailEvaluation
+
+
+class EvaluationMeter:
+    """Loss and metrics of an evaluation, added up by each process, and then merged: each example counts once.
+
+    Args:
+        accelerator: Of the trainer.
+        label_smoothing: Of the cross-entropy.
+        accumulator: Of metrics; `None` for the loss alone.
+    """
+
+    def __init__(self, accelerator: Accelerator, label_smoothing: float, accumulator: LongTailAccumulator | None):
+        self.accelerator, self.label_smoothing, self.accumulator = accelerator, label_smoothing, accumulator
+        self._sums = [torch.zeros(2, device=accelerator.device)]
+        self._num_seen = 0
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch of this process, without the examples that fill up the last one of all processes."""
+        number, rank, state = len(labels), self.accelerator.process_index, self.accelerator.gradient_state
+        first = self._num_seen + rank * number
+        self._num_seen += self.accelerator.num_processes * number
+        if state.end_of_dataloader and state.remainder > 0:
+            number = min(max(state.remainder - rank * number, 0), number)
+        if not number:
+            return
+        logits, labels = logits[:number], labels[:number]
+        loss = cross_entropy_loss(logits, labels, self.label_smoothing, reduction="sum")
+        self._sums.append(torch.stack([loss, (labels != IGNORE_INDEX).sum()]))
+        if self.accumulator is not None:
+            at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+            self.accumulator.update(logits.to("cpu", at_least_float32).numpy(), labels.cpu().numpy(), first)
+
+    def finish(self) -> dict[str, float]:
+        """Merge what the processes added, and return loss and metrics; all processes have to call it."""
+        sums = torch.stack(self._sums).cpu().double().sum(dim=0)
+        all_sums, accumulators = zip(*gather_object([(sums, self.accumulator)]), strict=True)
+        loss, number = sum(all_sums).tolist()
+        found = {"loss": loss / number} if number else {}
+        if self.accumulator is not None:
+            self.accumulator = functools.reduce(LongTailAccumulator.merge, accumulators)
+            found |= self.accumulator.scalars() if self.accumulator.num_images else {}
+        return found
+
+
+class MeasuringTrainer(Trainer):
+    """A `Trainer` that counts each example of an evaluation once, under several processes too."""
+
+    #: The long-tail metrics; `None` without class counts.
+    long_tail: LongTailEvaluation | None = None
+    _is_measuring = False
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as `Trainer`, with a loss and metrics that are added up by each process, and then merged."""
+        accumulator = None
+        if self.long_tail is not None and self._is_measuring:
+            prediction_loss_only, accumulator = True, self.long_tail.accumulator(self.long_tail.post_hoc_tau)
+        elif self.long_tail is not None and not (self.compute_metrics or self.preprocess_logits_for_metrics):
+            accumulator = self.long_tail.accumulator()
+        self._evaluation = EvaluationMeter(self.accelerator, self.args.label_smoothing_factor, accumulator)
+        # Loaders take numbers from the common generator, how many depends on their workers: the training must not
+        # notice.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        found = self._evaluation.finish()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Predict logits; hidden states and other outputs, which some models add, are not gathered."""
+        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        if logits is not None and labels is not None:
+            self._evaluation.add(logits, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def measure(self, dataset: Dataset, metric_key_prefix: str = "eval") -> tuple[dict, LongTailAccumulator]:
+        """Measure the model as `predict` does, but keep no logits; all processes have to call it.
+
+        Args:
+            dataset: As for `predict`.
+            metric_key_prefix: As for `predict`.
+
+        Returns:
+            The metrics of `predict`, and the accumulator that has seen all examples, with post-hoc adjustment where
+            the trainer's [`LongTailEvaluation`] has a τ.
+
+        Raises:
+            ValueError: Without class counts, or if the examples have no labels.
+        """
+        if self.long_tail is None:
+            raise ValueError("Long-tail metrics need class_counts, or a train_dataset to count them in.")
+        self._is_measuring = True
+        try:
+            metrics = self.predict(dataset, metric_key_prefix=metric_key_prefix).metrics
+        finally:
+            self._is_measuring = False
+        assert metrics is not None
+        assert self._evaluation.accumulator is not None
+        return metrics, self._evaluation.accumulator

@@ -1,0 +1,124 @@
+"""Of optimizers and learning-rate schedules what `transformers` does not have."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import IntervalStrategy
+
+from .config import BKDConfig
+from .models import the_head
+
+
+class StepDecay:
+    """Factor of the initial learning rate at an optimizer step: linear warm-up by epochs, then steps.
+
+    As in the long-tail literature (Cao et al., 2019): constant within an epoch, (e + 1)/n of the rate in epoch e of n
+    warm-up epochs, and given factors of the *initial* rate from given epochs on. For `LambdaLR`, which saves the
+    attributes of such an object in its state.
+
+    Args:
+        steps_per_epoch: Optimizer steps per epoch.
+        warmup_epochs: n.
+        step_epochs: Increasing epochs, counted from 0.
+        step_factors: As many factors.
+    """
+
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        warmup_epochs: int = 0,
+        step_epochs: Sequence[int] = (),
+        step_factors: Sequence[float] = (),
+    ):
+        self.steps_per_epoch = steps_per_epoch
+        self.warmup_epochs = warmup_epochs
+        self.step_epochs = list(step_epochs)
+        self.step_factors = list(step_factors)
+
+    def __call__(self, step: int) -> float:
+        epoch = step // self.steps_per_epoch
+        if epoch < self.warmup_epochs:
+            return (epoch + 1) / self.warmup_epochs
+        num_passed = bisect_right(self.step_epochs, epoch)
+        return self.step_factors[num_passed - 1] if num_passed else 1.0
+
+
+def with_own_rate(
+    groups: list[dict[str, Any]], parameters: Iterable[nn.Parameter], rate: float
+) -> list[dict[str, Any]]:
+    """Return an optimizer's parameter groups, cut so that some parameters have a learning rate of their own."""
+    chosen = {id(parameter) for parameter in parameters}
+    cut = []
+    for group in groups:
+        for is_chosen, lr in ((False, group["lr"]), (True, rate)):
+            kept = [parameter for parameter in group["params"] if (id(parameter) in chosen) == is_chosen]
+            cut += [{**group, "params": kept, "lr": lr}] if kept else []
+    return cut
+
+
+class OptimizingTrainer(Trainer):
+    """A `Trainer` with the optimizers and schedules of the long-tail literature."""
+
+    _update_steps_per_epoch: int | None = None
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: BKDConfig, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        """Return the optimizer class and its arguments; `momentum` goes to SGD."""
+        optimizer_cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if optimizer_cls is torch.optim.SGD and args.momentum:
+            kwargs["momentum"] = args.momentum
+        return optimizer_cls, kwargs
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer as `Trainer`; the head gets its own learning rate, if one is given."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.head_learning_rate
+        if is_new and rate is not None:
+            head = [parameter for module in the_head(self.model).values() for parameter in module.parameters()]
+            optimizer.param_groups = with_own_rate(optimizer.param_groups, head, rate)
+        return optimizer
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Norm of the gradients; where nothing is clipped it is for the log alone, and taken at logged steps only."""
+        if grad_norm is None and not self._logs_after(self.state.global_step + 1):
+            return None
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _logs_after(self, step: int) -> bool:
+        args, per_epoch = self.args, self._update_steps_per_epoch
+        if args.logging_strategy == IntervalStrategy.STEPS:
+            return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            return not per_epoch or step % per_epoch == 0 or step >= self.state.max_steps
+        return False
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count none: the estimate of `Trainer` is for tokens, and walks through all parameters at every step."""
+        return 0
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that decay: all with `decay_all_parameters`, else as in `Trainer`."""
+        if self.args.decay_all_parameters:
+            return [name for name, _ in model.named_parameters()]
+        return super().get_decay_parameter_names(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the step-decay schedule if it is chosen, else `Trainer`'s."""
+        if self.args.uses_step_decay and self.lr_scheduler is None:  # type: ignore[has-type]
+            args = self.args
+            steps_per_epoch = self._update_steps_per_epoch or math.ceil(num_training_steps / args.num_train_epochs)
+            schedule = StepDecay(steps_per_epoch, args.lr_warmup_epochs, args.lr_step_epochs, args.lr_step_factors)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, schedule)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)

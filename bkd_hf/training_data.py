@@ -1,0 +1,262 @@
+"""A training set as a run reads it: class counts, global batches, views that come again, the teacher's logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend, send_to_device
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
+from transformers.trainer_utils import has_length, seed_worker
+from transformers.utils import logging
+
+from .config import BKDConfig
+from .data import class_counts as count_classes
+from .data import labels_of
+from .errors import InputError
+from .images import ImageDataset, collate_images
+from .sampling import GlobalBatchSampler, SampledExamples, innermost
+from .teacher import FrozenTeacher, split_inputs
+from .teacher_logits import (
+    DEFAULT_FOLDER,
+    DEFAULT_VIEWS,
+    LogitsFolder,
+    WithTeacherLogits,
+    describe_views,
+    precompute_logits,
+)
+
+logger = logging.get_logger(__name__)
+
+
+def count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray | None:
+    """Class counts of a training set, from its `class_counts` or its labels; `None` if it can be read only once."""
+    if hasattr(dataset, "class_counts"):
+        counts = np.asarray(dataset.class_counts, dtype=np.int64)
+    elif isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
+        counts = np.asarray(count_classes(dataset, column))
+    else:
+        labels = training_labels(dataset)
+        if labels is None:
+            return None
+        if labels.min(initial=0) < 0:
+            raise ValueError(f"Label {labels.min()} of the training set is negative.")
+        counts = np.bincount(labels)
+    if num_classes is not None and len(counts) > num_classes:
+        raise ValueError(
+            f"The training set has the label {len(counts) - 1}, outside the range of the model's {num_classes} "
+            "classes. Load the model with num_labels set to the number of classes of the data."
+        )
+    return np.pad(counts, (0, (num_classes or len(counts)) - len(counts)))
+
+
+def training_labels(dataset: Any) -> np.ndarray | None:
+    """Class number of each training example; `None` if the set can be read only once.
+
+    Looks, in this order, for: a label column of a `datasets.Dataset`, a `labels` attribute, `targets` as in
+    torchvision, and the labels in the examples themselves, which may take as long as reading all of them.
+    """
+    if isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
+        return labels_of(dataset, column)
+    for name in ("labels", "targets"):
+        if hasattr(dataset, name):
+            return np.asarray(getattr(dataset, name))
+    if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
+        return None
+    return np.asarray([int(_label_of(dataset[i])) for i in range(len(dataset))])
+
+
+def _label_of(example: Any) -> Any:
+    for name in ("labels", "label"):
+        if name in example:
+            return example[name]
+    raise ValueError(f'The training examples have no "labels" to count, only {", ".join(example)}: pass class_counts.')
+
+
+def _label_column(dataset: datasets.Dataset) -> str | None:
+    named = [name for name in ("labels", "label") if name in dataset.column_names]
+    typed = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    return next(iter(named or (typed if len(typed) == 1 else [])), None)
+
+
+class TrainingData:
+    """The training examples of a `BKDTrainer`, epoch after epoch.
+
+    Args:
+        dataset: The training set.
+        examples: The same without the columns that no model takes.
+        collator: Makes a batch of some examples.
+        args: Options.
+    """
+
+    def __init__(self, dataset: Any, examples: Any, collator: Callable, args: BKDConfig):
+        self.dataset, self.examples, self.collator, self.args = dataset, examples, collator, args
+        self.logits: LogitsFolder | None = None  # of the teacher, once they are asked for
+        self._with_logits: WithTeacherLogits | None = None
+        self._sampler: GlobalBatchSampler | None = None
+        self._generator = torch.Generator()
+
+    @property
+    def numbers_examples(self) -> bool:
+        """Whether batches are cut by a [`GlobalBatchSampler`], which knows the numbers of their examples."""
+        config = self.args.accelerator_config
+        return not (
+            self.dataset is None
+            or isinstance(self.dataset, torch.utils.data.IterableDataset)
+            or not has_length(self.dataset)
+            or self.args.train_sampling_strategy not in ("random", "sequential")
+            or config.split_batches
+            or config.dispatch_batches
+        )
+
+    @property
+    def num_views(self) -> int | None:
+        """Number of views of a training image, after which they come again; `None` if each epoch has its own.
+
+        It does not depend on whether there is a teacher: methods that are compared see the same views.
+        """
+        if self.args.teacher_cache_views is not None:
+            return self.args.teacher_cache_views
+        if self.args.teacher_cache == "off" or not self.numbers_examples:
+            return None
+        parts = innermost(self.dataset)
+        return DEFAULT_VIEWS if any(getattr(part, "augmentation", "none") != "none" for part in parts) else 1
+
+    def _view(self, epoch: int) -> int:
+        return epoch % self.num_views if self.num_views else epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell sampler and data set which epoch begins: accelerate reaches them in some set-ups only.
+
+        The order is that of the epoch, the augmentation that of its view.
+        """
+        self._generator.manual_seed(self.args.seed + epoch)
+        view = self._view(epoch)
+        if self._with_logits is not None:
+            self._with_logits.set_epoch(view)
+        if self._sampler is not None:
+            self._sampler.set_epoch(epoch)
+        for part in innermost(self.dataset):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(view)
+
+    # ---- The teacher's logits -------------------------------------------------------------------------------------
+
+    def open_logits(self, teacher: dict[str, Any], num_classes: int) -> None:
+        """Open the folder of logits that the options ask for, if they do; all processes have to call it.
+
+        Args:
+            teacher: What its logits depend on (see `teacher_logits.describe_teacher`).
+            num_classes: C.
+
+        Raises:
+            InputError: If there can be none, and it was not left open by `--teacher_cache auto`.
+        """
+        args = self.args
+        if args.teacher_cache == "off":
+            return
+        folder = DEFAULT_FOLDER if args.teacher_cache == "auto" else args.teacher_cache
+        try:
+            self._check_that_batches_come_again()
+            images = describe_views(self.dataset, args.sampler or "instance")
+            about = {"teacher": teacher, "precision": args.mixed_precision, "images": images}
+            shape = self.num_views or 1, len(self.dataset), num_classes
+            self.logits = LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
+        except InputError as error:
+            if args.teacher_cache != "auto":
+                raise
+            again = ""
+            if self.num_views is not None:
+                again = (
+                    " Views come again all the same, as for methods that are compared with this one "
+                    "(--teacher_cache_views)."
+                )
+            logger.warning(f"The teacher's logits are not cached: {error}{again}")
+
+    def fill_logits(self, epoch: int, teacher: FrozenTeacher | None, batch_size: int) -> None:
+        """Have the teacher answer for the view of this epoch, unless its logits are there, or are not wanted.
+
+        Args:
+            epoch: That begins.
+            teacher: On its device.
+            batch_size: Examples that a process asks about at a time.
+        """
+
+        def ask(batch: dict[str, Any]) -> torch.Tensor:
+            return teacher(**split_inputs(send_to_device(batch, self.args.device))[1])  # type: ignore[misc]
+
+        if self.logits is not None:
+            precompute_logits(
+                ask,
+                self.examples,
+                self.logits,
+                self._view(epoch),
+                batch_size,
+                collate_fn=self.collator,
+                num_workers=self.args.dataloader_num_workers,
+                multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            )
+
+    def _check_that_batches_come_again(self) -> None:
+        if not self.numbers_examples:
+            raise InputError(
+                "--teacher_cache needs a training set with a length and random access, --train_sampling_strategy "
+                "random or sequential, and neither split_batches nor dispatch_batches of accelerate. Use "
+                "--teacher_cache off."
+            )
+        collator = getattr(self.collator, "data_collator", self.collator)  # Trainer's wrapper drops columns alone
+        known = isinstance(collator, (DefaultDataCollator, DataCollatorWithPadding))
+        if not known and collator not in (default_data_collator, collate_images):
+            raise InputError(
+                "--teacher_cache does not go with a data_collator of your own, which may change the examples, or mix "
+                "them, each time in another way. Use --teacher_cache off."
+            )
+
+    # ---- Batches --------------------------------------------------------------------------------------------------
+
+    def loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
+        """Return the examples, cut into global batches (see [`GlobalBatchSampler`]).
+
+        Args:
+            batch_size: Examples per process and micro-batch.
+            accelerator: That is to prepare the loader.
+        """
+        args, examples = self.args, self.examples
+        if self.logits is not None:
+            alone = examples.for_student_alone() if isinstance(examples, ImageDataset) else examples
+            examples = self._with_logits = WithTeacherLogits(alone, self.logits)
+        self._sampler = GlobalBatchSampler(
+            len(examples),
+            batch_size=batch_size,
+            accumulation_steps=args.gradient_accumulation_steps,
+            num_processes=accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+            # A step of another size would be compiled anew, for any size, and all later ones would be slower.
+            pad_last=accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+            class_balanced_labels=training_labels(self.dataset) if args.sampler == "class_balanced" else None,
+        )
+        return DataLoader(
+            SampledExamples(examples),
+            batch_sampler=self._sampler,
+            collate_fn=self.collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            # Its own, seeded by the epoch: a loader takes a number from it whenever it begins, or starts workers; from
+            # the common generator that would shift all dropout after it, and not alike after a resumption.
+            generator=self._generator,
+            worker_init_fn=functools.partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )

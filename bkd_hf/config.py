@@ -17,13 +17,13 @@ from .objective import (
     CLASS_WEIGHTINGS,
     CLASSIFICATION_LOSSES,
     DISTILLATION_LOSSES,
+    HEAD_BIASES,
     METHODS,
     SAMPLERS,
     STUDENT_INITS,
     Loss,
     Objective,
 )
-from .teacher_logits import DEFAULT_VIEWS, DTYPES
 
 _REGISTRIES: dict[str, Mapping[str, Loss | None]] = {
     "classification_loss": CLASSIFICATION_LOSSES,
@@ -35,7 +35,12 @@ _PARTS: dict[str, Collection[str]] = {
     "distillation_loss": DISTILLATION_LOSSES,
     "sampler": SAMPLERS,
     "student_init": STUDENT_INITS,
+    "head_bias": HEAD_BIASES,
 }
+#: What `teacher_cache_dtype` may be.
+DTYPES = ("float16", "float32")
+#: Views of augmented images where nothing else is said.
+DEFAULT_VIEWS = 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
 
 
@@ -126,6 +131,14 @@ class BKDConfig(TrainingArguments):
             "teacher's, without the class frequencies if labels or targets leave them out), or auto (the "
             "teacher's if both are alike, see the same pixels, and class_balance_power is below 1: a teacher that is "
             "less sure of its training images has more to learn); not given: as --method says."
+        },
+    )
+    head_bias: Annotated[str | None, "student"] = field(
+        default=None,
+        metadata={
+            "help": "The bias of the trained student's head: learned, balanced (fitted again, alone, to training "
+            "images, each class counting the same, so that no class is favoured), or auto (balanced if there is a "
+            "teacher and class_balance_power is below 1); not given: as --method says."
         },
     )
     classification_loss_args: str | None = field(

@@ -35,9 +35,8 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
     teacher_images = _seen_by_teacher(trainer) if trainer.teacher_model is not None else None  # before any work
     _, measured = trainer.measure(images)
     names = label_names(trainer.model.config) or [str(number) for number in range(len(counts))]
-    thresholds = trainer.long_tail.many_shot_threshold, trainer.long_tail.few_shot_threshold
     data = {
-        **describe_classes(names, counts.tolist(), measured.labelled.tolist(), *thresholds),
+        **describe_classes(names, counts.tolist(), measured.labelled.tolist(), *trainer.long_tail.thresholds),
         "name": dataset_name or dataset_id or "own data",
         "hub_id": dataset_id,
     }

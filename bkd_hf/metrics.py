@@ -66,4 +66,9 @@ class LongTailEvaluation:
 
     def accumulator(self, post_hoc_tau: float = 0.0) -> LongTailAccumulator:
         """Return an accumulator of these metrics that has seen nothing yet."""
-        return LongTailAccumulator(self.class_counts, self.many_shot_threshold, self.few_shot_threshold, post_hoc_tau)
+        return LongTailAccumulator(self.class_counts, *self.thresholds, post_hoc_tau)
+
+    @property
+    def thresholds(self) -> tuple[int, int]:
+        """Those of many-shot and of few-shot classes."""
+        return self.many_shot_threshold, self.few_shot_threshold

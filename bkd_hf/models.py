@@ -21,9 +21,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from .errors import InputError, first_line
+from .head import head_modules, shift_logits
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 
-_HEAD_NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
 _FRESH_NAME = re.compile(r"cifar-resnet-(\d+)")
 
 
@@ -114,20 +114,6 @@ def label_names(config: PreTrainedConfig) -> list[str] | None:
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
-def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the part of a classifier that is specific to its classes, by name: what maps features to logits."""
-    found = {name: module for name, module in model.named_children() if name in _HEAD_NAMES}
-    if found:
-        return found
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    last = [
-        (name, module)
-        for name, module in model.named_modules()
-        if getattr(getattr(module, "weight", None), "shape", (None,))[0] == num_labels
-    ]
-    return dict(last[-1:])
-
-
 def why_not_alike(student: nn.Module, teacher: nn.Module) -> str | None:
     """Return why a student cannot take over a teacher's weights; `None` if it can."""
     if type(student) is not type(teacher):
@@ -154,11 +140,7 @@ def start_from_teacher(student: nn.Module, teacher: nn.Module, class_counts: np.
     if class_counts is None:
         return
     log_counts = torch.from_numpy(class_counts).clamp_min(1).double().log()
-    shift = log_counts.mean() - log_counts
-    for head in head_modules(student).values():
-        biases = [parameter for name, parameter in head.named_parameters() if name.split(".")[-1] == "bias"]
-        if biases and biases[-1].shape == shift.shape:
-            biases[-1].add_(shift.to(biases[-1]))
+    shift_logits(student, log_counts.mean() - log_counts)
 
 
 def _renew_head(model: PreTrainedModel) -> set[str]:
@@ -225,42 +207,6 @@ def _not_loadable(name: str, error: Exception) -> InputError:
         f"The model {name} cannot be loaded ({where}): {first_line(error)}. Give a Hub id, a folder written by "
         "save_pretrained, or cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
     )
-
-
-def the_head(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of the head by name, as [`head_modules`].
-
-    Raises:
-        ValueError: If the head cannot be told from the rest.
-    """
-    head = head_modules(model)
-    if not head:
-        raise ValueError(
-            f"--freeze_backbone and --head_learning_rate need a model whose head can be told from the rest, which "
-            f"{type(model).__name__} is not: call it `classifier`."
-        )
-    return head
-
-
-def freeze_backbone(model: nn.Module) -> None:
-    """Train the head alone, with the rest in evaluation mode: not even statistics of BatchNorm change.
-
-    Raises:
-        ValueError: If the head cannot be told from the rest.
-    """
-    head = the_head(model)
-    model.requires_grad_(False)
-    for module in head.values():
-        module.requires_grad_(True)
-
-    def keep_in_evaluation_mode(model: nn.Module, _: Any) -> None:
-        if model.training:
-            for module in model.children():
-                module.eval()
-            for module in head.values():
-                module.train()
-
-    model.register_forward_pre_hook(keep_in_evaluation_mode)
 
 
 def load_weights_strictly(model: PreTrainedModel, checkpoint: str) -> None:

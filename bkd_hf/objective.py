@@ -160,6 +160,9 @@ SAMPLERS = ("instance", "class_balanced")
 #: What `--student_init` may be: the student's own weights, or the teacher's; `auto`: the teacher's where they fit and
 #: the teacher is not so sure of its training images that its answers bear `class_balance_power` 1.
 STUDENT_INITS = ("model", "teacher", "auto")
+#: What `--head_bias` may be: as it was learned, or fitted to balanced data afterwards; `auto`: fitted for a student
+#: whose teacher is not so sure of its training images that its answers bear `class_balance_power` 1.
+HEAD_BIASES = ("learned", "balanced", "auto")
 # Choices that correct for the class frequencies.
 _CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
 
@@ -174,6 +177,7 @@ class Method:
         distillation_loss: Key of `DISTILLATION_LOSSES`.
         sampler: One of `SAMPLERS`.
         student_init: One of `STUDENT_INITS`.
+        head_bias: One of `HEAD_BIASES`.
         class_balance_power: Of the weights in the distillation loss.
         logit_adjustment_tau: Of the classification loss.
         deferred_reweighting_start: Of the weights in the distillation loss.
@@ -185,6 +189,7 @@ class Method:
     distillation_loss: str = "none"
     sampler: str = "instance"
     student_init: str = "model"
+    head_bias: str = "learned"
     class_balance_power: float | str = 1.0
     logit_adjustment_tau: float | str = 1.0
     deferred_reweighting_start: float | None = None
@@ -212,6 +217,7 @@ METHODS = {
         "logit_adjustment",
         distillation_loss="bkd",
         student_init="auto",
+        head_bias="auto",
         class_balance_power="measured",
         logit_adjustment_tau="auto",
     ),
@@ -429,6 +435,11 @@ class Objective:
         if self.measure_power is None:
             raise ValueError("--class_balance_power measured needs a trainer, which looks at training images.")
         return self.measure_power()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there is a teacher whose answers about training images do not bear the power 1."""
+        return self.has_teacher and self.distils and self.power < 1
 
     @property
     def tau(self) -> float:

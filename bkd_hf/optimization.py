@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import IntervalStrategy
 
 from .config import BKDConfig
-from .models import the_head
+from .head import the_head
 
 
 class StepDecay:

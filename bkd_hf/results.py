@@ -22,7 +22,8 @@ Schema, version 1 (fractions for metrics, seconds for times; `null` where someth
                         logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher has
                         its method too, where it is known, and is null where the student's method has none. The
                         student of a teacher has started_from_teacher and targets, the statistics of
-                        `bkd_hf.targets.TargetStatistics` (null where the method has none).
+                        `bkd_hf.targets.target_statistics` (null where the method has none). Where a head's bias was
+                        fitted in the end, head_bias_shift has the C numbers that were added.
       answers           C numbers of evaluation images for which each class was the answer
       confusions        [true class, predicted class, test images], the most frequent first (2,000 at most)
     versions            of Python and the libraries, and commit, of bkd_hf where it is a git checkout

@@ -234,6 +234,14 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
     if checkpoint is not None:
         say(f"Continuing from {Path(checkpoint).name}.")
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    about_head = {}
+    if trainer.head_bias_shift is not None:
+        shift = about_head["head_bias_shift"] = trainer.head_bias_shift.tolist()
+        least, most = (data["class_names"][shift.index(extreme)] for extreme in (min(shift), max(shift)))
+        say(
+            f"The head's bias was fitted to training images, each class counting the same (--head_bias): from "
+            f"{min(shift):+.2f} ({least!r}) to {max(shift):+.2f} ({most!r})."
+        )
     trainer.save_model()
     trainer.save_state()
     trainer.log_metrics("train", outcome.metrics)
@@ -243,6 +251,7 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
     return {
         **describe_model(name, model, measured),
         **about_teacher,
+        **about_head,
         "training": clock.summary(trainer, len(images["train"])),
         "history": history_of(trainer.state),
     }

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device
-from torch.utils.data import DataLoader, Subset
+from accelerate.utils import broadcast_object_list
 
 from .config import BKDConfig
 from .errors import InputError
-from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, LongTailEvaluation, shot_groups
 from .objective import Objective
 from .teacher import FrozenTeacher, split_inputs
 from .teacher_logits import TeacherLogitsError
@@ -107,6 +106,16 @@ def target_statistics(
     }
 
 
+def power_of(statistics: dict[str, Any] | None) -> float:
+    """Return the power that was measured by a look; raise an `InputError` if there was none to be had."""
+    if statistics is None:
+        raise InputError(
+            "--class_balance_power measured looks at training images first, which needs a training set with a length "
+            "and random access, and a known distillation loss. Use --class_balance_power auto."
+        )
+    return statistics["power"]
+
+
 def why_collapsed(statistics: dict[str, Any], class_names: Sequence[str]) -> str | None:
     """Return why a student should not learn these targets; `None` if nothing speaks against them.
 
@@ -160,22 +169,15 @@ def answers_about_sample(
         InputError: If none of the images is of a class that the teacher knows.
         TeacherLogitsError: If the logits are not finite.
     """
-    found, examples = [], data.examples
-    numbers = np.random.default_rng(args.seed).permutation(len(examples))[:num_images]
-    sample = Subset(examples, np.sort(numbers).tolist())
-    loader = DataLoader(sample, args.eval_batch_size, collate_fn=data.collator)
-    with torch.random.fork_rng(devices=[]):  # the training must not notice
-        for batch in loader:
-            _, inputs, labels = split_inputs(send_to_device(batch, args.device))
-            found.append((teacher(**inputs).float(), labels))
-    logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    numbers = np.random.default_rng(args.seed).permutation(len(data.examples))[:num_images]
+    logits, labels = data.answers(lambda batch: teacher(**split_inputs(batch)[1]), np.sort(numbers))
     if logits.isnan().any():
         raise TeacherLogitsError(
             "The teacher's logits are not finite (NaN) for training images, before the first step. Check the "
             "teacher's weights and precision (try without --fp16/--bf16), and the images."
         )
     if teacher.known_classes is not None:
-        kept = (labels[:, None] == teacher.known_classes).any(dim=1)
+        kept = (labels[:, None] == teacher.known_classes.cpu()).any(dim=1)
         logits, labels = logits[kept], labels[kept]
     if not len(labels):
         raise InputError(
@@ -189,9 +191,7 @@ def look(
     objective: Objective,
     teacher_logits: torch.Tensor,
     labels: torch.Tensor,
-    class_counts: np.ndarray,
-    many_shot_threshold: int = MANY_SHOT_THRESHOLD,
-    few_shot_threshold: int = FEW_SHOT_THRESHOLD,
+    evaluation: LongTailEvaluation,
 ) -> dict[str, Any]:
     """Look at the targets of some training images, with the power of the class weights that they are to have.
 
@@ -199,9 +199,7 @@ def look(
         objective: Has a distillation loss with targets.
         teacher_logits: N×C.
         labels: N.
-        class_counts: C numbers of training images.
-        many_shot_threshold: As for [`target_statistics`].
-        few_shot_threshold: As for [`target_statistics`].
+        evaluation: Knows the class counts, and which of them make a many- or few-shot class.
 
     Returns:
         What [`target_statistics`] returns, and `power` where there are class weights.
@@ -215,6 +213,7 @@ def look(
         else:
             power = objective.power
     log_targets = objective.log_targets(teacher_logits, power)
-    thresholds = many_shot_threshold, few_shot_threshold
-    statistics = target_statistics(log_targets, teacher_logits, labels, class_counts, *thresholds)
+    statistics = target_statistics(
+        log_targets, teacher_logits, labels, evaluation.class_counts, *evaluation.thresholds
+    )
     return statistics if power is None else {**statistics, "power": power}

@@ -40,10 +40,6 @@ from .teacher import TEACHER_LOGITS, FrozenTeacher
 
 logger = logging.get_logger(__name__)
 
-#: What `teacher_cache_dtype` may be.
-DTYPES = ("float16", "float32")
-#: K for augmented images where nothing else is said.
-DEFAULT_VIEWS = 16
 #: Where `--teacher_cache auto` keeps its files.
 DEFAULT_FOLDER = Path(constants.HF_HOME) / "bkd_hf" / "teacher_logits"
 

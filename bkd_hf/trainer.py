@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
@@ -20,15 +21,16 @@ from transformers.utils import logging
 from .callbacks import EpochSetter, FiniteGuard, LossMeter, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
 from .errors import InputError
+from .head import balancing_shift, head_biases, prepare_head, sample_for_bias, shift_logits
 from .images import ImageDataset, collate_images
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .metrics import LongTailEvaluation, check_class_counts
-from .models import freeze_backbone, load_weights_strictly, start_from_teacher
+from .models import load_weights_strictly, start_from_teacher
 from .objective import Objective, Progress, corrects
 from .optimization import OptimizingTrainer
 from .publishing_trainer import PublishingTrainer
 from .sampling import innermost
-from .targets import NUM_IMAGES, answers_about_sample, look
+from .targets import NUM_IMAGES, answers_about_sample, look, power_of
 from .teacher import (
     TEACHER_LOGITS,
     TEACHER_PREFIX,
@@ -41,7 +43,7 @@ from .teacher import (
     why_not_start_from,
 )
 from .teacher_logits import LogitsFolder, describe_teacher
-from .training_data import TrainingData, count_training_examples
+from .training_data import TrainingData, count_training_examples, training_labels
 
 logger = logging.get_logger(__name__)
 
@@ -80,9 +82,8 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         ValueError: If the numbers of classes of student, teacher and class counts differ, labels are out of range,
             a class that needs images has none, there is a teacher but no distillation, or the student of `ldam` has no
             cosine head.
-        TeacherLogitsError: While training, if the teacher's logits are not finite.
-        TrainingDivergedError: While training, if the student's loss is not finite: at the next log, evaluation or
-            checkpoint, and before the latter if its weights are not.
+        TeacherLogitsError, TrainingDivergedError: While training, if the teacher's logits, or the student's loss or
+            weights, are not finite: at the next log, evaluation or checkpoint.
     """
 
     # The loss is a mean over the whole optimizer step: Trainer must not divide it by the accumulation steps again.
@@ -138,8 +139,8 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         self.model_accepts_loss_kwargs = True
         # The loss is computed here: a model need not take labels itself.
         self.label_names = self.label_names or ["labels"]  # type: ignore[has-type]
-        if args.freeze_backbone and train_dataset is not None and model_init is None:
-            freeze_backbone(self.model)
+        if train_dataset is not None and model_init is None:
+            prepare_head(self.model, args)
 
         if class_counts is None and train_dataset is not None:
             class_counts = count_training_examples(train_dataset, num_labels(self.model))
@@ -158,7 +159,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         check_numbers_of_classes(self.model, self.teacher_model, self.class_counts)
 
         known = None if self.teacher_model is None else self.teacher_model.known_classes
-        losses, measure_power = (classification_loss, distillation_loss), self._measured_power
+        losses, measure_power = (classification_loss, distillation_loss), lambda: power_of(self.look_at_targets())
         self.objective = Objective(
             args, self.class_counts, args.device, self.teacher_model is not None, known, *losses, measure_power
         )
@@ -170,6 +171,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         self._mean_weight_of_step: torch.Tensor | None = None
         self._has_new_weights = False  # that results.json does not tell of
         self.student_started_from_teacher = False
+        self.head_bias_shift: torch.Tensor | None = None  # C numbers, where `--head_bias` asked for some
         self._initialise_student(self.model)
 
     # ---- The loss -------------------------------------------------------------------------------------------------
@@ -290,15 +292,6 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
             self._guard.stop_if_not_finite()
         return logits
 
-    def _measured_power(self) -> float:
-        statistics = self.look_at_targets()
-        if statistics is None:
-            raise InputError(
-                "--class_balance_power measured looks at training images first, which needs a training set with a "
-                "length and random access, and a known distillation loss. Use --class_balance_power auto."
-            )
-        return statistics["power"]
-
     @torch.no_grad()
     def look_at_targets(self, num_images: int = NUM_IMAGES) -> dict[str, Any] | None:
         """Look at the distillation targets of some training images (see `bkd_hf.targets`), as they are in the end.
@@ -317,18 +310,15 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
             TeacherLogitsError: If the teacher's logits are not finite.
         """
         args, dataset, objective = self.args, self.train_dataset, self.objective
-        if self.teacher_model is None or not objective.has_known_targets or self.class_counts is None:
+        if self.teacher_model is None or not objective.has_known_targets or self.long_tail is None:
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
             return None
         seen = num_images, args.distillation_loss, args.temperature, args.class_balance_beta, args.class_balance_power
         if seen not in self._looks:
             data = self._new_training_data()
-            data.set_epoch(0)
             logits, labels = answers_about_sample(self.teacher_model, data, num_images, args)
-            assert self.long_tail is not None  # there are class counts
-            thresholds = self.long_tail.many_shot_threshold, self.long_tail.few_shot_threshold
-            self._looks[seen] = look(objective, logits, labels, self.class_counts, *thresholds)
+            self._looks[seen] = look(objective, logits, labels, self.long_tail)
         return self._looks[seen]
 
     # ---- Logging --------------------------------------------------------------------------------------------------
@@ -356,13 +346,9 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         data = self._training_data = self._new_training_data()
         if self.teacher_model is not None:
             data.open_logits(self._about_teacher, 0 if self.class_counts is None else len(self.class_counts))
+        data.check_sampler()
         if data.numbers_examples:
             loader = self.accelerator.prepare(data.loader(self._train_batch_size, self.accelerator))
-        elif self.args.sampler == "class_balanced":
-            raise ValueError(
-                "--sampler class_balanced needs a training set with a length and random access, "
-                "--train_sampling_strategy random, and neither split_batches nor dispatch_batches of accelerate."
-            )
         else:
             loader = super().get_train_dataloader()
         if has_length(loader):
@@ -402,8 +388,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         model = super().call_model_init(trial)
         if hasattr(self, "student_started_from_teacher"):  # not while the trainer itself is made
             self._initialise_student(model)
-        if self.args.freeze_backbone:
-            freeze_backbone(model)
+        prepare_head(model, self.args)
         return model
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -423,7 +408,22 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         _ = self.class_weights  # their power may have to be measured first
         outcome = super().train(*args, **kwargs)
         self._guard.check_weights(self.model, self.state.global_step)
+        if self.args.head_bias == "balanced" or (self.args.head_bias == "auto" and self.objective.is_calibrated):
+            self._balance_head_bias()
         return outcome
+
+    def _balance_head_bias(self) -> None:
+        """Take out of the student's answers the prior that the training has left in them (see `bkd_hf.head`)."""
+        labels, sharded = training_labels(self.train_dataset), self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if labels is None or sharded or not head_biases(self.model):
+            logger.warning("The head's bias stays as it was learned: it cannot be fitted here (--head_bias).")
+            return
+        student, data = self.model.eval(), self._new_training_data()
+        with self.compute_loss_context_manager():
+            chosen = sample_for_bias(labels, self.args.seed)
+            answers = data.answers(lambda batch: student(**split_inputs(batch)[0]).logits, chosen)
+        self.head_bias_shift = broadcast_object_list([balancing_shift(*answers)])[0]  # processes may round otherwise
+        shift_logits(student, self.head_bias_shift)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)

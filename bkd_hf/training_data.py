@@ -9,14 +9,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, send_to_device
-from torch.utils.data import DataLoader
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DynamoBackend, gather_object, send_to_device
+from torch.utils.data import DataLoader, Subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
 from transformers.trainer_utils import has_length, seed_worker
 from transformers.utils import logging
 
-from .config import BKDConfig
+from .config import DEFAULT_VIEWS, BKDConfig
 from .data import class_counts as count_classes
 from .data import labels_of
 from .errors import InputError
@@ -25,7 +25,6 @@ from .sampling import GlobalBatchSampler, SampledExamples, innermost
 from .teacher import FrozenTeacher, split_inputs
 from .teacher_logits import (
     DEFAULT_FOLDER,
-    DEFAULT_VIEWS,
     LogitsFolder,
     WithTeacherLogits,
     describe_views,
@@ -115,6 +114,14 @@ class TrainingData:
             or config.dispatch_batches
         )
 
+    def check_sampler(self) -> None:
+        """Raise a `ValueError` if the examples cannot be drawn as `--sampler` says."""
+        if self.args.sampler == "class_balanced" and not self.numbers_examples:
+            raise ValueError(
+                "--sampler class_balanced needs a training set with a length and random access, "
+                "--train_sampling_strategy random, and neither split_batches nor dispatch_batches of accelerate."
+            )
+
     @property
     def num_views(self) -> int | None:
         """Number of views of a training image, after which they come again; `None` if each epoch has its own.
@@ -145,6 +152,26 @@ class TrainingData:
         for part in innermost(self.dataset):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(view)
+
+    @torch.no_grad()
+    def answers(self, ask: Callable[[dict[str, Any]], torch.Tensor], indices: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return a model's answers about some examples, as they are in the first epoch. All processes share the work.
+
+        Args:
+            ask: Called with a batch, on the device; returns its logits.
+            indices: Of N examples, which are the same in all processes.
+
+        Returns:
+            Logits, N×C, in float32 and on the CPU, and labels, N; both in the same order.
+        """
+        state, found = PartialState(), []
+        ours = Subset(self.examples, indices[state.process_index :: state.num_processes].tolist())
+        self.set_epoch(0)
+        with torch.random.fork_rng(devices=[]):  # the training must not notice
+            for batch in DataLoader(ours, self.args.eval_batch_size, collate_fn=self.collator):
+                batch = send_to_device(batch, self.args.device)
+                found.append((ask(batch).float().cpu(), batch["labels"].cpu()))
+        return tuple(torch.cat(parts) for parts in zip(*gather_object(found), strict=True))
 
     # ---- The teacher's logits -------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ from bkd_hf import (
     load_teacher,
 )
 from bkd_hf.arguments import parse_arguments
+from bkd_hf.head import head_modules
 from bkd_hf.machine import default_precision
-from bkd_hf.models import head_modules
 from bkd_hf.teacher import align_labels, beats_guessing
 from bkd_hf.views import Rendering, same_pixels
 from tests.architectures import tiny

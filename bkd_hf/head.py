@@ -1,0 +1,152 @@
+"""The head of a classifier: found, trained alone, freed of the class frequencies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import BKDConfig
+from .errors import InputError
+
+_NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
+#: Training images of a class, and in all, to which a head's bias is fitted.
+IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
+
+
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the part of a classifier that is specific to its classes, by name: what maps features to logits."""
+    found = {name: module for name, module in model.named_children() if name in _NAMES}
+    if found:
+        return found
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    last = [
+        (name, module)
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "shape", (None,))[0] == num_labels
+    ]
+    return dict(last[-1:])
+
+
+def the_head(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the head by name, as [`head_modules`].
+
+    Raises:
+        ValueError: If the head cannot be told from the rest.
+    """
+    head = head_modules(model)
+    if not head:
+        raise ValueError(
+            f"--freeze_backbone and --head_learning_rate need a model whose head can be told from the rest, which "
+            f"{type(model).__name__} is not: call it `classifier`."
+        )
+    return head
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Train the head alone, with the rest in evaluation mode: not even statistics of BatchNorm change.
+
+    Raises:
+        ValueError: If the head cannot be told from the rest.
+    """
+    head = the_head(model)
+    model.requires_grad_(False)
+    for module in head.values():
+        module.requires_grad_(True)
+
+    def keep_in_evaluation_mode(model: nn.Module, _: Any) -> None:
+        if model.training:
+            for module in model.children():
+                module.eval()
+            for module in head.values():
+                module.train()
+
+    model.register_forward_pre_hook(keep_in_evaluation_mode)
+
+
+def prepare_head(model: nn.Module, args: BKDConfig) -> None:
+    """Freeze the rest of a student, or find its head's bias, where the options need it.
+
+    Raises:
+        ValueError: If the head cannot be told from the rest.
+        InputError: If it has no bias.
+    """
+    if args.freeze_backbone:
+        freeze_backbone(model)
+    if args.head_bias == "balanced" and not head_biases(model):
+        raise InputError(
+            f"--head_bias balanced: the head of {type(model).__name__} has no bias, or cannot be told from the rest. "
+            "Use --head_bias learned, or another model."
+        )
+
+
+def head_biases(model: nn.Module) -> list[nn.Parameter]:
+    """Return the biases that are added to a classifier's logits: one for each head, none where it has none."""
+    last = []
+    for head in head_modules(model).values():
+        biases = [parameter for name, parameter in head.named_parameters() if name.split(".")[-1] == "bias"]
+        last += biases[-1:]
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    return [bias for bias in last if num_labels is None or bias.shape == (num_labels,)]
+
+
+@torch.no_grad()
+def shift_logits(model: nn.Module, shift: torch.Tensor) -> None:
+    """Add C numbers to a classifier's logits for ever, by the bias of its head, where it has one."""
+    for bias in head_biases(model):
+        if bias.shape == shift.shape:
+            bias.add_(shift.to(bias))
+
+
+def sample_for_bias(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Draw the training images that [`balancing_shift`] needs: at most `IMAGES_PER_CLASS` of each class.
+
+    Args:
+        labels: N class numbers.
+        seed: Of the draw.
+
+    Returns:
+        Increasing indices, at most `NUM_IMAGES`.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    most = max(1, min(IMAGES_PER_CLASS, NUM_IMAGES // max(1, len(np.unique(labels)))))
+    chosen = [order[labels[order] == number][:most] for number in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))[:NUM_IMAGES]
+
+
+def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return what has to be added to a classifier's logits so that it favours no class.
+
+    The b at which the cross-entropy of z + b is least on training images, each *class* counting the same: there the
+    mean answer is the uniform distribution, whatever prior the training has left in z. It is the re-training of the
+    classifier on balanced data (Kang et al., 2020, arXiv 1910.09217), of its bias alone; convex, with C unknowns.
+    A normal prior with variance 1 on each number keeps it small where there are few images to tell from.
+
+    Args:
+        logits: N×C.
+        labels: N class numbers. A class without an image gets no shift.
+
+    Returns:
+        C numbers (float64), with mean 0 over the classes that have images.
+    """
+    z, y = logits.detach().cpu().double(), labels.cpu()
+    counts = torch.bincount(y, minlength=z.shape[1])
+    present = counts > 0
+    weights = (1 / counts.clamp_min(1).double())[y]
+    num_effective = weights.sum() ** 2 / (weights**2).sum()
+    shift = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([shift], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses = F.cross_entropy((z + shift)[:, present], (present.cumsum(0) - 1)[y], reduction="none")
+        loss = (weights * losses).sum() / weights.sum() + (shift**2).sum() / (2 * num_effective)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = shift.detach()
+    return torch.where(present, found - found[present].mean(), 0.0)

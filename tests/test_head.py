@@ -1,0 +1,142 @@
+"""The head of a classifier: its bias, freed of what the training has left of the class frequencies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bkd_hf import BKDConfig, BKDTrainer, InputError
+from bkd_hf.head import balancing_shift, head_biases, sample_for_bias, shift_logits
+
+COUNTS = [400, 100, 20]
+
+
+def drawn(counts: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Balanced logits log p(x|y) of points in the plane, drawn from one normal distribution for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    means = 1.5 * torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9]])
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    points = means[labels] + torch.randn(len(labels), 2, generator=generator)
+    return -((points[:, None] - means) ** 2).sum(-1) / 2, labels
+
+
+def test_shift_takes_out_the_prior_that_is_left():
+    balanced, labels = drawn([8000, 2000, 400])
+    left = torch.tensor([1.5, 0.3, -1.8])
+    shift = balancing_shift(balanced + left, labels)
+    torch.testing.assert_close(shift.float(), -left, atol=0.12, rtol=0)
+    assert balancing_shift(balanced, labels).abs().max() < 0.12
+
+
+def test_at_the_shift_the_mean_answer_is_uniform_but_for_the_prior():
+    logits, labels = drawn(COUNTS)
+    shift = balancing_shift(logits * 2 + 1, labels)
+    answers = (logits.double() * 2 + 1 + shift).softmax(dim=1)
+    mean = torch.stack([answers[labels == c].mean(dim=0) for c in range(3)]).mean(dim=0)
+    num_effective = 9 / sum(1 / n for n in COUNTS)  # Kish's, for weights 1/n
+    torch.testing.assert_close(mean + shift / num_effective, torch.full((3,), 1 / 3).double(), atol=1e-5, rtol=0)
+    assert shift.sum().abs() < 1e-9
+
+
+def test_shift_does_not_depend_on_a_common_shift_or_on_how_often_a_class_is_drawn():
+    logits, labels = drawn(COUNTS)
+    shift = balancing_shift(logits, labels)
+    torch.testing.assert_close(balancing_shift(logits + 7, labels), shift, atol=1e-6, rtol=0)
+    twice = torch.cat([torch.arange(len(labels)), torch.nonzero(labels == 0).flatten()])
+    # The head class counts no more than before; only the strength of the prior changes, by a little.
+    torch.testing.assert_close(balancing_shift(logits[twice], labels[twice]), shift, atol=1e-3, rtol=0)
+
+
+def test_a_class_without_images_keeps_its_logit():
+    logits, labels = drawn([50, 0, 20])
+    shift = balancing_shift(logits, labels)
+    assert shift[1] == 0
+    assert shift.isfinite().all()
+
+
+def test_a_model_that_knows_all_images_by_heart_is_left_alone():
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(COUNTS))
+    logits = 30 * nn.functional.one_hot(labels, 3).float()
+    assert balancing_shift(logits, labels).abs().max() < 1e-6
+
+
+def test_sample_has_all_images_of_rare_classes():
+    labels = np.repeat([0, 1, 2], COUNTS)
+    chosen = sample_for_bias(labels, seed=0)
+    assert np.bincount(labels[chosen]).tolist() == [100, 100, 20]
+    assert (np.diff(chosen) > 0).all()
+    assert not np.array_equal(chosen, sample_for_bias(labels, seed=1))
+
+
+class Linear(nn.Module):
+    """A classifier of points, with or without a bias."""
+
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        self.classifier = nn.Linear(2, 3, bias=bias)
+
+    def forward(self, points: torch.Tensor) -> dict[str, torch.Tensor]:
+        return type("Output", (dict,), {"logits": property(lambda self: self["logits"])})(
+            logits=self.classifier(points)
+        )
+
+
+def trainer_for(tmp_path, student: nn.Module, teacher: nn.Module | None = None, **options) -> BKDTrainer:
+    logits, labels = drawn(COUNTS)
+    points = logits[:, :2] - logits.mean(dim=1, keepdim=True)
+    examples = [{"points": p, "labels": y} for p, y in zip(points, labels.tolist(), strict=True)]
+    args = BKDConfig(
+        str(tmp_path), num_train_epochs=1, learning_rate=1e-3, save_strategy="no", report_to="none", use_cpu=True,
+        disable_tqdm=True, **options,
+    )  # fmt: skip
+    return BKDTrainer(student, teacher, args, train_dataset=examples)
+
+
+def test_bias_of_the_student_is_fitted_after_training(tmp_path):
+    trainer = trainer_for(tmp_path, Linear(), method="ce", head_bias="balanced")
+    trainer.train()
+    plain = trainer_for(tmp_path, Linear(), method="ce")
+    plain.model.load_state_dict(trainer.model.state_dict())
+    assert trainer.head_bias_shift is not None
+    logits = torch.cat([plain.model(points=e["points"][None])["logits"] for e in plain.train_dataset]).detach()
+    labels = torch.tensor([e["labels"] for e in plain.train_dataset])
+    chosen = torch.from_numpy(sample_for_bias(labels.numpy(), seed=42))
+    # Nothing is left to be taken out: the prior pulls back by a little only.
+    assert balancing_shift(logits[chosen], labels[chosen]).abs().max() < 0.1 * trainer.head_bias_shift.abs().max()
+    plain.train()
+    assert plain.head_bias_shift is None
+
+
+@pytest.mark.parametrize(
+    ("options", "is_fitted"),
+    [
+        ({"method": "bkd-calibrated", "class_balance_power": 0.5}, True),
+        ({"method": "bkd-calibrated", "class_balance_power": 1.0}, False),
+        ({"method": "bkd-calibrated", "class_balance_power": 0.5, "head_bias": "learned"}, False),
+        ({"method": "bkd", "class_balance_power": 0.5}, False),
+        ({"method": "kd", "head_bias": "balanced"}, True),
+    ],
+)
+def test_auto_fits_below_power_one(tmp_path, options, is_fitted):
+    trainer = trainer_for(tmp_path, Linear(), Linear(), **options)
+    trainer.train()
+    assert (trainer.head_bias_shift is not None) == is_fitted
+
+
+def test_a_head_without_bias(tmp_path, caplog):
+    with pytest.raises(InputError, match="--head_bias balanced: the head of Linear has no bias"):
+        trainer_for(tmp_path, Linear(bias=False), method="ce", head_bias="balanced")
+    trainer = trainer_for(tmp_path, Linear(bias=False), Linear(), method="bkd-calibrated", class_balance_power=0.5)
+    trainer.train()
+    assert trainer.head_bias_shift is None
+
+
+def test_every_head_is_shifted():
+    model = nn.ModuleDict({"cls_classifier": nn.Linear(2, 3), "distillation_classifier": nn.Linear(2, 3)})
+    before = [bias.clone() for bias in head_biases(model)]
+    shift_logits(model, torch.tensor([1.0, 0.0, -1.0]))
+    assert len(before) == 2
+    for old, new in zip(before, head_biases(model), strict=True):
+        assert (new - old).round(decimals=6).tolist() == [1.0, 0.0, -1.0]

@@ -144,7 +144,7 @@ def _choose_precision(namespace: argparse.Namespace, from_file: Sequence[str], c
     if precision == "auto":
         precision = launcher_precision() or default_precision(namespace.use_cpu)
         if precision not in PRECISIONS:
-            raise InputError(f"The launcher asks for mixed_precision {precision}: give --precision, or change it there.")
+            raise InputError(f"The launcher asks for mixed_precision {precision}: give --precision, which wins.")
     for name in given:
         if getattr(namespace, name) != (name == precision):
             raise InputError(f"--precision {precision} and --{name} contradict each other: leave one out.")
@@ -184,7 +184,7 @@ class _Parser(HfArgumentParser):
 class _YamlLoader(yaml.SafeLoader):
     """Reads what has no option's type, the values in a dictionary: as JSON, where off is a word and 2e-4 a number."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         _entries(node)
@@ -294,9 +294,7 @@ def _read_config(parser: _Parser, path: str | Path) -> list[str]:
         elif isinstance(teacher, yaml.MappingNode):
             of_teacher = _entries(teacher)
         else:
-            raise InputError(
-                f"--config {path}: the section `teacher:` must hold lines of the form `option: value`."
-            )
+            raise InputError(f"--config {path}: the section `teacher:` must hold lines of the form `option: value`.")
         tokens, seen = [], set()
         for name, value in entries.items():
             tokens += _tokens(parser, path, name, value)

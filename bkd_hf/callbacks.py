@@ -146,6 +146,8 @@ class EvaluationMeter:
         self.accelerator, self.label_smoothing, self.accumulator = accelerator, label_smoothing, accumulator
         self._sums = [torch.zeros(2, device=accelerator.device)]
         self._num_seen = 0
+        #: Examples that were answered by this process; after `finish` by all.
+        self.num_answers = 0
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch of this process, without the examples that fill up the last one of all processes."""
@@ -157,6 +159,7 @@ class EvaluationMeter:
         if not number:
             return
         logits, labels = logits[:number], labels[:number]
+        self.num_answers += number
         loss = cross_entropy_loss(logits, labels, self.label_smoothing, reduction="sum")
         self._sums.append(torch.stack([loss, (labels != IGNORE_INDEX).sum()]))
         if self.accumulator is not None:
@@ -166,7 +169,9 @@ class EvaluationMeter:
     def finish(self) -> dict[str, float]:
         """Merge what the processes added, and return loss and metrics; all processes have to call it."""
         sums = torch.stack(self._sums).cpu().double().sum(dim=0)
-        all_sums, accumulators = zip(*gather_object([(sums, self.accumulator)]), strict=True)
+        gathered = gather_object([(sums, self.num_answers, self.accumulator)])
+        all_sums, answers, accumulators = zip(*gathered, strict=True)
+        self.num_answers = sum(answers)
         loss, number = sum(all_sums).tolist()
         found = {"loss": loss / number} if number else {}
         if self.accumulator is not None:

@@ -276,6 +276,16 @@ class BKDConfig(TrainingArguments):
         for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
             fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
             self._require(fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
+        by_accelerate: Any = self.accelerator_config
+        numbers = not (by_accelerate.split_batches or by_accelerate.dispatch_batches)
+        numbers = numbers and self.train_sampling_strategy in ("random", "sequential")
+        self._require(
+            self.teacher_cache in ("off", "auto") or (numbers and self.sampler == "instance"),
+            "teacher_cache",
+            "off or auto, unless each image is drawn once an epoch: it goes with --sampler instance, "
+            "--train_sampling_strategy random or sequential, and neither split_batches nor dispatch_batches of "
+            "--accelerator_config",
+        )
         for message in self._options_without_effect():
             warnings.warn(message, UserWarning, stacklevel=3)
 
@@ -318,6 +328,11 @@ class BKDConfig(TrainingArguments):
             argument: given.get(argument, getattr(self, loss.option(name, argument), default))  # type: ignore[union-attr]
             for argument, default in found.items()
         }
+
+    @property
+    def cosine_scale(self) -> float | None:
+        """Scale of the cosine head that the classification loss needs; `None` if it needs none."""
+        return self.loss_arguments("classification_loss")["scale"] if self.classification_loss == "ldam" else None
 
     @property
     def uses_step_decay(self) -> bool:
@@ -423,11 +438,6 @@ class BKDConfig(TrainingArguments):
             "end: checkpoints with their optimizer states are not for others",
         )
         require(bool(self.teacher_cache), "teacher_cache", "off, auto or a folder")
-        require(
-            self.teacher_cache in ("off", "auto") or self.sampler == "instance",
-            "teacher_cache",
-            f"off or auto with --sampler {self.sampler}, which draws an image more or less often from epoch to epoch",
-        )
         require(self.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
         require(
             self.save_strategy != "best" or self.metric_for_best_model is not None,

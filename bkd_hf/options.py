@@ -366,7 +366,7 @@ def _build(cls: type, options: dict[str, Any]) -> Any:
 
 
 def _build_training(options: dict[str, Any]) -> BKDConfig:
-    """Make the options of a training, which hold for whatever the launcher says (it was asked when they were parsed)."""
+    """Make the options of a training. What the launcher says is among them by now, or they say something else."""
 
     def build(options: dict[str, Any]) -> BKDConfig:
         with options_alone():

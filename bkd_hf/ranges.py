@@ -94,7 +94,7 @@ def explain(
     if isinstance(error, InputError):
         return error
     why = shortened(error, 300).rstrip(".") or type(error).__name__
-    for name, value in values.items():
+    for name, value in reversed(list(values.items())):  # the finer options come last
         if name in defaults and value != defaults[name]:
             try:
                 with warnings.catch_warnings():
@@ -102,7 +102,10 @@ def explain(
                     attempt({**values, name: defaults[name]})
             except Exception:
                 continue
-            return InputError(f"--{name} {shortened(value)} cannot be used: {why}. Choose another value, or leave it out.")
+            shown = " ".join(map(str, value)) if isinstance(value, list) else getattr(value, "value", value)
+            return InputError(
+                f"--{name} {shortened(shown)} cannot be used: {why}. Choose another value, or leave it out."
+            )
     return InputError(f"The options do not go together: {why}.")
 
 

@@ -26,7 +26,14 @@ from .errors import InputError
 from .images import ImageDataset, collate_images
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .metrics import LongTailAccumulator, LongTailEvaluation, check_class_counts
-from .models import freeze_backbone, load_weights_strictly, start_from_teacher, the_head, why_not_alike
+from .models import (
+    answer_one_class,
+    freeze_backbone,
+    load_weights_strictly,
+    start_from_teacher,
+    the_head,
+    why_not_alike,
+)
 from .objective import Objective, Progress, corrects
 from .publishing_trainer import PublishingTrainer
 from .sampling import GlobalBatchSampler, SampledExamples, innermost
@@ -159,8 +166,10 @@ class BKDTrainer(PublishingTrainer):
         self.model_accepts_loss_kwargs = True
         # The loss is computed here: a model need not take labels itself.
         self.label_names = self.label_names or ["labels"]  # type: ignore[has-type]
-        if args.freeze_backbone and train_dataset is not None and model_init is None:
-            freeze_backbone(self.model)
+        if train_dataset is not None and model_init is None:
+            answer_one_class(self.model)
+            if args.freeze_backbone:
+                freeze_backbone(self.model)
 
         self.class_counts: np.ndarray | None = None
         if class_counts is not None:
@@ -574,6 +583,7 @@ class BKDTrainer(PublishingTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a student by `model_init`, at the start and again when training begins; its backbone may be frozen."""
         model = super().call_model_init(trial)
+        answer_one_class(model)
         if hasattr(self, "student_started_from_teacher"):  # not while the trainer itself is made
             self._initialise_student(model)
         if self.args.freeze_backbone:
@@ -624,6 +634,18 @@ class BKDTrainer(PublishingTrainer):
 
     # ---- Evaluation -----------------------------------------------------------------------------------------------
 
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        """Make a loader as `Trainer`; that of an evaluation gives all examples in order, whatever trainings want."""
+        if is_training:
+            return super()._get_dataloader(*args, is_training=True, **kwargs)
+        told, config = self.args, self.accelerator.dataloader_config
+        of_training = told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches
+        told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches = False, "sequential", True
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches = of_training
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -648,6 +670,13 @@ class BKDTrainer(PublishingTrainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         found = self._evaluation.finish()
+        dataset: Any = dataloader.dataset
+        num_answers = self._evaluation.num_answers
+        if has_length(dataset) and num_answers != len(dataset) and (num_answers or self._is_measuring):
+            raise InputError(
+                f"The evaluation has answers about {num_answers} of {len(dataset)} images, so it is not what it is "
+                "called. Check --accelerator_config, and that all examples have labels."
+            )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 

@@ -251,8 +251,9 @@ def prefer_channels_last(model: nn.Module) -> bool:
 def not_loadable(name: str, error: Exception) -> InputError:
     """Say in one line why a model's files cannot be used."""
     where = "a folder here" if os.path.isdir(name) else "no folder here; on the Hub"
+    why = shortened(first_line(error), 300)
     return InputError(
-        f"The model {shortened(name)} cannot be loaded ({where}): {shortened(first_line(error), 300)}. Give a Hub id, a folder written by "
+        f"The model {shortened(name)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "
         "save_pretrained, or cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
     )
 

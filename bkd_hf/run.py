@@ -157,8 +157,10 @@ def _train(
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.
     model = _load_model(options, data, say)
     teacher, teacher_results = None, None
-    if provide_teacher is not None and args.student_init == "teacher" and options.model.given_teacher is None:
-        if why_not := why_not_alike(model, _load_model(options.for_teacher(), data)):
+    is_to_come = provide_teacher is not None and options.model.given_teacher is None
+    if is_to_come and args.student_init == "teacher":
+        why_not = why_not_alike(model, _load_model(options.for_teacher(), data))
+        if why_not is not None:
             raise InputError(f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like it.")
     if provide_teacher is not None:
         say.stage("Teacher")

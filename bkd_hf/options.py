@@ -289,6 +289,7 @@ class RunArguments:
         same = self._options_of_teacher()
         self.teacher_options = {name: value for name, value in self.teacher_options.items() if value != same[name]}
         self._teacher: RunArguments | None = None
+        self._of_launcher = launcher_precision(), launcher_compiler(), launcher_accumulation()
 
     @property
     def distils(self) -> bool:
@@ -336,11 +337,12 @@ class RunArguments:
         def add(holds: bool, names: list[str], why: str) -> None:
             found.update({name: why for name in names if holds and self.options[name] != _DEFAULTS[name]})
 
-        if launcher_precision() not in (None, precision := precision_of(self.training)):
-            found[f"mixed_precision {launcher_precision()} of the launcher"] = f"the options ask for {precision}"
-        if launcher_compiler() and not self.training.torch_compile:
-            found[f"dynamo_backend {launcher_compiler()} of the launcher"] = "--torch_compile is false"
-        if (steps := launcher_accumulation()) not in (None, str(self.training.gradient_accumulation_steps)):
+        precision, backend, steps = self._of_launcher
+        if precision not in (None, precision_of(self.training)):
+            found[f"mixed_precision {precision} of the launcher"] = f"--precision is {precision_of(self.training)}"
+        if backend is not None and not self.training.torch_compile:
+            found[f"dynamo_backend {backend} of the launcher"] = "--torch_compile is false"
+        if steps not in (None, str(self.training.gradient_accumulation_steps)):
             found[f"gradient_accumulation_steps {steps} of the launcher"] = "give it after the name of the script"
         by_itself = "a run trains and evaluates, and continues from its last checkpoint, by itself"
         add(True, ["resume_from_checkpoint", "do_train", "do_predict"], by_itself)

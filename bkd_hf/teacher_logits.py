@@ -325,7 +325,7 @@ def open_logits_folder(trainer: Any) -> LogitsFolder | None:
         _check_that_batches_come_again(trainer)
         images = describe_views(trainer.train_dataset, args.sampler)
         about = {"teacher": trainer._about_teacher, "precision": args.mixed_precision, "images": images}
-        shape = trainer.num_views or 1, len(trainer.train_dataset), len(trainer.objective.known_class_counts())
+        shape = trainer.num_views or 1, len(trainer.train_dataset), len(trainer.bkd_objective.known_class_counts())
         return LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
     except InputError as error:
         if args.teacher_cache != "auto":

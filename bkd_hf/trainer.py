@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, has_length, seed_worker
+from transformers.trainer_utils import EvalLoopOutput, HPSearchBackend, IntervalStrategy, has_length, seed_worker
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
@@ -191,7 +191,8 @@ class BKDTrainer(PublishingTrainer):
         self._with_teacher_logits: WithTeacherLogits | None = None
         check_numbers_of_classes(self.model, self.teacher_model, self.class_counts)
 
-        self.objective = Objective(
+        # Trainer itself writes `objective` in a search for hyperparameters.
+        self.bkd_objective = Objective(
             args,
             self.class_counts,
             args.device,
@@ -202,7 +203,7 @@ class BKDTrainer(PublishingTrainer):
             self._measured_power,
         )
         if train_dataset is not None or self.teacher_model is not None:
-            self.objective.check(getattr(self.model, "config", None))
+            self.bkd_objective.check(getattr(self.model, "config", None))
         self._looks: dict[tuple, dict[str, Any]] = {}  # at the targets, by what they depend on
         self._guard, self._meter = FiniteGuard(self.accelerator, args), LossMeter(self.accelerator)
         self._first_batch_checked = False
@@ -240,7 +241,7 @@ class BKDTrainer(PublishingTrainer):
         counted = labels != IGNORE_INDEX
         if model.training:
             teacher_logits = self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
-            losses = self.objective(outputs.logits, teacher_logits, labels, self._progress(num_items_in_batch))
+            losses = self.bkd_objective(outputs.logits, teacher_logits, labels, self._progress(num_items_in_batch))
             self._meter.add(losses, counted)
         else:
             smoothing = self.args.label_smoothing_factor
@@ -293,12 +294,12 @@ class BKDTrainer(PublishingTrainer):
     @property
     def class_weights(self) -> torch.Tensor | None:
         """The C weights w^p in the distillation loss at this point of training; `None` where it takes none."""
-        return self.objective.distillation_weights(self._progress())
+        return self.bkd_objective.distillation_weights(self._progress())
 
     @property
     def classification_weights(self) -> torch.Tensor | None:
         """The C weights in the classification loss at this point of training; `None` without `class_weighting`."""
-        return self.objective.classification_weights(self._progress())
+        return self.bkd_objective.classification_weights(self._progress())
 
     # ---- The teacher ----------------------------------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ class BKDTrainer(PublishingTrainer):
                     f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like the student."
                 )
             return
-        if args.student_init == "auto" and self.objective.power >= 1:
+        if args.student_init == "auto" and self.bkd_objective.power >= 1:
             return  # the teacher has learned all there is: its answers teach more than its weights
         start_from_teacher(student, teacher.model, self.class_counts if corrects(vars(args)) else None)
         self.student_started_from_teacher = True
@@ -338,7 +339,7 @@ class BKDTrainer(PublishingTrainer):
     def _teacher_logits(self, inputs: dict[str, Any], computed: torch.Tensor | None) -> torch.Tensor | None:
         """B×C logits of the teacher: those of the batch, if it has some; `None` if they are not looked at."""
         teacher = self.teacher_model
-        if teacher is None or not self.objective.mixture(self._progress().epoch)[1]:
+        if teacher is None or not self.bkd_objective.mixture(self._progress().epoch)[1]:
             return None
         logits = teacher(**inputs) if computed is None else computed
         known = logits if teacher.known_classes is None else logits[:, teacher.known_classes]
@@ -393,7 +394,7 @@ class BKDTrainer(PublishingTrainer):
             InputError: If none of these images is of a class that the teacher knows.
             TeacherLogitsError: If the teacher's logits are not finite.
         """
-        args, dataset, objective = self.args, self.train_dataset, self.objective
+        args, dataset, objective = self.args, self.train_dataset, self.bkd_objective
         if self.teacher_model is None or not objective.has_known_targets or self.class_counts is None:
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
@@ -634,6 +635,12 @@ class BKDTrainer(PublishingTrainer):
 
     # ---- Evaluation -----------------------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Make a loader as `Trainer`, which would give that of its own data set for another, if its workers stay."""
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
+
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         """Make a loader as `Trainer`; that of an evaluation gives all examples in order, whatever trainings want."""
         if is_training:
@@ -709,7 +716,7 @@ class BKDTrainer(PublishingTrainer):
             ValueError: Without class counts, or if the examples have no labels.
         """
         if self.long_tail is None:
-            self.objective.known_class_counts()  # raises
+            self.bkd_objective.known_class_counts()  # raises
         self._is_measuring = True
         try:
             metrics = self.predict(dataset, metric_key_prefix=metric_key_prefix).metrics
@@ -721,7 +728,9 @@ class BKDTrainer(PublishingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does, also after an `evaluate()`."""
-        if self.model_wrapped is self.model:
+        if kwargs.get("trial") is not None:
+            self._hp_search_setup(kwargs["trial"])  # Trainer would make the student first, as the last trial was told
+        if self.model is not None and self.model_wrapped is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._meter = LossMeter(self.accelerator)
@@ -731,6 +740,16 @@ class BKDTrainer(PublishingTrainer):
         outcome = super().train(*args, **kwargs)
         self._guard.check_weights(self.model, self.state.global_step)
         return outcome
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set the options of a trial as `Trainer` does; those that were left to the method follow it."""
+        super()._hp_search_setup(trial)
+        if trial is None or self.hp_search_backend is None:
+            return
+        told = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial
+        self.args.set_anew({name: value for name, value in vars(self.args).items() if name in told})
+        self.bkd_objective.has_teacher = self.teacher_model is not None and self.bkd_objective.distils
+        self.bkd_objective.check(None)
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 

@@ -378,10 +378,12 @@ class BKDConfig(TrainingArguments):
             value = getattr(self, name)
             if isinstance(value, str) and not (name in _MAY_BE_FILES and not value.startswith("{")):
                 try:
-                    setattr(self, name, json.loads(value))
+                    found = json.loads(value)
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"--{name} {shortened(value)} is no JSON: {shortened(error)}.") from error
-                self._require(isinstance(getattr(self, name), dict), name, "a JSON object")
+                self._require(isinstance(found, dict), name, "a JSON object")
+                # transformers reads its own by itself, where numbers may be in quotes.
+                setattr(self, name, value.strip() if name in TrainingArguments._VALID_DICT_FIELDS else found)
         self._check_loss_arguments()
         self._check_ranges()
 

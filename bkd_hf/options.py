@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -308,11 +309,23 @@ class RunArguments:
             InputError: If a value is out of its range, or the teacher would need one itself.
         """
         if self._teacher is None:
-            self._teacher = RunArguments({**self._options_of_teacher(), **self.teacher_options}, is_teacher=True)
+            with self.naming_teacher_options():
+                self._teacher = RunArguments({**self._options_of_teacher(), **self.teacher_options}, is_teacher=True)
             if self._teacher.distils:
                 method = self._teacher.training.method
                 raise InputError(f"--teacher_method {method}: a teacher is trained without a teacher.")
         return self._teacher
+
+    @contextmanager
+    def naming_teacher_options(self) -> Iterator[None]:
+        """Have an error about an option that was given for the teacher alone call it as it was given."""
+        try:
+            yield
+        except InputError as error:
+            name = str(error).removeprefix("--").split(" ")[0]
+            if name not in self.teacher_options:
+                raise
+            raise InputError(f"--teacher_{str(error).removeprefix('--')}") from error
 
     def _options_of_teacher(self) -> dict[str, Any]:
         """Options of the teacher where nothing was given for it alone."""

@@ -37,7 +37,7 @@ def check_before_work(arguments: RunArguments) -> None:
     """
     trains_teacher = arguments.distils and (arguments.model.given_teacher is None or arguments.model.finetune_teacher)
     trained = [arguments, arguments.for_teacher()] if trains_teacher else [arguments]
-    for name in (*options_with("path"), "dataset_name", "model_name_or_path", "teacher_model_name_or_path"):
+    for name in ("dataset_name", "model_name_or_path", "teacher_model_name_or_path", *sorted(options_with("path"))):
         _check_name(name, arguments.options[name])
     if arguments.distils and arguments.training.teacher_cache not in ("off", "auto"):
         _check_writable("teacher_cache", arguments.training.teacher_cache)
@@ -48,8 +48,10 @@ def check_before_work(arguments: RunArguments) -> None:
                 f"--freeze_backbone: {name} starts from fresh weights, so its features would stay random. Give a "
                 "trained model, or leave the option out."
             )
-    for options in trained:
-        rehearse(options.training)
+    rehearse(arguments.training)
+    if trains_teacher:
+        with arguments.naming_teacher_options():
+            rehearse(arguments.for_teacher().training)
     for options in trained:
         name = options.model.model_name_or_path
         if cifar_resnet_depth(name) is None:
@@ -99,7 +101,7 @@ def rehearse(args: BKDConfig) -> None:
     Raises:
         InputError: Naming the option, if that cannot be done.
     """
-    if args.fsdp or args.deepspeed:  # which prepare a process for one model
+    if args.deepspeed or (args.fsdp and args.world_size > 1):  # which prepare a process for one model
         return
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
 

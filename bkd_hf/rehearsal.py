@@ -41,6 +41,7 @@ def check_before_work(arguments: RunArguments) -> None:
         _check_name(name, arguments.options[name])
     if arguments.distils and arguments.training.teacher_cache not in ("off", "auto"):
         _check_writable("teacher_cache", arguments.training.teacher_cache)
+    arguments.model.read_teacher_label_map()
     for options in trained:
         name = options.model.model_name_or_path
         if options.training.freeze_backbone and cifar_resnet_depth(name) is not None:
@@ -57,7 +58,6 @@ def check_before_work(arguments: RunArguments) -> None:
         if cifar_resnet_depth(name) is None:
             load_config(name, options.training.cosine_scale, **options.model.from_pretrained_kwargs())
     if arguments.distils and arguments.model.given_teacher is not None:
-        arguments.model.read_teacher_label_map()
         teacher_label_names(arguments.model.given_teacher, **arguments.for_teacher().model.from_pretrained_kwargs())
 
 

@@ -30,6 +30,8 @@ def check(*options: str) -> None:
         ["--prediction_loss_only", "true"],
         ["--precision", "bf16", "--bf16_full_eval", "true"],
         [
+            "--save_strategy",
+            "epoch",
             "--eval_strategy",
             "epoch",
             "--load_best_model_at_end",

@@ -108,7 +108,7 @@ CASES = [
     Case((*_FOLDER, "--precision", "fp32", "--bf16", "true"), 2, "contradict"),
     Case((*_FOLDER, "--precision", "fp16", "--use_cpu", "true"), 2, "fp16"),
     Case((*_FOLDER, "--dataset_name", "some/data"), 2, "precision", environment={"ACCELERATE_MIXED_PRECISION": "fp8"}),
-    Case((*_FOLDER, "--student_init", "teacher", "--teacher_model_name_or_path", "cifar-resnet-14"), 2, "student_init"),
+    Case((*_FOLDER, "--student_init", "teacher", "--teacher_model_name_or_path", "cifar-resnet-14"), 2, "--student"),
     *(
         Case((*_FOLDER, "--config", "{file}"), 2, "nowhere-else", f"{name}: {value}\n".encode()
              + b"dataset_name: ./nowhere-else\n")

@@ -10,20 +10,31 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
 from .config import BKDConfig
 from .errors import InputError
-from .machine import default_precision
+from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision
 from .models import cifar_resnet_depth
 from .objective import RECOMMENDED
-from .options import NOT_FOR_TEACHER, OPTIONS, DataArguments, ModelArguments, PublishingArguments, RunArguments
+from .options import (
+    NOT_FOR_TEACHER,
+    OPTIONS,
+    DataArguments,
+    ModelArguments,
+    PublishingArguments,
+    RunArguments,
+    read_text,
+)
+from .ranges import shortened
 
 _TEACHER_PREFIX = "--teacher_"
+_NULL = "tag:yaml.org,2002:null"
 #: Options of `TrainingArguments` that --help shows; --help_all shows the rest too.
 _COMMON_TRAINING_OPTIONS = {
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -83,9 +94,11 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         raise SystemExit(0)
     command_line, for_teacher = _split_off_teacher(parser, argv)
     first_look = parser.parse_known_args(command_line)[0]
-    config = first_look.config or (digits_recipe if first_look.dataset_name == "digits" else None)
+    config = first_look.config
+    if config is None and first_look.dataset_name == "digits":
+        config = digits_recipe
     from_file: list[str] = []
-    if config:
+    if config is not None:
         from_file, for_teacher_from_file = _split_off_teacher(parser, _read_config(parser, config))
         for_teacher = [*for_teacher_from_file, *for_teacher]
     elif first_look.optim == parser.get_default("optim") and cifar_resnet_depth(first_look.model_name_or_path):
@@ -110,17 +123,28 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
 
 
 def _choose_precision(namespace: argparse.Namespace, from_file: Sequence[str], command_line: Sequence[str]) -> None:
-    """Set bf16 and fp16 as --precision says; given themselves, they win over auto and over a file's precision."""
+    """Set bf16 and fp16 as --precision says; given themselves, they win over auto and over a file's precision.
+
+    What the launcher says holds where the options say nothing: its precision, and its compiler.
+    """
 
     def told(names: Sequence[str], tokens: Sequence[str]) -> list[str]:
-        return [name for name in names if any(re.fullmatch(f"--{name}(=.*)?", token) for token in tokens)]
+        given = [token.partition("=")[0].replace("-", "_") for token in tokens]
+        return [name for name in names if f"__{name}" in given]
 
+    tokens = [*from_file, *command_line]
+    if (backend := launcher_compiler()) and not told(["torch_compile", "torch_compile_backend"], tokens):
+        namespace.torch_compile, namespace.torch_compile_backend = True, backend
     flags = ("bf16", "fp16")
     overrides_file = told(flags, command_line) and not told(["precision"], command_line)
-    given = told(flags, [*from_file, *command_line])
+    given = told(flags, tokens)
     if overrides_file or (given and namespace.precision == "auto"):
         return
-    precision = default_precision(namespace.use_cpu) if namespace.precision == "auto" else namespace.precision
+    precision = namespace.precision
+    if precision == "auto":
+        precision = launcher_precision() or default_precision(namespace.use_cpu)
+        if precision not in PRECISIONS:
+            raise InputError(f"The launcher asks for mixed_precision {precision}: give --precision, which wins.")
     for name in given:
         if getattr(namespace, name) != (name == precision):
             raise InputError(f"--precision {precision} and --{name} contradict each other: leave one out.")
@@ -150,7 +174,7 @@ def _type_name(action: argparse.Action) -> str:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
-        suggestion = ""
+        message, suggestion = re.sub(r"(\S{60})\S{20,}", r"\1…", " ".join(message.split())), ""
         if match := re.search(r"unrecognized arguments: --(\w+)", message):
             known = [option.removeprefix("--") for option in self._option_string_actions]
             suggestion = _suggestion(match[1], known).replace("mean ", "mean --")
@@ -158,12 +182,35 @@ class _Parser(HfArgumentParser):
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Reads 2e-4 as a number, which PyYAML, by the rules of YAML 1.1, takes for a string."""
+    """Reads what has no option's type, the values in a dictionary: as JSON, where off is a word and 2e-4 a number."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        _entries(node)
+        return super().construct_mapping(node, deep)
 
 
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|false|True|False",
+    "int": r"[-+]?(0|[1-9]\d*)",
+    "float": r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?",
+}.items():
+    _YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), None)
+
+
+def _entries(node: Any) -> dict[str, yaml.Node]:
+    """Return the values of a YAML mapping by their names; raises a `YAMLError` if a name comes twice, or is none."""
+    entries: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        line = f"line {key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.YAMLError(f"{line}: expected a name")
+        if key.value in entries:
+            raise yaml.YAMLError(f"{line}: {key.value} is given twice")
+        entries[key.value] = value
+    return entries
 
 
 def _build_parser(show_all: bool = False) -> _Parser:
@@ -237,45 +284,60 @@ def _read_config(parser: _Parser, path: str | Path) -> list[str]:
     So one parser gives every value its type, whether it was written in a file or on the command line.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_YamlLoader)
-    except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path} is no YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"--config {path}: expected lines of the form `option: value`.")
-    teacher = content.pop("teacher", None) or {}
-    if not isinstance(teacher, dict):
-        raise InputError(f"--config {path}: the section `teacher:` must hold lines of the form `option: value`.")
-    tokens = [token for name, value in content.items() for token in _tokens(parser, path, name, value)]
-    for name, value in teacher.items():
-        if name != "model_name_or_path":
-            _check_teacher_option(parser, name, f"--config {path}, section teacher, {name}")
-        if of_teacher := _tokens(parser, path, name, value):
-            tokens += [_TEACHER_PREFIX + of_teacher[0].removeprefix("--"), *of_teacher[1:]]
+        node = yaml.compose(read_text("config", path), Loader=_YamlLoader)
+        if not isinstance(node, yaml.MappingNode):
+            raise InputError(f"--config {path}: expected lines of the form `option: value`.")
+        entries = _entries(node)
+        teacher = entries.pop("teacher", None)
+        if teacher is None or teacher.tag == _NULL:
+            of_teacher = {}
+        elif isinstance(teacher, yaml.MappingNode):
+            of_teacher = _entries(teacher)
+        else:
+            raise InputError(f"--config {path}: the section `teacher:` must hold lines of the form `option: value`.")
+        tokens, seen = [], set()
+        for name, value in entries.items():
+            tokens += _tokens(parser, path, name, value)
+            dest = parser._option_string_actions[f"--{name}"].dest
+            if dest in seen:
+                raise InputError(f"--config {path}: {dest} is given twice, once as {name}.")
+            seen.add(dest)
+        for name, value in of_teacher.items():
+            if name != "model_name_or_path":
+                _check_teacher_option(parser, name, f"--config {path}, section teacher, {name}")
+            if given := _tokens(parser, path, name, value):
+                tokens += [_TEACHER_PREFIX + given[0].removeprefix("--"), *given[1:]]
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"--config {path} is no YAML: {shortened(error, 200)}.") from error
     return tokens
 
 
-def _tokens(parser: _Parser, path: str | Path, name: Any, value: Any) -> list[str]:
+def _tokens(parser: _Parser, path: str | Path, name: str, node: yaml.Node) -> list[str]:
     action = parser._option_string_actions.get(f"--{name}")
     if action is None or name in ("config", "help", "help_all", "overwrite"):
         known = [option.removeprefix("--") for option in parser._option_string_actions]
-        raise InputError(f"--config {path}: unknown option {name!r}.{_suggestion(str(name), known)}")
-    if value is None:
+        raise InputError(f"--config {path}: unknown option {name!r}.{_suggestion(name, known)}")
+    if node.tag == _NULL:
         return []
     is_list_option = action.nargs in ("+", "*")
-    if isinstance(value, (list, dict)) and not (isinstance(value, list) and is_list_option):
-        if not (isinstance(value, dict) and name in BKDConfig._VALID_DICT_FIELDS):
-            raise InputError(f"--config {path}: {name} takes a single value, got {value!r}.")
-        value = json.dumps(value)
-    values = value if isinstance(value, list) else [value]
-    tokens = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
+    nodes = node.value if isinstance(node, yaml.SequenceNode) and is_list_option else [node]
+    shown = shortened(repr(value := _YamlLoader("").construct_document(node)))
+    if isinstance(node, yaml.MappingNode) and name in BKDConfig._VALID_DICT_FIELDS:
+        tokens = [json.dumps(value)]
+    elif all(isinstance(each, yaml.ScalarNode) for each in nodes):
+        # Its own text: what it means is for the type of the option to say (off is a name for one, and no for another).
+        tokens = [each.value for each in nodes]
+    else:
+        raise InputError(f"--config {path}: {name} takes a single value, got {shown}.")
+    if action.type is string_to_bool:
+        tokens = [{"on": "true", "off": "false"}.get(token.lower(), token) for token in tokens]
     try:
         # "--name=value", so that a value may begin with a dash.
-        parser.parse_known_args([f"--{name}", *tokens] if is_list_option else [f"--{name}={tokens[0]}"])
+        words = [f"--{name}", *tokens] if is_list_option else [f"--{name}={tokens[0]}"]
+        parser.parse_known_args(words)
     except InputError as error:
-        raise InputError(f"--config {path}: {name}: {value!r} is not valid there: {error}") from error
-    return [f"--{name}", *tokens] if is_list_option else [f"--{name}={tokens[0]}"]
+        raise InputError(f"--config {path}: {name}: {shown} is not valid there: {error}") from error
+    return words
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from .errors import InputError
 from .objective import (
     CLASS_WEIGHTINGS,
     CLASSIFICATION_LOSSES,
@@ -24,6 +25,7 @@ from .objective import (
     Loss,
     Objective,
 )
+from .ranges import check_ranges, shortened
 
 _REGISTRIES: dict[str, Mapping[str, Loss | None]] = {
     "classification_loss": CLASSIFICATION_LOSSES,
@@ -42,6 +44,12 @@ DTYPES = ("float16", "float32")
 #: Views of augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
+_CHOOSING = (
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
+    "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
+#: Of the options that hold dictionaries, those that may name a JSON file instead.
+_MAY_BE_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
 def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
@@ -92,7 +100,7 @@ class BKDConfig(TrainingArguments):
     with whole epochs e counted from 0. Each field is described by its help text.
 
     Raises:
-        ValueError: If a value is out of its range; the message names the option.
+        InputError: If a value is out of its range; the message names the option.
 
     Warns:
         UserWarning: If an option has no effect.
@@ -271,14 +279,26 @@ class BKDConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._apply_method()
-        self._check_loss_arguments()
-        self._check_ranges()
+        self._check()
         super().__post_init__()
         if self.mixed_precision == "fp16" and self.device.type == "cpu":
-            raise ValueError(
+            raise InputError(
                 "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision "
                 "bf16 or fp32."
             )
+        for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
+            fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
+            self._require(fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
+        by_accelerate: Any = self.accelerator_config
+        numbers = not (by_accelerate.split_batches or by_accelerate.dispatch_batches)
+        numbers = numbers and self.train_sampling_strategy in ("random", "sequential")
+        self._require(
+            self.teacher_cache in ("off", "auto") or (numbers and self.sampler == "instance"),
+            "teacher_cache",
+            "off or auto, unless each image is drawn once an epoch: it goes with --sampler instance, "
+            "--train_sampling_strategy random or sequential, and neither split_batches nor dispatch_batches of "
+            "--accelerator_config",
+        )
         for message in self._options_without_effect():
             warnings.warn(message, UserWarning, stacklevel=3)
 
@@ -303,7 +323,10 @@ class BKDConfig(TrainingArguments):
         unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
         # Where the cache lies has no influence, whether there is one may move the last digits.
         cache = {"teacher_cache": self.teacher_cache if self.teacher_cache == "off" else "on"}
-        return {**self.to_dict(), **unused, **cache}
+        # When it is evaluated and saved matters where something is chosen by that.
+        chooses = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        when = {} if chooses else dict.fromkeys(_CHOOSING)
+        return {**self.to_dict(), **unused, **cache, **when}
 
     def loss_arguments(self, part: str) -> dict[str, Any]:
         """Values of the arguments of the chosen loss that are options, some still `auto` or `measured`.
@@ -320,20 +343,37 @@ class BKDConfig(TrainingArguments):
         }
 
     @property
+    def cosine_scale(self) -> float | None:
+        """Scale of the cosine head that the classification loss needs; `None` if it needs none."""
+        return self.loss_arguments("classification_loss")["scale"] if self.classification_loss == "ldam" else None
+
+    @property
     def uses_step_decay(self) -> bool:
         """Whether the step-decay schedule replaces `lr_scheduler_type`."""
         return self.lr_step_epochs is not None
 
+    def set_anew(self, changes: Mapping[str, Any]) -> None:
+        """Change options; those that were left to the method follow it.
+
+        Raises:
+            InputError: If a value is out of its range.
+        """
+        for name, value in {**dict.fromkeys(self._left_to_method), **changes}.items():
+            setattr(self, name, value)
+        self._apply_method()
+        self._check()
+
     def _require(self, holds: bool, name: str, condition: str) -> None:
         if not holds:
-            raise ValueError(f"--{name} must be {condition}, got {getattr(self, name)}.")
+            raise InputError(f"--{name} must be {condition}, got {shortened(getattr(self, name))}.")
 
     def _apply_method(self) -> None:
         """Fill in what the preset says, where nothing was said explicitly."""
         self._require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
-        for name, value in METHODS[self.method].options().items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        preset = METHODS[self.method].options()
+        self._left_to_method = [name for name in preset if getattr(self, name) is None]
+        for name in self._left_to_method:
+            setattr(self, name, preset[name])
         for name, choices in _PARTS.items():
             self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
         for name, words, condition in (
@@ -346,46 +386,42 @@ class BKDConfig(TrainingArguments):
                 except ValueError:
                     self._require(False, name, condition)
 
+    def _check(self) -> None:
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and not (name in _MAY_BE_FILES and not value.startswith("{")):
+                try:
+                    found = json.loads(value)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"--{name} {shortened(value)} is no JSON: {shortened(error)}.") from error
+                self._require(isinstance(found, dict), name, "a JSON object")
+                # transformers reads its own by itself, where numbers may be in quotes.
+                setattr(self, name, value.strip() if name in TrainingArguments._VALID_DICT_FIELDS else found)
+        self._check_loss_arguments()
+        self._check_ranges()
+
     def _check_loss_arguments(self) -> None:
         """Check `…_loss_args` against the signature of the loss, which checks the values itself."""
         for part, registry in _REGISTRIES.items():
             option, name = f"{part}_args", getattr(self, part)
             given, loss = getattr(self, option), registry[name]
-            if isinstance(given, str):
-                try:
-                    given = json.loads(given)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"--{option} {given} is no JSON: {error}.") from error
-                setattr(self, option, given)
-            if given is None:
+            if not given:
                 continue
-            self._require(isinstance(given, dict), option, "a JSON object")
             for argument in given:
                 if loss is not None and argument in loss.shared:  # one way to say it, which all else looks at too
-                    raise ValueError(f"--{option}: give {argument!r} of --{part} {name} by --{loss.shared[argument]}.")
+                    raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{loss.shared[argument]}.")
             known = [] if loss is None else [argument for argument in loss.arguments if argument not in loss.shared]
             if unknown := [argument for argument in given if argument not in known]:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
-                raise ValueError(f"--{option}: --{part} {name} has no argument {unknown[0]!r}; {takes}.")
+                raise InputError(f"--{option}: --{part} {name} has no argument {unknown[0]!r}; {takes}.")
             try:
                 Objective(self, [1, 1], has_teacher=part == "distillation_loss").try_out(part)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"--{option} {json.dumps(given)}: {error}") from error
+                raise InputError(f"--{option} {json.dumps(given)}: {error}") from error
 
     def _check_ranges(self) -> None:
+        check_ranges(self)
         require = self._require
-        for name in ("temperature", "ldam_scale", "dive_temperature", "dive_power", "dkd_temperature"):
-            require(0 < getattr(self, name) < math.inf, name, "a finite number > 0")
-        for name in (
-            "distillation_weight",
-            "class_weighting_start",
-            "focal_gamma",
-            "ldam_max_margin",
-            "dkd_alpha",
-            "dkd_beta",
-            "dkd_warmup_epochs",
-        ):
-            require(0 <= getattr(self, name) < math.inf, name, "a finite number ≥ 0")
         power: Any = self.class_balance_power
         is_number = isinstance(power, float)
         require(not is_number or 0 <= power < math.inf, "class_balance_power", "a finite number ≥ 0, auto or measured")
@@ -401,11 +437,6 @@ class BKDConfig(TrainingArguments):
             "logit_adjustment_tau",
             "a number: auto is what the targets of --distillation_loss bkd leave",
         )
-        require(0 <= self.dive_alpha <= 1, "dive_alpha", "in [0, 1]")
-        require(0 <= self.class_balance_beta < 1, "class_balance_beta", "in [0, 1)")
-        start = self.deferred_reweighting_start
-        require(start is None or 0 <= start < math.inf, "deferred_reweighting_start", "a finite number ≥ 0")
-        require(0 <= self.label_smoothing_factor < 1, "label_smoothing_factor", "in [0, 1)")
         require(
             not self.label_smoothing_factor or "label_smoothing" in self.loss_arguments("classification_loss"),
             "label_smoothing_factor",
@@ -416,19 +447,19 @@ class BKDConfig(TrainingArguments):
             "train_sampling_strategy",
             "random with --sampler class_balanced, which draws by itself",
         )
-        require(0 <= self.momentum < 1, "momentum", "in [0, 1)")
         require(
             HubStrategy(self.hub_strategy) in (HubStrategy.END, HubStrategy.EVERY_SAVE),
             "hub_strategy",
             "end: checkpoints with their optimizer states are not for others",
         )
-        rate = self.head_learning_rate
-        require(rate is None or 0 <= rate < math.inf, "head_learning_rate", "a finite number ≥ 0")
-        views = self.teacher_cache_views
         require(bool(self.teacher_cache), "teacher_cache", "off, auto or a folder")
-        require(views is None or views >= 1, "teacher_cache_views", "at least 1")
+        require(self.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
+        require(
+            self.save_strategy != "best" or self.metric_for_best_model is not None,
+            "save_strategy",
+            "no, steps or epoch without --metric_for_best_model",
+        )
         require(self.teacher_cache_dtype in DTYPES, "teacher_cache_dtype", f"one of {', '.join(DTYPES)}")
-        require(self.lr_warmup_epochs >= 0, "lr_warmup_epochs", "≥ 0")
         if self.lr_step_epochs is None:
             require(self.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")
             require(self.lr_warmup_epochs == 0, "lr_warmup_epochs", "given together with --lr_step_epochs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,9 +108,11 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
     prefer_channels_last(teacher)
     # The class frequencies of this tail are not in the answers of a teacher that was trained on other images.
     tau = arguments.data.post_hoc_tau if fingerprint == data["fingerprint"] else 0.0
+    args = copy.copy(arguments.training)  # measured as it will teach, in its own type
+    args.bf16_full_eval = args.fp16_full_eval = False
     trainer = BKDTrainer(
         model=teacher.as_classifier(),
-        args=arguments.training,
+        args=args,
         eval_dataset=inputs.images["eval"],
         compute_metrics=long_tail_evaluation(data, tau),
     )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedConfig
 
 from .config import BKDConfig
 from .errors import InputError
@@ -35,11 +36,11 @@ def the_head(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the head by name, as [`head_modules`].
 
     Raises:
-        ValueError: If the head cannot be told from the rest.
+        InputError: If the head cannot be told from the rest.
     """
     head = head_modules(model)
     if not head:
-        raise ValueError(
+        raise InputError(
             f"--freeze_backbone and --head_learning_rate need a model whose head can be told from the rest, which "
             f"{type(model).__name__} is not: call it `classifier`."
         )
@@ -50,7 +51,7 @@ def freeze_backbone(model: nn.Module) -> None:
     """Train the head alone, with the rest in evaluation mode: not even statistics of BatchNorm change.
 
     Raises:
-        ValueError: If the head cannot be told from the rest.
+        InputError: If the head cannot be told from the rest.
     """
     head = the_head(model)
     model.requires_grad_(False)
@@ -67,13 +68,25 @@ def freeze_backbone(model: nn.Module) -> None:
     model.register_forward_pre_hook(keep_in_evaluation_mode)
 
 
+def answer_one_class(model: nn.Module) -> None:
+    """Have a model's configuration say what it is trained for, whatever its weights were: one class of several.
+
+    `pipeline` would apply a sigmoid to the answers of a model that was for several classes at once.
+    """
+    if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
+        if config.problem_type is not None:
+            config.problem_type = "single_label_classification"
+        config.return_dict = True
+        config.__dict__.pop("function_to_apply", None)
+
+
 def prepare_head(model: nn.Module, args: BKDConfig) -> None:
-    """Freeze the rest of a student, or find its head's bias, where the options need it.
+    """Have a student answer one class; freeze all but its head, or find that one's bias, where the options need it.
 
     Raises:
-        ValueError: If the head cannot be told from the rest.
-        InputError: If it has no bias.
+        InputError: If the head cannot be told from the rest, or has no bias.
     """
+    answer_one_class(model)
     if args.freeze_backbone:
         freeze_backbone(model)
     if args.head_bias == "balanced" and not head_biases(model):

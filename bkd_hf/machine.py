@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import psutil
 import torch
 from transformers import TrainingArguments
 
@@ -53,6 +57,46 @@ def default_precision(use_cpu: bool) -> str:
 def precision_of(args: TrainingArguments) -> str:
     """Return the precision that options say."""
     return {"no": "fp32"}.get(args.mixed_precision, args.mixed_precision)
+
+
+# What a launcher, or a saved configuration of accelerate, says in the environment.
+_LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
+
+
+def launcher_precision() -> str | None:
+    """Return the mixed precision that the launcher asks for, `None` if it asks for none."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return None if precision == "no" else precision
+
+
+def launcher_compiler() -> str | None:
+    """Return the `--torch_compile_backend` that the launcher asks for, `None` if it asks for none."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower()
+    return None if backend == "no" else backend
+
+
+def launcher_accumulation() -> str | None:
+    """Return the accumulation steps that `accelerate launch` was given, which it tells DeepSpeed alone."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    words = words[: words.index(sys.argv[0])] if sys.argv[0] in words else []
+    for number, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if "launch" in words[:number] and name.replace("-", "_") == "__gradient_accumulation_steps":
+            return value or "".join(words[number + 1 : number + 2])
+    return os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+
+
+@contextmanager
+def options_alone() -> Iterator[None]:
+    """Have libraries not see what the launcher says: the options say it, or something else."""
+    found = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(found)
 
 
 def keep_freed_memory() -> None:

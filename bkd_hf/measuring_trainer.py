@@ -11,8 +11,9 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
+from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss
 from .metrics import LongTailAccumulator, LongTailEvaluation
 
@@ -30,6 +31,8 @@ class EvaluationMeter:
         self.accelerator, self.label_smoothing, self.accumulator = accelerator, label_smoothing, accumulator
         self._sums = [torch.zeros(2, device=accelerator.device)]
         self._num_seen = 0
+        #: Examples that were answered by this process; after `finish` by all.
+        self.num_answers = 0
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch of this process, without the examples that fill up the last one of all processes."""
@@ -41,6 +44,7 @@ class EvaluationMeter:
         if not number:
             return
         logits, labels = logits[:number], labels[:number]
+        self.num_answers += number
         loss = cross_entropy_loss(logits, labels, self.label_smoothing, reduction="sum")
         self._sums.append(torch.stack([loss, (labels != IGNORE_INDEX).sum()]))
         if self.accumulator is not None:
@@ -50,7 +54,9 @@ class EvaluationMeter:
     def finish(self) -> dict[str, float]:
         """Merge what the processes added, and return loss and metrics; all processes have to call it."""
         sums = torch.stack(self._sums).cpu().double().sum(dim=0)
-        all_sums, accumulators = zip(*gather_object([(sums, self.accumulator)]), strict=True)
+        gathered = gather_object([(sums, self.num_answers, self.accumulator)])
+        all_sums, answers, accumulators = zip(*gathered, strict=True)
+        self.num_answers = sum(answers)
         loss, number = sum(all_sums).tolist()
         found = {"loss": loss / number} if number else {}
         if self.accumulator is not None:
@@ -65,6 +71,24 @@ class MeasuringTrainer(Trainer):
     #: The long-tail metrics; `None` without class counts.
     long_tail: LongTailEvaluation | None = None
     _is_measuring = False
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Make a loader as `Trainer`, which would give that of its own data set for another, if its workers stay."""
+        if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
+            return super().get_eval_dataloader(eval_dataset)
+        return self.get_test_dataloader(eval_dataset)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        """Make a loader as `Trainer`; that of an evaluation gives all examples in order, whatever trainings want."""
+        if is_training:
+            return super()._get_dataloader(*args, is_training=True, **kwargs)
+        told, config = self.args, self.accelerator.dataloader_config
+        of_training = told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches
+        told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches = False, "sequential", True
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches = of_training
 
     def evaluation_loop(
         self,
@@ -88,6 +112,13 @@ class MeasuringTrainer(Trainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         found = self._evaluation.finish()
+        dataset: Any = dataloader.dataset
+        num_answers = self._evaluation.num_answers
+        if has_length(dataset) and num_answers != len(dataset) and (num_answers or self._is_measuring):
+            raise InputError(
+                f"The evaluation has answers about {num_answers} of {len(dataset)} images, so it is not what it is "
+                "called. Check --accelerator_config, and that all examples have labels."
+            )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 

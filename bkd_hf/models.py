@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from .errors import InputError, first_line
-from .head import head_modules, shift_logits
+from .head import answer_one_class, head_modules, shift_logits
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from .ranges import shortened
 
-_FRESH_NAME = re.compile(r"cifar-resnet-(\d+)")
+_FRESH_NAME = re.compile(r"cifar-resnet-([0-9]{1,9})")
+_MAX_DEPTH = 1202  # of the paper
 
 
 def cifar_resnet_depth(name: str) -> int | None:
@@ -37,8 +39,11 @@ def cifar_resnet_depth(name: str) -> int | None:
     if match is None:
         return None
     depth = int(match[1])
-    if depth < 8 or (depth - 2) % 6:
-        raise InputError(f"There is no {name}: the depth must be 6n + 2, e.g. cifar-resnet-20, -32, -44, -56 or -110.")
+    if not 8 <= depth <= _MAX_DEPTH or (depth - 2) % 6:
+        raise InputError(
+            f"There is no {name}: the depth must be 6n + 2, up to {_MAX_DEPTH}, e.g. cifar-resnet-20, -32, -44, -56 "
+            "or -110."
+        )
     return depth
 
 
@@ -77,13 +82,8 @@ def load_classifier(
         model = CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **overrides))
         model.new_parameters = [parameter for parameter, _ in model.named_parameters()]
         return model
+    config = load_config(name, cosine_scale, **from_pretrained_kwargs)
     try:
-        config = AutoConfig.from_pretrained(name, **from_pretrained_kwargs)
-        if cosine_scale is not None and config.model_type != CifarResNetConfig.model_type:
-            raise InputError(
-                f"--classification_loss ldam needs a cosine head, which {name} ({config.model_type}) cannot have: "
-                "use a cifar-resnet-… model, or balanced_softmax or logit_adjustment, which work with any head."
-            )
         model, info = AutoModelForImageClassification.from_pretrained(
             name,
             num_labels=len(class_names),
@@ -93,18 +93,35 @@ def load_classifier(
             # The default is the type that the file has, and training in half precision loses small updates.
             **{"dtype": torch.float32, **from_pretrained_kwargs},
         )
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(name, error) from error
+        names = label_names(config)
+    except Exception as error:  # whatever a library raises about what is in the files
+        raise not_loadable(name, error) from error
     if getattr(model.config, "num_channels", 3) != 3:
         raise InputError(f"The model {name} takes images of {model.config.num_channels} channels; RGB is needed.")
     new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
-    names = label_names(config)
+    answer_one_class(model)
     if names is not None and names != class_names:
         new |= _renew_head(model)
     model.new_parameters = sorted(new)
     return model
+
+
+def load_config(name: str, cosine_scale: float | None = None, **from_pretrained_kwargs: Any) -> PreTrainedConfig:
+    """Load the configuration of a model with weights, that is to be trained (arguments as [`load_classifier`]).
+
+    Raises:
+        InputError: If there is no such model, or it cannot have a cosine head.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **from_pretrained_kwargs)
+    except Exception as error:  # whatever a library raises about what is in the files
+        raise not_loadable(name, error) from error
+    if cosine_scale is not None and config.model_type != CifarResNetConfig.model_type:
+        raise InputError(
+            f"--classification_loss ldam needs a cosine head, which {name} ({config.model_type}) cannot have: "
+            "use a cifar-resnet-… model, or balanced_softmax or logit_adjustment, which work with any head."
+        )
+    return config
 
 
 def label_names(config: PreTrainedConfig) -> list[str] | None:
@@ -186,8 +203,8 @@ def load_processor(
         # Pillow's arithmetic, also where torchvision is installed: its resizing gives slightly other pixels, and a
         # teacher that was saved would differ from a student that is fresh.
         return AutoImageProcessor.from_pretrained(name, backend="pil", **from_pretrained_kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loadable(name, error) from error
+    except Exception as error:  # as above
+        raise not_loadable(name, error) from error
 
 
 def prefer_channels_last(model: nn.Module) -> bool:
@@ -201,10 +218,12 @@ def prefer_channels_last(model: nn.Module) -> bool:
     return True
 
 
-def _not_loadable(name: str, error: Exception) -> InputError:
-    where = "a folder here" if Path(name).is_dir() else "no folder here; on the Hub"
+def not_loadable(name: str, error: Exception) -> InputError:
+    """Say in one line why a model's files cannot be used."""
+    where = "a folder here" if os.path.isdir(name) else "no folder here; on the Hub"
+    why = shortened(first_line(error), 300)
     return InputError(
-        f"The model {name} cannot be loaded ({where}): {first_line(error)}. Give a Hub id, a folder written by "
+        f"The model {shortened(name)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "
         "save_pretrained, or cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
     )
 

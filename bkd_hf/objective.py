@@ -361,7 +361,7 @@ class Objective:
         """Weights of the classification loss and of the distillation loss, after `epoch` epochs of training."""
         loss = self.loss("distillation_loss")
         if loss is None:
-            return constant(epoch, self.options.distillation_weight)
+            return constant(epoch, self.options.distillation_weight if self.distils else 0.0)
         given = {"epoch": epoch, "weight": self.options.distillation_weight}
         return _call(loss.mixture, given | self.options.loss_arguments("distillation_loss"))
 

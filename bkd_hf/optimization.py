@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import HPSearchBackend, IntervalStrategy
 
 from .config import BKDConfig
 from .head import the_head
+from .objective import Objective
 
 
 class StepDecay:
@@ -65,9 +66,11 @@ def with_own_rate(
 
 
 class OptimizingTrainer(Trainer):
-    """A `Trainer` with the optimizers and schedules of the long-tail literature."""
+    """A `Trainer` with the optimizers and schedules of the long-tail literature, and searches that vary any option."""
 
     _update_steps_per_epoch: int | None = None
+    bkd_objective: Objective
+    teacher_model: nn.Module | None
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: BKDConfig, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
@@ -122,3 +125,18 @@ class OptimizingTrainer(Trainer):
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, schedule)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def set_up_trial(self, trial: Any) -> None:
+        """Set the options of a trial, if there is one: Trainer would make the student first, by those of the last."""
+        if trial is not None:
+            self._hp_search_setup(trial)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set the options of a trial as `Trainer` does; those that were left to the method follow it."""
+        super()._hp_search_setup(trial)
+        if trial is None or self.hp_search_backend is None:
+            return
+        told = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial
+        self.args.set_anew({name: value for name, value in vars(self.args).items() if name in told})
+        self.bkd_objective.has_teacher = self.teacher_model is not None and self.bkd_objective.distils
+        self.bkd_objective.check(None)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
@@ -17,10 +17,18 @@ from .config import METHOD_OPTIONS, BKDConfig
 from .data import PROFILES
 from .errors import InputError
 from .images import AUGMENTATIONS, CACHE_IMAGES
-from .machine import PRECISIONS
+from .machine import (
+    PRECISIONS,
+    launcher_accumulation,
+    launcher_compiler,
+    launcher_precision,
+    options_alone,
+    precision_of,
+)
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
 from .objective import METHODS
+from .ranges import check_ranges, defaults_of, explain, shortened
 
 #: The Hub's name for a licence that nobody has chosen.
 UNKNOWN_LICENSE = "unknown"
@@ -81,7 +89,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        _check_least(self, {"image_size": 8, "num_threads": 1})
+        check_ranges(self)
         _check_choice("precision", self.precision, ("auto", *PRECISIONS))
 
     @property
@@ -96,10 +104,8 @@ class ModelArguments:
             return {}
         path = self.teacher_label_map
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"--teacher_label_map {path} cannot be read: {error.strerror}.") from error
-        except json.JSONDecodeError as error:
+            content = json.loads(read_text("teacher_label_map", path))
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
         if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
             raise InputError(
@@ -165,16 +171,14 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        ratio = self.imbalance_ratio
-        if ratio is not None and not 1 <= ratio < float("inf"):
-            raise InputError(f"--imbalance_ratio must be a finite number ≥ 1, got {ratio}.")
+        check_ranges(self)
         _check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
         _check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
         _check_choice("cache_images", self.cache_images, CACHE_IMAGES)
-        _check_least(self, {"max_train_samples": 1, "max_eval_samples": 1, "max_class_count": 1})
-        if not math.isfinite(self.post_hoc_tau):
-            raise InputError(f"--post_hoc_tau must be a finite number, got {self.post_hoc_tau}.")
-        check_shot_thresholds(self.many_shot_threshold, self.few_shot_threshold)
+        try:
+            check_shot_thresholds(self.many_shot_threshold, self.few_shot_threshold)
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
 
 @dataclass
@@ -203,10 +207,14 @@ _INHERITED_ROLES = {
     "secret": "hub_token",
     "path": "output_dir run_name deepspeed",
     "machine": "output_dir dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
-    "dataloader_persistent_workers dataloader_multiprocessing_context local_rank ddp_backend ddp_timeout",
+    "dataloader_persistent_workers dataloader_multiprocessing_context local_rank ddp_backend ddp_timeout "
+    "per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
+    "batch_eval_metrics torch_empty_cache_steps",
     "reporting": "disable_tqdm log_level log_level_replica log_on_each_node report_to run_name project "
     "trackio_space_id trackio_bucket_id trackio_static_space_id save_total_limit skip_memory_metrics debug do_eval "
-    "do_train do_predict resume_from_checkpoint",
+    "do_train do_predict resume_from_checkpoint logging_strategy logging_steps logging_first_step "
+    "logging_nan_inf_filter include_num_input_tokens_seen include_for_metrics prediction_loss_only save_only_model "
+    "save_on_each_node enable_jit_checkpoint label_names",
     "publishing": "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
     "place": "use_cpu accelerator_config gradient_checkpointing",
     "shared": "output_dir use_cpu bf16 fp16",
@@ -214,7 +222,7 @@ _INHERITED_ROLES = {
 
 
 _KINDS = (ModelArguments, DataArguments, PublishingArguments, BKDConfig)
-_DEFAULTS = {f.name: f.default for kind in _KINDS for f in dataclasses.fields(kind)}
+_DEFAULTS = {name: default for kind in _KINDS for name, default in defaults_of(kind).items()}
 _ROLES: dict[str, set[str]] = {name: set() for name in _DEFAULTS}
 for _kind in _KINDS:
     for _name, _hint in get_type_hints(_kind, include_extras=True).items():
@@ -271,18 +279,18 @@ class RunArguments:
     publishing: PublishingArguments = field(init=False)
 
     def __post_init__(self) -> None:
-        try:
-            self.model = _build(ModelArguments, self.options)
-            self.data = _build(DataArguments, self.options)
-            # A run publishes what it has measured, at its end; Trainer would at every save.
-            self.training = _build(BKDConfig, {**self.options, "push_to_hub": False})
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        for name, value in self.options.items():
+            if value == "" and _DEFAULTS.get(name, "") != "":
+                raise InputError(f"--{name} is empty: give a value, or leave it out.")
+        self.model = _build(ModelArguments, self.options)
+        self.data = _build(DataArguments, self.options)
+        self.training = _build_training(self.options)
         self.publishing = _build(PublishingArguments, self.options)
         self.publishing.push_to_hub = self.options["push_to_hub"]
         same = self._options_of_teacher()
         self.teacher_options = {name: value for name, value in self.teacher_options.items() if value != same[name]}
         self._teacher: RunArguments | None = None
+        self._of_launcher = launcher_precision(), launcher_compiler(), launcher_accumulation()
 
     @property
     def distils(self) -> bool:
@@ -301,11 +309,23 @@ class RunArguments:
             InputError: If a value is out of its range, or the teacher would need one itself.
         """
         if self._teacher is None:
-            self._teacher = RunArguments({**self._options_of_teacher(), **self.teacher_options}, is_teacher=True)
+            with self.naming_teacher_options():
+                self._teacher = RunArguments({**self._options_of_teacher(), **self.teacher_options}, is_teacher=True)
             if self._teacher.distils:
                 method = self._teacher.training.method
                 raise InputError(f"--teacher_method {method}: a teacher is trained without a teacher.")
         return self._teacher
+
+    @contextmanager
+    def naming_teacher_options(self) -> Iterator[None]:
+        """Have an error about an option that was given for the teacher alone call it as it was given."""
+        try:
+            yield
+        except InputError as error:
+            name = str(error).removeprefix("--").split(" ")[0]
+            if name not in self.teacher_options:
+                raise
+            raise InputError(f"--teacher_{str(error).removeprefix('--')}") from error
 
     def _options_of_teacher(self) -> dict[str, Any]:
         """Options of the teacher where nothing was given for it alone."""
@@ -330,6 +350,13 @@ class RunArguments:
         def add(holds: bool, names: list[str], why: str) -> None:
             found.update({name: why for name in names if holds and self.options[name] != _DEFAULTS[name]})
 
+        precision, backend, steps = self._of_launcher
+        if precision not in (None, precision_of(self.training)):
+            found[f"mixed_precision {precision} of the launcher"] = f"--precision is {precision_of(self.training)}"
+        if backend is not None and not self.training.torch_compile:
+            found[f"dynamo_backend {backend} of the launcher"] = "--torch_compile is false"
+        if steps not in (None, str(self.training.gradient_accumulation_steps)):
+            found[f"gradient_accumulation_steps {steps} of the launcher"] = "give it after the name of the script"
         by_itself = "a run trains and evaluates, and continues from its last checkpoint, by itself"
         add(True, ["resume_from_checkpoint", "do_train", "do_predict"], by_itself)
         add(not self.publishing.push_to_hub, ["push_teacher"], "--push_to_hub is not given")
@@ -353,13 +380,31 @@ def _build(cls: type, options: dict[str, Any]) -> Any:
     return cls(**{f.name: options[f.name] for f in dataclasses.fields(cls) if f.init})
 
 
+def _build_training(options: dict[str, Any]) -> BKDConfig:
+    """Make the options of a training. What the launcher says is among them by now, or they say something else."""
+
+    def build(options: dict[str, Any]) -> BKDConfig:
+        with options_alone():
+            # A run publishes what it has measured, at its end; Trainer would at every save.
+            return _build(BKDConfig, {**options, "push_to_hub": False})
+
+    try:
+        return build(options)
+    except Exception as error:  # transformers and accelerate raise anything
+        raise explain(error, options, _DEFAULTS, build) from error
+
+
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {value!r}.")
+        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {shortened(value)!r}.")
 
 
-def _check_least(options: Any, least: dict[str, int]) -> None:
-    for name, number in least.items():
-        value = getattr(options, name)
-        if value is not None and value < number:
-            raise InputError(f"--{name} must be at least {number}, got {value}.")
+def read_text(option: str, path: str | Path) -> str:
+    """Return the content of a text file that an option names; raises an `InputError` if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error
+    except (OSError, ValueError) as error:  # ValueError: no name of a file at all
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--{option} {shortened(path)} cannot be read: {why}.") from error

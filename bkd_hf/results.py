@@ -16,7 +16,8 @@ Schema, version 1 (fractions for metrics, seconds for times; `null` where someth
                         few_shot_threshold
     teacher, student    model, hub_id (null if it is not from the Hub), architecture, num_parameters, metrics (see
                         `long_tail_metrics`), post_hoc_metrics (the same after post-hoc logit adjustment, and its
-                        tau; of a teacher only if it was trained on these training images), answers, confusions,
+                        tau; of a teacher only if it was trained on these training images), num_eval_images (that
+                        it answered: all that data tells of), answers, confusions,
                         and where it was trained in this run:
                         training {seconds, images_per_second, seconds_per_step, steps, epochs} and history (what was
                         logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher has
@@ -245,6 +246,7 @@ def describe_model(name: str, model: nn.Module, measured: LongTailAccumulator) -
         "hub_id": hub_id(name) if name and cifar_resnet_depth(name) is None else None,
         "architecture": type(classifier).__name__,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_eval_images": measured.num_images,
         **measured.compute(),
     }
 

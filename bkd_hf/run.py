@@ -24,6 +24,7 @@ from .card import check_repo_id
 from .config import BKDConfig
 from .errors import InputError
 from .given_teacher import Match, match_teacher, use_given_teacher
+from .head import the_head
 from .hub import CARD_NAME, check_repo_access, publish_run
 from .inputs import (
     Inputs,
@@ -36,10 +37,11 @@ from .inputs import (
     long_tail_evaluation,
     warn_of_untested_classes,
 )
-from .machine import keep_freed_memory, precision_of, set_num_threads
-from .models import cifar_resnet_depth, load_classifier, prefer_channels_last
+from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
+from .models import cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
 from .options import RunArguments
 from .plots import save_plots
+from .rehearsal import check_before_work
 from .results import (
     RESULTS_NAME,
     describe_data,
@@ -57,6 +59,7 @@ from .trainer import BKDTrainer
 from .views import same_pixels
 
 
+@options_alone()
 def run(arguments: RunArguments) -> dict[str, Any]:
     """Train a teacher (unless one is given, or the method has none) and a student, evaluate, and leave all on disk.
 
@@ -78,6 +81,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         logging.disable_progress_bar()
     for name, reason in arguments.options_without_effect().items():
         warnings.warn(f"--{name} has no effect: {reason}.", stacklevel=2)
+    check_before_work(arguments)
     _check_publishing(arguments)
     if _claim(arguments):
         results = load_results(output_dir)
@@ -154,6 +158,11 @@ def _train(
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.
     model = _load_model(options, data, say)
     teacher, teacher_results = None, None
+    is_to_come = provide_teacher is not None and options.model.given_teacher is None
+    if is_to_come and args.student_init == "teacher":
+        why_not = why_not_alike(model, _load_model(options.for_teacher(), data))
+        if why_not is not None:
+            raise InputError(f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like it.")
     if provide_teacher is not None:
         say.stage("Teacher")
         teacher, teacher_results = provide_teacher()
@@ -186,21 +195,19 @@ def _train(
 # ---- One model ----------------------------------------------------------------------------------------------------
 
 
-def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer) -> PreTrainedModel:
+def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | None = None) -> PreTrainedModel:
     """Load the model that is to be trained, with a head for the data's classes."""
     name, args = options.model.model_name_or_path, options.training
     is_fresh = cifar_resnet_depth(name) is not None
-    if args.freeze_backbone and is_fresh:
-        raise InputError(
-            f"--freeze_backbone: {name} starts from fresh weights, so its features would stay random. Give a trained "
-            "model, or leave the option out."
-        )
     torch.manual_seed(args.seed)  # fresh weights, and fresh heads of pretrained models
-    cosine_scale = args.loss_arguments("classification_loss")["scale"] if args.classification_loss == "ldam" else None
     kwargs = options.model.from_pretrained_kwargs()
-    model = load_classifier(name, data["class_names"], options.model.image_size, cosine_scale, **kwargs)
+    model = load_classifier(name, data["class_names"], options.model.image_size, args.cosine_scale, **kwargs)
+    if args.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
+    if args.head_learning_rate is not None:
+        the_head(model)  # raises, if it cannot be told
     prefer_channels_last(model)
-    if model.new_parameters and not is_fresh:
+    if say is not None and model.new_parameters and not is_fresh:
         shown = ", ".join(model.new_parameters[:8]) + (", …" if len(model.new_parameters) > 8 else "")
         say(f"{name}: learned from scratch: {shown}; all else starts from its weights.")
     return model

@@ -40,6 +40,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from . import modeling_cifar_resnet  # noqa: F401 (makes the architecture known to the Auto classes)
 from .errors import InputError
 from .models import label_names, why_not_alike
+from .ranges import shortened
 
 #: Inputs with this prefix go to the teacher, without it.
 TEACHER_PREFIX = "teacher_"
@@ -97,11 +98,19 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Return the logits, B×C; −∞ for classes that the teacher does not know."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        if dtype != torch.float32:  # given as a module in half precision: images are in float32
+            inputs = {
+                name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                for name, x in inputs.items()
+            }
         # Spares autograd's bookkeeping; compiled code has none of it, and fails where it changes that mode itself.
         with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode():
             logits = self.model(**inputs)
         if not isinstance(logits, torch.Tensor):
             logits = logits.logits if hasattr(logits, "logits") else logits[0]
+        if dtype != torch.float32:
+            logits = logits.float()
         logits = logits.clone()  # an ordinary tensor, which a loss may keep for its gradient
         if self._columns is None:
             return logits
@@ -162,9 +171,9 @@ def teacher_label_names(teacher: str, **from_pretrained_kwargs: Any) -> list[str
     """
     try:
         config = AutoConfig.from_pretrained(teacher, **from_pretrained_kwargs)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {error}") from error
-    names = label_names(config)
+        names = label_names(config)
+    except Exception as error:  # whatever a library raises about what is in the files
+        raise _not_loadable(teacher, error) from error
     return config.num_labels if names is None else names
 
 
@@ -272,8 +281,8 @@ def load_teacher(
         model, info = AutoModelForImageClassification.from_pretrained(
             teacher, output_loading_info=True, **{"dtype": torch.float32, **from_pretrained_kwargs}
         )
-    except (OSError, ValueError) as error:
-        raise InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {error}") from error
+    except Exception as error:  # as above
+        raise _not_loadable(teacher, error) from error
     incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if incomplete:
         raise InputError(
@@ -282,6 +291,10 @@ def load_teacher(
             "was trained for image classification, or have it trained on the data first (--finetune_teacher)."
         )
     return FrozenTeacher(model, columns)
+
+
+def _not_loadable(teacher: str, error: Exception) -> InputError:
+    return InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {shortened(error, 300)}")
 
 
 def check_numbers_of_classes(

@@ -160,11 +160,12 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
 
         known = None if self.teacher_model is None else self.teacher_model.known_classes
         losses, measure_power = (classification_loss, distillation_loss), lambda: power_of(self.look_at_targets())
-        self.objective = Objective(
+        # Trainer itself writes `objective` in a search for hyperparameters.
+        self.bkd_objective = Objective(
             args, self.class_counts, args.device, self.teacher_model is not None, known, *losses, measure_power
         )
         if train_dataset is not None or self.teacher_model is not None:
-            self.objective.check(getattr(self.model, "config", None))
+            self.bkd_objective.check(getattr(self.model, "config", None))
         self._looks: dict[tuple, dict[str, Any]] = {}  # at the targets, by what they depend on
         self._guard, self._meter = FiniteGuard(self.accelerator, args), LossMeter(self.accelerator)
         self._first_batch_checked = False
@@ -200,7 +201,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         counted = labels != IGNORE_INDEX
         if model.training:
             teacher_logits = self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
-            losses = self.objective(outputs.logits, teacher_logits, labels, self._progress(num_items_in_batch))
+            losses = self.bkd_objective(outputs.logits, teacher_logits, labels, self._progress(num_items_in_batch))
             self._meter.add(losses, counted)
         else:
             smoothing = self.args.label_smoothing_factor
@@ -244,12 +245,12 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
     @property
     def class_weights(self) -> torch.Tensor | None:
         """The C weights w^p in the distillation loss at this point of training; `None` where it takes none."""
-        return self.objective.distillation_weights(self._progress())
+        return self.bkd_objective.distillation_weights(self._progress())
 
     @property
     def classification_weights(self) -> torch.Tensor | None:
         """The C weights in the classification loss at this point of training; `None` without `class_weighting`."""
-        return self.objective.classification_weights(self._progress())
+        return self.bkd_objective.classification_weights(self._progress())
 
     # ---- The teacher ----------------------------------------------------------------------------------------------
 
@@ -274,7 +275,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         if why_not is not None and args.student_init == "teacher":
             raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
         # With p = 1 the teacher has learned all there is: its answers teach more than its weights.
-        if why_not is not None or (args.student_init == "auto" and self.objective.power >= 1):
+        if why_not is not None or (args.student_init == "auto" and self.bkd_objective.power >= 1):
             return
         start_from_teacher(student, teacher.model, self.class_counts if corrects(vars(args)) else None)
         self.student_started_from_teacher = True
@@ -282,7 +283,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
     def _teacher_logits(self, inputs: dict[str, Any], computed: torch.Tensor | None) -> torch.Tensor | None:
         """B×C logits of the teacher: those of the batch, if it has some; `None` if they are not looked at."""
         teacher = self.teacher_model
-        if teacher is None or not self.objective.mixture(self._progress().epoch)[1]:
+        if teacher is None or not self.bkd_objective.mixture(self._progress().epoch)[1]:
             return None
         logits = teacher(**inputs) if computed is None else computed
         known = logits if teacher.known_classes is None else logits[:, teacher.known_classes]
@@ -309,7 +310,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
             InputError: If none of these images is of a class that the teacher knows.
             TeacherLogitsError: If the teacher's logits are not finite.
         """
-        args, dataset, objective = self.args, self.train_dataset, self.objective
+        args, dataset, objective = self.args, self.train_dataset, self.bkd_objective
         if self.teacher_model is None or not objective.has_known_targets or self.long_tail is None:
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
@@ -399,7 +400,8 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does, also after an `evaluate()`."""
-        if self.model_wrapped is self.model:
+        self.set_up_trial(kwargs.get("trial"))
+        if self.model is not None and self.model_wrapped is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         self._meter = LossMeter(self.accelerator)
@@ -408,7 +410,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         _ = self.class_weights  # their power may have to be measured first
         outcome = super().train(*args, **kwargs)
         self._guard.check_weights(self.model, self.state.global_step)
-        if self.args.head_bias == "balanced" or (self.args.head_bias == "auto" and self.objective.is_calibrated):
+        if self.args.head_bias == "balanced" or (self.args.head_bias == "auto" and self.bkd_objective.is_calibrated):
             self._balance_head_bias()
         return outcome
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     for name in ("methods", "seeds", "launcher", "jobs", "dry_run"):
         if options.folders and getattr(options, name) != parser.get_default(name):
             raise InputError(f"--{name}: with --from nothing is run, so it has no effect. Leave it out.")
+    try:
+        options.launcher = shlex.split(options.launcher)
+    except ValueError as error:
+        raise InputError(f"--launcher {options.launcher}: {error}.") from error
+    if options.launcher and shutil.which(options.launcher[0]) is None:
+        raise InputError(f"--launcher {options.launcher[0]}: there is no such program.")
     if options.output_dir is None:
         if not options.folders:
             raise InputError("--output_dir is needed: the folder for cells, tables and figures.")
@@ -82,7 +89,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
     cells = plan_cells(options.methods, options.seeds, options.output_dir, _SCRIPT, rest)
     runner = CellRunner(
         logs=options.output_dir / "logs",
-        launcher=shlex.split(options.launcher),
+        launcher=options.launcher,
         jobs=options.jobs,
         say=lambda message: print(message, flush=True),
     )

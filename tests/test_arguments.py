@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,23 @@ from transformers import HfArgumentParser
 from bkd_hf import BKDConfig, ImageDataset, InputError
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.inputs import choose_workers
-from bkd_hf.machine import default_precision
+from bkd_hf.machine import default_precision, options_alone, precision_of
+from bkd_hf.run_folder import claim_output_dir, run_state
 from tests.conftest import REPOSITORY
 from tests.test_images import photos, vit_processor
 
 RECIPES = REPOSITORY / "scripts" / "recipes"
 DIGITS = RECIPES / "digits.yaml"
+COUNTS = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "eval_accumulation_steps", "seed", "data_seed", "split_seed", "max_steps", "dataloader_num_workers",
+    "num_threads", "image_size", "max_train_samples", "max_class_count", "teacher_cache_views",
+)  # fmt: skip
+NUMBERS = (
+    *COUNTS, "learning_rate", "head_learning_rate", "weight_decay", "adam_beta1", "adam_epsilon", "max_grad_norm",
+    "warmup_steps", "momentum", "num_train_epochs", "save_steps", "eval_steps", "logging_steps", "imbalance_ratio",
+    "label_smoothing_factor", "temperature",
+)  # fmt: skip
 
 
 def parse(line: str, tmp_path: Path | None = None, yaml_text: str | None = None):
@@ -216,3 +228,122 @@ def test_contradicting_precisions_are_refused():
         parse_arguments(["--precision", "fp32", "--bf16"])
     with pytest.raises(InputError, match="--precision must be one of auto, fp32, bf16, fp16, got 'int8'"):
         parse_arguments(["--precision", "int8"])
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "expected"),
+    [
+        ("teacher_cache: off\n", "teacher_cache", "off"),
+        ("teacher_cache: 010\n", "teacher_cache", "010"),
+        ("run_name: 7e4\n", "run_name", "7e4"),
+        ("run_name: no\n", "run_name", "no"),
+        ("run_name: 2020-01-01\n", "run_name", "2020-01-01"),
+        ("run_name: 'null'\n", "run_name", "null"),
+        ("run_name: null\n", "run_name", None),
+        ("seed: 010\n", "seed", 10),
+        ("learning_rate: 7e-4\n", "learning_rate", 7e-4),
+        ("tf32: off\n", "tf32", False),
+        ("disable_tqdm: On\n", "disable_tqdm", True),
+        ("disable_tqdm: yes\n", "disable_tqdm", True),
+        ("lr_scheduler_kwargs: {a: off, b: 010, c: 7e4, d: true}\n", "lr_scheduler_kwargs",
+         {"a": "off", "b": 10, "c": 7e4, "d": True}),
+        ("\ufeffrun_name: bom\n", "run_name", "bom"),
+    ],
+)  # fmt: skip
+def test_scalars_in_yaml_are_read_by_the_type_of_their_option(tmp_path, text, option, expected):
+    assert getattr(parse("", tmp_path, text).training, option) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"temperature: 2\ntemperature: 3\n", "line 2: temperature is given twice"),
+        (b"teacher:\n  seed: 2\n  seed: 3\n", "line 3: seed is given twice"),
+        (b"alpha: 1\ndistillation_weight: 1\n", "distillation_weight is given twice"),
+        (b"lr_scheduler_kwargs: {a: 1, a: 2}\n", "a is given twice"),
+        (b"teacher:\n  1: 2\n", "there is no training option --1"),
+        (b"1: 2\n", "unknown option '1'"),
+        (b"? [a]\n: 2\n", "line 1: expected a name"),
+        ("run_name: Zürich\n".encode("latin-1"), "is not in UTF-8"),
+        ("run_name: a\n".encode("utf-16"), "is not in UTF-8"),
+        (b"run_name: \x00\n", "is no YAML"),
+        (b"a: " + b"[" * 5000, "is no YAML"),
+        (b"run_name: &a [*a]\n", "run_name"),
+        (b"run_name: ''\n", "--run_name is empty"),
+        (b"", "expected lines of the form"),
+        (b"per_device_train_batch_size: 1_0.5\n", "per_device_train_batch_size: '1_0.5' is not valid there"),
+    ],
+)
+def test_yaml_that_is_none(tmp_path, content, message):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        parse(f"--config {tmp_path / 'recipe.yaml'}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "options", "precision", "warned"),
+    [
+        ("bf16", "--precision fp32", "fp32", "mixed_precision bf16 of the launcher"),
+        ("fp16", "--precision bf16", "bf16", "mixed_precision fp16 of the launcher"),
+        ("bf16", "--bf16 false", "fp32", "mixed_precision bf16 of the launcher"),
+        ("bf16", "", "bf16", None),  # nothing else was said
+        ("no", "--precision bf16", "bf16", None),
+    ],
+)
+def test_options_win_over_the_launcher(monkeypatch, launcher, options, precision, warned):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    arguments = parse_arguments([*options.split(), "--dataset_name", "some/data", "--use_cpu", "true"])
+    for args in (arguments.training, arguments.for_teacher().training):
+        assert precision_of(args) == precision
+    assert [name for name in arguments.options_without_effect() if "launcher" in name] == ([warned] if warned else [])
+    with options_alone():
+        assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == launcher
+
+
+def test_compiler_of_the_launcher_is_an_option(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert parse("").training.torch_compile_backend == "eager"
+    arguments = parse("--torch_compile false")
+    assert not arguments.training.torch_compile
+    assert "dynamo_backend eager of the launcher" in arguments.options_without_effect()
+
+
+def test_precision_of_the_launcher_has_to_be_one_of_ours(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match="asks for mixed_precision fp8: give --precision"):
+        parse("--dataset_name some/data")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--logging_steps 3 --logging_strategy steps --report_to none --disable_tqdm true --run_name other",
+        "--dataloader_num_workers 1 --num_threads 2 --cache_images none --cache_dir elsewhere",
+        "--eval_strategy epoch --save_strategy steps --save_steps 7 --save_total_limit 3 --save_only_model true",
+        "--prediction_loss_only true --per_device_eval_batch_size 3 --eval_accumulation_steps 2",
+        "--hub_model_id me/x --token hf_x --push_to_hub",
+    ],
+)
+def test_what_cannot_change_the_result_does_not_block_a_run(tmp_path, options):
+    output_dir = ["--output_dir", str(tmp_path / "run")]
+    claim_output_dir(parse_arguments(output_dir, digits_recipe=DIGITS))
+    (tmp_path / "run" / "checkpoint-1").mkdir()
+    assert run_state(parse_arguments([*output_dir, *options.split()], digits_recipe=DIGITS)) == "interrupted"
+    with pytest.raises(InputError, match="--learning_rate"):
+        run_state(parse_arguments([*output_dir, "--learning_rate", "1"], digits_recipe=DIGITS))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in NUMBERS for value in ("nan", "inf", "-1e9", "1e400", "", "{}")),
+        *((name, value) for name in COUNTS for value in ("-2", "1" + "0" * 30)),
+        *((name, "0") for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(InputError, match=f"--{name}") as error:
+        parse_arguments(["--dataset_name", "some/data", f"--{name}={value}"])
+    assert "\n" not in str(error.value)

@@ -116,7 +116,7 @@ def test_trainer_distils_with_the_power(tmp_path, power, p):
     trainer, logged = one_step(
         tmp_path, model=resnet(0), teacher=resnet(1), method="bkd", class_balance_power=power, student_init="model"
     )
-    assert trainer.objective.power == p
+    assert trainer.bkd_objective.power == p
     expected = balanced_distillation_loss(student, teacher, WEIGHTS, 2.0, power=p)
     assert logged == pytest.approx(expected.item(), rel=1e-4)
 
@@ -167,7 +167,7 @@ def test_a_memorising_teacher_is_given_the_papers_power_and_an_unsure_one_bayes(
 def test_labels_and_targets_ask_for_balanced_answers_on_average(tmp_path, power, tau):
     options = {"method": "bkd-calibrated", "class_balance_power": power, "student_init": "model"}
     trainer = trainer_for(tmp_path, model=resnet(0), per_device_train_batch_size=40, max_steps=1, **options)
-    assert trainer.objective.tau == tau
+    assert trainer.bkd_objective.tau == tau
     batch = torch.stack([example["pixel_values"] for example in images()])
     labels = torch.tensor([example["labels"] for example in images()])
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_at_the_papers_power_the_loss_is_the_papers(tmp_path):
 
 def test_without_a_teacher_the_labels_alone_are_balanced(tmp_path):
     trainer = trainer_for(tmp_path, teacher=None, method="bkd-calibrated", max_steps=1)
-    assert trainer.objective.tau == 1.0
+    assert trainer.bkd_objective.tau == 1.0
     trainer.train()  # there are no targets to look at, nor weights of theirs
     assert trainer.class_weights is None
 
@@ -367,7 +367,7 @@ def test_a_teacher_that_has_learned_all_there_is_gives_no_weights(tmp_path):
     sure = Sure()
     options = {"method": "bkd-calibrated", "model": Sure(), "teacher": sure}
     trainer = trainer_for(tmp_path, **options)
-    assert trainer.objective.power == 1
+    assert trainer.bkd_objective.power == 1
     assert not trainer.student_started_from_teacher
     assert trainer_for(tmp_path, **options, class_balance_power="auto").student_started_from_teacher
     assert trainer_for(tmp_path, **options, student_init="teacher").student_started_from_teacher

@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HyperParamSearchBackendBase
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.trainer_utils import HPSearchBackend
 
 from bkd_hf import (
     BKDConfig,
@@ -668,3 +673,140 @@ def test_norm_is_taken_at_every_step_where_gradients_are_clipped(tmp_path):
         trainer.train()
     for one, other in zip(*(trainer.model.parameters() for trainer in clipped), strict=True):
         assert torch.equal(one, other)
+
+
+# ---- Evaluation is of all images
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"dataloader_drop_last": True},
+        {"train_sampling_strategy": "group_by_length"},
+        {"prediction_loss_only": True},
+        {"accelerator_config": {"even_batches": False}},
+    ],
+)
+def test_training_options_do_not_reach_evaluation(tmp_path, option):
+    expected = trainer_for(tmp_path).evaluate()["eval_accuracy"]
+    trainer = trainer_for(tmp_path, per_device_eval_batch_size=16, **option)  # 40 = 16 + 16 + 8
+    metrics, measured = trainer.measure(images())
+    assert measured.num_images == 40
+    assert measured.labelled.tolist() == COUNTS
+    assert metrics["eval_accuracy"] == expected
+    assert trainer.args.dataloader_drop_last == bool(option.get("dataloader_drop_last"))
+
+
+def test_answers_about_some_of_the_images_are_refused(tmp_path, monkeypatch):
+    trainer = trainer_for(tmp_path)
+    whole = trainer._get_dataloader
+    monkeypatch.setattr(trainer, "_get_dataloader", lambda *args, **kwargs: Short(whole(*args, **kwargs)))
+    for evaluate in (trainer.evaluate, lambda: trainer.measure(images())):
+        with pytest.raises(InputError, match="has answers about 32 of 40 images"):
+            evaluate()
+
+
+class Short:
+    """A loader that leaves out its last batch."""
+
+    def __init__(self, loader):
+        self.dataset, self.loader = loader.dataset, loader
+
+    def __iter__(self):
+        return iter(list(self.loader)[:-1])
+
+    def __len__(self):
+        return len(self.loader) - 1
+
+
+def test_workers_that_stay_are_those_of_the_data_set_that_is_asked_about(tmp_path):
+    trainer = trainer_for(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    first = trainer.evaluate()["eval_loss"]
+    others = images()[::-1][:20]
+    assert trainer.evaluate(others)["eval_loss"] == trainer.predict(others).metrics["test_loss"] != first
+    assert trainer.evaluate()["eval_loss"] == first
+
+
+# ---- What others brought
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_teacher_in_another_precision_is_used(tmp_path, dtype):
+    trainer = trainer_for(tmp_path, teacher=resnet(2).to(dtype), method="kd")
+    trainer.train()
+    assert next(trainer.teacher_model.parameters()).dtype == dtype
+    expected = trainer_for(tmp_path, method="kd")
+    expected.train()
+    logged = [entry["kd_loss"] for entry in trainer.state.log_history if "kd_loss" in entry]
+    assert logged == pytest.approx([e["kd_loss"] for e in expected.state.log_history if "kd_loss" in e], rel=0.05)
+
+
+def test_student_answers_one_class_whatever_it_was_for(tmp_path):
+    foreign = tiny_vit(0, 5, problem_type="multi_label_classification", function_to_apply="sigmoid", return_dict=False)
+    foreign.save_pretrained(tmp_path / "foreign")
+    loaded = load_classifier(str(tmp_path / "foreign"), NAMES)
+    for student in (foreign, loaded):
+        trainer = trainer_for(tmp_path, student, teacher=None, max_steps=1)
+        trainer.train()
+        trainer.save_model()
+        saved = AutoConfig.from_pretrained(trainer.args.output_dir)
+        assert saved.problem_type == "single_label_classification"
+        assert not hasattr(saved, "function_to_apply")
+
+
+# ---- Search for hyperparameters
+
+
+class Backend(HyperParamSearchBackendBase):
+    """Tries given options, as `run_hp_search_optuna` does: it takes the model away after each trial."""
+
+    name = "wandb"
+    trials: ClassVar[list[dict]] = []
+
+    def ensure_available(self):
+        pass
+
+    def run(self, trainer, n_trials, direction, **kwargs):
+        values = []
+        for trial in self.trials[:n_trials]:
+            trainer.objective = None
+            trainer.train(trial=dict(trial))
+            if trainer.objective is None:
+                trainer.objective = trainer.compute_objective(trainer.evaluate())
+            values.append(trainer.objective)
+            trainer.model_wrapped, trainer.model = None, None
+            trainer.accelerator.clear()
+        return values
+
+
+@pytest.mark.parametrize("evaluates", ["no", "epoch"])
+def test_search_for_hyperparameters_varies_them(tmp_path, monkeypatch, evaluates):
+    Backend.trials = [
+        {"method": "bkd", "class_balance_beta": 0.9},
+        {"method": "bkd", "class_balance_beta": 0.9999},
+        {"method": "ce"},
+        {"method": "ce", "distillation_loss": "kd", "learning_rate": 0.01},
+        {"method": "bkd-calibrated", "distillation_loss": "bkd", "learning_rate": 0.05},
+    ]
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=SimpleNamespace(id="1")))
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, Backend)
+    options = {"num_train_epochs": 1, "max_steps": 2, "eval_strategy": evaluates}
+    expected = []
+    for trial in Backend.trials:
+        is_distilled = trial["method"] != "ce" or "distillation_loss" in trial
+        alone = trainer_for(tmp_path, teacher="resnet" if is_distilled else None, **{**options, **trial})
+        alone.train()
+        expected.append(alone.evaluate()["eval_loss"])
+    assert len(set(expected)) == len(expected)
+    trainer = BKDTrainer(
+        model_init=lambda: resnet(1),
+        teacher_model=resnet(2),
+        args=config(tmp_path, method="bkd", **options),
+        train_dataset=images(),
+        eval_dataset=images(),
+    )
+    found = trainer.hyperparameter_search(
+        backend="wandb", n_trials=5, compute_objective=lambda metrics: metrics["eval_loss"]
+    )
+    assert found == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,152 @@
+"""A rehearsal of a training: what `transformers` and others refuse in the options, they refuse before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback
+from transformers.integrations import get_reporting_integration_callbacks
+
+from .config import BKDConfig, method_defaults
+from .errors import InputError
+from .metrics import LongTailEvaluation, NotFiniteError
+from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from .models import cifar_resnet_depth, load_config
+from .options import RunArguments, options_with
+from .ranges import defaults_of, explain, shortened
+from .teacher import teacher_label_names
+from .trainer import BKDTrainer
+
+_NUM_IMAGES, _SIZE, _NUM_CLASSES = 4, 8, 2
+
+
+def check_before_work(arguments: RunArguments) -> None:
+    """Refuse what cannot work, as far as it can be known without data: first what is quick to find out.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    trains_teacher = arguments.distils and (arguments.model.given_teacher is None or arguments.model.finetune_teacher)
+    trained = [arguments, arguments.for_teacher()] if trains_teacher else [arguments]
+    for name in ("dataset_name", "model_name_or_path", "teacher_model_name_or_path", *sorted(options_with("path"))):
+        _check_name(name, arguments.options[name])
+    if arguments.distils and arguments.training.teacher_cache not in ("off", "auto"):
+        _check_writable("teacher_cache", arguments.training.teacher_cache)
+    arguments.model.read_teacher_label_map()
+    for options in trained:
+        name = options.model.model_name_or_path
+        if options.training.freeze_backbone and cifar_resnet_depth(name) is not None:
+            raise InputError(
+                f"--freeze_backbone: {name} starts from fresh weights, so its features would stay random. Give a "
+                "trained model, or leave the option out."
+            )
+    rehearse(arguments.training)
+    if trains_teacher:
+        with arguments.naming_teacher_options():
+            rehearse(arguments.for_teacher().training)
+    for options in trained:
+        name = options.model.model_name_or_path
+        if cifar_resnet_depth(name) is None:
+            load_config(name, options.training.cosine_scale, **options.model.from_pretrained_kwargs())
+    if arguments.distils and arguments.model.given_teacher is not None:
+        teacher_label_names(arguments.model.given_teacher, **arguments.for_teacher().model.from_pretrained_kwargs())
+
+
+def _check_name(option: str, path: Any) -> None:
+    """Refuse what can be no name of a file or folder; it may be that of neither."""
+    try:
+        if path is not None:
+            os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"--{option} {shortened(path)}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _check_writable(option: str, path: str) -> None:
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--{option} {folder} cannot be written: {error.strerror}. Choose another folder, or leave it out."
+        ) from error
+
+
+class _Images(Dataset):
+    def __len__(self) -> int:
+        return _NUM_IMAGES
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": torch.zeros(3, _SIZE, _SIZE), "labels": index % _NUM_CLASSES}
+
+
+def rehearse(args: BKDConfig) -> None:
+    """Train a tiny model for one step with these options, and evaluate it.
+
+    Left out is what the options of the method do, which are checked by themselves, what a real model has to be there
+    for, and what would leave traces. All processes have to call it.
+
+    Raises:
+        InputError: Naming the option, if that cannot be done.
+    """
+    if args.deepspeed or (args.fsdp and args.world_size > 1):  # which prepare a process for one model
+        return
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
+
+    def attempt(values: dict[str, Any]) -> None:
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            warnings.simplefilter("ignore")
+            _rehearse(values, folder)
+
+    gc.freeze()  # Trainer collects garbage, for which all that was imported would be looked through
+    try:
+        attempt(values)
+    except NotFiniteError:  # of the training, not of its options
+        return
+    except Exception as error:  # whatever a library raises
+        raise explain(error, values, defaults_of(BKDConfig), attempt) from error
+    finally:
+        gc.unfreeze()
+
+
+def _rehearse(values: dict[str, Any], folder: str) -> None:
+    for callback in get_reporting_integration_callbacks(BKDConfig(folder, report_to=values["report_to"]).report_to):
+        callback()
+    if values["torch_compile"]:
+        backend, mode = values["torch_compile_backend"], values["torch_compile_mode"]
+        torch.compile(nn.ReLU(), backend=backend or "inductor", mode=mode)(torch.zeros(2))
+    evaluates = str(getattr(values["eval_strategy"], "value", values["eval_strategy"])) != "no"
+    quiet = {
+        **method_defaults("ce"), "teacher_cache": "off", "output_dir": folder, "report_to": "none",
+        "push_to_hub": False, "disable_tqdm": True, "max_steps": 1, "per_device_train_batch_size": _NUM_CLASSES,
+        "per_device_eval_batch_size": _NUM_CLASSES, "save_strategy": "no", "load_best_model_at_end": False,
+        "metric_for_best_model": None, "eval_strategy": "steps" if evaluates else "no", "eval_steps": 1,
+        "eval_delay": 0, "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
+        "dataloader_num_workers": 0, "dataloader_prefetch_factor": None, "dataloader_persistent_workers": False,
+        "activation_checkpointing": None, "gradient_checkpointing": None, "auto_find_batch_size": False,
+        "gradient_accumulation_steps": 1, "enable_jit_checkpoint": False, "resume_from_checkpoint": None,
+    }  # fmt: skip
+    config = CifarResNetConfig(depth=8, image_size=_SIZE, num_labels=_NUM_CLASSES)
+    counts = [_NUM_IMAGES // _NUM_CLASSES] * _NUM_CLASSES
+    trainer = BKDTrainer(
+        CifarResNetForImageClassification(config),
+        args=BKDConfig(**{**values, **quiet}),
+        train_dataset=_Images(),
+        eval_dataset=_Images(),
+        compute_metrics=LongTailEvaluation(counts),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.measure(_Images())

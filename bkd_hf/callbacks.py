@@ -113,21 +113,35 @@ class LossMeter:
         """Return the means, and begin anew; all processes have to call it."""
         if not self.sums:
             return {}
-        totals = self.accelerator.reduce(self.sums, reduction="sum")
+        totals = self.totals()
         self.sums = {}
-        count = totals.pop("count").item()
-        return {name: total.item() / count for name, total in totals.items()}
+        count = totals.pop("count")
+        return {name: total / count for name, total in totals.items()}
+
+    def totals(self) -> dict[str, float]:
+        """Return the sums over all processes, which have to call it together."""
+        return {name: total.item() for name, total in self.accelerator.reduce(self.sums, reduction="sum").items()}
+
+    def restore(self, totals: dict[str, float]) -> None:
+        """Go on from earlier sums, which the main process takes over."""
+        share, device = float(self.accelerator.is_main_process), self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = {name: torch.tensor(total * share, dtype=dtype, device=device) for name, total in totals.items()}
 
 
 class EpochSetter(TrainerCallback):
-    """Tells which epoch begins.
+    """Tells when training begins, and which epoch.
 
     Args:
+        begin_training: Called before the first step.
         begin: Called with the number of the epoch.
     """
 
-    def __init__(self, begin: Callable[[int], None]):
-        self.begin = begin
+    def __init__(self, begin_training: Callable[[], None], begin: Callable[[int], None]):
+        self.begin_training, self.begin = begin_training, begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin_training()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin(int(state.epoch or 0))

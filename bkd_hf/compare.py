@@ -7,11 +7,13 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,18 @@ from .arguments import parse_arguments
 from .comparison import BASELINES, METRICS, Comparison
 from .config import BKDConfig
 from .errors import InputError
+from .files import holder_of, is_open_in_a_run, replacing, write_text
+from .inputs import load_splits
 from .machine import available_cores
 from .objective import METHODS, RECOMMENDED
 from .options import RunArguments
 from .plots import save_comparison_plots
-from .results import load_results
-from .run_folder import run_state
+from .results import describe_data, load_results
+from .run_folder import identity_of, run_state
 
 _TIMED_STEPS = 24
+# Seconds that a cell gets to end itself.
+_PATIENCE = 15.0
 # A comparison decides about these itself.
 _NOT_FOR_CELLS = {
     "--method": "use --methods",
@@ -86,9 +92,14 @@ class Cell:
         """Parse the command line; raises an `InputError` if it cannot work."""
         return parse_arguments(self.arguments(), digits_recipe=self.script.with_name("recipes") / "digits.yaml")
 
-    def state(self) -> str:
-        """Return `"new"`, `"interrupted"` or `"finished"`; raises an `InputError` if the folder holds another run."""
-        return run_state(self.parse())
+    def state(self, data: dict[str, Any] | None = None) -> str:
+        """Return `"new"`, `"interrupted"` or `"finished"`; raises an `InputError` if the folder holds another run.
+
+        Args:
+            data: The `data` section of the results of all cells, where it is known.
+        """
+        arguments = self.parse()
+        return run_state(arguments, None if data is None else identity_of(arguments, data))
 
 
 def plan_cells(
@@ -155,12 +166,18 @@ class CellRunner:
         Returns:
             A line for each cell that failed, or could not run because its teacher failed.
         """
-        states = {cell: cell.state() for cell in cells}  # raises before anything has run
+        data = self._data(cells) if any(cell.folder.exists() for cell in cells) else None
+        states = {cell: cell.state(data) for cell in cells}  # raises before anything has run
         todo = [cell for cell in cells if states[cell] != "finished"]
         for cell in cells:
             if cell not in todo:
                 self.say(f"{cell.name}: finished before. {_summary(cell)}")
         self.logs.mkdir(parents=True, exist_ok=True)
+        for cell in todo:
+            with self._log(cell).open("a") as file:
+                if is_open_in_a_run(file):
+                    who = holder_of(cell.folder) or "a process that has just begun"
+                    raise InputError(f"{cell.name} still runs ({who}): wait for it, or end it, and start again.")
         started, num_todo = time.monotonic(), len(todo)
         failures: dict[Cell, str] = {}
         running: dict[Cell, subprocess.Popen] = {}
@@ -192,13 +209,21 @@ class CellRunner:
                     left = (time.monotonic() - started) / max(1, num_todo - num_left) * num_left
                     remaining = f"; {num_left} to go, about {duration(left)}" if num_left else ""
                     self.say(f"[{num_todo - num_left}/{num_todo}] {cell.name} {outcome}{remaining}")
-        except BaseException:
-            for process in running.values():
-                process.terminate()
-            for process in running.values():
-                process.wait()
-            raise
+        finally:
+            _end(running.values())  # if this was interrupted
         return list(failures.values())
+
+    def _data(self, cells: Sequence[Cell]) -> dict[str, Any] | None:
+        """The `data` section of the results, which all cells share."""
+        arguments = cells[0].parse()
+        options = arguments.data
+        thresholds = options.many_shot_threshold, options.few_shot_threshold
+        try:
+            splits = load_splits(arguments)
+            return describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
+        except InputError as error:
+            self.say(f"WARNING: Nobody knows whether the images of finished cells are still the same: {error}")
+            return None
 
     def _start(self, cell: Cell, log: Path, slot: int = 0, options: Sequence[str] = ()) -> subprocess.Popen:
         words = [*(self.launcher or [sys.executable]), str(cell.script), *cell.arguments(), *options]
@@ -207,7 +232,11 @@ class CellRunner:
             words += ["--num_threads", str(max(1, available_cores() // self.jobs))]
         environment = {**os.environ, **({} if self.launcher else _one_gpu(slot))}
         with log.open("a", encoding="utf-8") as file:
-            return subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            is_open_in_a_run(file)  # from here on, as long as the cell, or its launcher, lives
+            # A group of its own, which can be ended with all that a launcher has started.
+            return subprocess.Popen(
+                words, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
 
     def _log(self, cell: Cell) -> Path:
         return self.logs / f"{cell.method}-seed{cell.seed}.log"
@@ -241,7 +270,7 @@ class CellRunner:
         try:
             failed = process.wait()
         finally:
-            process.kill()
+            _end([process])
         if failed:
             raise InputError(f"--dry_run: {_TIMED_STEPS} steps of {cell.method} failed: {_last_error(log)}")
         wall = time.monotonic() - started
@@ -254,6 +283,18 @@ class CellRunner:
         evaluated = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
         evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args)
         return wall - student["training"]["seconds"] + evaluating + per_step * num_steps
+
+
+def _end(processes: Iterable[subprocess.Popen]) -> None:
+    """End cells with all their processes: politely, and after a while in any case."""
+    left, deadline = list(processes), time.monotonic() + _PATIENCE
+    for way in (signal.SIGTERM, signal.SIGKILL):
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, way)
+        while left and (way == signal.SIGKILL or time.monotonic() < deadline):
+            left = [process for process in left if process.poll() is None]
+            time.sleep(0.05)
 
 
 def duration(seconds: float) -> str:
@@ -312,7 +353,7 @@ def save_comparison(comparison: Comparison, folder: str | os.PathLike[str], note
     folder.mkdir(parents=True, exist_ok=True)
     figures = save_comparison_plots(comparison, folder)
     paths = [folder / name for name in ("comparison.md", "comparison.csv", "cells.csv")]
-    paths[0].write_text(to_markdown(comparison, [path.name for path in figures], notes), encoding="utf-8")
+    write_text(paths[0], to_markdown(comparison, [path.name for path in figures], notes))
     _write_csv(paths[1], _summary_rows(comparison))
     _write_csv(paths[2], _cell_rows(comparison))
     return [*paths, *figures]
@@ -453,7 +494,7 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     def rounded(value: Any) -> Any:
         return ("" if math.isnan(value) else round(value, 4)) if isinstance(value, float) else value
 
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows({name: rounded(value) for name, value in row.items()} for row in rows)

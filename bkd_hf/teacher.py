@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -246,7 +247,7 @@ def load_teacher(
         model, info = AutoModelForImageClassification.from_pretrained(
             teacher, output_loading_info=True, **{"dtype": torch.float32, **from_pretrained_kwargs}
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {error}") from error
     incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if incomplete:

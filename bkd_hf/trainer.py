@@ -29,6 +29,7 @@ from .metrics import LongTailAccumulator, LongTailEvaluation, check_class_counts
 from .models import freeze_backbone, load_weights_strictly, start_from_teacher, the_head, why_not_alike
 from .objective import Objective, Progress, corrects
 from .publishing_trainer import PublishingTrainer
+from .run_folder import check_checkpoint
 from .sampling import GlobalBatchSampler, SampledExamples, innermost
 from .schedules import StepDecay
 from .targets import NUM_IMAGES, answers_about_sample, look, sample_of
@@ -52,6 +53,8 @@ from .teacher_logits import (
 )
 
 logger = logging.get_logger(__name__)
+
+_LOSSES = "BKDTrainer losses since the last log"  # in the state of a checkpoint
 
 __all__ = ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"]
 
@@ -151,7 +154,7 @@ class BKDTrainer(PublishingTrainer):
             processing_class=processing_class,
             model_init=model_init,
             compute_metrics=None if adds_up else compute_metrics,
-            callbacks=[EpochSetter(self._begin_epoch), *(callbacks or [])],
+            callbacks=[EpochSetter(self._restore_losses, self._begin_epoch), *(callbacks or [])],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
@@ -707,7 +710,20 @@ class BKDTrainer(PublishingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)
+        # The next log tells of all steps since the last one, those before a resumption too.
+        self.state.stateful_callbacks[_LOSSES] = {
+            "since": self._globalstep_last_logged,
+            "loss": self.accelerator.gather(self._tr_loss).mean().item(),
+            "totals": self._meter.totals() if self._meter.sums else {},
+        }
         super()._save_checkpoint(model, trial)
+
+    def _restore_losses(self) -> None:
+        if losses := self.state.stateful_callbacks.get(_LOSSES):
+            self._globalstep_last_logged = losses["since"]
+            self._tr_loss += losses["loss"]
+            self._total_loss_scalar = -losses["loss"]  # train_loss is about the steps of this session
+            self._meter.restore(losses["totals"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_pretrained_weights(resume_from_checkpoint):
@@ -729,5 +745,6 @@ class BKDTrainer(PublishingTrainer):
             or not isinstance(self.model, PreTrainedModel)
         ):
             return False
+        check_checkpoint(checkpoint)
         load_weights_strictly(self.model, checkpoint)
         return True

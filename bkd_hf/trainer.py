@@ -54,8 +54,6 @@ from .teacher_logits import (
 
 logger = logging.get_logger(__name__)
 
-_LOSSES = "BKDTrainer losses since the last log"  # in the state of a checkpoint
-
 __all__ = ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"]
 
 
@@ -108,6 +106,7 @@ class BKDTrainer(PublishingTrainer):
 
     # The loss is a mean over the whole optimizer step: Trainer must not divide it by the accumulation steps again.
     loss_is_scaled_for_ga = True
+    _meter: LossMeter
 
     def __init__(
         self,
@@ -154,7 +153,7 @@ class BKDTrainer(PublishingTrainer):
             processing_class=processing_class,
             model_init=model_init,
             compute_metrics=None if adds_up else compute_metrics,
-            callbacks=[EpochSetter(self._restore_losses, self._begin_epoch), *(callbacks or [])],
+            callbacks=[EpochSetter(lambda: self._meter.restore(self), self._begin_epoch), *(callbacks or [])],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
@@ -710,20 +709,8 @@ class BKDTrainer(PublishingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)
-        # The next log tells of all steps since the last one, those before a resumption too.
-        self.state.stateful_callbacks[_LOSSES] = {
-            "since": self._globalstep_last_logged,
-            "loss": self.accelerator.gather(self._tr_loss).mean().item(),
-            "totals": self._meter.totals() if self._meter.sums else {},
-        }
+        self._meter.keep(self)
         super()._save_checkpoint(model, trial)
-
-    def _restore_losses(self) -> None:
-        if losses := self.state.stateful_callbacks.get(_LOSSES):
-            self._globalstep_last_logged = losses["since"]
-            self._tr_loss += losses["loss"]
-            self._total_loss_scalar = -losses["loss"]  # train_loss is about the steps of this session
-            self._meter.restore(losses["totals"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_pretrained_weights(resume_from_checkpoint):

@@ -9,7 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from bkd_hf.compare import CellRunner, duration, plan_cells, save_comparison, to_markdown
+from bkd_hf.cells import CellRunner, duration, plan_cells
+from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import load_comparison
 from bkd_hf.errors import InputError, run_script
 from bkd_hf.files import lock

@@ -102,29 +102,63 @@ class LossMeter:
         """
         sums = {name: (values.detach() * counted).sum() for name, values in losses.items() if name != "loss"}
         for name, value in {**sums, "count": counted.sum()}.items():
-            # In float64 where the device has it: sums may run over a whole epoch.
-            value = value.to(torch.float32 if value.device.type == "mps" else torch.float64)
+            value = value.to(_sum_dtype(value.device))
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def pop(self) -> dict[str, float]:
         """Return the means, and begin anew; all processes have to call it."""
         if not self.sums:
             return {}
-        totals = self.accelerator.reduce(self.sums, reduction="sum")
+        totals = self._totals()
         self.sums = {}
-        count = totals.pop("count").item()
-        return {name: total.item() / count for name, total in totals.items()}
+        count = totals.pop("count")
+        return {name: total / count for name, total in totals.items()}
+
+    def keep(self, trainer: Any) -> None:
+        """Put what was added up since the last log into the state of a checkpoint; all processes have to call it.
+
+        The next log of a resumed training then tells of all steps since the last one.
+        """
+        trainer.state.stateful_callbacks[type(self).__name__] = {
+            "since": trainer._globalstep_last_logged,
+            "loss": self.accelerator.gather(trainer._tr_loss).mean().item(),
+            "totals": self._totals() if self.sums else {},
+        }
+
+    def restore(self, trainer: Any) -> None:
+        """Go on from the state of a checkpoint, if training does."""
+        if kept := trainer.state.stateful_callbacks.get(type(self).__name__):
+            trainer._globalstep_last_logged = kept["since"]
+            trainer._tr_loss += kept["loss"]
+            trainer._total_loss_scalar = -kept["loss"]  # its mean, train_loss, is over the steps of this session
+            share, device = float(self.accelerator.is_main_process), self.accelerator.device
+            self.sums = {
+                name: torch.tensor(total * share, dtype=_sum_dtype(device), device=device)
+                for name, total in kept["totals"].items()
+            }
+
+    def _totals(self) -> dict[str, float]:
+        return {name: total.item() for name, total in self.accelerator.reduce(self.sums, reduction="sum").items()}
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it: sums may run over a whole epoch."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class EpochSetter(TrainerCallback):
-    """Tells which epoch begins.
+    """Tells when training begins, and which epoch.
 
     Args:
+        begin_training: Called before the first step.
         begin: Called with the number of the epoch.
     """
 
-    def __init__(self, begin: Callable[[int], None]):
-        self.begin = begin
+    def __init__(self, begin_training: Callable[[], None], begin: Callable[[int], None]):
+        self.begin_training, self.begin = begin_training, begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin_training()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin(int(state.epoch or 0))

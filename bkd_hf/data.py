@@ -8,7 +8,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -36,6 +36,9 @@ PARETO_ALPHA = 6.0
 #: Column names of what [`load_image_dataset`] returns, whatever they were called before.
 IMAGE_COLUMN = "image"
 LABEL_COLUMN = "label"
+
+#: Up to so many bytes of image files are read to tell whether they are the same: a minute of a slow disk.
+READABLE_BYTES = 10_000_000_000
 
 _LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "category")
 _EVAL_SPLIT_NAMES = ("validation", "valid", "val", "dev", "test", "eval")
@@ -246,15 +249,17 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
 
 
 def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
-    """Hash of the labels and of the stored images, in order.
+    """Hash of the labels and of the stored images, in order; files outside the data set are as if stored in it.
+
+    Where these files are more than `READABLE_BYTES`, each enters by its name, size and time of change, and by its
+    content only every so many, as many as can be read.
 
     Args:
         dataset: A set with the columns `"image"` and `"label"`, or with images alone.
-        read_files: Whether images that are files outside the data set enter by their bytes, as if they were stored in
-            it, and not by name and size, which is faster.
+        read_files: Whether to read all files, however many they are.
 
     Returns:
-        32 hexadecimal digits.
+        32 hexadecimal digits; after them "-sampled", if not all files were read.
 
     Raises:
         InputError: If an image is missing, or its file is.
@@ -263,21 +268,34 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
     if LABEL_COLUMN in dataset.column_names:
         digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
     _check_complete(dataset, IMAGE_COLUMN, "image", f"Column {IMAGE_COLUMN!r}")
+    stored = dataset.data.column(IMAGE_COLUMN)
+    every = 1
+    if not read_files:
+        paths = _selected(dataset, pc.struct_field(stored, "path"))
+        files = np.flatnonzero(_selected(dataset, pc.is_null(pc.struct_field(stored, "bytes")))).tolist()
+        size = sum(_of_file(index, paths[index], os.stat).st_size for index in files)
+        every = max(1, math.ceil(size / READABLE_BYTES))
     for index, image in enumerate(stored_images(dataset)):
         if image["bytes"] is not None:
             digest.update(image["bytes"])
             continue
         path = Path(image["path"])
-        try:
-            digest.update(
-                path.read_bytes() if read_files else f"{path.parent.name}/{path.name} {path.stat().st_size}".encode()
-            )
-        except OSError as error:
-            raise InputError(
-                f"Image {index} ({path}) cannot be read: {error.strerror or error}. Repair its path (if relative, "
-                "it is looked up in the current folder), or remove the image."
-            ) from error
-    return digest.hexdigest()
+        if every > 1:
+            status = _of_file(index, path, os.stat)
+            digest.update(f"{path.parent.name}/{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        if index % every == 0:
+            digest.update(_of_file(index, path, Path.read_bytes))
+    return digest.hexdigest() + ("-sampled" if every > 1 else "")
+
+
+def _of_file(index: int, path: str | Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(Path(path))
+    except OSError as error:
+        raise InputError(
+            f"Image {index} ({path}) cannot be read: {error.strerror or error}. Repair its path (if relative, "
+            "it is looked up in the current folder), or remove the image."
+        ) from error
 
 
 def stored_images(dataset: datasets.Dataset) -> Iterable[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
@@ -148,7 +149,7 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 
 class KeptImages:
-    """Decoded images, one after another, in memory or in a file that is mapped; after them their sizes.
+    """Decoded images, one after another, in memory or in a file that is mapped; then their sizes, and a checksum.
 
     A file is pickled as its path: it costs nothing to send it to a worker.
 
@@ -169,7 +170,8 @@ class KeptImages:
             if isinstance(source, Path)
             else np.frombuffer(source, np.uint8)
         )
-        self._pixels, sizes = content[: -16 * number], content[-16 * number :]
+        self._all, self._checksum = content[:-16], content[-16:].tobytes()
+        self._pixels, sizes = self._all[: -16 * number], self._all[-16 * number :]
         self._sizes = np.frombuffer(sizes.tobytes(), np.int64).reshape(number, 2)
         self._ends = np.cumsum(3 * self._sizes.prod(axis=1))
         if self._pixels.size != self._ends[-1]:
@@ -188,14 +190,26 @@ class KeptImages:
         """N rows of bytes: all images, where they have one size."""
         return self._pixels.reshape(len(self._sizes), -1)
 
+    def check(self) -> KeptImages:
+        """Read all, a second for each GB, and return this; raise a `ValueError` if it is not what was written."""
+        if hashlib.blake2b(self._all.data, digest_size=16).digest() != self._checksum:
+            raise ValueError("its checksum is wrong")
+        return self
+
     @staticmethod
     def write(file: BinaryIO, images: Iterable[np.ndarray]) -> None:
         """Write images, each H×W×3 bytes."""
-        sizes = []
+        sizes, digest = [], hashlib.blake2b(digest_size=16)
+
+        def write(part: Any) -> None:
+            file.write(part)
+            digest.update(part)
+
         for image in images:
-            file.write(np.ascontiguousarray(image).data)
+            write(np.ascontiguousarray(image).data)
             sizes.append(image.shape[:2])
-        file.write(np.array(sizes, np.int64).tobytes())
+        write(np.array(sizes, np.int64).tobytes())
+        file.write(digest.digest())
 
 
 def shared_images(
@@ -244,7 +258,7 @@ def shared_images(
 
 def _mapped(path: Path, number: int) -> KeptImages | None:
     try:
-        return KeptImages(path, number)
+        return KeptImages(path, number).check()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

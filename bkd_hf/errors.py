@@ -27,7 +27,7 @@ class PublishError(RuntimeError):
 
 
 def run_script(work: Callable[[], int | None], interrupted: str, *failures: type[Exception]) -> int:
-    """Do the work of a script; return its exit code: 2 for bad input, 1 if the Hub does not take it, 130 for Ctrl-C.
+    """Do the work of a script; return its exit code: 2 for bad input, 1 if Hub or disk do not take it, 130 for Ctrl-C.
 
     Args:
         work: What the script does; what it returns is the exit code, 0 for `None`.
@@ -43,9 +43,27 @@ def run_script(work: Callable[[], int | None], interrupted: str, *failures: type
     except one_line as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        reason = why_not_stored(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}. What was computed before is kept: {interrupted}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
+
+
+def why_not_stored(error: BaseException) -> str | None:
+    """Say which file could not be written or read, and why, if it is that which an error tells; else `None`."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return f"{error.filename or 'A file'}: {error.strerror}"
+    # How safetensors and torch fail to write.
+    if type(error).__name__ == "SafetensorError" and "os error" in str(error):
+        return f"Weights cannot be written: {first_line(error).rpartition('I/O error: ')[2]}"
+    if isinstance(error, RuntimeError) and "inline_container" in str(error) and "Reader" not in str(error):
+        return "A checkpoint cannot be written: its disk is full, or takes no file of that size"
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -13,8 +13,7 @@ from .inputs import Inputs, long_tail_evaluation
 from .models import prefer_channels_last
 from .objective import METHODS
 from .options import RunArguments
-from .results import RESULTS_NAME, SCHEMA_VERSION, describe_model
-from .run_folder import read_json
+from .results import RESULTS_NAME, describe_model, load_results
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
 
@@ -94,9 +93,12 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
 
     for alone in arguments.teacher_options:
         warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.")
-    origin = read_json(Path(name) / RESULTS_NAME) or {}
-    if origin.get("schema_version") != SCHEMA_VERSION:
-        origin = {"data": {"fingerprint": None}, "student": {}}
+    origin: dict[str, Any] = {"data": {"fingerprint": None}, "student": {}}
+    if Path(name, RESULTS_NAME).exists():
+        try:
+            origin = load_results(name)
+        except InputError as error:
+            warn(f"{option}: nobody knows what it was trained on. {error}")
     fingerprint, method = origin["data"]["fingerprint"], origin.get("method")
     if fingerprint not in (None, data["fingerprint"]):
         warn(f"{option} was trained on other images (another data set, ratio or split) than the student will be.")

@@ -26,9 +26,9 @@ from huggingface_hub.errors import HTTPError
 
 from .card import build, check_repo_id, choices_of_card
 from .errors import InputError, PublishError, first_line
+from .files import read_json, why_broken, write_text
 from .plots import figure_names, save_plots
 from .results import RESULTS_NAME, load_results
-from .run_folder import read_json
 from .splits import PLACEHOLDER, SPLIT_NAME
 
 _T = TypeVar("_T")
@@ -229,7 +229,7 @@ def write_card(publication: Publication, folder: str | os.PathLike[str]) -> Path
     if publication.repo_type != "model":
         return None
     path = Path(folder, CARD_NAME)
-    path.write_text(publication.card, encoding="utf-8")
+    write_text(path, publication.card)
     return path
 
 
@@ -299,6 +299,8 @@ def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any],
         )
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise InputError(f"{folder} has {RESULTS_NAME}, but no model (config.json and model.safetensors).")
+    if "model_type" not in (read_json(folder / "config.json") or {}):
+        raise InputError(f"{folder}: config.json does not load: nothing was pushed. Have it made again.")
     if not any(name.startswith(("preprocessor", "tokenizer")) for name in files):
         warnings.warn(
             f"{folder} has no preprocessor_config.json: the published model cannot be used by a pipeline. Save its "
@@ -307,21 +309,26 @@ def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any],
         )
     results = load_results(folder)
     figures = [f"figures/{name}" for name in figure_names(results)]
-    if not all((folder / name).exists() for name in figures):
-        save_plots(results, folder / "figures")
+    save_plots(results, folder / "figures", only_missing=True)
     return results, figures
 
 
 def _own_code(folder: Path) -> list[str]:
     """Files with the code of a model that is not part of transformers, as its configuration names them."""
-    named = ((read_json(folder / "config.json") or {}).get("auto_map") or {}).values()
+    auto_map = (read_json(folder / "config.json") or {}).get("auto_map")
+    named = auto_map.values() if isinstance(auto_map, dict) else ()
     classes = [name for names in named for name in ([names] if isinstance(names, str) else names)]
     # "repository--module.Class" is code that stays where it is.
     return sorted({f"{name.split('.')[0]}.py" for name in classes if name and "--" not in name})
 
 
 def _check_contents(publication: Publication, folder: Path, token: str | None) -> None:
-    """Refuse what should not leave this machine, tokens and its folders, by an error that names the file."""
+    """Refuse what does not load, and what should not leave this machine, by an error that names the file."""
+    for name, path in publication.files.items():
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{name} is a link out of {folder}: nothing was pushed. Put the file itself there.")
+        if why := why_broken(path):
+            raise InputError(f"{folder}: {name} does not load ({why}): nothing was pushed. Have it made again.")
     texts = {
         name: path.read_text(encoding="utf-8", errors="replace")
         for name, path in publication.files.items()

@@ -21,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from .files import replacing, why_broken
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 
 # `Figure` throughout, never pyplot or rcParams: no display, no state that threads share, nothing to close.
@@ -84,13 +85,14 @@ class ComparedRuns(Protocol):
     def estimate(self, method: str, metric: str) -> Any: ...
 
 
-def save_plots(results: dict[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
+def save_plots(results: dict[str, Any], folder: str | os.PathLike[str], only_missing: bool = False) -> list[Path]:
     """Draw all figures that the results allow into a folder, which is made if it is not there; return their paths.
 
     These are `class_accuracy.png` (see `plot_class_accuracy`), `training_curves.png` (see `plot_training_curves`; only
-    if there is a history), `confusion_student.png` and `confusion_teacher.png` (see `plot_confusion`).
+    if there is a history), `confusion_student.png` and `confusion_teacher.png` (see `plot_confusion`). With
+    `only_missing`, those that are there and load are left as they are.
     """
-    return _save(_figures(results), folder)
+    return _save(_figures(results), folder, only_missing)
 
 
 def figure_names(results: dict[str, Any]) -> list[str]:
@@ -115,11 +117,15 @@ def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
     return figures
 
 
-def _save(figures: Mapping[str, Callable[[], Figure]], folder: str | os.PathLike[str]) -> list[Path]:
+def _save(
+    figures: Mapping[str, Callable[[], Figure]], folder: str | os.PathLike[str], only_missing: bool = False
+) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
-        draw().savefig(folder / name, dpi=_DPI, facecolor="white")
+        if not only_missing or why_broken(folder / name):
+            with replacing(folder / name) as path:
+                draw().savefig(path, format="png", dpi=_DPI, facecolor="white")
     return [folder / name for name in figures]
 
 

@@ -1,26 +1,129 @@
-"""What a `Trainer` does when it publishes: results, figures, card, and one commit of what others need."""
+"""What a `Trainer` leaves: checkpoints that are whole; results, figures, card; one commit of what others need."""
 
 from __future__ import annotations
 
 import functools
+import shutil
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .card import build
+from .files import as_others_are, read_json, write_text
 from .hub import check_repo_access, publish_folder
 from .measure import measure
 from .measuring_trainer import MeasuringTrainer
 from .plots import save_plots
 from .results import RESULTS_NAME, save_json
+from .run_folder import last_complete_checkpoint, mark_complete
 
 
 class PublishingTrainer(MeasuringTrainer):
     """A `Trainer` that publishes its student, once, with what was measured; checkpoints stay here."""
 
     _has_new_weights = False  # that results.json does not tell of
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._clock_offsets: dict[str, float] = {}
+        super().__init__(*args, **kwargs)
+
+    # ---- Checkpoints ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        self._clock_offsets["train"] = _clock_offset()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save one as `Trainer`; it counts when all processes have written their part, and no other goes before."""
+        run_dir = self._get_output_dir(trial=trial)
+        folder = Path(run_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, damaged
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            if limit:
+                self._delete_earlier(folder, limit)
+
+    def _delete_earlier(self, newest: Path, limit: int) -> None:
+        """Delete checkpoints until no more than `limit` are left; never the newest, or the best.
+
+        `Trainer` would go by the times of the folders, where a clock that is set back makes the newest the oldest.
+        Those of steps that this training has not reached yet are an earlier one's, or damaged: they go first.
+        """
+        best, step = Path(self.state.best_model_checkpoint or newest), self.state.global_step
+        others = {int(path.name[11:]): path for path in newest.parent.glob("checkpoint-*") if path.name[11:].isdigit()}
+        others = {number: path for number, path in others.items() if path not in (newest, best)}
+        num_kept = max(0, limit - len({newest, best}))
+        for number in sorted(others, key=lambda number: (number < step, number))[: max(0, len(others) - num_kept)]:
+            shutil.rmtree(others[number])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            as_others_are(path for path in folder.iterdir() if path.suffix in (".safetensors", ".py"))
+
+    # ---- Times, by a clock that does not jump ---------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate as `Trainer`."""
+        self._clock_offsets[metric_key_prefix] = _clock_offset()
+        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict as `Trainer`."""
+        output = super().predict(*args, **kwargs)
+        self._take_off_clock_jumps(output.metrics or {})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer`."""
+        self._take_off_clock_jumps(logs)
+        super().log(logs, start_time)
+
+    def _take_off_clock_jumps(self, metrics: dict[str, float]) -> None:
+        """Correct times and speeds: `Trainer` takes them from the clock on the wall, which somebody may set."""
+        for prefix, before in self._clock_offsets.items():
+            name, jump = f"{prefix}_runtime", _clock_offset() - before
+            if name in metrics and abs(jump) > 0.1:
+                wrong, right = metrics[name], max(metrics[name] - jump, 1e-3)
+                for speed in (f"{prefix}_samples_per_second", f"{prefix}_steps_per_second"):
+                    if speed in metrics:
+                        metrics[speed] = round(metrics[speed] * wrong / right, 3)
+                metrics[name] = round(right, 4)
+
+    # ---- Results --------------------------------------------------------------------------------------------------
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Save as `Trainer`; a file of them that is damaged is made anew."""
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir)
+            save_json(metrics, folder / f"{split}_results.json")
+            if combined:
+                of_all = folder / "all_results.json"
+                save_json({**(read_json(of_all) or {}), **metrics}, of_all)
 
     def save_results(self, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
         """Measure student and teacher on `eval_dataset`; write `results.json` and the figures into `output_dir`.
@@ -42,8 +145,8 @@ class PublishingTrainer(MeasuringTrainer):
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_json(results, folder / RESULTS_NAME)
             save_plots(results, folder / "figures")
+            save_json(results, folder / RESULTS_NAME)
         return results
 
     def create_model_card(
@@ -83,7 +186,7 @@ class PublishingTrainer(MeasuringTrainer):
                 self.hub_model_id or self._repo_id(),
                 **_card_options(language, license, tags, model_name, finetuned_from, dataset_tags),
             )
-            card.save(folder / "README.md")
+            write_text(folder / "README.md", str(card))
 
     def push_to_hub(
         self,
@@ -145,6 +248,10 @@ class PublishingTrainer(MeasuringTrainer):
 
     def _repo_id(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
+
+def _clock_offset() -> float:
+    return time.time() - time.monotonic()
 
 
 def _card_options(

@@ -60,6 +60,7 @@ from . import __version__
 from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
+from .files import write_text
 from .machine import precision_of
 from .metrics import (
     FEW_SHOT_THRESHOLD,
@@ -131,11 +132,7 @@ def save_json(content: Any, path: str | os.PathLike[str]) -> None:
 
     NaN and infinity, which JSON does not have, are written as `null`.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def describe_data(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -23,6 +24,7 @@ from .card import build as build_card
 from .card import check_repo_id
 from .config import BKDConfig
 from .errors import InputError
+from .files import unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
 from .head import the_head
 from .hub import CARD_NAME, check_repo_access, publish_run
@@ -52,7 +54,7 @@ from .results import (
     save_json,
     summarize_training,
 )
-from .run_folder import claim_output_dir, last_complete_checkpoint
+from .run_folder import claim_output_dir, identity_of, last_complete_checkpoint
 from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
@@ -83,32 +85,56 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         warnings.warn(f"--{name} has no effect: {reason}.", stacklevel=2)
     check_before_work(arguments)
     _check_publishing(arguments)
-    if _claim(arguments):
-        results = load_results(output_dir)
-        say(f"This run is finished: its results are in {output_dir}. To start anew, use --overwrite.")
-        say.table(results)
-    else:
-        results = _prepare_and_train(arguments, threads, say)
-        say.stage("Results")
-        say.table(results)
-        figures = len(list((output_dir / "figures").iterdir())) if PartialState().is_main_process else 0
-        say(
-            f"Student, {RESULTS_NAME}, {figures} figures and a model card ({CARD_NAME}): {output_dir}  "
-            f"({time.perf_counter() - started:.0f} s)"
-        )
-    _publish(arguments, say)
+    try:
+        if _claim(arguments) and _is_still_the_same(arguments, say):
+            results = load_results(output_dir)
+            say(f"This run is finished: its results are in {output_dir}. To start anew, use --overwrite.")
+            say.table(results)
+        else:
+            results = _prepare_and_train(arguments, threads, say)
+            say.stage("Results")
+            say.table(results)
+            figures = len(list((output_dir / "figures").iterdir())) if PartialState().is_main_process else 0
+            say(
+                f"Student, {RESULTS_NAME}, {figures} figures and a model card ({CARD_NAME}): {output_dir}  "
+                f"({time.perf_counter() - started:.0f} s)"
+            )
+        _publish(arguments, say)
+    finally:
+        unlock()
     return results
+
+
+def _is_still_the_same(arguments: RunArguments, say: Announcer) -> bool:
+    """Refuse to report a finished run of other images or weights; make again what is missing of its reports."""
+    try:
+        _, data = _load_data(arguments)
+    except InputError as error:
+        say(f"WARNING: Nobody knows whether the images of this run are still the same: {error}")
+    else:
+        if not _claim(arguments, identity_of(arguments, data)):
+            return False
+    of_teacher = arguments.for_teacher()
+    if PartialState().is_main_process:
+        _report(arguments, load_results(arguments.training.output_dir), only_missing=True)
+        if (Path(of_teacher.training.output_dir) / RESULTS_NAME).exists():
+            _report(of_teacher, load_results(of_teacher.training.output_dir), only_missing=True)
+    return True
+
+
+def _load_data(arguments: RunArguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
+    """Load the splits; return them, and the `data` section of the results."""
+    options = arguments.data
+    with PartialState().main_process_first():
+        splits = load_splits(arguments)
+    thresholds = options.many_shot_threshold, options.few_shot_threshold
+    return splits, describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
 
 
 def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) -> dict[str, Any]:
     """Check all that may be wrong, from what is quick to find out to what takes long, and train."""
     say.stage("Data")
-    with PartialState().main_process_first():
-        splits = load_splits(arguments)
-    options = arguments.data
-    data = describe_data(
-        options.dataset_name, splits["train"], splits["eval"], options.many_shot_threshold, options.few_shot_threshold
-    )
+    splits, data = _load_data(arguments)
     counts = data["class_counts"]
     warn_of_untested_classes(data)
     of_teacher = arguments.for_teacher()
@@ -152,7 +178,8 @@ def _train(
         workers = args.dataloader_num_workers
         why = "" if inputs.images["train"].in_memory else ": they do not stay in memory"
         say(f"Images are prepared by {workers} worker{'s' if workers > 1 else ''} a process{why}.")
-    if _claim(options, data["fingerprint"]):
+    identity = identity_of(options, data, with_teacher=False)
+    if _claim(options, identity):
         say(f"Using the teacher in {folder}, trained on the same data with the same options.")
         return load_results(folder)
     # Before the teacher is trained: a student that cannot be loaded should not cost that time.
@@ -166,6 +193,7 @@ def _train(
     if provide_teacher is not None:
         say.stage("Teacher")
         teacher, teacher_results = provide_teacher()
+        _claim(options, identity_of(options, data))  # with its teacher, now that there is one
         gc.collect()  # its trainer and callbacks know each other: their workers would stay, idle, beside the student's
     if not options.is_teacher:
         say.stage("Student")
@@ -182,14 +210,19 @@ def _train(
         command=options.command_line,
     )
     if PartialState().is_main_process:
-        save_plots(results, folder / "figures")
-        publishing = options.publishing
-        build_card(results, options.repo_id, publishing.hub_license, publishing.hub_dataset_id).save(
-            folder / CARD_NAME
-        )
+        _report(options, results)
         save_json(results, folder / RESULTS_NAME)  # last: it says that the run is finished
     PartialState().wait_for_everyone()
     return results
+
+
+def _report(options: RunArguments, results: dict[str, Any], only_missing: bool = False) -> None:
+    """Draw the figures of a run, and write its card."""
+    folder, publishing = Path(options.training.output_dir), options.publishing
+    save_plots(results, folder / "figures", only_missing)
+    if not only_missing or why_broken(folder / CARD_NAME):
+        card = build_card(results, options.repo_id, publishing.hub_license, publishing.hub_dataset_id)
+        write_text(folder / CARD_NAME, str(card))
 
 
 # ---- One model ----------------------------------------------------------------------------------------------------
@@ -348,9 +381,9 @@ def _provide_teacher(
 # ---- What is said, checked and published --------------------------------------------------------------------------
 
 
-def _claim(options: RunArguments, fingerprint: str | None = None) -> bool:
+def _claim(options: RunArguments, identity: dict[str, str | None] | None = None) -> bool:
     with PartialState().main_process_first():
-        return claim_output_dir(options, fingerprint)
+        return claim_output_dir(options, identity)
 
 
 def _device_name(args: BKDConfig, threads: int) -> str:

@@ -1,55 +1,79 @@
-"""The output folder of a run: whose it is, what the run in it was told, how far it came."""
+"""The output folder of a run: whose it is, what the run in it was told and of what it is, how far it came."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from huggingface_hub import try_to_load_from_cache
 
 from .errors import InputError
-from .options import WITHOUT_INFLUENCE, RunArguments
+from .files import LOCK_NAME, UNFINISHED, hash_of, lock, read_json, why_broken
+from .models import cifar_resnet_depth
+from .options import WITHOUT_INFLUENCE, ModelArguments, RunArguments
 from .results import RESULTS_NAME, save_json
 
 #: Marks an output folder as ours and records what the run in it was told.
 RUN_NAME = "bkd_run.json"
+#: Says that a checkpoint was written to its end, and what it holds.
+COMPLETE_NAME = "complete.json"
 
+# In the order in which it is deleted: first what says that the run is finished, last what says that it is ours.
 _LEFT_BY_A_RUN = (
-    RUN_NAME, RESULTS_NAME, "figures", "teacher", "checkpoint-*", "model*.safetensors*", "config.json",
+    RESULTS_NAME, "figures", "teacher", "checkpoint-[0-9]*", "model*.safetensors*", "config.json",
     "preprocessor_config.json", "modeling_cifar_resnet.py", "training_args.bin", "trainer_state.json",
-    "*_results.json", "README.md",
+    "*_results.json", "README.md", ".tmp??????", RUN_NAME,
 )  # fmt: skip
+_WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
+_IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights")
 
 
-def run_state(arguments: RunArguments, fingerprint: str | None = None) -> str:
+def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> str:
     """Return what the output folder holds of this very run: `"new"` (nothing), `"interrupted"` or `"finished"`.
 
     Args:
         arguments: What the run is told.
-        fingerprint: Of its training images, once they are known.
+        identity: Of its images and weights (see [`identity_of`]), as far as it is known.
 
     Raises:
-        InputError: If it holds something else, or a run with other options or on other images.
+        InputError: If it holds something else, or a run with other options, on other images or from other weights.
     """
     output_dir = Path(arguments.training.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file: name a folder.")
-    content = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    with _usable(output_dir):
+        if output_dir.is_symlink() and not output_dir.exists():
+            raise InputError(
+                f"--output_dir {output_dir} is a link to {os.readlink(output_dir)}, which is not there: make that "
+                "folder, or name another."
+            )
+        if output_dir.exists() and not output_dir.is_dir():
+            raise InputError(f"--output_dir {output_dir} is a file: name a folder.")
+        content = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    content -= {LOCK_NAME, RUN_NAME + UNFINISHED}
     record = read_json(output_dir / RUN_NAME)
+    if RUN_NAME in content and record is None:
+        raise InputError(
+            f"--output_dir {output_dir} holds a run whose {RUN_NAME} is damaged, so nobody knows which: name another "
+            "folder, or use --overwrite to delete that run and start anew."
+        )
     if content and record is None:
         raise InputError(
             f"--output_dir {output_dir} is not empty and was not made by run_bkd.py: name a new or an empty folder."
         )
     if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
         return "new"
-    there, here = record or {}, _told(arguments, fingerprint)
-    if None in (there.get("fingerprint"), fingerprint):  # not known yet
-        there, here = ({**told, "fingerprint": None} for told in (there, here))
-    found = differences(there, here)
+    there, here = record or {}, _told(arguments, identity)
+    unknown = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
+    found = differences({**there, **unknown}, {**here, **unknown})
     if found and arguments.is_teacher:
         raise InputError(
             f"The teacher in {output_dir} was trained otherwise: {found}. Use --overwrite to train it anew, another "
@@ -61,23 +85,104 @@ def run_state(arguments: RunArguments, fingerprint: str | None = None) -> str:
             f"--output_dir {output_dir} holds a run with other options: {found}. Use another folder"
             f"{teacher if 'teacher' in content else ''}, or --overwrite to delete that run and start anew."
         )
-    return "finished" if RESULTS_NAME in content else "interrupted"
+    if RESULTS_NAME not in content:
+        return "interrupted"
+    if damage := _damage(output_dir, arguments.is_teacher):
+        warnings.warn(f"{output_dir} was finished, but {damage}: the run goes on, and makes it again.", stacklevel=2)
+        return "interrupted"
+    return "finished"
 
 
-def claim_output_dir(arguments: RunArguments, fingerprint: str | None = None) -> bool:
-    """Make the output folder ours; True if it holds the finished results of this very run (arguments as there)."""
+def claim_output_dir(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> bool:
+    """Make the output folder ours; True if it holds the finished results of this very run (arguments as there).
+
+    An unfinished one is locked until this process ends, or unlocks all.
+
+    Raises:
+        InputError: As [`run_state`]; also if the folder cannot be written, or another process holds it.
+    """
     output_dir = Path(arguments.training.output_dir)
-    starts_anew = arguments.overwrite and (output_dir / RUN_NAME).exists()
-    state = "new" if starts_anew else run_state(arguments, fingerprint)
-    if PartialState().is_main_process and (state == "new" or (state == "interrupted" and fingerprint is not None)):
-        if starts_anew:
-            _delete_run(output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        save_json(_told(arguments, fingerprint), output_dir / RUN_NAME)
-    return state == "finished"
+    with _usable(output_dir):
+        starts_anew = arguments.overwrite and (output_dir / RUN_NAME).exists()
+
+    def state() -> str:
+        return "new" if starts_anew else run_state(arguments, identity)
+
+    found = state()
+    if PartialState().is_main_process and found != "finished":
+        with _usable(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock(output_dir)
+            found = state()  # whoever held it may have changed it
+            if found == "new" or (found == "interrupted" and identity is not None):
+                old = {} if found == "new" else read_json(output_dir / RUN_NAME) or {}
+                if starts_anew:
+                    _delete_run(output_dir)
+                told = _told(arguments, identity)
+                known = {name: old[name] for name in _IDENTITY if told.get(name) is None and name in old}
+                save_json({**told, **known}, output_dir / RUN_NAME)
+    return found == "finished"
 
 
-def _told(arguments: RunArguments, fingerprint: str | None = None) -> dict[str, Any]:
+def identity_of(arguments: RunArguments, data: dict[str, Any], with_teacher: bool = True) -> dict[str, str | None]:
+    """Return what tells a run's images, classes and weights from others, as far as it is known yet.
+
+    Args:
+        arguments: What the run is told.
+        data: The `data` section of its results.
+        with_teacher: Whether it has its teacher already, where it trains one.
+    """
+    options, given = arguments.model, arguments.model.given_teacher
+    teacher = given or (f"{arguments.training.output_dir}/teacher" if with_teacher else None)
+    return {
+        "fingerprint": data["fingerprint"],
+        "eval_fingerprint": data["eval_fingerprint"],
+        "class_names": hashlib.blake2b(json.dumps(data["class_names"]).encode(), digest_size=16).hexdigest(),
+        "model_weights": _identity_of_weights(options.model_name_or_path, options),
+        "teacher_weights": _identity_of_weights(teacher, arguments.for_teacher().model)
+        if teacher and arguments.distils
+        else None,
+    }
+
+
+def _identity_of_weights(name: str, options: ModelArguments) -> str | None:
+    """Hash of a model's files, or the commit of one from the Hub; `None` for fresh weights, and if it is not known."""
+    if cifar_resnet_depth(name) is not None:
+        return None
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        is_id = name.count("/") < 2 and not name.startswith((".", "/", "~"))
+        revision, cache_dir = options.model_revision, options.cache_dir
+        path = try_to_load_from_cache(name, "config.json", cache_dir, revision) if is_id else None
+        return Path(path).parent.name if isinstance(path, str) else None
+    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    if not any(path.suffix != ".json" for path in files):
+        return None
+    text = " ".join(f"{path.name} {hash_of(path)}" for path in files)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _damage(output_dir: Path, needs_weights: bool) -> str:
+    """Say what of a finished run does not load; weights that were deleted are missed where they are needed."""
+    if read_json(output_dir / RESULTS_NAME) is None:
+        return f"{RESULTS_NAME} is damaged"
+    files = [path for name in ("config.json", "model*.safetensors") for path in output_dir.glob(name)]
+    if needs_weights and len(files) < 2:
+        return "its weights are not there"
+    return "; ".join(f"{path.name} is damaged ({why})" for path in files if (why := why_broken(path)))
+
+
+@contextmanager
+def _usable(output_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {output_dir} cannot be used: {error.strerror or error}. Name another folder."
+        ) from error
+
+
+def _told(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> dict[str, Any]:
     of_teacher = {}
     if arguments.teacher_options:
         teacher = arguments.for_teacher()
@@ -93,14 +198,21 @@ def _told(arguments: RunArguments, fingerprint: str | None = None) -> dict[str, 
         part: {name: value for name, value in options.items() if name not in WITHOUT_INFLUENCE}
         for part, options in told.items()
     }
-    return json.loads(json.dumps({**influential, "fingerprint": fingerprint}))  # as it will be read back
+    return json.loads(json.dumps({**influential, **(identity or {})}))  # as it will be read back
 
 
 def _delete_run(output_dir: Path) -> None:
     """Delete what a run leaves, and nothing that somebody put beside it."""
     for pattern in _LEFT_BY_A_RUN:
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in list(output_dir.iterdir()):
+            if not fnmatch(path.name.removesuffix(UNFINISHED), pattern):
+                continue
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+                continue
+            if path.name == "teacher":
+                _delete_run(path)  # or what is left of it, after a kill, would not be known as ours
+            shutil.rmtree(path)
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
@@ -116,25 +228,44 @@ def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -
     return "; ".join(found)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the content of a file; `None` if it is not there, or is not whole."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
+# ---- Checkpoints --------------------------------------------------------------------------------------------------
 
 
-def _checkpoint_step(folder: Path) -> int:
-    suffix = folder.name.rpartition("-")[2]
-    return int(suffix) if suffix.isdigit() else -1
+def mark_complete(checkpoint: str | os.PathLike[str]) -> None:
+    """Write down that a checkpoint was written to its end, with the hashes of its files."""
+    folder = Path(checkpoint)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE_NAME)
+    save_json({path.relative_to(folder).as_posix(): hash_of(path) for path in files}, folder / COMPLETE_NAME)
+
+
+def why_not_complete(checkpoint: str | os.PathLike[str]) -> str | None:
+    """Say what is missing or damaged of a checkpoint; `None` if it is as [`mark_complete`] saw it."""
+    folder = Path(checkpoint)
+    files = read_json(folder / COMPLETE_NAME)
+    if not files:
+        return "it was not written to its end"
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"its {name} is missing"
+        if hash_of(folder / name) != expected:
+            return f"its {name} is damaged"
+    return None
+
+
+def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
+    """Raise an `InputError` if a checkpoint is damaged; one that [`mark_complete`] never saw may be anything."""
+    if Path(checkpoint, COMPLETE_NAME).exists() and (why := why_not_complete(checkpoint)):
+        raise InputError(f"The checkpoint {checkpoint} cannot be used: {why}. Remove it, and run the same again.")
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the latest checkpoint that was written to its end, `None` without one.
-
-    Trainer writes `trainer_state.json` last: a process killed while saving leaves a checkpoint without it, or half.
-    """
-    for folder in sorted(Path(output_dir).glob("checkpoint-*"), key=_checkpoint_step, reverse=True):
-        if read_json(folder / "trainer_state.json") is not None:
+    """Return the latest checkpoint that is whole, `None` without one; a warning names those that are not."""
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
+        why = why_not_complete(folder)
+        if why is None:
             return str(folder)
+        warnings.warn(f"{folder} is not used: {why}.", stacklevel=2)
+    if folders:
+        warnings.warn(f"{output_dir} has no whole checkpoint: its training begins anew.", stacklevel=2)
     return None

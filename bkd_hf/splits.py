@@ -26,6 +26,7 @@ from .data import (
     stored_images,
 )
 from .errors import InputError
+from .files import write_text
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 from .plots import plot_class_counts
 from .results import save_json
@@ -215,7 +216,7 @@ def _write_card(folder: Path, record: dict[str, Any], license: str) -> None:
     features = datasets.Features({IMAGE_COLUMN: datasets.Image(), LABEL_COLUMN: classes})
     info = datasets.DatasetInfo(features=features, splits=infos)
     DatasetInfosDict({"default": info}).to_dataset_card_data(metadata)
-    DatasetCard.from_template(
+    card = DatasetCard.from_template(
         metadata,
         template_path=str(_CARD_TEMPLATE),
         title=_title(how),
@@ -231,7 +232,8 @@ def _write_card(folder: Path, record: dict[str, Any], license: str) -> None:
         source=_source(how),
         where=PLACEHOLDER,
         exact=exact,
-    ).save(folder / "README.md")
+    )
+    write_text(folder / "README.md", str(card))
 
 
 def exact(value: float) -> str:

@@ -29,6 +29,7 @@ from .models import load_weights_strictly, start_from_teacher
 from .objective import Objective, Progress, corrects
 from .optimization import OptimizingTrainer
 from .publishing_trainer import PublishingTrainer
+from .run_folder import check_checkpoint
 from .sampling import innermost
 from .targets import NUM_IMAGES, answers_about_sample, look, power_of
 from .teacher import (
@@ -88,6 +89,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
 
     # The loss is a mean over the whole optimizer step: Trainer must not divide it by the accumulation steps again.
     loss_is_scaled_for_ga = True
+    _meter: LossMeter
 
     def __init__(
         self,
@@ -131,7 +133,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
             processing_class=processing_class,
             model_init=model_init,
             compute_metrics=None if adds_up else compute_metrics,
-            callbacks=[EpochSetter(self._begin_epoch), *(callbacks or [])],
+            callbacks=[EpochSetter(lambda: self._meter.restore(self), self._begin_epoch), *(callbacks or [])],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
@@ -429,6 +431,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)
+        self._meter.keep(self)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -446,6 +449,7 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         """
         ours = isinstance(self.model, PreTrainedModel) and not type(self.model).__module__.startswith("peft.")
         if ours and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            check_checkpoint(checkpoint)
             load_weights_strictly(self.model, checkpoint)
             return True
         return False

@@ -6,12 +6,15 @@ from __future__ import annotations
 import argparse
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
-from bkd_hf.compare import CellRunner, duration, plan_cells, save_comparison, to_markdown
+from bkd_hf.cells import CellRunner, duration, plan_cells
+from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import load_comparison
 from bkd_hf.errors import InputError, run_script
+from bkd_hf.files import lock
 
 _SCRIPT = Path(__file__).with_name("run_bkd.py")
 
@@ -85,7 +88,8 @@ def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int
 
 
 def compare(options: argparse.Namespace, rest: list[str]) -> int:
-    """Run the cells that are not finished, and tabulate."""
+    """Run the cells that are not finished, and tabulate; SIGTERM ends them too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cells = plan_cells(options.methods, options.seeds, options.output_dir, _SCRIPT, rest)
     runner = CellRunner(
         logs=options.output_dir / "logs",
@@ -102,6 +106,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
             print(f"{name}: about {duration(value)}")
         print(f"In all about {duration(sum(seconds.values()))}, one cell at a time.")
         return 0
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    lock(options.output_dir)
     failures = runner.run(cells)
     if len(failures) < len(cells):
         # With the methods of earlier comparisons in the same folder.

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from bkd_hf import InputError, load_results
-from bkd_hf.compare import CellRunner, plan_cells, save_comparison, to_markdown
+from bkd_hf.cells import CellRunner, plan_cells
+from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison
 from bkd_hf.results import save_json
 from tests.conftest import REPOSITORY

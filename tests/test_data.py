@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -205,13 +206,33 @@ def test_digits_come_without_network():
     assert fingerprint(data["train"]) != fingerprint(data["eval"])
 
 
-def test_fingerprints_of_files(tmp_path):
-    """It is enough to look at names and sizes, unless files are to be compared with stored images."""
+def test_fingerprints_of_files(tmp_path, monkeypatch):
+    """Images are what they show: other pixels in a file of the same name, size and time are others."""
     train = load_image_dataset(fill(tmp_path, {"train/cat": 6, "train/dog": 6, "val/cat": 2, "val/dog": 2}))["train"]
-    stored = [{"bytes": Path(image["path"]).read_bytes(), "path": None} for image in stored_images(train)]
+    files = [Path(image["path"]) for image in stored_images(train)]
+    stored = [{"bytes": path.read_bytes(), "path": None} for path in files]
     embedded = datasets.Dataset.from_dict({"image": stored, "label": train["label"]}, features=train.features)
-    assert fingerprint(train) != fingerprint(embedded) == fingerprint(embedded, read_files=True)
-    assert fingerprint(train, read_files=True) == fingerprint(embedded)
+    whole = fingerprint(train)
+    assert whole == fingerprint(embedded)
+
+    def other_pixels(number: int, keep_time: bool = True) -> None:
+        path, time = files[number], files[number].stat().st_mtime_ns
+        path.write_bytes(path.read_bytes()[::-1])
+        if keep_time:
+            os.utime(path, ns=(time, time))
+
+    other_pixels(3)
+    assert fingerprint(train) != whole
+    # Of too many to read, some are read; the time tells of the others.
+    monkeypatch.setattr("bkd_hf.data.READABLE_BYTES", sum(path.stat().st_size for path in files) // 3)
+    found = [fingerprint(train)]
+    for number, keep_time in ((0, True), (1, False)):
+        other_pixels(number, keep_time)
+        found.append(fingerprint(train))
+    assert len(set(found)) == 3
+    assert all(sampled.endswith("-sampled") for sampled in found)
+    assert fingerprint(embedded) == whole
+    assert not fingerprint(train, read_files=True).endswith("-sampled")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,328 @@
+"""The cells of a comparison, methods × seeds: what each is told, and the processes that run them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .arguments import parse_arguments
+from .config import BKDConfig
+from .errors import InputError
+from .files import holder_of, is_open_in_a_run
+from .inputs import load_splits
+from .machine import available_cores
+from .objective import METHODS
+from .options import RunArguments
+from .results import describe_data, load_results
+from .run_folder import identity_of, run_state
+
+_TIMED_STEPS = 24
+# Seconds that a cell gets to end itself.
+_PATIENCE = 15.0
+# A comparison decides about these itself.
+_NOT_FOR_CELLS = {
+    "--method": "use --methods",
+    "--seed": "use --seeds",
+    "--output_dir": "give it once",
+    "--overwrite": "delete the folders of the cells that are to run anew",
+    "--resume_from_checkpoint": "an interrupted cell resumes by itself",
+    "--max_steps": "use --num_train_epochs",
+    "--push_to_hub": "push the cells that you choose by scripts/publish.py",
+}
+_CE_IS_TEACHER = "the teacher of a seed is that seed's ce cell"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method with a seed.
+
+    Attributes:
+        method: A preset.
+        seed: Seed of its training.
+        folder: Its output folder.
+        script: Path of `run_bkd.py`.
+        options: Further options of `run_bkd.py`, the same for all cells.
+        teacher: The cell whose student is this one's teacher.
+    """
+
+    method: str
+    seed: int
+    folder: Path
+    script: Path
+    options: tuple[str, ...]
+    teacher: Cell | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages, e.g. "kd seed 1"."""
+        return f"{self.method} seed {self.seed}"
+
+    def arguments(self) -> list[str]:
+        """Return the command line for `run_bkd.py`."""
+        teacher = ["--teacher_model_name_or_path", str(self.teacher.folder)] if self.teacher else []
+        own = ["--method", self.method, "--seed", str(self.seed), "--output_dir", str(self.folder)]
+        return [*self.options, *own, *teacher]
+
+    def command(self, launcher: Sequence[str] = ()) -> str:
+        """Return the command, to be copied."""
+        return shlex.join([*(launcher or ["python"]), os.path.relpath(self.script), *self.arguments()])
+
+    def parse(self) -> RunArguments:
+        """Parse the command line; raises an `InputError` if it cannot work."""
+        return parse_arguments(self.arguments(), digits_recipe=self.script.with_name("recipes") / "digits.yaml")
+
+    def state(self, data: dict[str, Any] | None = None) -> str:
+        """Return `"new"`, `"interrupted"` or `"finished"`; raises an `InputError` if the folder holds another run.
+
+        Args:
+            data: The `data` section of the results of all cells, where it is known.
+        """
+        arguments = self.parse()
+        return run_state(arguments, None if data is None else identity_of(arguments, data))
+
+
+def plan_cells(
+    methods: Sequence[str], seeds: Sequence[int], output_dir: Path, script: Path, options: Sequence[str] = ()
+) -> list[Cell]:
+    """List the cells, seed by seed, with those that are needed as teachers, each teacher before its students.
+
+    Args:
+        methods: Presets.
+        seeds: Seeds of the training; the data split is the same for all.
+        output_dir: Where the cells' folders go: METHOD/seedSEED.
+        script: Path of `run_bkd.py`.
+        options: Options of `run_bkd.py` for all cells.
+
+    Raises:
+        InputError: If a method is unknown, something comes twice, or an option is not for all cells.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise InputError(f"--methods: there is no {', '.join(unknown)}; choose from {', '.join(METHODS)}.")
+    for name, values in (("methods", list(methods)), ("seeds", list(seeds))):
+        if len(set(values)) < len(values):
+            raise InputError(f"--{name} {' '.join(map(str, values))}: each may be given once.")
+    for token in options:
+        option = token.split("=")[0].replace("-", "_").replace("__", "--", 1)
+        why_not = _CE_IS_TEACHER if option.startswith("--teacher_") else _NOT_FOR_CELLS.get(option)
+        if why_not:
+            raise InputError(f"{option} cannot be set for a comparison: {why_not}.")
+
+    def cell(method: str, seed: int) -> Cell:
+        preset = METHODS[method]
+        teacher = cell(preset.teacher, seed) if preset.distillation_loss != "none" else None
+        return Cell(method, seed, output_dir / method / f"seed{seed}", script, tuple(options), teacher)
+
+    for method in methods:
+        arguments = replace(cell(method, seeds[0]), teacher=None).parse()
+        if arguments.model.teacher_model_name_or_path is not None or arguments.teacher_options:
+            raise InputError(
+                f"The section `teacher:` of --config cannot be used in a comparison: {_CE_IS_TEACHER}. Take it out."
+            )
+    wanted = [cell(method, seed) for seed in seeds for method in methods]
+    return list(dict.fromkeys(each for cell in wanted for each in (cell.teacher, cell) if each))
+
+
+@dataclass
+class CellRunner:
+    """Runs cells, as many at a time as asked for, and says how they fare.
+
+    Attributes:
+        logs: Folder for what the cells print.
+        launcher: What is put before the script, e.g. `accelerate launch --num_processes 2`; plain Python if empty.
+        jobs: Cells at a time. They share the CPU cores, and take turns on the GPUs.
+        say: Called with each message.
+    """
+
+    logs: Path
+    launcher: Sequence[str] = ()
+    jobs: int = 1
+    say: Callable[[str], None] = print
+
+    def run(self, cells: Sequence[Cell]) -> list[str]:
+        """Run what is not finished yet; a cell that fails does not stop the others.
+
+        Returns:
+            A line for each cell that failed, or could not run because its teacher failed.
+        """
+        data = self._data(cells) if any(cell.folder.exists() for cell in cells) else None
+        states = {cell: cell.state(data) for cell in cells}  # raises before anything has run
+        todo = [cell for cell in cells if states[cell] != "finished"]
+        for cell in cells:
+            if cell not in todo:
+                self.say(f"{cell.name}: finished before. {_summary(cell)}")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        for cell in todo:
+            with self._log(cell).open("a") as file:
+                if is_open_in_a_run(file):
+                    who = holder_of(cell.folder) or "a process that has just begun"
+                    raise InputError(f"{cell.name} still runs ({who}): wait for it, or end it, and start again.")
+        started, num_todo = time.monotonic(), len(todo)
+        failures: dict[Cell, str] = {}
+        running: dict[Cell, subprocess.Popen] = {}
+        slots: dict[Cell, int] = {}  # whose GPU
+        try:
+            while todo or running:
+                for cell in list(todo):
+                    log = self._log(cell)
+                    if cell.teacher in failures:
+                        todo.remove(cell)
+                        failures[cell] = f"{cell.name}: not run, as its teacher ({cell.teacher.name}) failed."
+                        self.say(failures[cell])
+                    elif len(running) < self.jobs and cell.teacher not in (*todo, *running):
+                        todo.remove(cell)
+                        verb = "continues" if states[cell] == "interrupted" else "starts"
+                        self.say(f"{cell.name} {verb} (log: {log})")
+                        slots[cell] = min({*range(self.jobs)} - {slots[other] for other in running})
+                        running[cell] = self._start(cell, log, slots[cell])
+                time.sleep(0.05)
+                for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+                    code, log = running.pop(cell).returncode, self._log(cell)
+                    if code == 0:
+                        outcome = f"finished. {_summary(cell)}"
+                    else:
+                        why = f"killed by signal {-code}" if code < 0 else _last_error(log)
+                        outcome = f"failed: {why} (exit code {code}, log: {log})"
+                        failures[cell] = f"{cell.name}: {outcome}"
+                    num_left = len(todo) + len(running)
+                    left = (time.monotonic() - started) / max(1, num_todo - num_left) * num_left
+                    remaining = f"; {num_left} to go, about {duration(left)}" if num_left else ""
+                    self.say(f"[{num_todo - num_left}/{num_todo}] {cell.name} {outcome}{remaining}")
+        finally:
+            _end(running.values())  # if this was interrupted
+        return list(failures.values())
+
+    def _data(self, cells: Sequence[Cell]) -> dict[str, Any] | None:
+        """The `data` section of the results, which all cells share."""
+        arguments = cells[0].parse()
+        options = arguments.data
+        thresholds = options.many_shot_threshold, options.few_shot_threshold
+        try:
+            splits = load_splits(arguments)
+            return describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
+        except InputError as error:
+            self.say(f"WARNING: Nobody knows whether the images of finished cells are still the same: {error}")
+            return None
+
+    def _start(self, cell: Cell, log: Path, slot: int = 0, options: Sequence[str] = ()) -> subprocess.Popen:
+        words = [*(self.launcher or [sys.executable]), str(cell.script), *cell.arguments(), *options]
+        words += ["--disable_tqdm", "true"]
+        if self.jobs > 1 and not self.launcher and not any(word.startswith("--num_threads") for word in cell.options):
+            words += ["--num_threads", str(max(1, available_cores() // self.jobs))]
+        environment = {**os.environ, **({} if self.launcher else _one_gpu(slot))}
+        with log.open("a", encoding="utf-8") as file:
+            is_open_in_a_run(file)  # from here on, as long as the cell, or its launcher, lives
+            # A group of its own, which can be ended with all that a launcher has started.
+            return subprocess.Popen(
+                words, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def _log(self, cell: Cell) -> Path:
+        return self.logs / f"{cell.method}-seed{cell.seed}.log"
+
+    def estimate(self, cells: Sequence[Cell]) -> dict[str, float]:
+        """Seconds that each unfinished cell will take, from a few steps of one method without and one with a teacher.
+
+        Raises:
+            InputError: If the timed runs fail.
+        """
+        todo = [cell for cell in cells if cell.state() != "finished"]
+        timed: dict[bool, float] = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            # What has a teacher is timed after what is its teacher.
+            for distils in sorted({False, *(cell.teacher is not None for cell in todo)} if todo else ()):
+                example = next(cell for cell in cells if (cell.teacher is not None) == distils)
+                timed[distils] = self._time(example, Path(scratch))
+        return {cell.name: timed[cell.teacher is not None] for cell in todo}
+
+    def _time(self, cell: Cell, scratch: Path) -> float:
+        teacher = cell.teacher and replace(cell.teacher, folder=scratch / "teacher")
+        folder, log = scratch / ("student" if teacher else "teacher"), scratch / f"{cell.name}.log"
+        window = _TIMED_STEPS // 3
+        steps = [
+            "--max_steps", str(_TIMED_STEPS), "--logging_strategy", "steps", "--logging_steps", str(window),
+            "--eval_strategy", "no", "--save_strategy", "no",
+            "--force_distillation",  # the teacher is hardly trained
+        ]  # fmt: skip
+        started = time.monotonic()
+        process = self._start(replace(cell, folder=folder, teacher=teacher), log, options=steps)
+        try:
+            failed = process.wait()
+        finally:
+            _end([process])
+        if failed:
+            raise InputError(f"--dry_run: {_TIMED_STEPS} steps of {cell.method} failed: {_last_error(log)}")
+        wall = time.monotonic() - started
+        results, args = load_results(folder), cell.parse().training
+        student, num_processes = results["student"], results["hardware"]["num_processes"]
+        times = [entry["elapsed_seconds"] for entry in student["history"] if "loss" in entry]
+        per_step = (times[-1] - times[0]) / (_TIMED_STEPS - window)
+        images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+        num_steps = args.num_train_epochs * math.ceil(results["data"]["num_train_images"] / images_per_step)
+        evaluated = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
+        evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args)
+        return wall - student["training"]["seconds"] + evaluating + per_step * num_steps
+
+
+def _end(processes: Iterable[subprocess.Popen]) -> None:
+    """End cells with all their processes: politely, and after a while in any case."""
+    left, deadline = list(processes), time.monotonic() + _PATIENCE
+    for way in (signal.SIGTERM, signal.SIGKILL):
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, way)
+        while left and (way == signal.SIGKILL or time.monotonic() < deadline):
+            left = [process for process in left if process.poll() is None]
+            time.sleep(0.05)
+
+
+def duration(seconds: float) -> str:
+    """E.g. "3 h 5 min", "12 min", "40 s"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def _summary(cell: Cell) -> str:
+    metrics = load_results(cell.folder)["student"]["metrics"]
+    few = f", few-shot {100 * metrics['few_shot_accuracy']:.1f}" if "few_shot_accuracy" in metrics else ""
+    return f"Overall {100 * metrics['accuracy']:.1f} %{few}"
+
+
+def _last_error(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return ([line for line in lines if "error" in line.lower()] or lines or ["it printed nothing"])[-1]
+
+
+def _num_evaluations(args: BKDConfig) -> float:
+    """How often a run evaluates, the last time after training included."""
+    strategy = str(args.eval_strategy.value)
+    if strategy == "epoch":
+        return args.num_train_epochs + 1
+    if strategy == "steps" and args.eval_steps and args.eval_steps < 1:
+        return 1 / args.eval_steps + 1
+    return 1
+
+
+def _one_gpu(slot: int) -> dict[str, str]:
+    """A GPU for each cell: a process that sees several would split its batches among them."""
+    if torch.cuda.device_count() < 2:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]}

@@ -1,35 +1,6 @@
 """`results.json`: the one hand-off from a run to everything that reports on it.
 
-Schema, version 1 (fractions for metrics, seconds for times; `null` where something is not known):
-
-    schema_version      1
-    options             {"model": {…}, "data": {…}, "training": {…}, "teacher_training": {…}}: of `training` what
-                        differs from the defaults of `transformers`, and all options of distillation; of
-                        `teacher_training` what differs from `training`
-    method              the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
-    seed                seed of the training
-    command             what was called, or null (from Python)
-    data                name, hub_id (null if it is not from the Hub), eval_split (name of the split that was
-                        evaluated on, "train" for images that were set aside of it; null if not known), fingerprint
-                        and eval_fingerprint (hashes of labels and images), num_train_images, num_eval_images,
-                        class_names, class_counts (training), eval_class_counts, many_shot_threshold,
-                        few_shot_threshold
-    teacher, student    model, hub_id (null if it is not from the Hub), architecture, num_parameters, metrics (see
-                        `long_tail_metrics`), post_hoc_metrics (the same after post-hoc logit adjustment, and its
-                        tau; of a teacher only if it was trained on these training images), answers, confusions,
-                        and where it was trained in this run:
-                        training {seconds, images_per_second, seconds_per_step, steps, epochs} and history (what was
-                        logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher has
-                        its method too, where it is known, and is null where the student's method has none. The
-                        student of a teacher has started_from_teacher and targets, the statistics of
-                        `bkd_hf.targets.TargetStatistics` (null where the method has none).
-      answers           C numbers of evaluation images for which each class was the answer
-      confusions        [true class, predicted class, test images], the most frequent first (2,000 at most)
-    versions            of Python and the libraries, and commit, of bkd_hf where it is a git checkout
-    hardware            device, cpu_cores, cpu_threads, num_processes, precision
-
-Results of earlier versions lack method, command, hub_id, eval_split, architecture, commit, answers,
-started_from_teacher and targets.
+Its parts are described, and checked where one is read, by the types in `bkd_hf.schema`.
 
 It holds no absolute path and no user name: a local model or data set is recorded by the name of its folder.
 """
@@ -58,6 +29,7 @@ from . import __version__
 from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
+from .files import read_json
 from .machine import precision_of
 from .metrics import (
     FEW_SHOT_THRESHOLD,
@@ -67,12 +39,13 @@ from .metrics import (
 from .models import cifar_resnet_depth
 from .objective import corrects
 from .options import WITHOUT_INFLUENCE, options_with
+from .schema import find_fault
 from .teacher import FrozenTeacher
+from .text import one_line
 
 RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
 
-_REQUIRED = ("options", "seed", "data", "teacher", "student", "versions", "hardware")
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.
 _FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
@@ -93,35 +66,32 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     path = path / RESULTS_NAME if path.is_dir() else path
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"There is no {path}: the run is not finished, or this is no output folder.") from error
-    except (OSError, ValueError) as error:  # ValueError: neither JSON nor text
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    check_schema(results, path)
+    if not path.exists():
+        raise InputError(f"There is no {path}: the run is not finished, or this is no output folder.")
+    results = read_json(path)
+    check_schema(results, path, adds_up=True)
     return results
 
 
-def check_schema(results: Any, source: str | os.PathLike[str] = "This run") -> None:
+def check_schema(results: Any, source: str | os.PathLike[str] = "This run", adds_up: bool = False) -> None:
     """Refuse what is not the content of a `results.json` of this version.
 
     Args:
         results: As read.
         source: Where from, for the message.
+        adds_up: Whether it has to add up (see [`find_fault`]).
 
     Raises:
-        InputError: If it is of another schema version, or parts are missing.
+        InputError: If it is of another schema version, or not what `bkd_hf.schema` says.
     """
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
-            f"{source} has schema version {version}; this version of bkd_hf ({__version__}) reads {SCHEMA_VERSION}. "
-            "Run it again, or use the version of bkd_hf that wrote it."
+            f"{source} has schema version {one_line(version, 40)}; this version of bkd_hf ({__version__}) reads "
+            f"{SCHEMA_VERSION}. Run it again, or use the version of bkd_hf that wrote it."
         )
-    missing = [name for name in _REQUIRED if name not in results]
-    if missing:
-        raise InputError(f"{source} is not whole: it has no {', '.join(missing)}. Run it again.")
+    if fault := find_fault(_without_nan(results), adds_up):
+        raise InputError(f"{source} {fault}. Run it again.")
 
 
 def save_json(content: Any, path: str | os.PathLike[str]) -> None:
@@ -132,7 +102,8 @@ def save_json(content: Any, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
+    # Halves of characters, which UTF-8 has not, are written as JSON's own escapes.
+    temporary.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
     os.replace(temporary, path)
 
 

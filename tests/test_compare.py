@@ -28,18 +28,32 @@ RUN_SCRIPT = REPOSITORY / "scripts" / "run_bkd.py"
 SHORT = ["--num_train_epochs", "2", "--lr_step_epochs", "1", "--lr_step_factors", "0.1", "--num_threads", "1"]
 
 
+def metrics_of(accuracy: float) -> dict:
+    """Where every class has the same accuracy."""
+    names = ["accuracy", "balanced_accuracy", "worst_class_accuracy"]
+    names += [f"{group}_shot_accuracy" for group in ("many", "medium", "few")]
+    return {**dict.fromkeys(names, accuracy), "per_class_accuracy": [accuracy] * 10}
+
+
 def cell(method: str, seed: int, accuracy: float, **metrics: float) -> dict:
     results = make_results(10, 130, 2, epochs=1)
+    for model in ("teacher", "student"):
+        results[model]["metrics"] = metrics_of(accuracy)
     results |= {
         "method": method,
         "seed": seed,
-        "options": {"model": {}, "data": {}, "training": {"method": method, "num_train_epochs": 3}},
+        "options": {
+            "model": {},
+            "data": {},
+            "training": {"method": method, "num_train_epochs": 3},
+            "teacher_training": {},
+        },
         "hardware": {"device": "CPU", "precision": "fp32", "cpu_threads": 1, "num_processes": 1},
-        "versions": {"torch": "2", "transformers": "5", "accelerate": "1"},
+        "versions": {"bkd_hf": "0", "torch": "2", "transformers": "5", "accelerate": "1"},
     }
     results["data"] |= {"fingerprint": "a", "eval_fingerprint": "b"}
-    results["student"]["metrics"] |= {"accuracy": accuracy, "expected_calibration_error": 0.1, **metrics}
-    results["student"]["training"] = {"epochs": 3.0, "seconds": 1.0}
+    results["student"]["metrics"] |= {"expected_calibration_error": 0.1, **metrics}
+    results["student"]["training"] = {"epochs": 3.0, "steps": 3, "seconds": 1.0, "images_per_second": 1.0}
     if method == "ce":
         results["teacher"] = None
     return results
@@ -155,7 +169,7 @@ def test_post_hoc_adjustment_is_not_applied_twice(cells):
 
 def test_files(cells, tmp_path):
     for number, results in enumerate(cells):
-        results["student"]["post_hoc_metrics"] = {"tau": 1.0, **results["student"]["metrics"], "accuracy": 0.5}
+        results["student"]["post_hoc_metrics"] = {"tau": 1.0, **metrics_of(0.5)}
         (tmp_path / "in" / str(number)).mkdir(parents=True)
         save_json(results, tmp_path / "in" / str(number) / "results.json")
     comparison = load_comparison([tmp_path / "in"])

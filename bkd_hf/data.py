@@ -8,7 +8,8 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -22,9 +23,12 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import CastError
 from huggingface_hub import DatasetCard
 from transformers.utils import logging
+from yaml import YAMLError
 
 from .errors import InputError, first_line
+from .files import check_file, read_text
 from .sampling import hash_uniform
+from .text import normal
 
 logger = logging.get_logger(__name__)
 
@@ -39,6 +43,7 @@ LABEL_COLUMN = "label"
 
 _LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "category")
 _EVAL_SPLIT_NAMES = ("validation", "valid", "val", "dev", "test", "eval")
+_MOST_CLASSES = 2**24
 _CARVED_SHARE = 0.2
 _DIGITS_TEST_IMAGES_PER_CLASS = 40
 
@@ -236,6 +241,8 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
     feature = dataset.features[label_column]
     num_named = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
     num_classes = num_named if num_named is not None else int(labels.max(initial=-1)) + 1
+    if num_classes > _MOST_CLASSES:
+        raise InputError(f"Label {num_classes - 1} in column {label_column!r}: no data set has so many classes.")
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
         wrong = labels[(labels < 0) | (labels >= num_classes)][0]
         raise InputError(
@@ -269,9 +276,8 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
             continue
         path = Path(image["path"])
         try:
-            digest.update(
-                path.read_bytes() if read_files else f"{path.parent.name}/{path.name} {path.stat().st_size}".encode()
-            )
+            size = check_file(path).st_size
+            digest.update(path.read_bytes() if read_files else f"{path.parent.name}/{path.name} {size}".encode())
         except OSError as error:
             raise InputError(
                 f"Image {index} ({path}) cannot be read: {error.strerror or error}. Repair its path (if relative, "
@@ -409,13 +415,14 @@ def _features(class_names: list[str]) -> datasets.Features:
 
 def _load_splits(name: str, config_name: str | None, cache_dir: str | None, token: str | None) -> datasets.DatasetDict:
     path = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not path.exists():
+    if not path.exists() and name.startswith((".", "/", "~")):
         raise InputError(f"--dataset_name {name}: there is no such file or folder.")
     try:
         if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+            list(_files_below(path))
             data = datasets.load_from_disk(str(path))
-        elif path.is_file():
-            if path.suffix != ".parquet":
+        elif path.exists() and not path.is_dir():
+            if path.suffix != ".parquet" or not path.is_file():
                 raise InputError(f"--dataset_name {name}: a single file must be a .parquet file.")
             data = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache_dir)
         else:
@@ -425,11 +432,12 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
                 data = datasets.load_dataset(source, config_name, cache_dir=cache_dir, token=token)
     except InputError:
         raise
-    # What `datasets` raises for what it cannot read.
-    except (ValueError, OSError, RuntimeError, IndexError, DatasetsError) as error:
+    except Exception as error:  # of `datasets`, and of all that it reads with: there is no end of kinds
         where = (
             "It is a folder here, but holds no data set that `datasets` can read"
             if path.is_dir()
+            else "The file here cannot be read"
+            if path.exists()
             else "It is no file or folder here, and the Hub does not give it"
         )
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
@@ -520,12 +528,20 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         _check_complete(dataset, LABEL_COLUMN, "label", f"{name}: {split} split, column {label_column!r}")
     feature = splits["train"].features[LABEL_COLUMN]
     if isinstance(feature, datasets.ClassLabel):
-        other = splits["eval"].features[LABEL_COLUMN] if "eval" in splits else feature
-        if getattr(other, "names", None) != feature.names:
+        of_splits = [dataset.features[LABEL_COLUMN] for dataset in splits.values()]
+        names = [[normal(each) for each in getattr(other, "names", None) or ()] for other in of_splits]
+        if names[0] != names[-1]:
             raise InputError(
                 f"{name}: the training and the evaluation split name their classes differently in {label_column!r}."
             )
-        return splits
+        if len(set(names[0])) < len(names[0]):
+            raise InputError(
+                f"{name}: two classes in {label_column!r} have one name, whose accents are spelled twice."
+            )
+        if all(other.names == names[0] for other in of_splits):
+            return splits
+        classes = datasets.ClassLabel(names=names[0])
+        return {split: dataset.cast_column(LABEL_COLUMN, classes) for split, dataset in splits.items()}
     if not isinstance(feature, datasets.Value) or not (
         feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
     ):
@@ -537,6 +553,8 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         )
 
     values = {split: _selected(dataset, dataset.data.column(LABEL_COLUMN)) for split, dataset in splits.items()}
+    if values["train"].dtype == object:
+        values = {split: np.array([normal(label) for label in labels], object) for split, labels in values.items()}
     known = np.unique(values["train"])
     if known.dtype.kind in "iu" and not np.array_equal(known, np.arange(known.size)):
         logger.warning(
@@ -618,21 +636,22 @@ def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | 
             f"{folder} has images that lie in no class folder ({len(loose)} of {len(images)}), such as {loose[0]}: "
             f"expected {'SPLIT/' * has_splits}CLASS/IMAGE. Move or remove them."
         )
-    class_names = sorted({image.parent.name for image in images})
+    class_names = sorted({normal(image.parent.name) for image in images})
     numbers = {name: number for number, name in enumerate(class_names)}
     columns: dict[str, dict[str, list[Any]]] = {}
     class_folders: dict[tuple[str, str], PurePath] = {}
     for image in images:
         split = (_split_of(image.parts[0]) or image.parts[0]) if has_splits else "train"
-        other = class_folders.setdefault((split, image.parent.name), image.parent)
-        if other != image.parent:
+        class_name = normal(image.parent.name)
+        other = class_folders.setdefault((split, class_name), image.parent)
+        if normal(str(other)) != normal(str(image.parent)):
             raise InputError(
                 f"{folder}: which folder is the class? {other} and {image.parent} have the same name. Have one folder "
                 "for each class, with its images in it."
             )
         members = columns.setdefault(split, {IMAGE_COLUMN: [], LABEL_COLUMN: []})
         members[IMAGE_COLUMN].append(str(folder / image))
-        members[LABEL_COLUMN].append(numbers[image.parent.name])
+        members[LABEL_COLUMN].append(numbers[class_name])
     features = _features(class_names)
     return datasets.DatasetDict(
         {
@@ -642,12 +661,37 @@ def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | 
     )
 
 
-def _files_below(folder: Path) -> Iterable[PurePath]:
-    """Paths relative to the folder, without what is hidden."""
-    for directory, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
-        inner = PurePath(directory).relative_to(folder)
-        yield from (inner / name for name in names if not name.startswith(_HIDDEN))
+def _files_below(folder: Path) -> Iterator[PurePath]:
+    """Paths relative to the folder, without what is hidden.
+
+    Raises:
+        InputError: If a folder cannot be read, or something is no file that can be.
+    """
+    todo: list[tuple[PurePath, frozenset[tuple[int, int]]]] = [(PurePath(), frozenset())]
+    while todo:
+        inner, above = todo.pop()
+        try:
+            status = os.stat(folder / inner)
+            entries = [entry for entry in os.scandir(folder / inner) if not entry.name.startswith(_HIDDEN)]
+        except OSError as error:
+            raise InputError(f"{folder / inner} cannot be read: {error.strerror}.") from error
+        if (place := (status.st_dev, status.st_ino)) in above:
+            raise InputError(f"{folder / inner} is a link back to a folder that it lies in. Remove it.")
+        for entry in entries:
+            try:
+                entry.name.encode()
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except UnicodeEncodeError as error:
+                encoding = sys.getfilesystemencoding()
+                raise InputError(f"{entry.path}: this name is no text in {encoding}. Rename it.") from error
+            except OSError:  # a link to itself
+                is_folder = is_file = False
+            if is_folder:
+                todo.append((inner / entry.name, above | {place}))
+            elif is_file:
+                yield inner / entry.name
+            else:
+                raise InputError(f"{entry.path} is no file: it is a pipe, a device, or a link to nothing. Remove it.")
 
 
 def _is_described(folder: Path, files: list[PurePath]) -> bool:
@@ -655,7 +699,16 @@ def _is_described(folder: Path, files: list[PurePath]) -> bool:
     if any(file.stem == "metadata" or file.suffix in _TABLE_SUFFIXES for file in files):
         return True
     card = folder / "README.md"
-    return card.exists() and bool(DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs"))
+    if not card.exists():
+        return False
+    text = read_text(card)
+    try:
+        return bool(DatasetCard(text, ignore_metadata_errors=True).data.get("configs"))
+    except (ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{card}: its metadata, between the lines ---, are no YAML: {reason}. Repair them."
+        ) from error
 
 
 def _split_of(name: str) -> str | None:

@@ -68,7 +68,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
             raise ValueError("it is nested too deeply")
         return content
     except (RecursionError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {first_line(error)}.") from error
+        raise InputError(f"{path} cannot be read as JSON: its text is no JSON ({first_line(error)}).") from error
 
 
 def _inside(part: dict[str, Any] | list[Any]) -> Iterable[Any]:

@@ -22,6 +22,7 @@ from transformers.image_utils import PILImageResampling
 
 from .errors import InputError, first_line
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from .text import normal
 
 _HEAD_NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
 _FRESH_NAME = re.compile(r"cifar-resnet-(\d+)")
@@ -109,7 +110,8 @@ def load_classifier(
 
 def label_names(config: PreTrainedConfig) -> list[str] | None:
     """Return the names of a model's outputs; `None` if it has none, or generic ones (`LABEL_0`, …)."""
-    numbered = sorted((int(number), str(name)) for number, name in (getattr(config, "id2label", None) or {}).items())
+    named = getattr(config, "id2label", None) or {}
+    numbered = sorted((int(number), normal(str(name))) for number, name in named.items())
     names = [name for _, name in numbered]
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 

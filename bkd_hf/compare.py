@@ -27,7 +27,7 @@ from .machine import available_cores
 from .objective import METHODS, RECOMMENDED
 from .options import RunArguments
 from .plots import save_comparison_plots
-from .results import load_results
+from .results import load_results, told_arguments
 from .run_folder import run_state
 from .text import code, markdown, spreadsheet
 
@@ -80,8 +80,9 @@ class Cell:
         return [*self.options, *own, *teacher]
 
     def command(self, launcher: Sequence[str] = ()) -> str:
-        """Return the command, to be copied."""
-        return shlex.join([*(launcher or ["python"]), os.path.relpath(self.script), *self.arguments()])
+        """Return the command, to be copied here: without secrets, and with paths from the current folder on."""
+        words = told_arguments(self.arguments(), lambda value, _: _relative(value))
+        return shlex.join([*(launcher or ["python"]), _relative(str(self.script)), *words])
 
     def parse(self) -> RunArguments:
         """Parse the command line; raises an `InputError` if it cannot work."""
@@ -255,6 +256,11 @@ class CellRunner:
         evaluated = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
         evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args)
         return wall - student["training"]["seconds"] + evaluating + per_step * num_steps
+
+
+def _relative(path: str) -> str:
+    """Return an absolute path as it is seen from here; other text as it is."""
+    return os.path.relpath(path) if os.path.isabs(path) else path
 
 
 def duration(seconds: float) -> str:

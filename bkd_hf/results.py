@@ -15,7 +15,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,10 @@ SCHEMA_VERSION = 1
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.
 _FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
-_FOLDER_OPTIONS = options_with("path") | {"config"}
+# And of the scripts' own: --from.
+_FOLDER_OPTIONS = options_with("path") | {"config", "from"}
 _OF_PUBLISHING = options_with("publishing")
+_SECRETS = options_with("secret")
 # Neither a result nor of interest to others.
 _NOT_RECORDED = _OF_PUBLISHING | (options_with("path") & WITHOUT_INFLUENCE)
 
@@ -284,23 +286,41 @@ def describe_versions() -> dict[str, str | None]:
     return versions | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
-def describe_command(arguments: Sequence[str], num_processes: int) -> str:
-    """Return the command line of `run_bkd.py`, as others can use it: without publishing, and without folders.
+def describe_command(
+    arguments: Sequence[str], num_processes: int = 1, script: str = "scripts/run_bkd.py", launcher: str | None = None
+) -> str:
+    """Return a command line as others can use it: without secrets, publishing, and folders of this machine.
 
     Args:
         arguments: What follows the script.
         num_processes: Of the launcher.
+        script: Path of the script in this repository.
+        launcher: What comes before it; `accelerate launch` if not given.
     """
-    launcher = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
-    shown: list[str] = []
+    processes = ["--num_processes", str(num_processes)] if num_processes > 1 else []
+    words = [launcher] if launcher else ["accelerate", "launch", *processes]
+    return shlex.join([*words, script, *told_arguments(arguments, _shown, _OF_PUBLISHING)])
+
+
+def told_arguments(
+    arguments: Sequence[str], show: Callable[[str, str], str], left_out: Collection[str] = ()
+) -> list[str]:
+    """Return the words of a command line without secrets.
+
+    Args:
+        arguments: The words.
+        show: Called with each value and the option that it is of; returns what is told of it.
+        left_out: Further options that are not told.
+    """
+    told: list[str] = []
     option = ""
     for argument in arguments:
         is_option = argument.startswith("--")
         given, equals, value = argument.partition("=") if is_option else ("", "", argument)
         option = given.lstrip("-").replace("-", "_") if is_option else option
-        if not _is_private(option):
-            shown.append(given + equals + _shown(value, option))
-    return shlex.join([*launcher, "scripts/run_bkd.py", *shown])
+        if not _is_secret(option) and option not in left_out:
+            told.append(given + equals + show(value, option.removeprefix("teacher_")))
+    return told
 
 
 def _shown(value: str, option: str) -> str:
@@ -357,12 +377,8 @@ def _is_path(text: str) -> bool:
     return is_word and (text.startswith((".", "~", "/")) or text.count("/") > 1)
 
 
-def _is_private(name: str) -> bool:
-    return _is_secret(name) or name in _OF_PUBLISHING
-
-
 def _is_secret(name: str) -> bool:
-    return name.split("_")[-1] == "token"
+    return name in _SECRETS or name.split("_")[-1] == "token"
 
 
 def _without_nan(content: Any) -> Any:

@@ -6,6 +6,7 @@ earlier versions. Further fields may follow in any part.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -15,19 +16,16 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from .config import METHOD_OPTIONS, BKDConfig
+from .config import BKDConfig
 from .metrics import check_shot_thresholds, shot_groups
 from .objective import METHODS
+from .options import DataArguments, ModelArguments
 from .text import one_line
 
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, str_max_length=10_000, extra="allow")
 _LARGEST = 2**53  # what every reader of JSON keeps
-_READ_OPTIONS = (
-    "learning_rate", "weight_decay", "optim", "momentum", "lr_scheduler_type", "warmup_steps", "lr_step_epochs",
-    "lr_step_factors", "lr_warmup_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "load_best_model_at_end",
-)  # fmt: skip
 
+Integer = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -47,6 +45,9 @@ class Metrics(TypedDict):
     many_shot_accuracy: NotRequired[Fraction]
     medium_shot_accuracy: NotRequired[Fraction]
     few_shot_accuracy: NotRequired[Fraction]
+    harmonic_mean_accuracy: NotRequired[Fraction]
+    geometric_mean_accuracy: NotRequired[Fraction]
+    macro_f1: NotRequired[Fraction]
     expected_calibration_error: NotRequired[Fraction]
     per_class_accuracy: list[Fraction | None]  # C; `null` without test images
 
@@ -151,22 +152,22 @@ class Versions(TypedDict):
     commit: NotRequired[str | None]
 
 
-def _training_options() -> type:
-    """Options of a training, as far as they are read again: by their own types, but for words that may be numbers."""
-    names = {name for name in (*METHOD_OPTIONS, *_READ_OPTIONS) if not name.endswith("_args")}
-    hints = {name: hint for name, hint in get_type_hints(BKDConfig).items() if name in names}
-    kinds = {name: str | Number | None if hint == str | None else hint for name, hint in hints.items()}
-    return TypedDict("TrainingOptions", kinds, total=False)  # type: ignore[operator]
+def _options(kind: type) -> type:
+    """Options by their own types, but for words that may be numbers, and arguments of losses."""
+    kinds = {int: Integer, float: Number, str | None: str | Number | None}
+    hints, names = get_type_hints(kind), [field.name for field in dataclasses.fields(kind)]
+    types = {name: Any if name.endswith("_args") else kinds.get(hints[name], hints[name]) for name in names}
+    return TypedDict("Options", types, total=False)  # type: ignore[operator]
 
 
-TrainingOptions = _training_options()
+ModelOptions, DataOptions, TrainingOptions = _options(ModelArguments), _options(DataArguments), _options(BKDConfig)
 
 
 class Options(TypedDict):
     """What a run was told, without secrets and places."""
 
-    model: dict[str, Any]
-    data: dict[str, Any]
+    model: ModelOptions  # type: ignore[valid-type]
+    data: DataOptions  # type: ignore[valid-type]
     training: TrainingOptions  # type: ignore[valid-type]  # what differs from the defaults of `transformers`; all own
     teacher_training: TrainingOptions  # type: ignore[valid-type]  # what differs from `training`
 
@@ -179,7 +180,7 @@ class Results(TypedDict):
     schema_version: int
     options: Options
     method: NotRequired[str]  # the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
-    seed: Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
+    seed: Integer
     command: NotRequired[str | None]  # what was called; `null` from Python
     data: Data
     teacher: Model | None  # `null` where the student's method has none

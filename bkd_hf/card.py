@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from .arguments import SCRIPT_DEFAULTS
 from .config import METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
+from .files import read_card
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
 from .objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
@@ -99,7 +100,7 @@ def build(
     name, method = one_line(student["model"].rpartition("/")[2]), one_line(results.get("method") or "bkd")
     distillation_tags = ["knowledge-distillation"] if teacher else []
     metadata = ModelCardData(
-        language=language and one_line(language),
+        language=one_line(language) if isinstance(language, str) else language,
         license=one_line(license),
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -156,14 +157,13 @@ def choices_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what somebody chose for a card that [`build`] wrote, as arguments of `build`; nothing without a card."""
     if not Path(path).exists():
         return {}
-    metadata = ModelCard.load(Path(path), ignore_metadata_errors=True).data
-    found = {
-        "license": None if metadata.license == UNKNOWN_LICENSE else metadata.license,
-        "dataset_id": next(iter(metadata.datasets or []), None),
-        "base_model": metadata.base_model,
-        "language": metadata.language,
-        "tags": metadata.tags,
-    }
+    metadata = read_card(path)
+    found = {name: metadata.get(name) for name in ("license", "base_model", "language")}
+    listed = {name: metadata.get(name) or [] for name in ("datasets", "tags")}
+    dataset_ids, tags = (value if isinstance(value, list) else [value] for value in listed.values())
+    found |= {"dataset_id": next(iter(dataset_ids), None), "tags": tags}
+    if found["license"] == UNKNOWN_LICENSE:
+        del found["license"]
     return {name: value for name, value in found.items() if value}
 
 

@@ -21,14 +21,13 @@ from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import CastError
-from huggingface_hub import DatasetCard
 from transformers.utils import logging
 from yaml import YAMLError
 
 from .errors import InputError, first_line
-from .files import check_file, read_text
+from .files import check_file, read_card
 from .sampling import hash_uniform
-from .text import normal
+from .text import normal, one_line
 
 logger = logging.get_logger(__name__)
 
@@ -445,7 +444,11 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
         if isinstance(cause, IndexError):  # how `load_from_disk` fails on a split without rows
             reason = "one of its splits is empty"
         elif isinstance(cause, CastError):
-            reason = f"its files differ in their columns, or in their types ({' '.join(str(cause).split())})"
+            reason = f"its files differ in their columns, or in their types ({one_line(cause)})"
+        elif isinstance(cause, YAMLError):
+            reason = f"the metadata in its README.md are no YAML ({one_line(cause)})"
+        elif isinstance(cause, UnicodeDecodeError):
+            reason = f"a text in it is not in UTF-8 ({reason}): save it as such"
         raise InputError(
             f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, a folder with one folder per "
             'class, a saved data set, a parquet file, or "digits".'
@@ -701,14 +704,7 @@ def _is_described(folder: Path, files: list[PurePath]) -> bool:
     card = folder / "README.md"
     if not card.exists():
         return False
-    text = read_text(card)
-    try:
-        return bool(DatasetCard(text, ignore_metadata_errors=True).data.get("configs"))
-    except (ValueError, YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{card}: its metadata, between the lines ---, are no YAML: {reason}. Repair them."
-        ) from error
+    return bool(read_card(card).get("configs"))
 
 
 def _split_of(name: str) -> str | None:

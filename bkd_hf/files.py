@@ -10,7 +10,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import RepoCard
+from yaml import YAMLError
+
 from .errors import InputError, first_line
+from .text import one_line
 
 _DEEPEST = 30  # lists and objects in each other
 
@@ -69,6 +73,22 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return content
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: its text is no JSON ({first_line(error)}).") from error
+
+
+def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata of a card of the Hub.
+
+    Raises:
+        InputError: If it cannot be read, or they are no YAML.
+    """
+    text = read_text(path)
+    try:
+        return RepoCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, AttributeError, YAMLError) as error:
+        reason = one_line(error)
+        raise InputError(
+            f"{path}: its metadata, between the lines ---, are no YAML: {reason}. Repair them."
+        ) from error
 
 
 def _inside(part: dict[str, Any] | list[Any]) -> Iterable[Any]:

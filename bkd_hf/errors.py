@@ -67,7 +67,7 @@ def keep_printing() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed by whoever began this process
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115
         elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook put there
             stream.flush()
             raw = _Unfailing(stream.fileno(), "w", closefd=False)

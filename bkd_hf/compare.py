@@ -80,9 +80,9 @@ class Cell:
         return [*self.options, *own, *teacher]
 
     def command(self, launcher: Sequence[str] = ()) -> str:
-        """Return the command, to be copied here: without secrets, and with paths from the current folder on."""
-        words = told_arguments(self.arguments(), lambda value, _: _relative(value))
-        return shlex.join([*(launcher or ["python"]), _relative(str(self.script)), *words])
+        """Return the command: without secrets, and of places outside of the current folder the names alone."""
+        words = [str(self.script), *told_arguments(self.arguments(), lambda value, _: value)]
+        return shlex.join([*(launcher or ["python"]), *map(_seen_from_here, words)])
 
     def parse(self) -> RunArguments:
         """Parse the command line; raises an `InputError` if it cannot work."""
@@ -258,9 +258,12 @@ class CellRunner:
         return wall - student["training"]["seconds"] + evaluating + per_step * num_steps
 
 
-def _relative(path: str) -> str:
-    """Return an absolute path as it is seen from here; other text as it is."""
-    return os.path.relpath(path) if os.path.isabs(path) else path
+def _seen_from_here(path: str) -> str:
+    """Return an absolute path from the current folder on, of one outside of it the name; other text as it is."""
+    if not os.path.isabs(path):
+        return path
+    inside = os.path.relpath(path)
+    return f"…/{os.path.basename(path)}" if inside.startswith(os.pardir) else inside
 
 
 def duration(seconds: float) -> str:

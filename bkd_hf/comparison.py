@@ -165,7 +165,7 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]]) -> Comparison:
         found = [folder] if folder.is_file() else sorted(folder.rglob(RESULTS_NAME))
         if not found:
             raise InputError(f"There is no {RESULTS_NAME} in {folder} or below it.")
-        paths |= dict.fromkeys(path.resolve() for path in found)
+        paths |= dict.fromkeys(Path(os.path.realpath(path)) for path in found)
     return Comparison([load_results(path) for path in paths], [str(path) for path in paths])
 
 

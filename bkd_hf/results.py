@@ -367,7 +367,7 @@ def hub_id(name: str) -> str | None:
 def without_folders(text: str) -> str:
     """Return the last part of a path on this machine; a Hub id as it is; other text without the folders in it."""
     if _is_path(text) or os.path.exists(text):
-        return Path(os.path.expanduser(text)).resolve().name
+        return os.path.basename(os.path.realpath(os.path.expanduser(text)))
     return _FOLDERS.sub("", text)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from bkd_hf import InputError, load_results
 from bkd_hf.compare import CellRunner, plan_cells, save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison
-from bkd_hf.results import save_json
+from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
 from tests.test_plots import make_results
 from tests.tiny_models import tiny_vit
@@ -211,6 +211,24 @@ def test_teachers_are_planned_before_their_students(tmp_path):
     arguments = cells[1].parse()
     assert arguments.model.teacher_model_name_or_path == str(tmp_path / "ce" / "seed3")
     assert (arguments.training.method, arguments.training.seed, arguments.training.bf16) == ("bkd", 3, True)
+
+
+def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
+    secret, place = "hf_" + "x" * 30, str(tmp_path / "private")
+    options = ["--hub_token", secret, f"--token={secret}", "--hub-token", secret, "--dataset_name", place]
+    (cell,) = plan_cells(["ce"], [0], tmp_path / "out", RUN_SCRIPT, options)
+    (tmp_path / "results").mkdir()
+    save_json(cells[0], tmp_path / "results" / "results.json")
+    words = ["--from", str(tmp_path / "results"), f"--output_dir={tmp_path}/tables"]
+    monkeypatch.setattr(sys, "argv", ["scripts/compare.py", *words])
+    assert main_of(SCRIPT)() == 0
+    page = (tmp_path / "tables" / "comparison.md").read_text(encoding="utf-8")
+    assert "Made by `python scripts/compare.py --from results --output_dir=tables`." in page
+    command = describe_command([*words, *options], script="scripts/compare.py", launcher="python")
+    for told in (cell.command(), command, page):
+        assert secret not in told
+        assert str(tmp_path) not in told
+    assert "--dataset_name …/private" in cell.command().replace("'", "")
 
 
 @pytest.mark.parametrize(

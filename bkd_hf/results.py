@@ -38,7 +38,7 @@ from .metrics import (
 )
 from .models import cifar_resnet_depth
 from .objective import corrects
-from .options import WITHOUT_INFLUENCE, options_with
+from .options import OPTIONS, WITHOUT_INFLUENCE, options_with
 from .schema import find_fault
 from .teacher import FrozenTeacher
 from .text import one_line
@@ -89,7 +89,7 @@ def check_schema(results: Any, source: str | os.PathLike[str] = "This run", adds
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
-            f"{source} has schema version {one_line(version, 40)}; this version of bkd_hf ({__version__}) reads "
+            f"{source} has schema version {one_line(repr(version), 40)}; this version of bkd_hf ({__version__}) reads "
             f"{SCHEMA_VERSION}. Run it again, or use the version of bkd_hf that wrote it."
         )
     if fault := find_fault(_without_nan(results), adds_up):
@@ -319,7 +319,8 @@ def told_arguments(
         given, equals, value = argument.partition("=") if is_option else ("", "", argument)
         option = given.lstrip("-").replace("-", "_") if is_option else option
         if not _is_secret(option) and option not in left_out:
-            told.append(given + equals + show(value, option.removeprefix("teacher_")))
+            own = option if option in OPTIONS else option.removeprefix("teacher_")
+            told.append(given + equals + show(value, own))
     return told
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from .text import one_line, printable
 from .verdict import judge
 
 _TABLE_ROWS = (
@@ -23,11 +26,13 @@ class Announcer:
     """Speaks for the main process."""
 
     def __init__(self) -> None:
-        self._console = Console(quiet=not PartialState().is_main_process, highlight=False, soft_wrap=True)
+        self._console = Console(
+            file=sys.stdout, quiet=not PartialState().is_main_process, highlight=False, emoji=False, soft_wrap=True
+        )
 
     def __call__(self, message: str) -> None:
         """Print a line."""
-        self._console.print(message, markup=False)
+        self._console.print(printable(message), markup=False)
 
     def stage(self, name: str) -> None:
         """Print a headline."""
@@ -36,7 +41,8 @@ class Announcer:
     def table(self, results: dict[str, Any]) -> None:
         """Print teacher | student | difference in percent, the student alone without a teacher, and the verdict."""
         data, models = results["data"], {name: results[name] for name in ("teacher", "student") if results.get(name)}
-        table = Table(title=f"{data['name']}, accuracy in % ({data['num_eval_images']:,} images)")
+        title = f"{one_line(data['name'], 80)}, accuracy in % ({data['num_eval_images']:,} images)"
+        table = Table(title=Text(title))
         for name in ("", *models, *(["difference"] if len(models) == 2 else [])):
             table.add_column(name, justify="right" if name else "left")
         for title, key in _TABLE_ROWS:
@@ -50,7 +56,7 @@ class Announcer:
             if sentence:
                 bad = sentence in verdict.warnings
                 self._console.print(
-                    f"WARNING: {sentence}" if bad else sentence,
+                    printable(f"WARNING: {sentence}" if bad else sentence),
                     style="bold red" if bad else "yellow" if verdict.is_better is False else None,
                     markup=False,
                 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import html
+import functools
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +25,10 @@ from .models import cifar_resnet_depth
 from .objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
+from .reading import read_card
 from .results import check_schema, effective_batch_size, load_results, training_options
 from .targets import describe_targets
+from .text import code, code_block, markdown, one_line
 from .verdict import free_alternatives, judge
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -94,16 +97,17 @@ def build(
     license = license or UNKNOWN_LICENSE
     data, student, teacher = results["data"], results["student"], results["teacher"]
     dataset_id = dataset_id or data.get("hub_id")
-    name, method = student["model"].rpartition("/")[2], results.get("method") or "bkd"
+    name, method = one_line(student["model"].rpartition("/")[2]), one_line(results.get("method") or "bkd")
     distillation_tags = ["knowledge-distillation"] if teacher else []
     metadata = ModelCardData(
-        language=language,
-        license=license,
+        language=one_line(language) if isinstance(language, str) else language,
+        license=one_line(license),
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=list(
             dict.fromkeys(
-                ["long-tailed", "imbalanced-data", *distillation_tags, method.partition(" ")[0], "bkd_hf", *tags]
+                ["long-tailed", "imbalanced-data", *distillation_tags, method.partition(" ")[0], "bkd_hf"]
+                + [one_line(tag) for tag in tags]
             )
         ),
         datasets=[dataset_id] if dataset_id else None,
@@ -116,7 +120,9 @@ def build(
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters |= {"text": _escape, "percent": _percent, "number": "{:,}".format}
+    environment.filters |= {"text": markdown, "code": code, "code_block": code_block}
+    literal = functools.partial(json.dumps, ensure_ascii=False)
+    environment.filters |= {"literal": literal, "percent": _percent, "number": "{:,}".format}
     options = training_options(results)
     sources = _sources(options)
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -151,14 +157,13 @@ def choices_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what somebody chose for a card that [`build`] wrote, as arguments of `build`; nothing without a card."""
     if not Path(path).exists():
         return {}
-    metadata = ModelCard.load(Path(path), ignore_metadata_errors=True).data
-    found = {
-        "license": None if metadata.license == UNKNOWN_LICENSE else metadata.license,
-        "dataset_id": next(iter(metadata.datasets or []), None),
-        "base_model": metadata.base_model,
-        "language": metadata.language,
-        "tags": metadata.tags,
-    }
+    metadata = read_card(path)
+    found = {name: metadata.get(name) for name in ("license", "base_model", "language")}
+    listed = {name: metadata.get(name) or [] for name in ("datasets", "tags")}
+    dataset_ids, tags = (value if isinstance(value, list) else [value] for value in listed.values())
+    found |= {"dataset_id": next(iter(dataset_ids), None), "tags": tags}
+    if found["license"] == UNKNOWN_LICENSE:
+        del found["license"]
     return {name: value for name, value in found.items() if value}
 
 
@@ -224,14 +229,15 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
 
 def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list[EvalResult]:
     data, metrics = results["data"], results["student"]["metrics"]
-    counts = data["class_counts"]
+    counts, name = data["class_counts"], one_line(data["name"])
+    split = data.get("eval_split") or results["options"]["data"].get("eval_split_name")
     return [
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            dataset_type=dataset_id or data["name"],
-            dataset_name=f"{data['name']} (training images per class: {max(counts):,} to {min(counts):,})",
-            dataset_split=data.get("eval_split") or results["options"]["data"].get("eval_split_name"),
+            dataset_type=dataset_id or name,
+            dataset_name=f"{name} (training images per class: {max(counts):,} to {min(counts):,})",
+            dataset_split=split and one_line(split),
             metric_type=metric_type,
             metric_name=f"Accuracy, {title}",
             metric_value=round(float(metrics[key]), 6),
@@ -304,7 +310,7 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
     order = np.argsort(-counts, kind="stable")
 
     def row(index: int) -> list[str]:
-        cells = [_escape(data["class_names"][index]), f"{counts[index]:,}", f"{tested[index]:,}"]
+        cells = [markdown(data["class_names"][index]), f"{counts[index]:,}", f"{tested[index]:,}"]
         cells += [_percent(values[index]) for values in accuracies.values()]
         return [*cells, f"{100 * low[index]:.0f} – {100 * high[index]:.0f}" if tested[index] else "–"]
 
@@ -360,7 +366,7 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
             "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
             f"{about['images_per_second']:,.0f} images a second",
         }.items():
-            rows.setdefault(title, []).append(_escape(value))
+            rows.setdefault(title, []).append(markdown(value))
     return {"models": models, "rows": rows}
 
 
@@ -386,7 +392,7 @@ def _limits(results: dict[str, Any]) -> dict[str, Any]:
     data, metrics = results["data"], results["student"]["metrics"]
     teacher = (results["teacher"] or {}).get("metrics") or {}
     accuracies, tested = _class_accuracies(results["student"]), np.asarray(data["eval_class_counts"])
-    names = [_escape(name) for name in data["class_names"]]
+    names = [markdown(name) for name in data["class_names"]]
     order = np.argsort(accuracies, kind="stable")  # nan comes last
     worst, num_images = order[0], data["num_eval_images"]
     lost = {name: teacher.get(key := f"{name}_shot_accuracy", 0) - metrics.get(key, np.inf)
@@ -410,9 +416,3 @@ def _class_accuracies(model: dict[str, Any]) -> np.ndarray:
 
 def _percent(value: Any, digits: int = 1) -> str:
     return "–" if value is None or value is np.ma.masked or np.isnan(value) else f"{100 * value:.{digits}f}"
-
-
-def _escape(text: Any) -> str:
-    """Return text that neither Markdown nor HTML takes for markup, in one line: class names may hold anything."""
-    escaped = html.escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", escaped) or "(no name)"

@@ -27,7 +27,7 @@ from .inputs import load_splits
 from .machine import available_cores
 from .objective import METHODS
 from .options import RunArguments
-from .results import describe_data, load_results
+from .results import describe_data, load_results, told_arguments
 from .run_folder import identity_of, run_state
 
 _TIMED_STEPS = 24
@@ -78,8 +78,9 @@ class Cell:
         return [*self.options, *own, *teacher]
 
     def command(self, launcher: Sequence[str] = ()) -> str:
-        """Return the command, to be copied."""
-        return shlex.join([*(launcher or ["python"]), os.path.relpath(self.script), *self.arguments()])
+        """Return the command: without secrets, and of places outside of the current folder the names alone."""
+        words = [str(self.script), *told_arguments(self.arguments(), lambda value, _: value)]
+        return shlex.join([*(launcher or ["python"]), *map(_seen_from_here, words)])
 
     def parse(self) -> RunArguments:
         """Parse the command line; raises an `InputError` if it cannot work."""
@@ -288,6 +289,14 @@ def _end(processes: Iterable[subprocess.Popen]) -> None:
         while left and (way == signal.SIGKILL or time.monotonic() < deadline):
             left = [process for process in left if process.poll() is None]
             time.sleep(0.05)
+
+
+def _seen_from_here(path: str) -> str:
+    """Return an absolute path from the current folder on, of one outside of it the name; other text as it is."""
+    if not os.path.isabs(path):
+        return path
+    inside = os.path.relpath(path)
+    return f"…/{os.path.basename(path)}" if inside.startswith(os.pardir) else inside
 
 
 def duration(seconds: float) -> str:

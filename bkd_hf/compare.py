@@ -15,6 +15,7 @@ from .comparison import BASELINES, METRICS, Comparison
 from .files import replacing, write_text
 from .objective import RECOMMENDED
 from .plots import save_comparison_plots
+from .text import code, markdown, spreadsheet
 
 
 def save_comparison(comparison: Comparison, folder: str | os.PathLike[str], notes: Sequence[str] = ()) -> list[Path]:
@@ -43,17 +44,22 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
     data, shown, methods = comparison.data, comparison.shown_metrics(), comparison.methods
     counts, head = data["class_counts"], ["method", "n", *shown]
     if comparison.differing_options:
-        notes = [f"**Not all methods were run with the same options**: {comparison.differing_options}.", *notes]
+        differing = [f"{code(k)} is {markdown(' or '.join(v))}" for k, v in comparison.differing_options.items()]
+        notes = [f"**Not all methods were run with the same options**: {'; '.join(differing)}.", *notes]
 
     def means(methods: Sequence[str], post_hoc: bool = False) -> str:
         rows = [
-            [method, comparison.num_seeds(method), *(comparison.estimate(method, name, post_hoc) for name in shown)]
+            [
+                markdown(method),
+                comparison.num_seeds(method),
+                *(comparison.estimate(method, name, post_hoc) for name in shown),
+            ]
             for method in methods
         ]
         return _table(head, rows)
 
     parts = [
-        f"# Methods compared on {data['name']}",
+        f"# Methods compared on {markdown(data['name'])}",
         f"{data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to {min(counts):,} "
         f"each; {data['num_eval_images']:,} test images. {_how(comparison)}",
         *notes,
@@ -65,7 +71,8 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
         rows = []
         for method in [method for method in methods if method != baseline and baseline in methods]:
             differences = [comparison.difference(method, baseline, name) for name in shown]
-            rows.append([method, getattr(comparison.difference(method, baseline, "overall"), "n", 0), *differences])
+            n = getattr(comparison.difference(method, baseline, "overall"), "n", 0)
+            rows.append([markdown(method), n, *differences])
         if rows:
             parts += [
                 f"## Differences to `{baseline}`",
@@ -106,7 +113,7 @@ def _against_what_is_free(comparison: Comparison) -> str | None:
                 free.append((best, mean, name))
         best, mean, name = max(free, key=lambda each: each[0], default=(-math.inf, 0.0, ""))
         if mean <= best:
-            beaten.append(f"`{method}` ({mean:.1f} against {best:.1f} of {name})")
+            beaten.append(f"{code(method)} ({mean:.1f} against {best:.1f} of {name})")
     if not beaten:
         return "Every method is better overall than `ce`, as it is and after post-hoc adjustment, over the same seeds."
     return (
@@ -122,8 +129,8 @@ def _how(comparison: Comparison) -> str:
         found = set()
         for results in comparison.all_cells():
             for key in keys:
-                results = results[key]
-            found.add(f"{results:g}" if isinstance(results, float) else str(results))
+                results = results.get(key, {})
+            found.add(f"{results:g}" if isinstance(results, float) else markdown(results or "unknown"))
         return " / ".join(sorted(found))
 
     versions = ", ".join(f"{name} {shared('versions', name)}" for name in ("torch", "transformers", "accelerate"))
@@ -176,4 +183,4 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     with replacing(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
-        writer.writerows({name: rounded(value) for name, value in row.items()} for row in rows)
+        writer.writerows({name: spreadsheet(rounded(value)) for name, value in row.items()} for row in rows)

@@ -108,13 +108,14 @@ class Comparison:
                 )
         for method, seeds in self.cells.items():
             if differing := _differing_options(list(seeds.values())):
+                told = "; ".join(f"`{name}` is {' or '.join(values)}" for name, values in differing.items())
                 raise InputError(
                     f"The seeds of {method} were not run with the same options, so they have no common mean: "
-                    f"{differing}. Leave out what does not belong there."
+                    f"{told}. Leave out what does not belong there."
                 )
         order = {name: number for number, name in enumerate(METHODS)}
         self.methods = sorted(self.cells, key=lambda name: (order.get(name.partition(" ")[0], len(order)), name))
-        #: E.g. "`num_train_epochs` is 3 or 30", beside the options of the methods themselves; empty without.
+        #: Options that differ, beside those of the methods themselves, and their values.
         self.differing_options = _differing_options(cells, {"method of the teacher", *METHOD_OPTIONS})
 
     def estimate(self, method: str, metric: str, post_hoc: bool = False) -> Mean | None:
@@ -164,12 +165,12 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]]) -> Comparison:
         found = [folder] if folder.is_file() else sorted(folder.rglob(RESULTS_NAME))
         if not found:
             raise InputError(f"There is no {RESULTS_NAME} in {folder} or below it.")
-        paths |= dict.fromkeys(path.resolve() for path in found)
+        paths |= dict.fromkeys(Path(os.path.realpath(path)) for path in found)
     return Comparison([load_results(path) for path in paths], [str(path) for path in paths])
 
 
-def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str] = ()) -> str:
-    """Say which options are not the same in all cells, e.g. "`num_train_epochs` is 3 or 30"; empty without any.
+def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str] = ()) -> dict[str, list[str]]:
+    """Return the options that are not the same in all cells, and their values, e.g. {"num_train_epochs": ["3", "30"]}.
 
     One that is not recorded, because it is not told or was not there yet, has its default.
     """
@@ -181,9 +182,9 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
         | {"images in a step": effective_batch_size(results)}
         for results in cells
     ]
-    found = []
+    found = {}
     for name in sorted(set().union(*told) - {*may_differ} - _MAY_DIFFER):
         values = sorted({str(options.get(name, defaults.get(name))) for options in told})
         if len(values) > 1:
-            found.append(f"`{name}` is {' or '.join(values)}")
-    return "; ".join(found)
+            found[name] = values
+    return found

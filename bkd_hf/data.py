@@ -6,25 +6,24 @@ import functools
 import hashlib
 import io
 import math
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets.data_files import SPLIT_KEYWORDS
 from datasets.exceptions import DatasetsError
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.table import CastError
-from huggingface_hub import DatasetCard
 from transformers.utils import logging
+from yaml import YAMLError
 
 from .errors import InputError, first_line
+from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features, files_below, load_image_folder
+from .reading import check_file
 from .sampling import hash_uniform
+from .text import normal, one_line
 
 logger = logging.get_logger(__name__)
 
@@ -33,23 +32,14 @@ PROFILES: tuple[Profile, ...] = ("exp", "step", "pareto")
 #: Shape of ImageNet-LT's tail (Liu et al., 2019).
 PARETO_ALPHA = 6.0
 
-#: Column names of what [`load_image_dataset`] returns, whatever they were called before.
-IMAGE_COLUMN = "image"
-LABEL_COLUMN = "label"
-
 #: Up to so many bytes of image files are read to tell whether they are the same: a minute of a slow disk.
 READABLE_BYTES = 10_000_000_000
 
 _LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "category")
 _EVAL_SPLIT_NAMES = ("validation", "valid", "val", "dev", "test", "eval")
+_MOST_CLASSES = 2**24
 _CARVED_SHARE = 0.2
 _DIGITS_TEST_IMAGES_PER_CLASS = 40
-
-# In folders of images: words that name a split, as `datasets` knows them, and what else `datasets` goes by.
-_SPLITS = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
-_IMAGE_SUFFIXES = set(ImageFolder.EXTENSIONS)
-_TABLE_SUFFIXES = {".parquet", ".arrow"}
-_HIDDEN = (".", "__")  # .DS_Store, __MACOSX, …
 
 
 # ---- Long-tailed subsets ------------------------------------------------------------------------------------------
@@ -239,6 +229,8 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
     feature = dataset.features[label_column]
     num_named = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
     num_classes = num_named if num_named is not None else int(labels.max(initial=-1)) + 1
+    if num_classes > _MOST_CLASSES:
+        raise InputError(f"Label {num_classes - 1} in column {label_column!r}: no data set has so many classes.")
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
         wrong = labels[(labels < 0) | (labels >= num_classes)][0]
         raise InputError(
@@ -273,7 +265,7 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
     if not read_files:
         paths = _selected(dataset, pc.struct_field(stored, "path"))
         files = np.flatnonzero(_selected(dataset, pc.is_null(pc.struct_field(stored, "bytes")))).tolist()
-        size = sum(_of_file(index, paths[index], os.stat).st_size for index in files)
+        size = sum(_of_file(index, paths[index], check_file).st_size for index in files)
         every = max(1, math.ceil(size / READABLE_BYTES))
     for index, image in enumerate(stored_images(dataset)):
         if image["bytes"] is not None:
@@ -281,10 +273,10 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
             continue
         path = Path(image["path"])
         if every > 1:
-            status = _of_file(index, path, os.stat)
+            status = _of_file(index, path, check_file)
             digest.update(f"{path.parent.name}/{path.name} {status.st_size} {status.st_mtime_ns}".encode())
         if index % every == 0:
-            digest.update(_of_file(index, path, Path.read_bytes))
+            digest.update(_of_file(index, path, lambda file: check_file(file) and file.read_bytes()))
     return digest.hexdigest() + ("-sampled" if every > 1 else "")
 
 
@@ -414,26 +406,23 @@ def _load_digits() -> datasets.DatasetDict:
     for pixels in digits.images:
         Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(file := io.BytesIO(), format="PNG")
         images.append({"bytes": file.getvalue(), "path": None})
-    features = _features([str(name) for name in digits.target_names])
+    features = class_features([str(name) for name in digits.target_names])
     everything = datasets.Dataset.from_dict({IMAGE_COLUMN: images, LABEL_COLUMN: digits.target}, features=features)
     test = _choose_per_class(digits.target, np.full(10, _DIGITS_TEST_IMAGES_PER_CLASS), seed=0)
     train = np.setdiff1d(np.arange(len(everything)), test)
     return datasets.DatasetDict({"train": everything.select(train), "test": everything.select(test)})
 
 
-def _features(class_names: list[str]) -> datasets.Features:
-    return datasets.Features({IMAGE_COLUMN: datasets.Image(), LABEL_COLUMN: datasets.ClassLabel(names=class_names)})
-
-
 def _load_splits(name: str, config_name: str | None, cache_dir: str | None, token: str | None) -> datasets.DatasetDict:
     path = Path(name).expanduser()
-    if name.startswith((".", "/", "~")) and not path.exists():
+    if not path.exists() and name.startswith((".", "/", "~")):
         raise InputError(f"--dataset_name {name}: there is no such file or folder.")
     try:
         if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+            list(files_below(path))
             data = datasets.load_from_disk(str(path))
-        elif path.is_file():
-            if path.suffix != ".parquet":
+        elif path.exists() and not path.is_dir():
+            if path.suffix != ".parquet" or not path.is_file():
                 raise InputError(f"--dataset_name {name}: a single file must be a .parquet file.")
             data = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache_dir)
         else:
@@ -443,11 +432,12 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
                 data = datasets.load_dataset(source, config_name, cache_dir=cache_dir, token=token)
     except InputError:
         raise
-    # What `datasets` raises for what it cannot read.
-    except (ValueError, OSError, RuntimeError, IndexError, DatasetsError) as error:
+    except Exception as error:  # of `datasets`, and of all that it reads with: there is no end of kinds
         where = (
             "It is a folder here, but holds no data set that `datasets` can read"
             if path.is_dir()
+            else "The file here cannot be read"
+            if path.exists()
             else "It is no file or folder here, and the Hub does not give it"
         )
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
@@ -455,7 +445,11 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
         if isinstance(cause, IndexError):  # how `load_from_disk` fails on a split without rows
             reason = "one of its splits is empty"
         elif isinstance(cause, CastError):
-            reason = f"its files differ in their columns, or in their types ({' '.join(str(cause).split())})"
+            reason = f"its files differ in their columns, or in their types ({one_line(cause)})"
+        elif isinstance(cause, YAMLError):
+            reason = f"the metadata in its README.md are no YAML ({one_line(cause)})"
+        elif isinstance(cause, UnicodeDecodeError):
+            reason = f"a text in it is not in UTF-8 ({reason}): save it as such"
         raise InputError(
             f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, a folder with one folder per "
             'class, a saved data set, a parquet file, or "digits".'
@@ -538,12 +532,20 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         _check_complete(dataset, LABEL_COLUMN, "label", f"{name}: {split} split, column {label_column!r}")
     feature = splits["train"].features[LABEL_COLUMN]
     if isinstance(feature, datasets.ClassLabel):
-        other = splits["eval"].features[LABEL_COLUMN] if "eval" in splits else feature
-        if getattr(other, "names", None) != feature.names:
+        of_splits = [dataset.features[LABEL_COLUMN] for dataset in splits.values()]
+        names = [[normal(each) for each in getattr(other, "names", None) or ()] for other in of_splits]
+        if names[0] != names[-1]:
             raise InputError(
                 f"{name}: the training and the evaluation split name their classes differently in {label_column!r}."
             )
-        return splits
+        if len(set(names[0])) < len(names[0]):
+            raise InputError(
+                f"{name}: two classes in {label_column!r} have one name, whose accents are spelled twice."
+            )
+        if all(other.names == names[0] for other in of_splits):
+            return splits
+        classes = datasets.ClassLabel(names=names[0])
+        return {split: dataset.cast_column(LABEL_COLUMN, classes) for split, dataset in splits.items()}
     if not isinstance(feature, datasets.Value) or not (
         feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
     ):
@@ -555,6 +557,8 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         )
 
     values = {split: _selected(dataset, dataset.data.column(LABEL_COLUMN)) for split, dataset in splits.items()}
+    if values["train"].dtype == object:
+        values = {split: np.array([normal(label) for label in labels], object) for split, labels in values.items()}
     known = np.unique(values["train"])
     if known.dtype.kind in "iu" and not np.array_equal(known, np.arange(known.size)):
         logger.warning(
@@ -588,94 +592,3 @@ def _carve_evaluation_split(
         "aside for evaluation."
     )
     return {"train": dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), "eval": dataset.select(chosen)}
-
-
-# ---- Folders of images --------------------------------------------------------------------------------------------
-
-
-def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | None:
-    """Read images whose class is the name of their folder: `train/cat/1.jpg`, or `cat/1.jpg`.
-
-    The first folders are splits if they are called so (train, val, Test, …) and hold folders themselves; else they are
-    classes. In deeper trees the innermost folder is the class. `datasets` itself finds splits by words anywhere in a
-    path, where a class "steam_train" or a file "my_test_3.png" changes its split; and it takes 2 ms for each file
-    that is named to it.
-
-    Args:
-        folder: Of the images. A single folder in it that holds all others is looked through.
-
-    Returns:
-        The splits, under the names that `datasets` gives them (`"train"`, `"validation"`, `"test"`), each with the
-        columns `"image"` (files) and `"label"`; `None` where the folder holds something else: tables, images with
-        `metadata.csv`, a data set with a configuration of its own.
-
-    Raises:
-        InputError: If an image lies in no class folder, or two class folders of a split have one name.
-    """
-    folder = Path(os.path.abspath(folder))
-    files = sorted(_files_below(folder))
-    images = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
-    if not images or _is_described(folder, files):
-        return None
-    others = [file for file in files if file.suffix.lower() not in _IMAGE_SUFFIXES and len(file.parts) > 1]
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        logger.warning(f"{folder}: left out, as they are no images by their names: {others[0]}{more}.")
-    while len({image.parts[0] for image in images}) == 1 and all(len(image.parts) > 2 for image in images):
-        if _split_of(images[0].parts[0]) is not None:
-            break
-        folder /= images[0].parts[0]
-        images = [PurePath(*image.parts[1:]) for image in images]
-
-    first = {image.parts[0] for image in images if len(image.parts) > 1}
-    with_folders = {image.parts[0].lower() for image in images if len(image.parts) > 2}
-    has_splits = "train" in with_folders or (bool(with_folders) and all(_split_of(name) for name in first))
-    loose = [image for image in images if len(image.parts) <= 1 + has_splits]
-    if loose:
-        raise InputError(
-            f"{folder} has images that lie in no class folder ({len(loose)} of {len(images)}), such as {loose[0]}: "
-            f"expected {'SPLIT/' * has_splits}CLASS/IMAGE. Move or remove them."
-        )
-    class_names = sorted({image.parent.name for image in images})
-    numbers = {name: number for number, name in enumerate(class_names)}
-    columns: dict[str, dict[str, list[Any]]] = {}
-    class_folders: dict[tuple[str, str], PurePath] = {}
-    for image in images:
-        split = (_split_of(image.parts[0]) or image.parts[0]) if has_splits else "train"
-        other = class_folders.setdefault((split, image.parent.name), image.parent)
-        if other != image.parent:
-            raise InputError(
-                f"{folder}: which folder is the class? {other} and {image.parent} have the same name. Have one folder "
-                "for each class, with its images in it."
-            )
-        members = columns.setdefault(split, {IMAGE_COLUMN: [], LABEL_COLUMN: []})
-        members[IMAGE_COLUMN].append(str(folder / image))
-        members[LABEL_COLUMN].append(numbers[image.parent.name])
-    features = _features(class_names)
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict(members, features=features, split=datasets.NamedSplit(split))
-            for split, members in columns.items()
-        }
-    )
-
-
-def _files_below(folder: Path) -> Iterable[PurePath]:
-    """Paths relative to the folder, without what is hidden."""
-    for directory, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(_HIDDEN)]
-        inner = PurePath(directory).relative_to(folder)
-        yield from (inner / name for name in names if not name.startswith(_HIDDEN))
-
-
-def _is_described(folder: Path, files: list[PurePath]) -> bool:
-    """Whether something other than folders says what the images are."""
-    if any(file.stem == "metadata" or file.suffix in _TABLE_SUFFIXES for file in files):
-        return True
-    card = folder / "README.md"
-    return card.exists() and bool(DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs"))
-
-
-def _split_of(name: str) -> str | None:
-    """The split that a folder's name tells: Train, test-images, train_val2018, …"""
-    return next((_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS), None)

@@ -6,8 +6,6 @@ import hashlib
 import io
 import os
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,16 +18,11 @@ from PIL import ExifTags, Image, ImageOps
 from transformers.utils import logging
 
 from .data import IMAGE_COLUMN
-from .errors import InputError
+from .errors import InputError, first_line
+from .reading import check_file
 from .views import Box
 
 logger = logging.get_logger(__name__)
-
-# What PIL's many decoders raise for broken files, and what a missing image gives.
-_DECODING_ERRORS = (
-    OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, KeyError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 
 # Whose decoder can give 1/2, 1/4 and 1/8 of the size; MPO is several JPEGs in a file.
 _REDUCIBLE_FORMATS = ("JPEG", "MPO")
@@ -58,10 +51,12 @@ class StoredImages:
         stored = self._column[index if self._rows is None else self._rows[index].as_py()].as_py()
         try:
             yield stored
-        except _DECODING_ERRORS as error:
+        except InputError:
+            raise
+        except Exception as error:  # of PIL's many decoders: there is no end of kinds
             where = f" ({stored['path']})" if stored and stored.get("path") else ""
             raise InputError(
-                f"Image {index}{where} cannot be decoded: {error}. Repair or remove it from the data set."
+                f"Image {index}{where} cannot be decoded: {first_line(error)}. Repair or remove it from the data set."
             ) from error
 
 
@@ -119,6 +114,8 @@ def may_be_reduced(image: Image.Image, sizes: Sequence[tuple[int, int]] | None) 
 
 
 def open_image(stored: dict[str, Any]) -> Image.Image:
+    if stored["bytes"] is None:
+        check_file(stored["path"])  # else a pipe would be waited for
     return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
 
 

@@ -1,10 +1,16 @@
-"""The exceptions that scripts print as one line, and how they do."""
+"""The exceptions that scripts print as one line, how they do, and how they print at all."""
 
 from __future__ import annotations
 
+import io
+import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
+
+from .text import one_line, printable
 
 
 class InputError(ValueError):
@@ -12,6 +18,11 @@ class InputError(ValueError):
 
     Scripts print the message alone, without a traceback. Everything else that is raised is a bug.
     """
+
+    def __init__(self, message: str = ""):
+        # From a worker of a data loader torch raises it anew, with the worker's traceback as the message.
+        is_passed_on = message.startswith("Caught InputError in ")
+        super().__init__(message.rpartition("InputError: ")[2].strip() if is_passed_on else message)
 
 
 class PublishError(RuntimeError):
@@ -27,21 +38,24 @@ class PublishError(RuntimeError):
 
 
 def run_script(work: Callable[[], int | None], interrupted: str, *failures: type[Exception]) -> int:
-    """Do the work of a script; return its exit code: 2 for bad input, 1 if Hub or disk do not take it, 130 for Ctrl-C.
+    """Do the work of a script; return its exit code: 2 for bad input, 1 for what failed, 130 for Ctrl-C.
+
+    What fails to be printed does not stop it: see [`keep_printing`].
 
     Args:
         work: What the script does; what it returns is the exit code, 0 for `None`.
         interrupted: What to say after Ctrl-C.
-        failures: Further errors that are one line and the exit code 1.
+        failures: Further errors that are one line and the exit code 1, as those of the Hub and of the disk are.
     """
+    keep_printing()
     warnings.formatwarning = lambda message, category, *_: (
-        f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
+        f"{'warning' if category is UserWarning else category.__name__}: {one_line(message)}\n"
     )
-    one_line: tuple[type[Exception], ...] = (InputError, PublishError, *failures)
+    one_line_each: tuple[type[Exception], ...] = (InputError, PublishError, *failures)
     try:
         return work() or 0
-    except one_line as error:
-        print(f"error: {error}", file=sys.stderr)
+    except one_line_each as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except Exception as error:
         reason = why_not_stored(error)
@@ -64,6 +78,42 @@ def why_not_stored(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "inline_container" in str(error) and "Reader" not in str(error):
         return "A checkpoint cannot be written: its disk is full, or takes no file of that size"
     return None
+
+
+def keep_printing() -> None:
+    """Let no print fail, whatever the terminal can show, whether anybody reads, and whether the disk is full."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed by whoever began this process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook put there
+            stream.flush()
+            raw = _Unfailing(stream.fileno(), "w", closefd=False)
+            buffered, lines = io.BufferedWriter(raw), stream.line_buffering
+            safe = io.TextIOWrapper(buffered, stream.encoding, "replace", None, lines, stream.write_through)
+            setattr(sys, name, safe)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Printable())
+
+
+class _Unfailing(io.FileIO):
+    """A file that drops what cannot be written, and says so once, unless the reader has gone."""
+
+    _said = False
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if not (self._said or isinstance(error, BrokenPipeError) or self.fileno() == 2):
+                self._said = True
+                print(f"warning: what is printed gets lost ({error.strerror}); the work goes on.", file=sys.stderr)
+            return len(content)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def first_line(error: BaseException) -> str:

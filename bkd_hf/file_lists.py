@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,12 @@ import datasets
 
 from .data import IMAGE_COLUMN, LABEL_COLUMN
 from .errors import InputError
+from .reading import check_file, read_json, read_text
+from .text import normal, one_line
+
+_FORMS: tuple[Any, ...] = (None, "NFC", "NFD")
+_SOME = 10  # that an error names
+_LONGEST_LABEL = 18  # digits of a number that a table keeps
 
 
 def read_list_file(path: str | os.PathLike[str], image_folder: str | os.PathLike[str]) -> tuple[list[Path], list[int]]:
@@ -29,13 +36,14 @@ def read_list_file(path: str | os.PathLike[str], image_folder: str | os.PathLike
         InputError: Naming the line, if there is no label in it, or one that is no whole number ≥ 0.
     """
     files, labels = [], []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         *name, label = line.rsplit(maxsplit=1)
-        if not name or not label.isdecimal():
-            raise InputError(f"{path}, line {number}: expected `path label`, the label a number ≥ 0, got {line!r}.")
-        files.append(Path(image_folder, name[0].strip().lstrip("/")))
+        if not name or not label.isdecimal() or len(label) > _LONGEST_LABEL:
+            shown = one_line(line, 200)
+            raise InputError(f"{path}, line {number}: expected `path label`, the label a number ≥ 0, got {shown!r}.")
+        files.append(_file(image_folder, name[0].strip()))
         labels.append(int(label))
     if not files:
         raise InputError(f"{path} lists no image.")
@@ -64,16 +72,14 @@ def read_inaturalist_json(
         InputError: If something is missing or said twice, or an image has not one annotation.
     """
     try:
-        content = json.loads(_read_text(path))
-        images = {image["id"]: Path(image_folder, image["file_name"].lstrip("/")) for image in content["images"]}
-        names = {category["id"]: str(category.get("name", category["id"])) for category in content["categories"]}
+        content = read_json(path)
+        images = {image["id"]: _file(image_folder, image["file_name"]) for image in content["images"]}
+        names = {c["id"]: normal(str(c.get("name", c["id"]))) for c in content["categories"]}
         annotated = Counter(annotation["image_id"] for annotation in content["annotations"])
         category_of = {annotation["image_id"]: annotation["category_id"] for annotation in content["annotations"]}
         repeated = len(images) < len(content["images"]) or len(names) < len(content["categories"])
         label_of = {category: label for label, category in enumerate(sorted(names))}
         foreign = set(category_of.values()) - set(names)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is no JSON: {error}.") from error
     except KeyError as error:
         raise InputError(f"{path}: something in it has no field {error}; iNaturalist 2018 has the layout.") from error
     except (TypeError, AttributeError) as error:
@@ -126,7 +132,7 @@ def build_split_from_files(
     """
     lists = {"train": Path(train_list), "test": Path(test_list)}
     lists |= {"validation": Path(val_list)} if val_list else {}
-    missing = [str(path) for path in (*lists.values(), class_names) if path and not Path(path).is_file()]
+    missing = [str(path) for path in (*lists.values(), class_names) if path and not _is_there(Path(path))]
     if not Path(image_folder).is_dir():
         raise InputError("\n".join(["These are not there:", *missing, f"{image_folder} (a folder)"]))
     are_json = {path.suffix.lower() == ".json" for path in lists.values()}
@@ -145,7 +151,7 @@ def build_split_from_files(
         else:
             files[split], labels[split] = read_list_file(path, image_folder)
     listed = dict.fromkeys(file for part in files.values() for file in part)
-    images = [str(file.relative_to(image_folder)) for file in listed if not file.is_file()]
+    images = [str(file.relative_to(image_folder)) for file in listed if not _is_there(file)]
     lines = ["These are not there:", *missing] if missing else []
     lines += [f"{len(images):,} of {len(listed):,} images are not in {image_folder}:", *images] if images else []
     if lines:
@@ -165,15 +171,24 @@ def build_split_from_files(
     )
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def _file(folder: str | os.PathLike[str], name: str) -> Path:
+    """Return where a listed file is: a name with accents may be spelled otherwise on the disk than in the list."""
+    name = name.lstrip("/")
+    paths = dict.fromkeys(Path(folder, name if form is None else unicodedata.normalize(form, name)) for form in _FORMS)
+    first = next(iter(paths))
+    return first if len(paths) == 1 else next(filter(_is_there, paths), first)
+
+
+def _is_there(path: Path) -> bool:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}.") from error
+        check_file(path)
+        return True
+    except OSError:
+        return False
 
 
 def _read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[str]:
-    names = [line.strip() for line in _read_text(path).splitlines()]
+    names = [normal(line.strip()) for line in read_text(path).removesuffix("\n").split("\n")]
     if len(names) != num_classes or "" in names:
         raise InputError(
             f"--class_names {path} has {len(names) - names.count('')} names in {len(names)} lines; there are "
@@ -185,21 +200,24 @@ def _read_class_names(path: str | os.PathLike[str], num_classes: int) -> list[st
 
 
 def _check_labels(lists: Mapping[str, Path], labels: Mapping[str, Sequence[int]], num_classes: int) -> None:
+    known = set(labels["train"])
     if num_classes < 2:
         raise InputError(f"{lists['train']} has one class only; there is nothing to learn.")
-    if bare := set(range(num_classes)) - set(labels["train"]):
+    if num_bare := num_classes - len(known):
+        # One at a time: a label may be any number.
+        bare = itertools.islice((label for label in range(num_classes) if label not in known), _SOME)
         raise InputError(
-            f"{lists['train']} has no image of {len(bare)} of {num_classes} classes: {_some(bare)}. Labels are the "
-            "numbers from 0 on, and each class needs a training image."
+            f"{lists['train']} has no image of {num_bare} of {num_classes} classes: {_some(bare, num_bare)}. Labels "
+            "are the numbers from 0 on, and each class needs a training image."
         )
     for split, path in lists.items():
-        if unknown := set(labels[split]) - set(labels["train"]):
+        if unknown := set(labels[split]) - known:
             raise InputError(f"{path} has classes that {lists['train']} does not have: {_some(unknown)}.")
 
 
 def _folder_names(files: Sequence[Path], labels: Sequence[int]) -> list[str] | None:
     """Name each class by the one folder of its images, if it is one and the names differ."""
-    pairs = sorted({(label, file.parent) for file, label in zip(files, labels, strict=True)})
+    pairs = sorted({(label, Path(normal(str(file.parent)))) for file, label in zip(files, labels, strict=True)})
     folders = [folder for _, folder in pairs]
     if len(pairs) > len(set(labels)):
         return None
@@ -210,6 +228,8 @@ def _folder_names(files: Sequence[Path], labels: Sequence[int]) -> list[str] | N
     return None
 
 
-def _some(items: Iterable[Any], number: int = 10) -> str:
+def _some(items: Iterable[Any], number: int | None = None) -> str:
     names = sorted(items, key=lambda item: (str(type(item)), item))  # ids may be of two types
-    return ", ".join(map(str, names[:number])) + (f", … ({len(names):,} in all)" if len(names) > number else "")
+    number = number or len(names)
+    shown = ", ".join(one_line(name, 100) for name in names[:_SOME])
+    return shown + (f", … ({number:,} in all)" if number > _SOME else "")

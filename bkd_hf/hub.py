@@ -26,8 +26,9 @@ from huggingface_hub.errors import HTTPError
 
 from .card import build, check_repo_id, choices_of_card
 from .errors import InputError, PublishError, first_line
-from .files import read_json, why_broken, write_text
+from .files import why_broken, write_text
 from .plots import figure_names, save_plots
+from .reading import read_json, read_text
 from .results import RESULTS_NAME, load_results
 from .splits import PLACEHOLDER, SPLIT_NAME
 
@@ -215,7 +216,7 @@ def prepare(
     elif any(card_options.values()):
         raise InputError(f"{folder} has a card of its own: --license and --dataset_id are for the card of a student.")
     else:
-        card = files.pop(CARD_NAME).read_text(encoding="utf-8").replace(PLACEHOLDER, repo_id)
+        card = read_text(files.pop(CARD_NAME)).replace(PLACEHOLDER, repo_id)
     publication = Publication(repo_type, files, card)
     _check_contents(publication, folder, token)
     return publication
@@ -315,11 +316,13 @@ def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any],
 
 def _own_code(folder: Path) -> list[str]:
     """Files with the code of a model that is not part of transformers, as its configuration names them."""
-    auto_map = (read_json(folder / "config.json") or {}).get("auto_map")
-    named = auto_map.values() if isinstance(auto_map, dict) else ()
-    classes = [name for names in named for name in ([names] if isinstance(names, str) else names)]
+    config = read_json(folder / "config.json")
+    named = config.get("auto_map") if isinstance(config, dict) else None
+    found = named.values() if isinstance(named, dict) else ()
+    classes = [name for names in found for name in (names if isinstance(names, list) else [names])]
     # "repository--module.Class" is code that stays where it is.
-    return sorted({f"{name.split('.')[0]}.py" for name in classes if name and "--" not in name})
+    modules = {name.split(".")[0] for name in classes if isinstance(name, str)}
+    return sorted(f"{module}.py" for module in modules if module.isidentifier())
 
 
 def _check_contents(publication: Publication, folder: Path, token: str | None) -> None:

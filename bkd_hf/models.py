@@ -24,6 +24,7 @@ from .errors import InputError, first_line
 from .head import answer_one_class, head_modules, shift_logits
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .ranges import shortened
+from .text import normal
 
 _FRESH_NAME = re.compile(r"cifar-resnet-([0-9]{1,9})")
 _MAX_DEPTH = 1202  # of the paper
@@ -126,7 +127,8 @@ def load_config(name: str, cosine_scale: float | None = None, **from_pretrained_
 
 def label_names(config: PreTrainedConfig) -> list[str] | None:
     """Return the names of a model's outputs; `None` if it has none, or generic ones (`LABEL_0`, …)."""
-    numbered = sorted((int(number), str(name)) for number, name in (getattr(config, "id2label", None) or {}).items())
+    named = getattr(config, "id2label", None) or {}
+    numbered = sorted((int(number), normal(str(name))) for number, name in named.items())
     names = [name for _, name in numbered]
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 

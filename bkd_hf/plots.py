@@ -23,6 +23,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from .files import replacing, why_broken
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
+from .text import figure as figure_text
 
 # `Figure` throughout, never pyplot or rcParams: no display, no state that threads share, nothing to close.
 
@@ -377,7 +378,7 @@ def plot_confusion(results: dict[str, Any], model: str = "student", max_classes:
         max_classes: With more classes than this there are bars.
     """
     data = results["data"]
-    names = [_shortened(name) for name in data["class_names"]]
+    names = _class_names(data)
     sized = [f"{name} ({count:,})" for name, count in zip(names, data["class_counts"], strict=True)]
     if len(names) <= max_classes:
         return _plot_confusion_matrix(results, model, names, sized)
@@ -458,7 +459,7 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
     seeds = sorted({len(comparison.cells[method]) for method in methods})
     number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     figure, panels = _panels(metrics, 3, _WIDTH, 1.2, 0.8 + 0.24 * len(methods))
-    title = f"Methods on {_shortened(comparison.data['name'], 40)}, {number} seed{'s' if seeds[-1] > 1 else ''} each"
+    title = f"Methods on {figure_text(comparison.data['name'], 40)}, {number} seed{'s' if seeds[-1] > 1 else ''} each"
     note = "diamond: mean over seeds; bar: its standard deviation; dots: the seeds" if seeds[-1] > 1 else "one seed"
     _add_title(figure, title, note)
     for metric, axes in panels.items():
@@ -473,7 +474,7 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
             style: dict[str, Any] = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 2, "linewidth": 1.2}
             axes.errorbar(estimate.mean, y, xerr=estimate.std, **style)
             lowest, highest = min(lowest, *values), max(highest, *values)
-        _set_names(axes, "y", range(len(methods)), [_shortened(method, 40) for method in methods])
+        _set_names(axes, "y", range(len(methods)), [figure_text(method, 40) for method in methods])
         room = max(0.15 * (highest - lowest), 2.0)
         axes.set(xlim=(max(-1.0, lowest - room), min(101.0, highest + room)), ylim=(len(methods) - 0.4, -0.6))
         axes.set_title(f"{metric} (%)" + (", lower is better" if metric == "ECE" else ""))
@@ -489,7 +490,7 @@ def plot_teacher_and_student(comparison: ComparedRuns) -> Figure:
     methods = [method for method in comparison.methods if _distilled(comparison, method)]
     columns = min(3, len(methods))
     figure, panels = _panels(methods, columns, max(5.5, _WIDTH * columns / 3), 1.3, 2.7)
-    _add_title(figure, f"Accuracy of each class: {_shortened(comparison.data['name'], 40)}")
+    _add_title(figure, f"Accuracy of each class: {figure_text(comparison.data['name'], 40)}")
     for method, axes in panels.items():
         cells = _distilled(comparison, method)
         accuracies = {model: np.mean([_class_accuracies(cell[model]) for cell in cells], axis=0) for model in _COLOURS}
@@ -499,7 +500,7 @@ def plot_teacher_and_student(comparison: ComparedRuns) -> Figure:
             style: dict[str, Any] = {"color": colour, "marker": marker, "s": 14, "alpha": 0.7, "linewidths": 0}
             x, y = (values[group] for values in accuracies.values())
             axes.scatter(x, y, label=name.replace("_", "-"), zorder=2, **style)
-        axes.set_title(_shortened(method), parse_math=False)
+        axes.set_title(figure_text(method))
         axes.set(xlim=_PERCENT["ylim"], xticks=_PERCENT["yticks"], **_PERCENT)
         _tidy(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -544,7 +545,8 @@ def _largest_first(data: dict[str, Any]) -> np.ndarray:
 def _class_labels(data: dict[str, Any]) -> list[str]:
     """Return the names of the classes, the largest first; none where they are too many to be named."""
     order = _largest_first(data)
-    return [_shortened(data["class_names"][index]) for index in order] if order.size <= _MAX_NAMED_CLASSES else []
+    names = _class_names(data)
+    return [names[index] for index in order] if order.size <= _MAX_NAMED_CLASSES else []
 
 
 def _percent(fractions: Sequence[float | None]) -> np.ndarray:
@@ -555,8 +557,10 @@ def _class_accuracies(model_results: dict[str, Any]) -> np.ndarray:
     return _percent(model_results["metrics"]["per_class_accuracy"])
 
 
-def _shortened(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def _class_names(data: dict[str, Any]) -> list[str]:
+    """Return the names of all classes, with the number of each that the fonts cannot write."""
+    names = [figure_text(name) for name in data["class_names"]]
+    return [f"{name} (class {number})" if "\ufffd" in name else name for number, name in enumerate(names)]
 
 
 def _point_style(model: str) -> dict[str, Any]:
@@ -569,16 +573,15 @@ def _line_style(model: str) -> dict[str, Any]:
 
 def _figure(title: str, results: dict[str, Any], height: float) -> Figure:
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
-    models = "; ".join(f"{model}: {_shortened(results[model]['model'], 45)}" for model in _models(results))
-    _add_title(figure, f"{title}: {_shortened(results['data']['name'], 40)}", models)
+    models = "; ".join(f"{model}: {figure_text(results[model]['model'], 45)}" for model in _models(results))
+    _add_title(figure, f"{title}: {figure_text(results['data']['name'], 40)}", models)
     return figure
 
 
 def _add_title(figure: Figure, title: str, note: str | None = None) -> None:
-    # `parse_math`: names are the user's, a dollar sign in them is one.
-    figure.suptitle(title, x=0.01, ha="left", fontsize=_TITLE, fontweight="bold", parse_math=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=_TITLE, fontweight="bold")
     if note is not None:
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=_SMALL, color="#555555", parse_math=False)
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=_SMALL, color="#555555")
 
 
 def _set_names(axes: Axes, axis: str, positions: Sequence[int], names: list[str], width: float | None = None) -> None:
@@ -586,7 +589,7 @@ def _set_names(axes: Axes, axis: str, positions: Sequence[int], names: list[str]
     slanted = width is not None and not _fit(names, width)
     slant: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     set_ticks = axes.set_xticks if axis == "x" else axes.set_yticks
-    set_ticks(positions, names, fontsize=_SMALL, parse_math=False, **slant)
+    set_ticks(positions, names, fontsize=_SMALL, **slant)
 
 
 def _fit(texts: list[str], width: float) -> bool:

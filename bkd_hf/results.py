@@ -1,37 +1,6 @@
 """`results.json`: the one hand-off from a run to everything that reports on it.
 
-Schema, version 1 (fractions for metrics, seconds for times; `null` where something is not known):
-
-    schema_version      1
-    options             {"model": {…}, "data": {…}, "training": {…}, "teacher_training": {…}}: of `training` what
-                        differs from the defaults of `transformers`, and all options of distillation; of
-                        `teacher_training` what differs from `training`
-    method              the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
-    seed                seed of the training
-    command             what was called, or null (from Python)
-    data                name, hub_id (null if it is not from the Hub), eval_split (name of the split that was
-                        evaluated on, "train" for images that were set aside of it; null if not known), fingerprint
-                        and eval_fingerprint (hashes of labels and images), num_train_images, num_eval_images,
-                        class_names, class_counts (training), eval_class_counts, many_shot_threshold,
-                        few_shot_threshold
-    teacher, student    model, hub_id (null if it is not from the Hub), architecture, num_parameters, metrics (see
-                        `long_tail_metrics`), post_hoc_metrics (the same after post-hoc logit adjustment, and its
-                        tau; of a teacher only if it was trained on these training images), num_eval_images (that
-                        it answered: all that data tells of), answers, confusions,
-                        and where it was trained in this run:
-                        training {seconds, images_per_second, seconds_per_step, steps, epochs} and history (what was
-                        logged: step, epoch, loss, ce_loss, kd_loss, eval_loss, eval_accuracy, …). The teacher has
-                        its method too, where it is known, and is null where the student's method has none. The
-                        student of a teacher has started_from_teacher and targets, the statistics of
-                        `bkd_hf.targets.target_statistics` (null where the method has none). Where a head's bias was
-                        fitted in the end, head_bias_shift has the C numbers that were added.
-      answers           C numbers of evaluation images for which each class was the answer
-      confusions        [true class, predicted class, test images], the most frequent first (2,000 at most)
-    versions            of Python and the libraries, and commit, of bkd_hf where it is a git checkout
-    hardware            device, cpu_cores, cpu_threads, num_processes, precision
-
-Results of earlier versions lack method, command, hub_id, eval_split, architecture, commit, answers,
-started_from_teacher and targets.
+Its parts are described, and checked where one is read, by the types in `bkd_hf.schema`.
 
 It holds no absolute path and no user name: a local model or data set is recorded by the name of its folder.
 """
@@ -46,7 +15,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -60,7 +29,7 @@ from . import __version__
 from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
-from .files import write_text
+from .files import replacing
 from .machine import precision_of
 from .metrics import (
     FEW_SHOT_THRESHOLD,
@@ -69,18 +38,22 @@ from .metrics import (
 )
 from .models import cifar_resnet_depth
 from .objective import corrects
-from .options import WITHOUT_INFLUENCE, options_with
+from .options import OPTIONS, WITHOUT_INFLUENCE, options_with
+from .reading import read_json
+from .schema import find_fault
 from .teacher import FrozenTeacher
+from .text import one_line
 
 RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
 
-_REQUIRED = ("options", "seed", "data", "teacher", "student", "versions", "hardware")
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.
 _FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
-_FOLDER_OPTIONS = options_with("path") | {"config"}
+# And of the scripts' own: --from.
+_FOLDER_OPTIONS = options_with("path") | {"config", "from"}
 _OF_PUBLISHING = options_with("publishing")
+_SECRETS = options_with("secret")
 # Neither a result nor of interest to others.
 _NOT_RECORDED = _OF_PUBLISHING | (options_with("path") & WITHOUT_INFLUENCE)
 
@@ -96,35 +69,32 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     path = path / RESULTS_NAME if path.is_dir() else path
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"There is no {path}: the run is not finished, or this is no output folder.") from error
-    except (OSError, ValueError) as error:  # ValueError: neither JSON nor text
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    check_schema(results, path)
+    if not path.exists():
+        raise InputError(f"There is no {path}: the run is not finished, or this is no output folder.")
+    results = read_json(path)
+    check_schema(results, path, adds_up=True)
     return results
 
 
-def check_schema(results: Any, source: str | os.PathLike[str] = "This run") -> None:
+def check_schema(results: Any, source: str | os.PathLike[str] = "This run", adds_up: bool = False) -> None:
     """Refuse what is not the content of a `results.json` of this version.
 
     Args:
         results: As read.
         source: Where from, for the message.
+        adds_up: Whether it has to add up (see [`find_fault`]).
 
     Raises:
-        InputError: If it is of another schema version, or parts are missing.
+        InputError: If it is of another schema version, or not what `bkd_hf.schema` says.
     """
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(
-            f"{source} has schema version {version}; this version of bkd_hf ({__version__}) reads {SCHEMA_VERSION}. "
-            "Run it again, or use the version of bkd_hf that wrote it."
+            f"{source} has schema version {one_line(repr(version), 40)}; this version of bkd_hf ({__version__}) reads "
+            f"{SCHEMA_VERSION}. Run it again, or use the version of bkd_hf that wrote it."
         )
-    missing = [name for name in _REQUIRED if name not in results]
-    if missing:
-        raise InputError(f"{source} is not whole: it has no {', '.join(missing)}. Run it again.")
+    if fault := find_fault(_without_nan(results), adds_up):
+        raise InputError(f"{source} {fault}. Run it again.")
 
 
 def save_json(content: Any, path: str | os.PathLike[str]) -> None:
@@ -132,7 +102,10 @@ def save_json(content: Any, path: str | os.PathLike[str]) -> None:
 
     NaN and infinity, which JSON does not have, are written as `null`.
     """
-    write_text(path, json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
+    with replacing(path) as unfinished:
+        # Halves of characters, which UTF-8 has not, are written as JSON's own escapes.
+        unfinished.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def describe_data(
@@ -313,23 +286,42 @@ def describe_versions() -> dict[str, str | None]:
     return versions | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
-def describe_command(arguments: Sequence[str], num_processes: int) -> str:
-    """Return the command line of `run_bkd.py`, as others can use it: without publishing, and without folders.
+def describe_command(
+    arguments: Sequence[str], num_processes: int = 1, script: str = "scripts/run_bkd.py", launcher: str | None = None
+) -> str:
+    """Return a command line as others can use it: without secrets, publishing, and folders of this machine.
 
     Args:
         arguments: What follows the script.
         num_processes: Of the launcher.
+        script: Path of the script in this repository.
+        launcher: What comes before it; `accelerate launch` if not given.
     """
-    launcher = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
-    shown: list[str] = []
+    processes = ["--num_processes", str(num_processes)] if num_processes > 1 else []
+    words = [launcher] if launcher else ["accelerate", "launch", *processes]
+    return shlex.join([*words, script, *told_arguments(arguments, _shown, _OF_PUBLISHING)])
+
+
+def told_arguments(
+    arguments: Sequence[str], show: Callable[[str, str], str], left_out: Collection[str] = ()
+) -> list[str]:
+    """Return the words of a command line without secrets.
+
+    Args:
+        arguments: The words.
+        show: Called with each value and the option that it is of; returns what is told of it.
+        left_out: Further options that are not told.
+    """
+    told: list[str] = []
     option = ""
     for argument in arguments:
         is_option = argument.startswith("--")
         given, equals, value = argument.partition("=") if is_option else ("", "", argument)
         option = given.lstrip("-").replace("-", "_") if is_option else option
-        if not _is_private(option):
-            shown.append(given + equals + _shown(value, option))
-    return shlex.join([*launcher, "scripts/run_bkd.py", *shown])
+        if not _is_secret(option) and option not in left_out:
+            own = option if option in OPTIONS else option.removeprefix("teacher_")
+            told.append(given + equals + show(value, own))
+    return told
 
 
 def _shown(value: str, option: str) -> str:
@@ -376,7 +368,7 @@ def hub_id(name: str) -> str | None:
 def without_folders(text: str) -> str:
     """Return the last part of a path on this machine; a Hub id as it is; other text without the folders in it."""
     if _is_path(text) or os.path.exists(text):
-        return Path(os.path.expanduser(text)).resolve().name
+        return os.path.basename(os.path.realpath(os.path.expanduser(text)))
     return _FOLDERS.sub("", text)
 
 
@@ -386,12 +378,8 @@ def _is_path(text: str) -> bool:
     return is_word and (text.startswith((".", "~", "/")) or text.count("/") > 1)
 
 
-def _is_private(name: str) -> bool:
-    return _is_secret(name) or name in _OF_PUBLISHING
-
-
 def _is_secret(name: str) -> bool:
-    return name.split("_")[-1] == "token"
+    return name in _SECRETS or name.split("_")[-1] == "token"
 
 
 def _without_nan(content: Any) -> Any:

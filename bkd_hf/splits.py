@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import datasets
 import numpy as np
@@ -29,7 +28,9 @@ from .errors import InputError
 from .files import write_text
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 from .plots import plot_class_counts
+from .reading import read_json
 from .results import save_json
+from .text import code, code_block, markdown, one_line
 
 SPLIT_NAME = "split.json"
 SCHEMA_VERSION = 1
@@ -125,9 +126,9 @@ def check_output_folder(folder: str | os.PathLike[str], how: Mapping[str, Any]) 
     if not (folder / SPLIT_NAME).is_file():
         raise InputError(f"--output_dir {folder} is there already, and holds no split. {way_out}")
     try:
-        record = json.loads((folder / SPLIT_NAME).read_text(encoding="utf-8"))
+        record = read_json(folder / SPLIT_NAME)
         there = dict(record["how"]) if record["schema_version"] == SCHEMA_VERSION else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # InputError among them
         there = None
     if there is None:
         raise InputError(f"--output_dir {folder} holds a split that this version of bkd_hf cannot read. {way_out}")
@@ -142,7 +143,7 @@ def check_output_folder(folder: str | os.PathLike[str], how: Mapping[str, Any]) 
 
 def _check_unchanged(folder: Path, record: dict[str, Any]) -> None:
     """Refuse a split that was made in the same way, but of other images, or is not whole."""
-    there = json.loads((folder / SPLIT_NAME).read_text(encoding="utf-8"))
+    there = read_json(folder / SPLIT_NAME)
     way_out = "Delete it to make it again, or choose another --output_dir."
     if any(there.get(part) != record[part] for part in ("class_names", "splits")):
         raise InputError(f"--output_dir {folder} holds this split of other images: they have changed. {way_out}")
@@ -200,8 +201,8 @@ def _write_card(folder: Path, record: dict[str, Any], license: str) -> None:
     data_files = [{"split": split, "path": f"data/{split}-*"} for split in parts]
     counts = {split: np.asarray(content["class_counts"]) for split, content in parts.items()}
     metadata = DatasetCardData(
-        license=license,
-        pretty_name=_title(how),
+        license=one_line(license),
+        pretty_name=one_line(_title(how)),
         task_categories=["image-classification"],
         tags=["long-tailed", "bkd_hf"],
         size_categories=[_SIZE_CATEGORIES[max(0, len(str(num_images)) - 3)]],
@@ -219,8 +220,10 @@ def _write_card(folder: Path, record: dict[str, Any], license: str) -> None:
     card = DatasetCard.from_template(
         metadata,
         template_path=str(_CARD_TEMPLATE),
-        title=_title(how),
+        title=markdown(_title(how)),
         how=how,
+        code=code,
+        code_block=code_block,
         counts=counts,
         groups={name.replace("_", "-"): group.sum() for name, group in shot_groups(counts["train"]).items()},
         group_ranges={
@@ -248,16 +251,16 @@ def _title(how: Mapping[str, Any]) -> str:
 
 def _source(how: Mapping[str, Any]) -> str:
     if how.get("source_id"):
-        return f"[{how['source_id']}](https://huggingface.co/datasets/{how['source_id']})"
+        return f"[{markdown(how['source_id'])}](https://huggingface.co/datasets/{quote(how['source_id'])})"
     if "profile" not in how:
         return "the data set whose lists these are"
-    return "the 8×8 digits that come with scikit-learn" if how["name"] == "digits" else f"`{how['name']}`"
+    return "the 8×8 digits that come with scikit-learn" if how["name"] == "digits" else code(how["name"])
 
 
 def _class_lists(class_names: Sequence[str], counts: list[np.ndarray]) -> dict[str, list[tuple[int, str, list[int]]]]:
     """Tables of classes, the largest first: by title, rows of label, name and images per split."""
-    names = [html.escape(" ".join(name.split()), quote=False).replace("|", "\\|") for name in class_names]
-    rows = [(int(i), names[i], [int(part[i]) for part in counts]) for i in np.argsort(-counts[0], kind="stable")]
+    order = np.argsort(-counts[0], kind="stable")
+    rows = [(int(i), markdown(class_names[i]), [int(part[i]) for part in counts]) for i in order]
     if len(rows) <= _MAX_LISTED_CLASSES:
         return {"Images per class": rows}
     return {

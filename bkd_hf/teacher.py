@@ -41,6 +41,7 @@ from . import modeling_cifar_resnet  # noqa: F401 (makes the architecture known 
 from .errors import InputError
 from .models import label_names, why_not_alike
 from .ranges import shortened
+from .text import normal
 
 #: Inputs with this prefix go to the teacher, without it.
 TEACHER_PREFIX = "teacher_"
@@ -195,10 +196,11 @@ def align_labels(
     Raises:
         InputError: If the map names what is not there, a name is ambiguous, or two classes get the same output.
     """
-    label_map = dict(label_map or {})
+    label_map = {normal(name): other for name, other in (label_map or {}).items()}
+    class_names = [normal(name) for name in class_names]
     if unknown := [name for name in label_map if name not in set(class_names)]:
         raise InputError(f"--teacher_label_map: the data has no class {', '.join(map(repr, unknown[:5]))}.")
-    exact, similar = _numbers_by_name(teacher_names, str), _numbers_by_name(teacher_names, _plain)
+    exact, similar = _numbers_by_name(teacher_names, normal), _numbers_by_name(teacher_names, _plain)
 
     columns: list[int | None] = []
     for name in class_names:
@@ -206,7 +208,7 @@ def align_labels(
         if isinstance(wanted, int):
             found = [wanted] if 0 <= wanted < len(teacher_names) else []
         else:
-            found = exact.get(wanted) or similar.get(_plain(wanted), [])
+            found = exact.get(normal(wanted)) or similar.get(_plain(wanted), [])
         if len(found) > 1:
             raise InputError(
                 f"The teacher has {len(found)} outputs called {wanted!r} (numbers {', '.join(map(str, found))}): "
@@ -233,7 +235,7 @@ def _numbers_by_name(names: Sequence[Any], key: Callable[[Any], Any]) -> dict[An
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+    return re.sub(r"[\s_-]+", " ", normal(name)).strip().casefold()
 
 
 def beats_guessing(accuracies: Sequence[float], num_images: Sequence[int]) -> bool | None:

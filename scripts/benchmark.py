@@ -22,7 +22,6 @@ import json
 import os
 import resource
 import runpy
-import shlex
 import signal
 import statistics
 import sys
@@ -348,8 +347,9 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; exit code 1 if a contestant fails, 2 for bad input."""
-    from bkd_hf import machine, results
+    from bkd_hf import errors, machine, results
 
+    errors.keep_printing()
     parser = argparse.ArgumentParser(None, None, __doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark"), help="Where all files go.")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="What is trained.")
@@ -379,9 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if str(error) else 130
     bf16 = machine.default_precision(options.use_cpu) == "bf16"
     args = bkd_hf.BKDConfig(str(options.output_dir), use_cpu=options.use_cpu, bf16=bf16)
-    # The command as others may see it: without the folders of this machine.
-    shown = [Path(word).name if word.startswith(("/", "~", "..")) else word for word in argv or sys.argv[1:]]
-    found["command"] = shlex.join(["python", "scripts/benchmark.py", *shown])
+    found["command"] = results.describe_command(argv or sys.argv[1:], 1, "scripts/benchmark.py", "python")
     found |= {"versions": results.describe_versions(), "hardware": results.describe_hardware(args)}
     (options.output_dir / "benchmark.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     (options.output_dir / "benchmark.md").write_text(to_markdown(found), encoding="utf-8")

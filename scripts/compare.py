@@ -15,6 +15,8 @@ from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import load_comparison
 from bkd_hf.errors import InputError, run_script
 from bkd_hf.files import lock
+from bkd_hf.results import describe_command, without_folders
+from bkd_hf.text import code, markdown, one_line, printable
 
 _SCRIPT = Path(__file__).with_name("run_bkd.py")
 
@@ -80,10 +82,11 @@ def main() -> int:
 def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int:
     """Write the tables and figures of finished cells."""
     comparison = load_comparison(options.folders)
-    notes = [*(notes or []), f"Made by `{shlex.join(['python', *sys.argv])}`."]
+    command = describe_command(sys.argv[1:], script="scripts/compare.py", launcher="python")
+    notes = [*(notes or []), f"Made by {code(command)}."]
     paths = save_comparison(comparison, options.output_dir, notes)
     print(to_markdown(comparison, notes=notes))
-    print("Written: " + ", ".join(map(str, paths)))
+    print(printable("Written: " + ", ".join(map(str, paths))))
     return 0
 
 
@@ -95,11 +98,11 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
         logs=options.output_dir / "logs",
         launcher=options.launcher,
         jobs=options.jobs,
-        say=lambda message: print(message, flush=True),
+        say=lambda message: print(one_line(message), flush=True),
     )
     if options.dry_run:
         for cell in cells:
-            print(f"{cell.state():11}  {cell.command(runner.launcher)}")
+            print(printable(f"{cell.state():11}  {cell.command(runner.launcher)}"))
         print("Timing a few steps …", flush=True)
         seconds = runner.estimate(cells)
         for name, value in seconds.items():
@@ -112,9 +115,9 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
     if len(failures) < len(cells):
         # With the methods of earlier comparisons in the same folder.
         options.folders = [options.output_dir]
-        tabulate(options, [f"**Missing**: {line}" for line in failures])
+        tabulate(options, [f"**Missing**: {markdown(without_folders(line))}" for line in failures])
     for line in failures:
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {one_line(line)}", file=sys.stderr)
     return 1 if failures else 0
 
 

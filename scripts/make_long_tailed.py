@@ -18,7 +18,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from bkd_hf.data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, load_image_dataset
 from bkd_hf.errors import InputError, run_script
 from bkd_hf.results import hub_id, without_folders
 from bkd_hf.splits import SPLIT_NAME, check_output_folder, exact, save_split
+from bkd_hf.text import printable
 
 _DRAWING = {
     "dataset_name": "A Hub id, a folder of class folders, a saved set, parquet, or digits.",
@@ -156,7 +156,7 @@ def make(options: argparse.Namespace) -> None:
         counts = content["class_counts"]
         tail = f"{max(counts):,} to {min(counts):,} in each of {len(counts):,} classes"
         print(f"{split}: {content['num_images']:,} images, {tail}")
-    print(f"{'Already there' if was_there else 'Written'}: {folder}")
+    print(printable(f"{'Already there' if was_there else 'Written'}: {folder}"))
     if options.push_to_hub:
         url = publish_folder(folder, options.push_to_hub, private=options.private, token=options.token)
         print(f"Published: {url}")
@@ -164,8 +164,11 @@ def make(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Make a split; return the exit code."""
-    options = parse(argv)
-    return run_script(partial(make, options), "the same command makes it, and publishes it where it is finished")
+
+    def work() -> None:
+        make(parse(argv))
+
+    return run_script(work, "the same command makes it, and publishes it where it is finished")
 
 
 if __name__ == "__main__":

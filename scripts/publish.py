@@ -31,6 +31,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _publish(options: argparse.Namespace) -> None:
     from bkd_hf.hub import folders_of_run, prepare, publish_run, write_card
+    from bkd_hf.text import printable
 
     folder, repo_id, with_teacher = options.folder, options.repo_id, options.push_teacher
     about = {"license": options.license, "dataset_id": options.dataset_id}
@@ -45,13 +46,12 @@ def _publish(options: argparse.Namespace) -> None:
         for file, size in publication.sizes().items():
             print(f"  {size:>13,}  {file}")
         if card := write_card(publication, part):
-            print(f"The card is in {card}.")
+            print(printable(f"The card is in {card}."))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Publish; return the exit code."""
-    options = _parse(argv)
-    return run_script(lambda: _publish(options), "nothing was published; the same command tries again")
+    return run_script(lambda: _publish(_parse(argv)), "nothing was published; the same command tries again")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def results_with(counts: list[int], tested: list[int], names: list[str] | None =
             **{f"{name}_accuracy": values.mean() for name, values in groups.items() if values.size},
             "per_class_accuracy": [value if ok else None for value, ok in zip(recall.tolist(), known, strict=True)],
         }  # fmt: skip
-        results[model] |= {"metrics": metrics, "post_hoc_metrics": None}
+        results[model] |= {"metrics": metrics, "post_hoc_metrics": None, "confusions": []}
     return results
 
 

@@ -19,7 +19,7 @@ from bkd_hf import InputError, load_results
 from bkd_hf.cells import CellRunner, plan_cells
 from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison
-from bkd_hf.results import save_json
+from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
 from tests.test_plots import make_results
 from tests.tiny_models import tiny_vit
@@ -29,18 +29,32 @@ RUN_SCRIPT = REPOSITORY / "scripts" / "run_bkd.py"
 SHORT = ["--num_train_epochs", "2", "--lr_step_epochs", "1", "--lr_step_factors", "0.1", "--num_threads", "1"]
 
 
+def metrics_of(accuracy: float) -> dict:
+    """Where every class has the same accuracy."""
+    names = ["accuracy", "balanced_accuracy", "worst_class_accuracy"]
+    names += [f"{group}_shot_accuracy" for group in ("many", "medium", "few")]
+    return {**dict.fromkeys(names, accuracy), "per_class_accuracy": [accuracy] * 10}
+
+
 def cell(method: str, seed: int, accuracy: float, **metrics: float) -> dict:
     results = make_results(10, 130, 2, epochs=1)
+    for model in ("teacher", "student"):
+        results[model]["metrics"] = metrics_of(accuracy)
     results |= {
         "method": method,
         "seed": seed,
-        "options": {"model": {}, "data": {}, "training": {"method": method, "num_train_epochs": 3}},
+        "options": {
+            "model": {},
+            "data": {},
+            "training": {"method": method, "num_train_epochs": 3},
+            "teacher_training": {},
+        },
         "hardware": {"device": "CPU", "precision": "fp32", "cpu_threads": 1, "num_processes": 1},
-        "versions": {"torch": "2", "transformers": "5", "accelerate": "1"},
+        "versions": {"bkd_hf": "0", "torch": "2", "transformers": "5", "accelerate": "1"},
     }
     results["data"] |= {"fingerprint": "a", "eval_fingerprint": "b"}
-    results["student"]["metrics"] |= {"accuracy": accuracy, "expected_calibration_error": 0.1, **metrics}
-    results["student"]["training"] = {"epochs": 3.0, "seconds": 1.0}
+    results["student"]["metrics"] |= {"expected_calibration_error": 0.1, **metrics}
+    results["student"]["training"] = {"epochs": 3.0, "steps": 3, "seconds": 1.0, "images_per_second": 1.0}
     if method == "ce":
         results["teacher"] = None
     return results
@@ -156,7 +170,7 @@ def test_post_hoc_adjustment_is_not_applied_twice(cells):
 
 def test_files(cells, tmp_path):
     for number, results in enumerate(cells):
-        results["student"]["post_hoc_metrics"] = {"tau": 1.0, **results["student"]["metrics"], "accuracy": 0.5}
+        results["student"]["post_hoc_metrics"] = {"tau": 1.0, **metrics_of(0.5)}
         (tmp_path / "in" / str(number)).mkdir(parents=True)
         save_json(results, tmp_path / "in" / str(number) / "results.json")
     comparison = load_comparison([tmp_path / "in"])
@@ -198,6 +212,24 @@ def test_teachers_are_planned_before_their_students(tmp_path):
     arguments = cells[1].parse()
     assert arguments.model.teacher_model_name_or_path == str(tmp_path / "ce" / "seed3")
     assert (arguments.training.method, arguments.training.seed, arguments.training.bf16) == ("bkd", 3, True)
+
+
+def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
+    secret, place = "hf_" + "x" * 30, str(tmp_path / "private")
+    options = ["--hub_token", secret, f"--token={secret}", "--hub-token", secret, "--dataset_name", place]
+    (cell,) = plan_cells(["ce"], [0], tmp_path / "out", RUN_SCRIPT, options)
+    (tmp_path / "results").mkdir()
+    save_json(cells[0], tmp_path / "results" / "results.json")
+    words = ["--from", str(tmp_path / "results"), f"--output_dir={tmp_path}/tables"]
+    monkeypatch.setattr(sys, "argv", ["scripts/compare.py", *words])
+    assert main_of(SCRIPT)() == 0
+    page = (tmp_path / "tables" / "comparison.md").read_text(encoding="utf-8")
+    assert "Made by `python scripts/compare.py --from results --output_dir=tables`." in page
+    command = describe_command([*words, *options], script="scripts/compare.py", launcher="python")
+    for told in (cell.command(), command, page):
+        assert secret not in told
+        assert str(tmp_path) not in told
+    assert "--dataset_name …/private" in cell.command().replace("'", "")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import socket
 from collections import Counter
 from pathlib import Path
 
@@ -551,3 +552,97 @@ def test_a_folder_that_describes_itself_is_left_to_datasets(tmp_path):
         "  - split: test\n    path: b/*\n---\n"
     )
     assert load_image_folder(root) is None
+
+
+# ---- Files that are none
+
+
+@pytest.mark.parametrize(
+    ("make_special", "message"),
+    [
+        (lambda path: os.mkfifo(path), "x.png is no file: it is a pipe, a device, or a link to nothing"),
+        (lambda path: socket.socket(socket.AF_UNIX).bind(str(path)), "x.png is no file"),
+        (lambda path: path.symlink_to("/dev/zero"), "x.png is no file"),
+        (lambda path: path.symlink_to("nowhere.png"), "x.png is no file"),
+        (lambda path: path.symlink_to("x.png"), "x.png is no file"),
+        (lambda path: path.with_name("up").symlink_to(".."), "up is a link back to a folder that it lies in"),
+        (lambda path: Path(os.fsdecode(bytes(path.parent) + b"/\xe9.png")).touch(), "this name is no text in utf-8"),
+        (lambda path: path.parent.with_name("README.md").write_text("---\na: [1\n: x\n---\n"), "are no YAML"),
+        (
+            lambda path: path.parent.with_name("README.md").write_bytes(b"---\nlicense: \xe9\n---\n"),
+            "Save it as UTF-8",
+        ),
+        (lambda path: path.with_name("metadata.csv").write_bytes(b"file_name,label\n0.png,\xe9\n"), "not in UTF-8"),
+        (lambda path: path.with_name("metadata.jsonl").write_text("{"), "cannot be loaded"),
+    ],
+)
+def test_folders_with_what_is_no_image(tmp_path, monkeypatch, make_special, message):
+    fill(tmp_path, {"a": 3, "b": 3})
+    monkeypatch.chdir(tmp_path / "a")  # the path of a socket has to be short
+    make_special(tmp_path / "a" / "x.png" if "bind" not in make_special.__code__.co_names else Path("x.png"))
+    with pytest.raises(InputError, match=message) as raised:
+        load_image_dataset(str(tmp_path), cache_dir=str(tmp_path / ".cache"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"x.parquet": b"PAR1xxx"},
+        {"dataset_dict.json": b"{"},
+        {"state.json": b"[]", "dataset_info.json": b"[]"},
+    ],
+)
+def test_data_sets_that_are_none(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="cannot be loaded") as raised:
+        load_image_dataset(str(tmp_path), cache_dir=str(tmp_path / ".cache"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_stored_path_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    dataset = datasets.Dataset.from_dict({"image": [str(tmp_path / "x.jpg")], "label": [0]}, features=features)
+    for read_files in (False, True):
+        with pytest.raises(InputError, match="cannot be read: it is no regular file"):
+            fingerprint(dataset, read_files)
+
+
+def test_labels_do_not_reserve_memory():
+    dataset = datasets.Dataset.from_dict({"label": [0, 999_999_999_999]})
+    with pytest.raises(InputError, match="Label 999999999999 in column 'label'"):
+        class_counts(dataset)
+
+
+# ---- Spellings of accents
+
+
+def test_spellings_of_a_class_are_one_class(tmp_path):
+    composed, apart = "\u00e9", "e\u0301"
+    root = fill(tmp_path / "x", {f"train/{composed}": 3, "train/b": 2, f"test/{apart}": 1})
+    fill(tmp_path / "x", {f"train/{apart}": 2}, "more{}.png")
+    assert counts(root) == {"train": {"b": 2, composed: 5}, "test": {"b": 0, composed: 1}}
+
+    image = {"bytes": (tmp_path / "x" / "train" / "b" / "0.png").read_bytes(), "path": None}
+    columns = {"image": [image] * 3, "label": [composed, apart, "b"]}
+    names = {split: datasets.Dataset.from_dict(columns) for split in ("train", "test")}
+    loaded = load_saved(names, tmp_path / "names")
+    assert loaded["train"].features["label"].names == ["b", composed]
+    assert class_counts(loaded["eval"]) == [1, 2]
+
+    named = {
+        split: datasets.Dataset.from_dict(
+            {"image": [image] * 2, "label": [0, 1]},
+            features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[name, "b"])}),
+        )
+        for split, name in (("train", apart), ("test", composed))
+    }
+    loaded = load_saved(named, tmp_path / "named")
+    assert loaded["train"].features["label"].names == loaded["eval"].features["label"].names == [composed, "b"]
+
+
+def load_saved(splits: dict[str, datasets.Dataset], folder: Path) -> datasets.DatasetDict:
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return load_image_dataset(str(folder))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import os
+import zlib
 
 import datasets
 import numpy as np
@@ -196,11 +198,18 @@ def test_train_transform_replaces_augmentation():
 
 
 @pytest.mark.parametrize("cache", ["memory", "none", "disk"])
-def test_corrupt_image_is_named(tmp_path, cache):
+@pytest.mark.parametrize("kind", ["cut off", "no pixels", "a bomb", "empty", "a pipe"])
+def test_corrupt_image_is_named(tmp_path, cache, kind):
     good = tmp_path / "good.png"
     Image.new("RGB", (4, 4)).save(good)
-    bad = tmp_path / "broken.png"
-    bad.write_bytes(good.read_bytes()[:40])
+    content, bad = good.read_bytes(), tmp_path / "broken.png"
+    size = {"no pixels": bytes(8), "a bomb": (60_000).to_bytes(4, "big") * 2}.get(kind, content[16:24])
+    header = b"IHDR" + size + content[24:29]
+    content = content[:12] + header + zlib.crc32(header).to_bytes(4, "big") + content[33:]
+    if kind == "a pipe":
+        os.mkfifo(bad)
+    else:
+        bad.write_bytes({"cut off": content[:40], "empty": b""}.get(kind, content))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     data = datasets.Dataset.from_dict({"image": [str(good), str(bad)], "label": [0, 1]}, features=features)
     with pytest.raises(InputError, match=r"Image 1 \(.*broken.png\) cannot be decoded"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import os
 import shutil
 import sys
 import types
@@ -388,6 +390,16 @@ def test_all_missing_files_are_named_at_once(birds, make, tmp_path, capsys):
         ("a.jpg 0\nb.jpg", "a.jpg 0", None, r"train.txt, line 2: expected `path label`, .* got 'b.jpg'"),
         ("a.jpg 0\n\nb.jpg -1", "a.jpg 0", None, "train.txt, line 3"),
         ("a.jpg 0\nb.jpg 1.0", "a.jpg 0", None, "line 2"),
+        ("a.jpg 0\nb.jpg nan", "a.jpg 0", None, "line 2"),
+        ("a.jpg 0\nb.jpg " + "9" * 5000, "a.jpg 0", None, "line 2"),
+        (
+            "a.jpg 0\nb.jpg 999999999999",
+            "a.jpg 0",
+            None,
+            "no image of 999999999998 of 1000000000000 classes: 1",
+        ),
+        ("a.jpg 0\nb.jpg 1", "a.jpg 999999999999", None, "does not have: 999999999999"),
+        ("a\0.jpg 0\nb.jpg 1", "a.jpg 0", None, "train.txt cannot be read as text: it holds zeros, as UTF-16 does"),
         ("\n", "a.jpg 0", None, "train.txt lists no image"),
         ("a.jpg 0", "a.jpg 0", None, "one class only"),
         ("a.jpg 1\nb.jpg 3", "a.jpg 1", None, r"no image of 2 of 4 classes: 0, 2. Labels are the numbers from 0 on"),
@@ -403,6 +415,45 @@ def test_bad_lists(tmp_path, train, test, names, message):
     names_file = tmp_path / "names" if names else None
     with pytest.raises(InputError, match=message):
         build_split_from_files(tmp_path / "train.txt", tmp_path / "test.txt", tmp_path, class_names=names_file)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["train.txt", "names"])
+def test_encodings(tmp_path, encoding, name):
+    texts = {"é.jpg": "", "b.jpg": "", "train.txt": "é.jpg 0\nb.jpg 1\n", "test.txt": "b.jpg 1", "names": "é\nb\n"}
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text, encoding=encoding if file == name else "utf-8")
+    build = functools.partial(
+        build_split_from_files, tmp_path / "train.txt", tmp_path / "test.txt", tmp_path, None, tmp_path / "names"
+    )
+    if encoding == "utf-8-sig":
+        assert build()["train"].features["label"].names == ["é", "b"]
+        return
+    with pytest.raises(InputError, match=f"{name} cannot be read as text: .*Save it as UTF-8") as raised:
+        build()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("make_special", [os.mkfifo, lambda path: path.symlink_to("a.jpg"), lambda path: path.mkdir()])
+def test_what_is_listed_has_to_be_a_file(tmp_path, make_special):
+    make_special(tmp_path / "a.jpg")
+    for name, text in (("b.jpg", ""), ("train.txt", "a.jpg 0\nb.jpg 1"), ("test.txt", "b.jpg 1")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"1 of 2 images are not in"):
+        build_split_from_files(tmp_path / "train.txt", tmp_path / "test.txt", tmp_path)
+
+
+def test_accents_may_be_spelled_otherwise_in_a_list_than_on_the_disk(tmp_path):
+    composed, apart = "\u00e9", "e\u0301"
+    for folder, name in ((apart, "1.jpg"), (composed, "2.jpg"), ("b", "3.jpg")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).touch()
+    (tmp_path / "train.txt").write_text(f"{composed}/1.jpg 0\n{composed}/2.jpg 0\nb/3.jpg 1", encoding="utf-8")
+    (tmp_path / "test.txt").write_text("b/3.jpg 1")
+    built = build_split_from_files(tmp_path / "train.txt", tmp_path / "test.txt", tmp_path)["train"]
+    assert built.features["label"].names == [composed, "b"]
+    files = [image["path"] for image in stored_images(built)]
+    assert files[0] == str(tmp_path / apart / "1.jpg")
 
 
 # ---- JSON

@@ -1,0 +1,152 @@
+"""Folders of images whose class is the name of their folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import datasets
+from datasets.data_files import SPLIT_KEYWORDS
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from transformers.utils import logging
+
+from .errors import InputError
+from .reading import read_card
+from .text import normal
+
+logger = logging.get_logger(__name__)
+
+#: Column names of what `load_image_dataset` returns, whatever they were called before.
+IMAGE_COLUMN = "image"
+LABEL_COLUMN = "label"
+
+# In folders of images: words that name a split, as `datasets` knows them, and what else `datasets` goes by.
+_SPLITS = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
+_IMAGE_SUFFIXES = set(ImageFolder.EXTENSIONS)
+_TABLE_SUFFIXES = {".parquet", ".arrow"}
+_HIDDEN = (".", "__")  # .DS_Store, __MACOSX, …
+
+
+def class_features(class_names: list[str]) -> datasets.Features:
+    """Return the columns of images and labels."""
+    return datasets.Features({IMAGE_COLUMN: datasets.Image(), LABEL_COLUMN: datasets.ClassLabel(names=class_names)})
+
+
+def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | None:
+    """Read images whose class is the name of their folder: `train/cat/1.jpg`, or `cat/1.jpg`.
+
+    The first folders are splits if they are called so (train, val, Test, …) and hold folders themselves; else they are
+    classes. In deeper trees the innermost folder is the class. `datasets` itself finds splits by words anywhere in a
+    path, where a class "steam_train" or a file "my_test_3.png" changes its split; and it takes 2 ms for each file
+    that is named to it.
+
+    Args:
+        folder: Of the images. A single folder in it that holds all others is looked through.
+
+    Returns:
+        The splits, under the names that `datasets` gives them (`"train"`, `"validation"`, `"test"`), each with the
+        columns `"image"` (files) and `"label"`; `None` where the folder holds something else: tables, images with
+        `metadata.csv`, a data set with a configuration of its own.
+
+    Raises:
+        InputError: If an image lies in no class folder, or two class folders of a split have one name.
+    """
+    folder = Path(os.path.abspath(folder))
+    files = sorted(files_below(folder))
+    images = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
+    if not images or _is_described(folder, files):
+        return None
+    others = [file for file in files if file.suffix.lower() not in _IMAGE_SUFFIXES and len(file.parts) > 1]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        logger.warning(f"{folder}: left out, as they are no images by their names: {others[0]}{more}.")
+    while len({image.parts[0] for image in images}) == 1 and all(len(image.parts) > 2 for image in images):
+        if _split_of(images[0].parts[0]) is not None:
+            break
+        folder /= images[0].parts[0]
+        images = [PurePath(*image.parts[1:]) for image in images]
+
+    first = {image.parts[0] for image in images if len(image.parts) > 1}
+    with_folders = {image.parts[0].lower() for image in images if len(image.parts) > 2}
+    has_splits = "train" in with_folders or (bool(with_folders) and all(_split_of(name) for name in first))
+    loose = [image for image in images if len(image.parts) <= 1 + has_splits]
+    if loose:
+        raise InputError(
+            f"{folder} has images that lie in no class folder ({len(loose)} of {len(images)}), such as {loose[0]}: "
+            f"expected {'SPLIT/' * has_splits}CLASS/IMAGE. Move or remove them."
+        )
+    class_names = sorted({normal(image.parent.name) for image in images})
+    numbers = {name: number for number, name in enumerate(class_names)}
+    columns: dict[str, dict[str, list[Any]]] = {}
+    class_folders: dict[tuple[str, str], PurePath] = {}
+    for image in images:
+        split = (_split_of(image.parts[0]) or image.parts[0]) if has_splits else "train"
+        class_name = normal(image.parent.name)
+        other = class_folders.setdefault((split, class_name), image.parent)
+        if normal(str(other)) != normal(str(image.parent)):
+            raise InputError(
+                f"{folder}: which folder is the class? {other} and {image.parent} have the same name. Have one folder "
+                "for each class, with its images in it."
+            )
+        members = columns.setdefault(split, {IMAGE_COLUMN: [], LABEL_COLUMN: []})
+        members[IMAGE_COLUMN].append(str(folder / image))
+        members[LABEL_COLUMN].append(numbers[class_name])
+    features = class_features(class_names)
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict(members, features=features, split=datasets.NamedSplit(split))
+            for split, members in columns.items()
+        }
+    )
+
+
+def files_below(folder: Path) -> Iterator[PurePath]:
+    """Paths relative to the folder, without what is hidden.
+
+    Raises:
+        InputError: If a folder cannot be read, or something is no file that can be.
+    """
+    todo: list[tuple[PurePath, frozenset[tuple[int, int]]]] = [(PurePath(), frozenset())]
+    while todo:
+        inner, above = todo.pop()
+        try:
+            status = os.stat(folder / inner)
+            entries = [entry for entry in os.scandir(folder / inner) if not entry.name.startswith(_HIDDEN)]
+        except OSError as error:
+            raise InputError(f"{folder / inner} cannot be read: {error.strerror}.") from error
+        if (place := (status.st_dev, status.st_ino)) in above:
+            raise InputError(f"{folder / inner} is a link back to a folder that it lies in. Remove it.")
+        for entry in entries:
+            try:
+                entry.name.encode()
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except UnicodeEncodeError as error:
+                encoding = sys.getfilesystemencoding()
+                raise InputError(f"{entry.path}: this name is no text in {encoding}. Rename it.") from error
+            except OSError:  # a link to itself
+                is_folder = is_file = False
+            if is_folder:
+                todo.append((inner / entry.name, above | {place}))
+            elif is_file:
+                yield inner / entry.name
+            else:
+                raise InputError(f"{entry.path} is no file: it is a pipe, a device, or a link to nothing. Remove it.")
+
+
+def _is_described(folder: Path, files: list[PurePath]) -> bool:
+    """Whether something other than folders says what the images are."""
+    if any(file.stem == "metadata" or file.suffix in _TABLE_SUFFIXES for file in files):
+        return True
+    card = folder / "README.md"
+    if not card.exists():
+        return False
+    return bool(read_card(card).get("configs"))
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a folder's name tells: Train, test-images, train_val2018, …"""
+    return next((_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS), None)

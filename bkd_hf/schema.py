@@ -1,0 +1,282 @@
+"""What a `results.json` holds, as types by which it is checked: it may come from anywhere.
+
+Fractions for metrics, seconds for times. What is `NotRequired` is missing where it does not apply, and in results of
+earlier versions. Further fields may follow in any part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Annotated, Any, get_type_hints
+
+import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
+
+from .config import BKDConfig
+from .metrics import check_shot_thresholds, shot_groups
+from .objective import METHODS
+from .options import DataArguments, ModelArguments
+from .text import one_line
+
+_CONFIG = ConfigDict(strict=True, allow_inf_nan=False, str_max_length=10_000, extra="allow")
+_LARGEST = 2**53  # what every reader of JSON keeps
+
+Integer = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
+Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Amount = Annotated[float, Field(ge=0, le=1e30)]
+Fraction = Annotated[float, Field(ge=0, le=1 + 1e-9)]  # a mean of ones may be rounded
+HubId = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=200)]
+Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]+(-sampled)?$")]
+
+
+class Metrics(TypedDict):
+    """See `long_tail_metrics`; groups without classes are missing."""
+
+    accuracy: Fraction
+    balanced_accuracy: Fraction
+    worst_class_accuracy: Fraction
+    top5_accuracy: NotRequired[Fraction]
+    many_shot_accuracy: NotRequired[Fraction]
+    medium_shot_accuracy: NotRequired[Fraction]
+    few_shot_accuracy: NotRequired[Fraction]
+    harmonic_mean_accuracy: NotRequired[Fraction]
+    geometric_mean_accuracy: NotRequired[Fraction]
+    macro_f1: NotRequired[Fraction]
+    expected_calibration_error: NotRequired[Fraction]
+    per_class_accuracy: list[Fraction | None]  # C; `null` without test images
+
+
+class PostHocMetrics(Metrics):
+    """The same after post-hoc logit adjustment."""
+
+    tau: Number
+
+
+class TrainingSummary(TypedDict):
+    """Where a model was trained in this run."""
+
+    seconds: Amount
+    images_per_second: Amount
+    seconds_per_step: NotRequired[Amount]
+    steps: Count
+    epochs: Amount
+
+
+class HistoryEntry(TypedDict):
+    """What was logged while training; `null` is not a number."""
+
+    step: NotRequired[Count]
+    epoch: NotRequired[Amount]
+    elapsed_seconds: NotRequired[Amount]
+    loss: NotRequired[Number | None]
+    ce_loss: NotRequired[Number | None]
+    kd_loss: NotRequired[Number | None]
+    learning_rate: NotRequired[Number | None]
+    eval_accuracy: NotRequired[Fraction | None]
+    eval_few_shot_accuracy: NotRequired[Fraction | None]
+
+
+class Targets(TypedDict):
+    """See `bkd_hf.targets.target_statistics`; `power` where the loss has class weights."""
+
+    num_images: Count
+    target_agreement: Fraction
+    teacher_agreement: Fraction
+    mass: dict[str, Fraction]
+    labels: dict[str, Fraction]
+    favoured_class: Count
+    favoured_share: Fraction
+    favoured_label_share: Fraction
+    power: NotRequired[Amount]
+
+
+class Model(TypedDict):
+    """A teacher or a student; of a teacher there are post-hoc metrics only if it was trained on these very images."""
+
+    model: str
+    hub_id: NotRequired[HubId | None]  # `null` if it is not from the Hub
+    architecture: NotRequired[str]
+    num_parameters: Count
+    metrics: Metrics
+    post_hoc_metrics: NotRequired[PostHocMetrics | None]
+    num_eval_images: NotRequired[Count]  # that were answered: all that the data tell of
+    answers: NotRequired[list[Count]]  # C numbers of evaluation images for which each class was the answer
+    # [true class, predicted class, test images], the most frequent first (2,000 at most)
+    confusions: list[Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    training: NotRequired[TrainingSummary]
+    history: NotRequired[list[HistoryEntry]]
+    method: NotRequired[str | None]  # of a teacher, where it is known
+    head_bias_shift: NotRequired[list[Number]]  # C numbers that were added in the end, where a bias was fitted
+    started_from_teacher: NotRequired[bool]  # of a student that has one
+    targets: NotRequired[Targets | None]  # of such a student, where its method has any
+
+
+class Data(TypedDict):
+    """The images of a run."""
+
+    name: str
+    hub_id: NotRequired[HubId | None]
+    eval_split: NotRequired[str | None]  # "train" for images that were set aside of it; `null` if not known
+    fingerprint: Fingerprint | None  # of labels and images
+    eval_fingerprint: Fingerprint | None
+    num_train_images: Positive
+    num_eval_images: Positive
+    class_names: Annotated[list[str], Field(min_length=1)]
+    class_counts: list[Count]  # of training images
+    eval_class_counts: list[Count]
+    many_shot_threshold: Count
+    few_shot_threshold: Count
+
+
+class Hardware(TypedDict):
+    """What a run was computed on."""
+
+    device: str
+    cpu_cores: NotRequired[Count | None]
+    cpu_threads: Positive
+    num_processes: Positive
+    precision: str
+
+
+class Versions(TypedDict):
+    """Of Python and the libraries, and the commit of bkd_hf where it is a git checkout."""
+
+    bkd_hf: str
+    torch: str
+    transformers: str
+    accelerate: str
+    commit: NotRequired[str | None]
+
+
+def _options(kind: type) -> type:
+    """Options by their own types, but for words that may be numbers, and arguments of losses."""
+    kinds = {int: Integer, float: Number, str | None: str | Number | None}
+    hints, names = get_type_hints(kind), [field.name for field in dataclasses.fields(kind)]
+    types = {name: Any if name.endswith("_args") else kinds.get(hints[name], hints[name]) for name in names}
+    return TypedDict("Options", types, total=False)  # type: ignore[operator]
+
+
+ModelOptions, DataOptions, TrainingOptions = _options(ModelArguments), _options(DataArguments), _options(BKDConfig)
+
+
+class Options(TypedDict):
+    """What a run was told, without secrets and places."""
+
+    model: ModelOptions  # type: ignore[valid-type]
+    data: DataOptions  # type: ignore[valid-type]
+    training: TrainingOptions  # type: ignore[valid-type]  # what differs from the defaults of `transformers`; all own
+    teacher_training: TrainingOptions  # type: ignore[valid-type]  # what differs from `training`
+
+
+class Results(TypedDict):
+    """A `results.json`, schema version 1."""
+
+    __pydantic_config__ = _CONFIG  # type: ignore[misc]  # of all parts
+
+    schema_version: int
+    options: Options
+    method: NotRequired[str]  # the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
+    seed: Integer
+    command: NotRequired[str | None]  # what was called; `null` from Python
+    data: Data
+    teacher: Model | None  # `null` where the student's method has none
+    student: Model
+    versions: Versions
+    hardware: Hardware
+
+
+def find_fault(results: Any, adds_up: bool = True) -> str | None:
+    """Return what is wrong with the content of a `results.json`, as what is said of it; `None` if nothing is.
+
+    Args:
+        results: As read.
+        adds_up: Whether sums and means have to be those of their parts, as where somebody else may have changed them.
+    """
+    try:
+        _adapter().validate_python(results)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+        where = [".".join(one_line(part, 40) for part in fault["loc"]) for fault in faults]
+        if missing := [place for place, fault in zip(where, faults, strict=True) if fault["type"] == "missing"]:
+            return f"is not whole: it has no {one_line(', '.join(missing), 200)}"
+        value, said = faults[0]["input"], faults[0]["msg"]
+        shown = f" (it is {one_line(repr(value), 40)})" if isinstance(value, (str, int, float)) else ""
+        return f"is not valid: {where[0]}: {said}{shown}"
+    faults_between_parts = itertools.chain(_misfits(results), _wrong_sums(results) if adds_up else ())
+    fault = next(faults_between_parts, None)
+    return fault and f"is not valid: {fault}"
+
+
+@functools.cache
+def _adapter() -> TypeAdapter:
+    return TypeAdapter(Results)
+
+
+def _models(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield from ((name, results[name]) for name in ("student", "teacher") if results[name])
+
+
+def _misfits(results: dict[str, Any]) -> Iterator[str]:
+    """Parts that do not fit each other, or this version of bkd_hf."""
+    options, data = results["options"], results["data"]
+    for part in ("training", "teacher_training"):
+        if (method := options[part].get("method", "bkd")) not in METHODS:
+            yield f"options.{part}.method: there is no {one_line(method, 40)!r} here"
+        told = {**options["training"], **options[part]}
+        if len(told.get("lr_step_epochs") or ()) != len(told.get("lr_step_factors") or ()):
+            yield f"options.{part}: lr_step_epochs and lr_step_factors differ in length"
+    try:
+        check_shot_thresholds(data["many_shot_threshold"], data["few_shot_threshold"])
+    except ValueError as error:
+        yield f"data: {error}"
+    images = data["eval_class_counts"]
+    for name in ("class_counts", "eval_class_counts"):
+        if len(data[name]) != len(data["class_names"]) or not any(data[name]):
+            yield f"data.{name}: not a number for each of {len(data['class_names'])} classes, or no image at all"
+    for name, model in _models(results):
+        for part in ("metrics", "post_hoc_metrics"):
+            accuracies = (model.get(part) or {}).get("per_class_accuracy")
+            if accuracies is not None and [value is None for value in accuracies] != [not n for n in images]:
+                yield f"{name}.{part}.per_class_accuracy: not one for each class with test images"
+        if len(model.get("answers", images)) != len(images):
+            yield f"{name}.answers: not a number for each class"
+        if any(max(confusion[:2]) >= len(images) for confusion in model["confusions"]):
+            yield f"{name}.confusions: there is no such class"
+        if targets := model.get("targets"):
+            if targets["favoured_class"] >= len(images):
+                yield f"{name}.targets.favoured_class: there is no such class"
+            if targets["mass"].keys() != targets["labels"].keys():
+                yield f"{name}.targets: mass and labels are of different groups"
+
+
+def _wrong_sums(results: dict[str, Any]) -> Iterator[str]:
+    data = results["data"]
+    for name, total in (("class_counts", "num_train_images"), ("eval_class_counts", "num_eval_images")):
+        if sum(data[name]) != data[total]:
+            yield f"data.{total}: it is not the sum of {name}"
+    images = np.asarray(data["eval_class_counts"], dtype=float)
+    groups = shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
+    for name, model in _models(results):
+        if sum(model.get("answers", data["eval_class_counts"])) != data["num_eval_images"]:
+            yield f"{name}.answers: their sum is not data.num_eval_images"
+        for true, predicted, number in model["confusions"]:
+            if true == predicted or not 0 < number <= images[true]:
+                yield f"{name}.confusions: {[true, predicted, number]} cannot be"
+        for part in ("metrics", "post_hoc_metrics"):
+            if not (metrics := model.get(part)):
+                continue
+            accuracies = np.array(metrics["per_class_accuracy"], dtype=float)
+            means = {"accuracy": np.nansum(accuracies * images) / images.sum()}
+            means |= {"balanced_accuracy": np.nanmean(accuracies), "worst_class_accuracy": np.nanmin(accuracies)}
+            for group, members in groups.items():
+                if f"{group}_accuracy" in metrics or images[members].any():
+                    means[f"{group}_accuracy"] = np.nansum(accuracies[members]) / max(1, (images[members] > 0).sum())
+            for key, mean in means.items():
+                if not abs(metrics.get(key, np.nan) - mean) < 1e-6:
+                    yield f"{name}.{part}.{key}: the accuracies of the classes give {mean:.6f}"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .card import build
-from .files import as_others_are, read_json, write_text
+from .files import as_others_are, read_json, replacing, write_text
 from .hub import check_repo_access, publish_folder
 from .measure import measure
 from .measuring_trainer import MeasuringTrainer
@@ -42,22 +42,30 @@ class PublishingTrainer(MeasuringTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save one as `Trainer`; it counts when all processes have written their part, and no other goes before."""
-        run_dir = self._get_output_dir(trial=trial)
+        """Save one as `Trainer`; its `trainer_state.json` comes last, when it is whole, and no other goes before."""
+        run_dir, limit = self._get_output_dir(trial=trial), self.args.save_total_limit
         folder = Path(run_dir, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, damaged
         self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+
+        def save_last(path: str) -> None:
+            with replacing(path) as unfinished:
+                type(self.state).save_to_json(self.state, unfinished)
+                mark_complete(folder)
+
+        self.args.save_total_limit, self.state.save_to_json = None, save_last
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder)
-            if limit:
-                self._delete_earlier(folder, limit)
+            del self.state.save_to_json
+        if self.args.should_save and limit:
+            self._delete_earlier(folder, limit)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # all processes have written their part
 
     def _delete_earlier(self, newest: Path, limit: int) -> None:
         """Delete checkpoints until no more than `limit` are left; never the newest, or the best.

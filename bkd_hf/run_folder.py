@@ -232,10 +232,11 @@ def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -
 
 
 def mark_complete(checkpoint: str | os.PathLike[str]) -> None:
-    """Write down that a checkpoint was written to its end, with the hashes of its files."""
+    """Write down the hashes of a checkpoint's files, of one that is still to be renamed under its final name."""
     folder = Path(checkpoint)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE_NAME)
-    save_json({path.relative_to(folder).as_posix(): hash_of(path) for path in files}, folder / COMPLETE_NAME)
+    names = [path.relative_to(folder).as_posix().removesuffix(UNFINISHED) for path in files]
+    save_json(dict(zip(names, map(hash_of, files), strict=True)), folder / COMPLETE_NAME)
 
 
 def why_not_complete(checkpoint: str | os.PathLike[str]) -> str | None:

@@ -31,7 +31,7 @@ from .options import (
     RunArguments,
     read_text,
 )
-from .ranges import shortened
+from .text import one_line
 
 _TEACHER_PREFIX = "--teacher_"
 _NULL = "tag:yaml.org,2002:null"
@@ -308,7 +308,7 @@ def _read_config(parser: _Parser, path: str | Path) -> list[str]:
             if given := _tokens(parser, path, name, value):
                 tokens += [_TEACHER_PREFIX + given[0].removeprefix("--"), *given[1:]]
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"--config {path} is no YAML: {shortened(error, 200)}.") from error
+        raise InputError(f"--config {path} is no YAML: {one_line(error, 200)}.") from error
     return tokens
 
 
@@ -321,7 +321,7 @@ def _tokens(parser: _Parser, path: str | Path, name: str, node: yaml.Node) -> li
         return []
     is_list_option = action.nargs in ("+", "*")
     nodes = node.value if isinstance(node, yaml.SequenceNode) and is_list_option else [node]
-    shown = shortened(repr(value := _YamlLoader("").construct_document(node)))
+    shown = one_line(repr(value := _YamlLoader("").construct_document(node)), 80)
     if isinstance(node, yaml.MappingNode) and name in BKDConfig._VALID_DICT_FIELDS:
         tokens = [json.dumps(value)]
     elif all(isinstance(each, yaml.ScalarNode) for each in nodes):

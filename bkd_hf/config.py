@@ -25,7 +25,8 @@ from .objective import (
     Loss,
     Objective,
 )
-from .ranges import check_ranges, shortened
+from .ranges import check_ranges
+from .text import one_line
 
 _REGISTRIES: dict[str, Mapping[str, Loss | None]] = {
     "classification_loss": CLASSIFICATION_LOSSES,
@@ -365,7 +366,7 @@ class BKDConfig(TrainingArguments):
 
     def _require(self, holds: bool, name: str, condition: str) -> None:
         if not holds:
-            raise InputError(f"--{name} must be {condition}, got {shortened(getattr(self, name))}.")
+            raise InputError(f"--{name} must be {condition}, got {one_line(getattr(self, name), 80)}.")
 
     def _apply_method(self) -> None:
         """Fill in what the preset says, where nothing was said explicitly."""
@@ -393,7 +394,7 @@ class BKDConfig(TrainingArguments):
                 try:
                     found = json.loads(value)
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"--{name} {shortened(value)} is no JSON: {shortened(error)}.") from error
+                    raise InputError(f"--{name} {one_line(value, 80)} is no JSON: {one_line(error, 80)}.") from error
                 self._require(isinstance(found, dict), name, "a JSON object")
                 # transformers reads its own by itself, where numbers may be in quotes.
                 setattr(self, name, value.strip() if name in TrainingArguments._VALID_DICT_FIELDS else found)

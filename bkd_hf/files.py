@@ -65,7 +65,7 @@ def as_others_are(paths: Iterable[Path]) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def try_json(path: Path) -> dict[str, Any] | None:
     """Return the content of a file; `None` if it is not there, or is not whole."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -23,8 +23,7 @@ from transformers.image_utils import PILImageResampling
 from .errors import InputError, first_line
 from .head import answer_one_class, head_modules, shift_logits
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
-from .ranges import shortened
-from .text import normal
+from .text import normal, one_line
 
 _FRESH_NAME = re.compile(r"cifar-resnet-([0-9]{1,9})")
 _MAX_DEPTH = 1202  # of the paper
@@ -223,9 +222,9 @@ def prefer_channels_last(model: nn.Module) -> bool:
 def not_loadable(name: str, error: Exception) -> InputError:
     """Say in one line why a model's files cannot be used."""
     where = "a folder here" if os.path.isdir(name) else "no folder here; on the Hub"
-    why = shortened(first_line(error), 300)
+    why = one_line(first_line(error), 300)
     return InputError(
-        f"The model {shortened(name)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "
+        f"The model {one_line(name, 80)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "
         "save_pretrained, or cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
     )
 

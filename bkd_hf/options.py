@@ -28,7 +28,8 @@ from .machine import (
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
 from .objective import METHODS
-from .ranges import check_ranges, defaults_of, explain, shortened
+from .ranges import check_ranges, defaults_of, explain
+from .text import one_line
 
 #: The Hub's name for a licence that nobody has chosen.
 UNKNOWN_LICENSE = "unknown"
@@ -396,7 +397,7 @@ def _build_training(options: dict[str, Any]) -> BKDConfig:
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {shortened(value)!r}.")
+        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {one_line(value, 80)!r}.")
 
 
 def read_text(option: str, path: str | Path) -> str:
@@ -407,4 +408,4 @@ def read_text(option: str, path: str | Path) -> str:
         raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error
     except (OSError, ValueError) as error:  # ValueError: no name of a file at all
         why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"--{option} {shortened(path)} cannot be read: {why}.") from error
+        raise InputError(f"--{option} {one_line(path, 80)} cannot be read: {why}.") from error

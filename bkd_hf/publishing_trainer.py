@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .card import build
-from .files import as_others_are, read_json, replacing, write_text
+from .files import as_others_are, replacing, try_json, write_text
 from .hub import check_repo_access, publish_folder
 from .measure import measure
 from .measuring_trainer import MeasuringTrainer
+from .models import load_weights_strictly
 from .plots import save_plots
 from .results import RESULTS_NAME, save_json
-from .run_folder import last_complete_checkpoint, mark_complete
+from .run_folder import check_checkpoint, last_complete_checkpoint, mark_complete
 
 
 class PublishingTrainer(MeasuringTrainer):
@@ -86,6 +89,26 @@ class PublishingTrainer(MeasuringTrainer):
             folder = Path(output_dir or self.args.output_dir)
             as_others_are(path for path in folder.iterdir() if path.suffix in (".safetensors", ".py"))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_pretrained_weights(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_pretrained_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_pretrained_weights(self, checkpoint: str) -> bool:
+        """Load a checkpoint as users will; False if the model is of a kind that only `Trainer` knows to load.
+
+        Trainer loads with `strict=False`, which silently skips all weights that `save_pretrained` renamed (ViT's).
+        """
+        ours = isinstance(self.model, PreTrainedModel) and not type(self.model).__module__.startswith("peft.")
+        if ours and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            check_checkpoint(checkpoint)
+            load_weights_strictly(self.model, checkpoint)
+            return True
+        return False
+
     # ---- Times, by a clock that does not jump ---------------------------------------------------------------------
 
     def evaluation_loop(
@@ -131,7 +154,7 @@ class PublishingTrainer(MeasuringTrainer):
             save_json(metrics, folder / f"{split}_results.json")
             if combined:
                 of_all = folder / "all_results.json"
-                save_json({**(read_json(of_all) or {}), **metrics}, of_all)
+                save_json({**(try_json(of_all) or {}), **metrics}, of_all)
 
     def save_results(self, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
         """Measure student and teacher on `eval_dataset`; write `results.json` and the figures into `output_dir`.

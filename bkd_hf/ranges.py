@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import InputError
 from .machine import available_cores
+from .text import one_line
 
 _MAX_WORKERS = max(64, 8 * available_cores())
 
@@ -74,12 +75,6 @@ def check_ranges(options: Any) -> None:
                 raise InputError(f"--{name} must be {condition}, got {value}.")
 
 
-def shortened(text: Any, width: int = 80) -> str:
-    """Return a text in one line that is not much longer than this."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= width else f"{line[:width]}…"
-
-
 def explain(
     error: Exception, values: Mapping[str, Any], defaults: Mapping[str, Any], attempt: Callable[[dict], Any]
 ) -> InputError:
@@ -93,7 +88,7 @@ def explain(
     """
     if isinstance(error, InputError):
         return error
-    why = shortened(error, 300).rstrip(".") or type(error).__name__
+    why = one_line(error, 300).rstrip(".") or type(error).__name__
     for name, value in reversed(list(values.items())):  # the finer options come last
         if name in defaults and value != defaults[name]:
             try:
@@ -104,7 +99,7 @@ def explain(
                 continue
             shown = " ".join(map(str, value)) if isinstance(value, list) else getattr(value, "value", value)
             return InputError(
-                f"--{name} {shortened(shown)} cannot be used: {why}. Choose another value, or leave it out."
+                f"--{name} {one_line(shown, 80)} cannot be used: {why}. Choose another value, or leave it out."
             )
     return InputError(f"The options do not go together: {why}.")
 

@@ -22,8 +22,9 @@ from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .models import cifar_resnet_depth, load_config
 from .options import RunArguments, options_with
-from .ranges import defaults_of, explain, shortened
+from .ranges import defaults_of, explain
 from .teacher import teacher_label_names
+from .text import one_line
 from .trainer import BKDTrainer
 
 _NUM_IMAGES, _SIZE, _NUM_CLASSES = 4, 8, 2
@@ -69,7 +70,7 @@ def _check_name(option: str, path: Any) -> None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, ValueError) as error:
-        raise InputError(f"--{option} {shortened(path)}: {getattr(error, 'strerror', None) or error}.") from error
+        raise InputError(f"--{option} {one_line(path, 80)}: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _check_writable(option: str, path: str) -> None:

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from huggingface_hub import try_to_load_from_cache
 
 from .errors import InputError
-from .files import LOCK_NAME, UNFINISHED, hash_of, lock, read_json, why_broken
+from .files import LOCK_NAME, UNFINISHED, hash_of, lock, try_json, why_broken
 from .models import cifar_resnet_depth
 from .options import WITHOUT_INFLUENCE, ModelArguments, RunArguments
 from .results import RESULTS_NAME, save_json
@@ -59,7 +59,7 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
             raise InputError(f"--output_dir {output_dir} is a file: name a folder.")
         content = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
     content -= {LOCK_NAME, RUN_NAME + UNFINISHED}
-    record = read_json(output_dir / RUN_NAME)
+    record = try_json(output_dir / RUN_NAME)
     if RUN_NAME in content and record is None:
         raise InputError(
             f"--output_dir {output_dir} holds a run whose {RUN_NAME} is damaged, so nobody knows which: name another "
@@ -115,7 +115,7 @@ def claim_output_dir(arguments: RunArguments, identity: dict[str, str | None] | 
             lock(output_dir)
             found = state()  # whoever held it may have changed it
             if found == "new" or (found == "interrupted" and identity is not None):
-                old = {} if found == "new" else read_json(output_dir / RUN_NAME) or {}
+                old = {} if found == "new" else try_json(output_dir / RUN_NAME) or {}
                 if starts_anew:
                     _delete_run(output_dir)
                 told = _told(arguments, identity)
@@ -164,7 +164,7 @@ def _identity_of_weights(name: str, options: ModelArguments) -> str | None:
 
 def _damage(output_dir: Path, needs_weights: bool) -> str:
     """Say what of a finished run does not load; weights that were deleted are missed where they are needed."""
-    if read_json(output_dir / RESULTS_NAME) is None:
+    if try_json(output_dir / RESULTS_NAME) is None:
         return f"{RESULTS_NAME} is damaged"
     files = [path for name in ("config.json", "model*.safetensors") for path in output_dir.glob(name)]
     if needs_weights and len(files) < 2:
@@ -242,7 +242,7 @@ def mark_complete(checkpoint: str | os.PathLike[str]) -> None:
 def why_not_complete(checkpoint: str | os.PathLike[str]) -> str | None:
     """Say what is missing or damaged of a checkpoint; `None` if it is as [`mark_complete`] saw it."""
     folder = Path(checkpoint)
-    files = read_json(folder / COMPLETE_NAME)
+    files = try_json(folder / COMPLETE_NAME)
     if not files:
         return "it was not written to its end"
     for name, expected in files.items():

@@ -40,8 +40,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from . import modeling_cifar_resnet  # noqa: F401 (makes the architecture known to the Auto classes)
 from .errors import InputError
 from .models import label_names, why_not_alike
-from .ranges import shortened
-from .text import normal
+from .text import normal, one_line
 
 #: Inputs with this prefix go to the teacher, without it.
 TEACHER_PREFIX = "teacher_"
@@ -296,7 +295,7 @@ def load_teacher(
 
 
 def _not_loadable(teacher: str, error: Exception) -> InputError:
-    return InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {shortened(error, 300)}")
+    return InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {one_line(error, 300)}")
 
 
 def check_numbers_of_classes(

@@ -25,11 +25,10 @@ from .head import balancing_shift, head_biases, prepare_head, sample_for_bias, s
 from .images import ImageDataset, collate_images
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .metrics import LongTailEvaluation, check_class_counts
-from .models import load_weights_strictly, start_from_teacher
+from .models import start_from_teacher
 from .objective import Objective, Progress, corrects
 from .optimization import OptimizingTrainer
 from .publishing_trainer import PublishingTrainer
-from .run_folder import check_checkpoint
 from .sampling import innermost
 from .targets import NUM_IMAGES, answers_about_sample, look, power_of
 from .teacher import (
@@ -433,23 +432,3 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         self._guard.check_weights(self.model, self.state.global_step)
         self._meter.keep(self)
         super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_pretrained_weights(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_pretrained_weights(self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    def _load_pretrained_weights(self, checkpoint: str) -> bool:
-        """Load a checkpoint as users will; False if the model is of a kind that only `Trainer` knows to load.
-
-        Trainer loads with `strict=False`, which silently skips all weights that `save_pretrained` renamed (ViT's).
-        """
-        ours = isinstance(self.model, PreTrainedModel) and not type(self.model).__module__.startswith("peft.")
-        if ours and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            check_checkpoint(checkpoint)
-            load_weights_strictly(self.model, checkpoint)
-            return True
-        return False

@@ -291,15 +291,16 @@ class BKDConfig(TrainingArguments):
             fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
             self._require(fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
         by_accelerate: Any = self.accelerator_config
-        numbers = not (by_accelerate.split_batches or by_accelerate.dispatch_batches)
-        numbers = numbers and self.train_sampling_strategy in ("random", "sequential")
-        self._require(
-            self.teacher_cache in ("off", "auto") or (numbers and self.sampler == "instance"),
-            "teacher_cache",
-            "off or auto, unless each image is drawn once an epoch: it goes with --sampler instance, "
-            "--train_sampling_strategy random or sequential, and neither split_batches nor dispatch_batches of "
-            "--accelerator_config",
-        )
+        for name, numbers in (
+            ("sampler", self.sampler == "instance"),
+            ("train_sampling_strategy", self.train_sampling_strategy in ("random", "sequential")),
+            ("accelerator_config", not (by_accelerate.split_batches or by_accelerate.dispatch_batches)),
+        ):
+            if not numbers and self.teacher_cache not in ("off", "auto"):
+                raise InputError(
+                    f"--teacher_cache does not go with --{name} {shortened(getattr(self, name))}: which images are "
+                    "drawn, and in which view, would not be known beforehand. Use --teacher_cache off."
+                )
         for message in self._options_without_effect():
             warnings.warn(message, UserWarning, stacklevel=3)
 
@@ -406,6 +407,7 @@ class BKDConfig(TrainingArguments):
         for part, registry in _REGISTRIES.items():
             option, name = f"{part}_args", getattr(self, part)
             given, loss = getattr(self, option), registry[name]
+            self._require(given is None or isinstance(given, dict), option, "a JSON object")
             if not given:
                 continue
             for argument in given:

@@ -40,7 +40,7 @@ from .models import cifar_resnet_depth
 from .objective import corrects
 from .options import OPTIONS, WITHOUT_INFLUENCE, options_with
 from .reading import read_json
-from .schema import find_fault
+from .schema import HUB_ID, find_fault
 from .teacher import FrozenTeacher
 from .text import one_line
 
@@ -362,7 +362,7 @@ def recordable(options: dict[str, Any]) -> dict[str, Any]:
 def hub_id(name: str) -> str | None:
     """Return the name of a data set or model that is on the Hub; `None` for what is here."""
     here = name == "digits" or _is_path(name) or os.path.exists(name)
-    return None if here else name
+    return None if here or not re.fullmatch(HUB_ID, name) else name
 
 
 def without_folders(text: str) -> str:

@@ -6,7 +6,6 @@ earlier versions. Further fields may follow in any part.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -16,22 +15,29 @@ import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from .config import BKDConfig
+from .config import METHOD_OPTIONS, BKDConfig
 from .metrics import check_shot_thresholds, shot_groups
 from .objective import METHODS
-from .options import DataArguments, ModelArguments
 from .text import one_line
 
-_CONFIG = ConfigDict(strict=True, allow_inf_nan=False, str_max_length=10_000, extra="allow")
+_CONFIG = ConfigDict(strict=True, allow_inf_nan=False, str_max_length=1_000_000, extra="allow")
+#: What can be the id of a repository.
+HUB_ID = r"[\w.-]+(/[\w.-]+)?"
 _LARGEST = 2**53  # what every reader of JSON keeps
+
+_READ_OPTIONS = (
+    "learning_rate", "weight_decay", "optim", "momentum", "lr_scheduler_type", "warmup_steps", "lr_step_epochs",
+    "lr_step_factors", "lr_warmup_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "load_best_model_at_end",
+)  # fmt: skip
 
 Integer = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
-Number = Annotated[float, Field(ge=-1e30, le=1e30)]
-Amount = Annotated[float, Field(ge=0, le=1e30)]
-Fraction = Annotated[float, Field(ge=0, le=1 + 1e-9)]  # a mean of ones may be rounded
-HubId = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=200)]
+Real = Annotated[float, Field(ge=-1e39, le=1e39)]  # what single precision has, and a figure can show
+Amount = Annotated[float, Field(ge=0, le=1e39)]
+Fraction = Annotated[float, Field(ge=0, le=1.0001)]  # sums in single precision are rounded
+HubId = Annotated[str, Field(pattern=f"^{HUB_ID}$")]
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]+(-sampled)?$")]
 
 
@@ -55,7 +61,7 @@ class Metrics(TypedDict):
 class PostHocMetrics(Metrics):
     """The same after post-hoc logit adjustment."""
 
-    tau: Number
+    tau: Real
 
 
 class TrainingSummary(TypedDict):
@@ -74,10 +80,10 @@ class HistoryEntry(TypedDict):
     step: NotRequired[Count]
     epoch: NotRequired[Amount]
     elapsed_seconds: NotRequired[Amount]
-    loss: NotRequired[Number | None]
-    ce_loss: NotRequired[Number | None]
-    kd_loss: NotRequired[Number | None]
-    learning_rate: NotRequired[Number | None]
+    loss: NotRequired[Real | None]
+    ce_loss: NotRequired[Real | None]
+    kd_loss: NotRequired[Real | None]
+    learning_rate: NotRequired[Real | None]
     eval_accuracy: NotRequired[Fraction | None]
     eval_few_shot_accuracy: NotRequired[Fraction | None]
 
@@ -112,7 +118,7 @@ class Model(TypedDict):
     training: NotRequired[TrainingSummary]
     history: NotRequired[list[HistoryEntry]]
     method: NotRequired[str | None]  # of a teacher, where it is known
-    head_bias_shift: NotRequired[list[Number]]  # C numbers that were added in the end, where a bias was fitted
+    head_bias_shift: NotRequired[list[Real]]  # C numbers that were added in the end, where a bias was fitted
     started_from_teacher: NotRequired[bool]  # of a student that has one
     targets: NotRequired[Targets | None]  # of such a student, where its method has any
 
@@ -154,22 +160,23 @@ class Versions(TypedDict):
     commit: NotRequired[str | None]
 
 
-def _options(kind: type) -> type:
-    """Options by their own types, but for words that may be numbers, and arguments of losses."""
-    kinds = {int: Integer, float: Number, str | None: str | Number | None}
-    hints, names = get_type_hints(kind), [field.name for field in dataclasses.fields(kind)]
-    types = {name: Any if name.endswith("_args") else kinds.get(hints[name], hints[name]) for name in names}
-    return TypedDict("Options", types, total=False)  # type: ignore[operator]
+def _training_options() -> type:
+    """Options of a training that are read again: by their own types, but for words that may be numbers."""
+    names = {name for name in (*METHOD_OPTIONS, *_READ_OPTIONS) if not name.endswith("_args")}
+    kinds = {int: Integer, float: Real, str | None: str | Real | None}
+    hints = {name: hint for name, hint in get_type_hints(BKDConfig).items() if name in names}
+    types = {name: kinds.get(hint, hint) for name, hint in hints.items()}
+    return TypedDict("TrainingOptions", types, total=False)  # type: ignore[operator]
 
 
-ModelOptions, DataOptions, TrainingOptions = _options(ModelArguments), _options(DataArguments), _options(BKDConfig)
+TrainingOptions = _training_options()
 
 
 class Options(TypedDict):
     """What a run was told, without secrets and places."""
 
-    model: ModelOptions  # type: ignore[valid-type]
-    data: DataOptions  # type: ignore[valid-type]
+    model: dict[str, Any]
+    data: dict[str, Any]
     training: TrainingOptions  # type: ignore[valid-type]  # what differs from the defaults of `transformers`; all own
     teacher_training: TrainingOptions  # type: ignore[valid-type]  # what differs from `training`
 

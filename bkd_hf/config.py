@@ -298,7 +298,7 @@ class BKDConfig(TrainingArguments):
         ):
             if not numbers and self.teacher_cache not in ("off", "auto"):
                 raise InputError(
-                    f"--teacher_cache does not go with --{name} {shortened(getattr(self, name))}: which images are "
+                    f"--teacher_cache does not go with --{name} {one_line(getattr(self, name), 80)}: which images are "
                     "drawn, and in which view, would not be known beforehand. Use --teacher_cache off."
                 )
         for message in self._options_without_effect():

@@ -290,17 +290,6 @@ class BKDConfig(TrainingArguments):
         for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
             fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
             self._require(fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
-        by_accelerate: Any = self.accelerator_config
-        for name, numbers in (
-            ("sampler", self.sampler == "instance"),
-            ("train_sampling_strategy", self.train_sampling_strategy in ("random", "sequential")),
-            ("accelerator_config", not (by_accelerate.split_batches or by_accelerate.dispatch_batches)),
-        ):
-            if not numbers and self.teacher_cache not in ("off", "auto"):
-                raise InputError(
-                    f"--teacher_cache does not go with --{name} {one_line(getattr(self, name), 80)}: which images are "
-                    "drawn, and in which view, would not be known beforehand. Use --teacher_cache off."
-                )
         for message in self._options_without_effect():
             warnings.warn(message, UserWarning, stacklevel=3)
 

@@ -41,7 +41,7 @@ def check_before_work(arguments: RunArguments) -> None:
     for name in ("dataset_name", "model_name_or_path", "teacher_model_name_or_path", *sorted(options_with("path"))):
         _check_name(name, arguments.options[name])
     if arguments.distils and arguments.training.teacher_cache not in ("off", "auto"):
-        _check_writable("teacher_cache", arguments.training.teacher_cache)
+        _check_cache(arguments.training)
     arguments.model.read_teacher_label_map()
     for options in trained:
         name = options.model.model_name_or_path
@@ -73,15 +73,28 @@ def _check_name(option: str, path: Any) -> None:
         raise InputError(f"--{option} {one_line(path, 80)}: {getattr(error, 'strerror', None) or error}.") from error
 
 
-def _check_writable(option: str, path: str) -> None:
-    folder = Path(path).expanduser()
+def _check_cache(args: BKDConfig) -> None:
+    by_accelerate: Any = args.accelerator_config
+    if (
+        args.sampler != "instance"
+        or args.train_sampling_strategy not in ("random", "sequential")
+        or by_accelerate.split_batches
+        or by_accelerate.dispatch_batches
+    ):
+        raise InputError(
+            f"--teacher_cache {args.teacher_cache} needs --sampler instance, --train_sampling_strategy random or "
+            "sequential, and neither split_batches nor dispatch_batches of --accelerator_config: else an image is not "
+            "drawn once an epoch, or not in a known view. Use --teacher_cache off."
+        )
+    folder = Path(args.teacher_cache).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise InputError(
-            f"--{option} {folder} cannot be written: {error.strerror}. Choose another folder, or leave it out."
+            f"--teacher_cache {folder} cannot be written: {error.strerror}. Choose another folder, or --teacher_cache "
+            "off."
         ) from error
 
 

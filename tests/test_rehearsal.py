@@ -84,7 +84,7 @@ def test_what_works_is_not_refused(tmp_path, options):
         (["--teacher_cache", "/dev/null/x"], "--teacher_cache /dev/null/x cannot be written"),
         (
             ["--teacher_cache", "/x", "--sampler", "class_balanced"],
-            "--teacher_cache does not go with --sampler class_balanced",
+            "--teacher_cache /x needs --sampler instance",
         ),
         (["--freeze_backbone", "true"], "--freeze_backbone: cifar-resnet-8 starts from fresh weights"),
         (["--output_dir", "x" * 5000], "--output_dir xxx"),

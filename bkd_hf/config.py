@@ -146,7 +146,7 @@ class BKDConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "The bias of the trained student's head: learned, balanced (fitted again, alone, to training "
-            "images, each class counting the same, so that no class is favoured), or auto (balanced if there is a "
+            "images when the training is over, each class counting the same), or auto (balanced if there is a "
             "teacher and class_balance_power is below 1); not given: as --method says."
         },
     )

@@ -26,9 +26,9 @@ from huggingface_hub.errors import HTTPError
 
 from .card import build, check_repo_id, choices_of_card
 from .errors import InputError, PublishError, first_line
-from .files import why_broken, write_text
+from .files import try_json, why_broken, write_text
 from .plots import figure_names, save_plots
-from .reading import read_json, read_text
+from .reading import read_text
 from .results import RESULTS_NAME, load_results
 from .splits import PLACEHOLDER, SPLIT_NAME
 
@@ -300,7 +300,7 @@ def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any],
         )
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise InputError(f"{folder} has {RESULTS_NAME}, but no model (config.json and model.safetensors).")
-    if "model_type" not in (read_json(folder / "config.json") or {}):
+    if "model_type" not in (try_json(folder / "config.json") or {}):
         raise InputError(f"{folder}: config.json does not load: nothing was pushed. Have it made again.")
     if not any(name.startswith(("preprocessor", "tokenizer")) for name in files):
         warnings.warn(
@@ -316,8 +316,7 @@ def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any],
 
 def _own_code(folder: Path) -> list[str]:
     """Files with the code of a model that is not part of transformers, as its configuration names them."""
-    config = read_json(folder / "config.json")
-    named = config.get("auto_map") if isinstance(config, dict) else None
+    named = (try_json(folder / "config.json") or {}).get("auto_map")
     found = named.values() if isinstance(named, dict) else ()
     classes = [name for names in found for name in (names if isinstance(names, list) else [names])]
     # "repository--module.Class" is code that stays where it is.

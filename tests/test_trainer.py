@@ -786,7 +786,8 @@ def test_search_for_hyperparameters_varies_them(tmp_path, monkeypatch, evaluates
         {"method": "bkd", "class_balance_beta": 0.9999},
         {"method": "ce"},
         {"method": "ce", "distillation_loss": "kd", "learning_rate": 0.01},
-        {"method": "bkd-calibrated", "distillation_loss": "bkd", "learning_rate": 0.05},
+        # Evaluations while it trains would come before its head's bias is fitted.
+        {"method": "bkd-calibrated", "distillation_loss": "bkd", "learning_rate": 0.05, "head_bias": "learned"},
     ]
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=SimpleNamespace(id="1")))

@@ -172,6 +172,8 @@ def test_labels_are_aligned_by_name():
     ]  # superset, written otherwise
     assert align_labels(["cat"], ["cat", "dog"]) == [0, None]
     assert align_labels(["Cat", "cat"], ["cat"]) == [1]  # exact before similar
+    assert align_labels(["e", "e\u0301"], ["\u00e9", "e"]) == [1, 0]  # an accent is a character of its own, or not
+    assert align_labels(["x", "y"], ["\u00e9"], {"e\u0301": "y"}) == [1]
     assert align_labels(["n01", "n02"], ["cat", "dog"], {"cat": "n02", "dog": 0}) == [1, 0]
 
 

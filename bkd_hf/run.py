@@ -210,7 +210,11 @@ def _train(
         command=options.command_line,
     )
     if PartialState().is_main_process:
-        _report(options, results)
+        try:
+            _report(options, results)
+        except InputError:  # a card that cannot be made must not cost what was measured
+            save_json(results, folder / RESULTS_NAME)
+            raise
         save_json(results, folder / RESULTS_NAME)  # last: it says that the run is finished
     PartialState().wait_for_everyone()
     return results

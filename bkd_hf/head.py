@@ -16,6 +16,8 @@ from .errors import InputError
 _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
 #: Training images of a class, and in all, to which a head's bias is fitted.
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
+#: A class is favoured if it is answered so many times as often as it occurs.
+TOO_OFTEN = 2.0
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -128,6 +130,22 @@ def sample_for_bias(labels: np.ndarray, seed: int) -> np.ndarray:
     most = max(1, min(IMAGES_PER_CLASS, NUM_IMAGES // max(1, len(np.unique(labels)))))
     chosen = [order[labels[order] == number][:most] for number in np.unique(labels)]
     return np.sort(np.concatenate(chosen))[:NUM_IMAGES]
+
+
+def favours_a_class(logits: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Whether some class is answered more than `TOO_OFTEN` times as often as it occurs, each class counting the same.
+
+    Where none is, there is little to take out, and a tail that is known by heart would seem to need no help.
+
+    Args:
+        logits: N×C, of training images.
+        labels: N class numbers.
+    """
+    answers, num_classes = logits.argmax(dim=1), logits.shape[1]
+    shares = [
+        torch.bincount(answers[labels == c], minlength=num_classes) / (labels == c).sum() for c in labels.unique()
+    ]
+    return bool(torch.stack(shares).sum(dim=0).max() > TOO_OFTEN)
 
 
 def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -24,8 +24,8 @@ Which class frequencies a loss asks for, and why p in the targets softmax(z_t/T 
 5. So: the largest p in [1/T, 1] that the teacher's answers about training images bear
    (`bkd_hf.targets.strongest_power`), and CE(z + τ · log π) with τ = 2 − pT for the labels, which makes the two terms
    ask for balanced answers on average: balanced softmax at p = 1/T, the paper's CE at p = 1, T = 2. A student that
-   has not yet learned all that still favours some classes: below p = 1 its head's bias is fitted to training images
-   in the end, each class counting the same (`bkd_hf.head`). That is `--method bkd-calibrated`.
+   has not yet learned all that may favour a class: below p = 1 its head's bias is then fitted to training images in
+   the end, each class counting the same (`bkd_hf.head`). That is `--method bkd-calibrated`.
 """
 
 from __future__ import annotations

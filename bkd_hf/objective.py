@@ -161,7 +161,7 @@ SAMPLERS = ("instance", "class_balanced")
 #: the teacher is not so sure of its training images that its answers bear `class_balance_power` 1.
 STUDENT_INITS = ("model", "teacher", "auto")
 #: What `--head_bias` may be: as it was learned, or fitted to balanced data afterwards; `auto`: fitted for a student
-#: whose teacher is not so sure of its training images that its answers bear `class_balance_power` 1.
+#: that favours a class, of a teacher that is not so sure of its training images as to bear `class_balance_power` 1.
 HEAD_BIASES = ("learned", "balanced", "auto")
 # Choices that correct for the class frequencies.
 _CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .callbacks import EpochSetter, FiniteGuard, LossMeter, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
 from .errors import InputError
-from .head import balancing_shift, head_biases, prepare_head, sample_for_bias, shift_logits
+from .head import balancing_shift, favours_a_class, head_biases, prepare_head, sample_for_bias, shift_logits
 from .images import ImageDataset, collate_images
 from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
 from .metrics import LongTailEvaluation, check_class_counts
@@ -425,6 +425,8 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         with self.compute_loss_context_manager():
             chosen = sample_for_bias(labels, self.args.seed)
             answers = data.answers(lambda batch: student(**split_inputs(batch)[0]).logits, chosen)
+        if self.args.head_bias == "auto" and not favours_a_class(*answers):
+            return
         self.head_bias_shift = broadcast_object_list([balancing_shift(*answers)])[0]  # processes may round otherwise
         shift_logits(student, self.head_bias_shift)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bkd_hf import BKDConfig, BKDTrainer, InputError
-from bkd_hf.head import balancing_shift, head_biases, sample_for_bias, shift_logits
+from bkd_hf.head import balancing_shift, favours_a_class, head_biases, sample_for_bias, shift_logits
 
 COUNTS = [400, 100, 20]
 
@@ -119,10 +119,21 @@ def test_bias_of_the_student_is_fitted_after_training(tmp_path):
         ({"method": "kd", "head_bias": "balanced"}, True),
     ],
 )
-def test_auto_fits_below_power_one(tmp_path, options, is_fitted):
+def test_auto_fits_below_power_one(tmp_path, monkeypatch, options, is_fitted):
+    monkeypatch.setattr("bkd_hf.head.TOO_OFTEN", 0.0)
     trainer = trainer_for(tmp_path, Linear(), Linear(), **options)
     trainer.train()
     assert (trainer.head_bias_shift is not None) == is_fitted
+
+
+def test_auto_fits_only_where_a_class_is_favoured(tmp_path, monkeypatch):
+    logits, labels = drawn(COUNTS)
+    assert not favours_a_class(logits, labels)
+    assert favours_a_class(logits + torch.tensor([0.0, 0.0, 5.0]), labels)  # answered nearly always: 3 times too often
+    monkeypatch.setattr("bkd_hf.head.TOO_OFTEN", 3.0)  # which no class can exceed
+    trainer = trainer_for(tmp_path, Linear(), Linear(), method="bkd-calibrated", class_balance_power=0.5)
+    trainer.train()
+    assert trainer.head_bias_shift is None
 
 
 def test_a_head_without_bias(tmp_path, caplog):

@@ -17,7 +17,7 @@ _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier
 #: Training images of a class, and in all, to which a head's bias is fitted.
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
 #: A class is favoured if it is answered so many times as often as it occurs.
-TOO_OFTEN = 2.0
+TOO_OFTEN = 3.0
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:

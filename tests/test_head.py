@@ -128,9 +128,12 @@ def test_auto_fits_below_power_one(tmp_path, monkeypatch, options, is_fitted):
 
 def test_auto_fits_only_where_a_class_is_favoured(tmp_path, monkeypatch):
     logits, labels = drawn(COUNTS)
+    always = logits + torch.tensor([0.0, 0.0, 50.0])
+    assert not favours_a_class(always, labels)  # of three classes none can be answered more than 3 times too often
+    monkeypatch.setattr("bkd_hf.head.TOO_OFTEN", 2.0)
+    assert favours_a_class(always, labels)
     assert not favours_a_class(logits, labels)
-    assert favours_a_class(logits + torch.tensor([0.0, 0.0, 5.0]), labels)  # answered nearly always: 3 times too often
-    monkeypatch.setattr("bkd_hf.head.TOO_OFTEN", 3.0)  # which no class can exceed
+    monkeypatch.undo()
     trainer = trainer_for(tmp_path, Linear(), Linear(), method="bkd-calibrated", class_balance_power=0.5)
     trainer.train()
     assert trainer.head_bias_shift is None

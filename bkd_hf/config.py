@@ -45,7 +45,14 @@ DTYPES = ("float16", "float32")
 #: Views of augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
-_CHOOSING = (
+# How a training is looked at and kept, which changes nothing in it; and when, unless something is chosen by that.
+_WATCHING = (
+    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
+    "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+    "batch_eval_metrics", "include_for_metrics", "include_num_input_tokens_seen", "torch_empty_cache_steps",
+    "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
+)  # fmt: skip
+_WATCHING_TIMES = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
     "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
@@ -310,15 +317,14 @@ class BKDConfig(TrainingArguments):
         return f"{self.method} ({', '.join(changed)})" if changed else self.method
 
     def options_in_use(self) -> dict[str, Any]:
-        """All options, with those that the method does not look at as if they were not given."""
+        """All options, with those that the method does not look at as if they were not given; `None`: no influence."""
         defaults = method_defaults(self.method)
         unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
         # Where the cache lies has no influence, whether there is one may move the last digits.
         cache = {"teacher_cache": self.teacher_cache if self.teacher_cache == "off" else "on"}
-        # When it is evaluated and saved matters where something is chosen by that.
         chooses = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        when = {} if chooses else dict.fromkeys(_CHOOSING)
-        return {**self.to_dict(), **unused, **cache, **when}
+        watching = (*_WATCHING, *(() if chooses else _WATCHING_TIMES))
+        return {**self.to_dict(), **unused, **cache, **dict.fromkeys(watching)}
 
     def loss_arguments(self, part: str) -> dict[str, Any]:
         """Values of the arguments of the chosen loss that are options, some still `auto` or `measured`.

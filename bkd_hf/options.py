@@ -208,14 +208,10 @@ _INHERITED_ROLES = {
     "secret": "hub_token",
     "path": "output_dir run_name deepspeed",
     "machine": "output_dir dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor "
-    "dataloader_persistent_workers dataloader_multiprocessing_context local_rank ddp_backend ddp_timeout "
-    "per_device_eval_batch_size eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
-    "batch_eval_metrics torch_empty_cache_steps",
+    "dataloader_persistent_workers dataloader_multiprocessing_context local_rank ddp_backend ddp_timeout",
     "reporting": "disable_tqdm log_level log_level_replica log_on_each_node report_to run_name project "
     "trackio_space_id trackio_bucket_id trackio_static_space_id save_total_limit skip_memory_metrics debug do_eval "
-    "do_train do_predict resume_from_checkpoint logging_strategy logging_steps logging_first_step "
-    "logging_nan_inf_filter include_num_input_tokens_seen include_for_metrics prediction_loss_only save_only_model "
-    "save_on_each_node enable_jit_checkpoint label_names",
+    "do_train do_predict resume_from_checkpoint",
     "publishing": "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
     "place": "use_cpu accelerator_config gradient_checkpointing",
     "shared": "output_dir use_cpu bf16 fp16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from .errors import InputError
 from .losses import IGNORE_INDEX, cross_entropy_loss
@@ -66,11 +67,15 @@ class EvaluationMeter:
 
 
 class MeasuringTrainer(Trainer):
-    """A `Trainer` that counts each example of an evaluation once, under several processes too."""
+    """A `Trainer` that counts each example of an evaluation once, and takes times by a clock that does not jump."""
 
     #: The long-tail metrics; `None` without class counts.
     long_tail: LongTailEvaluation | None = None
     _is_measuring = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._clock_offsets: dict[str, float] = {}
+        super().__init__(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Make a loader as `Trainer`, which would give that of its own data set for another, if its workers stay."""
@@ -99,6 +104,7 @@ class MeasuringTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as `Trainer`, with a loss and metrics that are added up by each process, and then merged."""
+        self.start_clock(metric_key_prefix)
         accumulator = None
         if self.long_tail is not None and self._is_measuring:
             prediction_loss_only, accumulator = True, self.long_tail.accumulator(self.long_tail.post_hoc_tau)
@@ -160,3 +166,35 @@ class MeasuringTrainer(Trainer):
         assert metrics is not None
         assert self._evaluation.accumulator is not None
         return metrics, self._evaluation.accumulator
+
+    # ---- Times, by a clock that does not jump ---------------------------------------------------------------------
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict as `Trainer`."""
+        output = super().predict(*args, **kwargs)
+        self._take_off_clock_jumps(output.metrics or {})
+        return output
+
+    def start_clock(self, prefix: str) -> None:
+        """Begin to measure what `Trainer` reports as `{prefix}_runtime`."""
+        self._clock_offsets[prefix] = _clock_offset()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer`."""
+        self._take_off_clock_jumps(logs)
+        super().log(logs, start_time)
+
+    def _take_off_clock_jumps(self, metrics: dict[str, float]) -> None:
+        """Correct times and speeds: `Trainer` takes them from the clock on the wall, which somebody may set."""
+        for prefix, before in self._clock_offsets.items():
+            name, jump = f"{prefix}_runtime", _clock_offset() - before
+            if name in metrics and abs(jump) > 0.1:
+                wrong, right = metrics[name], max(metrics[name] - jump, 1e-3)
+                for speed in (f"{prefix}_samples_per_second", f"{prefix}_steps_per_second"):
+                    if speed in metrics:
+                        metrics[speed] = round(metrics[speed] * wrong / right, 3)
+                metrics[name] = round(right, 4)
+
+
+def _clock_offset() -> float:
+    return time.time() - time.monotonic()

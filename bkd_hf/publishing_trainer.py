@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import shutil
-import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .card import build
 from .files import as_others_are, replacing, try_json, write_text
@@ -31,17 +28,13 @@ class PublishingTrainer(MeasuringTrainer):
 
     _has_new_weights = False  # that results.json does not tell of
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._clock_offsets: dict[str, float] = {}
-        super().__init__(*args, **kwargs)
-
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        self._clock_offsets["train"] = _clock_offset()
+        self.start_clock("train")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -108,42 +101,6 @@ class PublishingTrainer(MeasuringTrainer):
             load_weights_strictly(self.model, checkpoint)
             return True
         return False
-
-    # ---- Times, by a clock that does not jump ---------------------------------------------------------------------
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Evaluate as `Trainer`."""
-        self._clock_offsets[metric_key_prefix] = _clock_offset()
-        return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-
-    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """Predict as `Trainer`."""
-        output = super().predict(*args, **kwargs)
-        self._take_off_clock_jumps(output.metrics or {})
-        return output
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer`."""
-        self._take_off_clock_jumps(logs)
-        super().log(logs, start_time)
-
-    def _take_off_clock_jumps(self, metrics: dict[str, float]) -> None:
-        """Correct times and speeds: `Trainer` takes them from the clock on the wall, which somebody may set."""
-        for prefix, before in self._clock_offsets.items():
-            name, jump = f"{prefix}_runtime", _clock_offset() - before
-            if name in metrics and abs(jump) > 0.1:
-                wrong, right = metrics[name], max(metrics[name] - jump, 1e-3)
-                for speed in (f"{prefix}_samples_per_second", f"{prefix}_steps_per_second"):
-                    if speed in metrics:
-                        metrics[speed] = round(metrics[speed] * wrong / right, 3)
-                metrics[name] = round(right, 4)
 
     # ---- Results --------------------------------------------------------------------------------------------------
 
@@ -279,10 +236,6 @@ class PublishingTrainer(MeasuringTrainer):
 
     def _repo_id(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-
-
-def _clock_offset() -> float:
-    return time.time() - time.monotonic()
 
 
 def _card_options(

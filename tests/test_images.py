@@ -212,7 +212,9 @@ def test_corrupt_image_is_named(tmp_path, cache, kind):
         bad.write_bytes({"cut off": content[:40], "empty": b""}.get(kind, content))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     data = datasets.Dataset.from_dict({"image": [str(good), str(bad)], "label": [0, 1]}, features=features)
-    with pytest.raises(InputError, match=r"Image 1 \(.*broken.png\) cannot be (decoded|read)"):
+    # The cache on the disk is named by the content of the files, which a pipe does not have.
+    verb = "read: it is no regular file" if (kind, cache) == ("a pipe", "disk") else "decoded"
+    with pytest.raises(InputError, match=rf"Image 1 \(.*broken.png\) cannot be {verb}"):
         ImageDataset(data, vit_processor(), cache_images=cache, cache_dir=tmp_path)[1]
 
 

@@ -29,7 +29,6 @@ from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresho
 from .models import cifar_resnet_depth
 from .objective import METHODS
 from .ranges import check_ranges, defaults_of, explain
-from .reading import check_file
 from .text import one_line
 
 #: The Hub's name for a licence that nobody has chosen.
@@ -400,7 +399,6 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def read_text(option: str, path: str | Path) -> str:
     """Return the content of a text file that an option names; raises an `InputError` if it cannot be read."""
     try:
-        check_file(path)  # a pipe would be waited for
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error

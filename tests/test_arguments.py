@@ -347,9 +347,3 @@ def test_numbers_that_make_no_sense_are_refused(name, value):
     with pytest.raises(InputError, match=f"--{name}") as error:
         parse_arguments(["--dataset_name", "some/data", f"--{name}={value}"])
     assert "\n" not in str(error.value)
-
-
-def test_a_pipe_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="--config .*pipe cannot be read: it is no regular file"):
-        parse_arguments(["--config", str(tmp_path / "pipe")])

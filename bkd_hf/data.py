@@ -137,7 +137,7 @@ def make_long_tailed(
             f"{name_those(wanted > available)} cannot give the images asked for: class {first} has "
             f"{available[first]}, its share is {wanted[first]}. Lower max_count ({max_count}) or change class_order."
         )
-    return dataset.select(_choose_per_class(labels_of(dataset, label_column), wanted, split_seed))
+    return dataset.select(choose_per_class(labels_of(dataset, label_column), wanted, split_seed))
 
 
 def limit_examples(
@@ -160,7 +160,7 @@ def limit_examples(
             f"use {num_present} or more."
         )
     wanted = np.minimum(np.maximum(available * max_examples // len(dataset), 1), available)
-    return dataset.select(_choose_per_class(labels_of(dataset, LABEL_COLUMN), wanted, seed))
+    return dataset.select(choose_per_class(labels_of(dataset, LABEL_COLUMN), wanted, seed))
 
 
 def _profile_shares(num_classes: int, imbalance_ratio: float, profile: str, pareto_alpha: float) -> list[float]:
@@ -185,7 +185,7 @@ def _profile_shares(num_classes: int, imbalance_ratio: float, profile: str, pare
     raise InputError(f"imbalance_profile must be one of {', '.join(PROFILES)}, got {profile!r}.")
 
 
-def _choose_per_class(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
+def choose_per_class(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
     """Indices, ascending, of `counts[c]` examples of each class c: those whose hash is smallest."""
     priority = hash_uniform(seed, np.arange(labels.size))
     by_class = np.lexsort((priority, labels))
@@ -408,7 +408,7 @@ def _load_digits() -> datasets.DatasetDict:
         images.append({"bytes": file.getvalue(), "path": None})
     features = class_features([str(name) for name in digits.target_names])
     everything = datasets.Dataset.from_dict({IMAGE_COLUMN: images, LABEL_COLUMN: digits.target}, features=features)
-    test = _choose_per_class(digits.target, np.full(10, _DIGITS_TEST_IMAGES_PER_CLASS), seed=0)
+    test = choose_per_class(digits.target, np.full(10, _DIGITS_TEST_IMAGES_PER_CLASS), seed=0)
     train = np.setdiff1d(np.arange(len(everything)), test)
     return datasets.DatasetDict({"train": everything.select(train), "test": everything.select(test)})
 
@@ -584,7 +584,7 @@ def _carve_evaluation_split(
     name: str, dataset: datasets.Dataset, counts: np.ndarray, split_seed: int
 ) -> dict[str, datasets.Dataset]:
     wanted = np.minimum(np.maximum(np.round(counts * _CARVED_SHARE), 1), counts - 1).astype(np.int64)
-    chosen = _choose_per_class(labels_of(dataset), wanted, split_seed)
+    chosen = choose_per_class(labels_of(dataset), wanted, split_seed)
     if chosen.size == 0:
         raise InputError(f"{name}: no evaluation split, and too few images to carve one out. Add a test split.")
     logger.warning(

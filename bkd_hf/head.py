@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .config import BKDConfig
+from .data import choose_per_class
 from .errors import InputError
 
 _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
@@ -126,10 +127,9 @@ def sample_for_bias(labels: np.ndarray, seed: int) -> np.ndarray:
     Returns:
         Increasing indices, at most `NUM_IMAGES`.
     """
-    order = np.random.default_rng(seed).permutation(len(labels))
-    most = max(1, min(IMAGES_PER_CLASS, NUM_IMAGES // max(1, len(np.unique(labels)))))
-    chosen = [order[labels[order] == number][:most] for number in np.unique(labels)]
-    return np.sort(np.concatenate(chosen))[:NUM_IMAGES]
+    num_classes = len(np.unique(labels))
+    most = max(1, min(IMAGES_PER_CLASS, NUM_IMAGES // max(1, num_classes)))
+    return choose_per_class(labels, np.full(labels.max(initial=-1) + 1, most), seed)[:NUM_IMAGES]
 
 
 def favours_a_class(logits: torch.Tensor, labels: torch.Tensor) -> bool:

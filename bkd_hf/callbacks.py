@@ -1,4 +1,4 @@
-"""What watches a training: numbers that are not finite, means of the loss's parts, the epoch."""
+"""What watches a training: numbers that are not finite, means of the loss's parts, the epoch, when to save."""
 
 from __future__ import annotations
 
@@ -162,3 +162,21 @@ class EpochSetter(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin(int(state.epoch or 0))
+
+
+class SaveAfterEpoch(TrainerCallback):
+    """Puts off the checkpoint of an epoch's last step until the epoch's log and evaluation are in it.
+
+    `Trainer` saves it first; a training killed in between would go on without these.
+    """
+
+    def __init__(self) -> None:
+        self.is_due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save and (control.should_training_stop or state.epoch == int(state.epoch)):
+            self.is_due, control.should_save = True, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= self.is_due
+        self.is_due = False

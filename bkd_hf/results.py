@@ -71,7 +71,7 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = path / RESULTS_NAME if path.is_dir() else path
     if not path.exists():
         raise InputError(f"There is no {path}: the run is not finished, or this is no output folder.")
-    results = read_json(path)
+    results = _without_nan(read_json(path))
     check_schema(results, path, adds_up=True)
     return results
 

@@ -54,7 +54,7 @@ from .results import (
     save_json,
     summarize_training,
 )
-from .run_folder import claim_output_dir, identity_of, last_complete_checkpoint
+from .run_folder import claim_output_dir, identity_of, last_complete_checkpoint, record_run
 from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
@@ -182,7 +182,7 @@ def _train(
     if _claim(options, identity):
         say(f"Using the teacher in {folder}, trained on the same data with the same options.")
         return load_results(folder)
-    # Before the teacher is trained: a student that cannot be loaded should not cost that time.
+    # First: a student that cannot be loaded should not cost an earlier run, or the training of the teacher.
     model = _load_model(options, data, say)
     teacher, teacher_results = None, None
     is_to_come = provide_teacher is not None and options.model.given_teacher is None
@@ -190,10 +190,11 @@ def _train(
         why_not = why_not_alike(model, _load_model(options.for_teacher(), data))
         if why_not is not None:
             raise InputError(f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like it.")
+    _record(options, identity)
     if provide_teacher is not None:
         say.stage("Teacher")
         teacher, teacher_results = provide_teacher()
-        _claim(options, identity_of(options, data))  # with its teacher, now that there is one
+        _record(options, identity_of(options, data))  # with its teacher, now that there is one
         gc.collect()  # its trainer and callbacks know each other: their workers would stay, idle, beside the student's
     if not options.is_teacher:
         say.stage("Student")
@@ -388,6 +389,13 @@ def _provide_teacher(
 def _claim(options: RunArguments, identity: dict[str, str | None] | None = None) -> bool:
     with PartialState().main_process_first():
         return claim_output_dir(options, identity)
+
+
+def _record(options: RunArguments, identity: dict[str, str | None]) -> None:
+    PartialState().wait_for_everyone()  # all have looked at what is there
+    if PartialState().is_main_process:
+        record_run(options, identity)
+    options.overwrite = False  # that is done
 
 
 def _device_name(args: BKDConfig, threads: int) -> str:

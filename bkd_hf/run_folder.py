@@ -96,32 +96,41 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
 def claim_output_dir(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> bool:
     """Make the output folder ours; True if it holds the finished results of this very run (arguments as there).
 
-    An unfinished one is locked until this process ends, or unlocks all.
+    An unfinished one is locked until this process ends, or unlocks all. Nothing in it is changed.
 
     Raises:
         InputError: As [`run_state`]; also if the folder cannot be written, or another process holds it.
     """
-    output_dir = Path(arguments.training.output_dir)
-    with _usable(output_dir):
-        starts_anew = arguments.overwrite and (output_dir / RUN_NAME).exists()
-
-    def state() -> str:
-        return "new" if starts_anew else run_state(arguments, identity)
-
-    found = state()
+    found, output_dir = _state(arguments, identity), Path(arguments.training.output_dir)
     if PartialState().is_main_process and found != "finished":
         with _usable(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             lock(output_dir)
-            found = state()  # whoever held it may have changed it
-            if found == "new" or (found == "interrupted" and identity is not None):
-                old = {} if found == "new" else try_json(output_dir / RUN_NAME) or {}
-                if starts_anew:
-                    _delete_run(output_dir)
-                told = _told(arguments, identity)
-                known = {name: old[name] for name in _IDENTITY if told.get(name) is None and name in old}
-                save_json({**told, **known}, output_dir / RUN_NAME)
+        found = _state(arguments, identity)  # whoever held it may have changed it
     return found == "finished"
+
+
+def record_run(arguments: RunArguments, identity: dict[str, str | None]) -> None:
+    """Write into a claimed folder which run is in it; `overwrite` deletes an earlier one first (arguments as there).
+
+    Raises:
+        InputError: If the folder cannot be written.
+    """
+    found, output_dir = _state(arguments, identity), Path(arguments.training.output_dir)
+    with _usable(output_dir):
+        if arguments.overwrite and (output_dir / RUN_NAME).exists():
+            _delete_run(output_dir)
+        old = {} if found == "new" else try_json(output_dir / RUN_NAME) or {}
+        told = _told(arguments, identity)
+        known = {name: old[name] for name in _IDENTITY if told.get(name) is None and name in old}
+        save_json({**told, **known}, output_dir / RUN_NAME)
+
+
+def _state(arguments: RunArguments, identity: dict[str, str | None] | None) -> str:
+    output_dir = Path(arguments.training.output_dir)
+    with _usable(output_dir):
+        is_overwritten = arguments.overwrite and (output_dir / RUN_NAME).exists()
+    return "new" if is_overwritten else run_state(arguments, identity)
 
 
 def identity_of(arguments: RunArguments, data: dict[str, Any], with_teacher: bool = True) -> dict[str, str | None]:

@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
-from .callbacks import EpochSetter, FiniteGuard, LossMeter, TeacherLogitsError, TrainingDivergedError
+from .callbacks import EpochSetter, FiniteGuard, LossMeter, SaveAfterEpoch, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
 from .errors import InputError
 from .head import balancing_shift, favours_a_class, head_biases, prepare_head, sample_for_bias, shift_logits
@@ -132,7 +132,11 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
             processing_class=processing_class,
             model_init=model_init,
             compute_metrics=None if adds_up else compute_metrics,
-            callbacks=[EpochSetter(lambda: self._meter.restore(self), self._begin_epoch), *(callbacks or [])],
+            callbacks=[
+                EpochSetter(lambda: self._meter.restore(self), self._begin_epoch),
+                SaveAfterEpoch(),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )

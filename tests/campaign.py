@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
+import itertools
 import os
 import random
 import shutil
@@ -19,9 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
+from bkd_hf.files import LOCK_NAME
+from tests.campaign_options import CASES, Case
+from tests.campaign_results import mutations
 from tests.faults import CHEAP, DAMAGES, RECIPE, Run, damage, interrupt, main_of, paint, refused_in_one_line, run
 
 from tests.faults import same_outcome, small_disk, start_two, weights  # isort: skip
@@ -115,7 +120,7 @@ def caches(output: Path, seed: int) -> Checks:
     distilled = (*CHEAP, "--method", "bkd", "--force_distillation")
     given = (*distilled, "--teacher_model_name_or_path", teacher, "--force_teacher")
     cached = ("--teacher_cache", output / "logits", "--cache_images", "disk")
-    places = {"view0.bin": output / "logits", "views-*[0-9a-f]": Path(os.environ["HF_DATASETS_CACHE"])}
+    places = {"view0.bin": output / "logits", "views-*[0-9a-f]": Path(datasets.config.HF_DATASETS_CACHE)}
     finish(*CHEAP, folder=teacher)
     finish(*given, *cached, folder=whole)
 
@@ -129,8 +134,7 @@ def caches(output: Path, seed: int) -> Checks:
         same_outcome(folder, whole)
 
     for pattern, place in places.items():
-        path = next(place.rglob(pattern))
-        for how in DAMAGES:
+        for path, how in itertools.product(sorted(place.rglob(pattern)), DAMAGES):
             yield f"{path.name} {how}", functools.partial(damaged, output / f"{path.name}-{how}", path, how)
 
     def repainted(suffix: str) -> None:
@@ -184,13 +188,25 @@ def caches(output: Path, seed: int) -> Checks:
 def options(output: Path, seed: int) -> Checks:
     """Command lines of `tests/campaign_options.py`: those that cannot work are refused in one line that says why."""
 
-    def check(argv: list[str], expected: int, word: str) -> None:
-        code, said = run(*argv)
-        assert code == expected, (code, said)
-        assert not code or word in refused_in_one_line(code, said), said
+    def check(case: Case, folder: Path) -> None:
+        if case.content is not None:
+            folder.mkdir(parents=True)
+            (folder / "options.yaml").write_bytes(case.content)
+        places = {"file": folder / "options.yaml", "folder": folder / "run"}
+        argv = [
+            functools.reduce(lambda text, name: text.replace(f"{{{name}}}", str(places[name])), places, each)
+            for each in case.argv
+        ]
+        code, said = run(*argv, **case.environment)
+        assert code == case.exit_code, (code, said)
+        assert case.word in refused_in_one_line(code, said), said
+        assert not {*(folder / "run").glob("*")} - {folder / "run" / LOCK_NAME}, "left something"
 
-    for argv, expected, word in importlib.import_module("tests.campaign_options").options:
-        yield " ".join(map(str, argv)), functools.partial(check, argv, expected, word)
+    for index, case in enumerate(CASES):
+        yield (
+            " ".join(case.argv)[:200] + f" {case.content!r}"[:80],
+            functools.partial(check, case, output / str(index)),
+        )
 
 
 def results(output: Path, seed: int) -> Checks:
@@ -203,7 +219,7 @@ def results(output: Path, seed: int) -> Checks:
         if code:
             refused_in_one_line(code, said)
 
-    for index, (name, content) in enumerate(importlib.import_module("tests.campaign_results").mutations(seed, 200)):
+    for index, (name, content) in enumerate(mutations(seed, 250)):
         yield name, functools.partial(check, output / str(index), content)
 
 
@@ -220,23 +236,19 @@ def main() -> int:
     if unknown := set(told.sections) - set(SECTIONS):
         parser.error(f"there is no section {', '.join(unknown)}")
     output = told.output.resolve()
-    os.environ["HF_DATASETS_CACHE"] = str(output / "cache")
+    datasets.config.HF_DATASETS_CACHE = output / "cache"
     for script in ("run_bkd.py", "compare.py"):
         main_of(script)  # imports what all runs need, once
     rows = []
     for name in told.sections or SECTIONS:
         tried = failed = 0
-        try:
-            for what, check in SECTIONS[name](output / name, told.seed):
-                tried += 1
-                try:
-                    check()
-                except Exception as error:
-                    failed += 1
-                    print(f"{name}: {what}: {type(error).__name__}: {error}", flush=True)
-        except ImportError as error:
-            print(f"{name}: {error}")
-            tried, failed = tried + 1, failed + 1
+        for what, check in SECTIONS[name](output / name, told.seed):
+            tried += 1
+            try:
+                check()
+            except Exception as error:
+                failed += 1
+                print(f"{name}: {what}: {type(error).__name__}: {error}", flush=True)
         rows.append(f"{name:12}{tried:7}{tried - failed:7}{failed:8}")
     print("\n".join([f"{'kind':12}{'tried':>7}{'held':>7}{'failed':>8}", *rows]))
     return int(any(not row.endswith(" 0") for row in rows))

@@ -11,7 +11,7 @@ from bkd_hf import BKDConfig, ImageDataset, InputError
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.inputs import choose_workers
 from bkd_hf.machine import default_precision, options_alone, precision_of
-from bkd_hf.run_folder import claim_output_dir, run_state
+from bkd_hf.run_folder import claim_output_dir, record_run, run_state
 from tests.conftest import REPOSITORY
 from tests.test_images import photos, vit_processor
 
@@ -328,7 +328,9 @@ def test_precision_of_the_launcher_has_to_be_one_of_ours(monkeypatch):
 )
 def test_what_cannot_change_the_result_does_not_block_a_run(tmp_path, options):
     output_dir = ["--output_dir", str(tmp_path / "run")]
-    claim_output_dir(parse_arguments(output_dir, digits_recipe=DIGITS))
+    arguments = parse_arguments(output_dir, digits_recipe=DIGITS)
+    claim_output_dir(arguments)
+    record_run(arguments, {})
     (tmp_path / "run" / "checkpoint-1").mkdir()
     assert run_state(parse_arguments([*output_dir, *options.split()], digits_recipe=DIGITS)) == "interrupted"
     with pytest.raises(InputError, match="--learning_rate"):

@@ -20,7 +20,7 @@ from bkd_hf.files import holder_of, replacing, unlock, write_text
 from bkd_hf.hub import prepare
 from bkd_hf.results import load_results
 from bkd_hf.run import run as run_here
-from bkd_hf.run_folder import claim_output_dir, last_complete_checkpoint, mark_complete, run_state
+from bkd_hf.run_folder import claim_output_dir, last_complete_checkpoint, mark_complete, record_run, run_state
 from tests import faults
 from tests.faults import CHEAP, DAMAGES, RECIPE, Run, damage, interrupt, paint, refused_in_one_line, run, same_outcome
 
@@ -145,6 +145,14 @@ def test_a_checkpoint_counts_if_all_of_it_is_as_it_was_written(copy, tmp_path):
                 assert last_complete_checkpoint(copy) == str(copy / "checkpoint-16"), (path.name, how)
             shutil.copy(path, newest)
     assert last_complete_checkpoint(copy) == str(newest)
+
+
+def test_the_last_checkpoint_knows_all_of_the_last_epoch(copy, whole):
+    interrupt(copy, last=22)
+    code, said = run(*CHEAP, "--output_dir", copy)
+    assert code == 0, said
+    assert "Continuing from checkpoint-22" in said
+    same_outcome(copy, whole)
 
 
 def test_the_one_before_a_damaged_checkpoint_is_used(copy, whole):
@@ -276,14 +284,33 @@ def test_what_is_ours_is_deleted_and_the_mark_last(copy, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            claim_output_dir(told(copy, "--overwrite"))
+            record_run(told(copy, "--overwrite"), {})
     assert (copy / "bkd_run.json").exists()
     assert not (copy / "results.json").exists()
-    claim_output_dir(told(copy, "--overwrite"))
+    record_run(told(copy, "--overwrite"), {})
     assert {path.name for path in copy.iterdir()} == {
         "bkd_run.json", "bkd_run.lock", "notes.txt", "checkpoint-notes", "mine.tmp"
     }  # fmt: skip
     assert (elsewhere / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [("--dataset_name", "./nowhere"), ("--model_name_or_path", "./nowhere"), ("--student_init", "teacher")],
+    ids=lambda mistake: mistake[0],
+)
+def test_a_mistake_deletes_nothing(copy, mistake):
+    distil = ("--method", "bkd", "--teacher_model_name_or_path", "cifar-resnet-14") if "init" in mistake[0] else ()
+    refused_in_one_line(*run(*CHEAP, *mistake, *distil, "--output_dir", copy, "--overwrite"))
+    assert "is finished" in run(*CHEAP, "--output_dir", copy)[1]
+
+
+def test_a_run_that_starts_anew_keeps_its_own_teacher(tmp_path):
+    argv = (*CHEAP, "--method", "bkd", "--force_distillation", "--num_train_epochs", "1", "--output_dir", tmp_path)
+    for _ in range(2):
+        code, said = run(*argv, "--overwrite")
+        assert code == 0, said
+        assert load_results(tmp_path / "teacher")["student"]["metrics"]
 
 
 def test_a_folder_in_which_the_first_write_failed_is_ours(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def test_all_committed_results_are_read():
     assert len(paths) > 100
     for path in paths:
         load_results(path)
+
+
+def test_numbers_that_json_has_not_count_as_missing(digits, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({**digits, "teacher": math.inf}))
+    assert load_results(tmp_path)["teacher"] is None
 
 
 @pytest.mark.parametrize(

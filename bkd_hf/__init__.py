@@ -10,9 +10,11 @@ __version__ = "0.1.0"
 # Where each public name lives. Loaded when first used, so that `import bkd_hf` stays light.
 _HOMES = {
     "config": ["BKDConfig"],
-    "data": ["class_counts", "load_image_dataset", "long_tailed_counts", "make_long_tailed"],
+    "augmentations": ["default_augmentation"],
+    "data": ["class_counts", "long_tailed_counts", "make_long_tailed"],
     "errors": ["InputError", "PublishError"],
-    "images": ["ImageDataset", "default_augmentation"],
+    "images": ["ImageDataset"],
+    "loading": ["load_image_dataset"],
     "losses": [
         "balanced_distillation_loss",
         "balanced_softmax_loss",
@@ -27,7 +29,8 @@ _HOMES = {
         "ldam_loss",
         "logit_adjustment_loss",
     ],
-    "objective": ["METHODS", "Objective", "Progress"],
+    "methods": ["METHODS"],
+    "objective": ["Objective", "Progress"],
     "metrics": [
         "LongTailEvaluation",
         "NotFiniteError",

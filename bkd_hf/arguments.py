@@ -20,8 +20,8 @@ from transformers.hf_argparser import string_to_bool
 from .config import BKDConfig
 from .errors import InputError
 from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision
+from .methods import RECOMMENDED
 from .models import cifar_resnet_depth
-from .objective import RECOMMENDED
 from .options import (
     NOT_FOR_TEACHER,
     OPTIONS,

@@ -20,9 +20,9 @@ from huggingface_hub.utils import validate_repo_id
 from .arguments import SCRIPT_DEFAULTS
 from .config import METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
+from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
-from .objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
 from .reading import read_card

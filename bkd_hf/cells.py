@@ -25,7 +25,7 @@ from .errors import InputError
 from .files import holder_of, is_open_in_a_run
 from .inputs import load_splits
 from .machine import available_cores
-from .objective import METHODS
+from .methods import METHODS
 from .options import RunArguments
 from .results import describe_data, load_results, told_arguments
 from .run_folder import identity_of, run_state

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from .comparison import BASELINES, METRICS, Comparison
+from .comparison_plots import save_comparison_plots
 from .files import replacing, write_text
-from .objective import RECOMMENDED
-from .plots import save_comparison_plots
+from .methods import RECOMMENDED
 from .text import code, markdown, spreadsheet
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from .config import METHOD_OPTIONS, BKDConfig
 from .errors import InputError
-from .objective import METHODS
+from .methods import METHODS
 from .options import WITHOUT_INFLUENCE, DataArguments, ModelArguments
 from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
 

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError
-from .objective import (
+from .methods import (
     CLASS_WEIGHTINGS,
     CLASSIFICATION_LOSSES,
     DISTILLATION_LOSSES,
@@ -23,8 +23,8 @@ from .objective import (
     SAMPLERS,
     STUDENT_INITS,
     Loss,
-    Objective,
 )
+from .objective import Objective
 from .ranges import check_ranges
 from .text import one_line
 
@@ -95,7 +95,7 @@ def used_by(part: str, choices: Mapping[str, Any]) -> list[str]:
 class BKDConfig(TrainingArguments):
     """`transformers.TrainingArguments` and the options of Balanced Knowledge Distillation and of its competitors.
 
-    `method` names a preset (see `bkd_hf.objective`); `classification_loss`, `class_weighting`, `distillation_loss` and
+    `method` names a preset (see `bkd_hf.methods`); `classification_loss`, `class_weighting`, `distillation_loss` and
     `sampler`, where they are not given, are set to what it says.
 
     Inherited defaults are those of `transformers`; a recipe or a script sets what differs. The step-decay schedule is

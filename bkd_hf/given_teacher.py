@@ -10,8 +10,8 @@ from typing import Any
 
 from .errors import InputError
 from .inputs import Inputs, long_tail_evaluation
+from .methods import METHODS
 from .models import prefer_channels_last
-from .objective import METHODS
 from .options import RunArguments
 from .results import RESULTS_NAME, describe_model, load_results
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -22,12 +22,12 @@ import PIL
 import psutil
 import torch
 import transformers
-from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from transformers import default_data_collator
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from .augmentations import AUGMENTATIONS, SMALL_IMAGE_SIZE, move_and_mirror
 from .data import LABEL_COLUMN, class_counts, fingerprint, labels_of
 from .decoding import (
     KeptImages,
@@ -41,122 +41,15 @@ from .decoding import (
 )
 from .errors import InputError
 from .sampling import hash_uniform
-from .views import Box, PixelBytes, Rendering, output_size, same_pixels, whole
+from .views import Box, PixelBytes, Rendering, same_pixels, whole
 
 logger = logging.get_logger(__name__)
 
 CacheImages = Literal["auto", "memory", "disk", "none"]
 CACHE_IMAGES: tuple[CacheImages, ...] = ("auto", "memory", "disk", "none")
 
-#: Up to this many pixels a side, images are shifted by padding and cropping; larger ones by random resized crops.
-SMALL_IMAGE_SIZE = 64
 #: `cache_images="auto"` keeps decoded images up to this share of the memory that is free.
 _CACHE_SHARE_OF_MEMORY = 0.25
-
-_CROP_AREA = (0.08, 1.0)
-_CROP_ASPECT_RATIO = (3 / 4, 4 / 3)
-_CROP_ATTEMPTS = 10
-
-
-# ---- Augmentations ------------------------------------------------------------------------------------------------
-
-
-class Augmentation(NamedTuple):
-    """How views of images are chosen; operations on their pixels would be another field.
-
-    Attributes:
-        views: Function of width, height and B×`num_draws` numbers in [0, 1), each a hash of (seed, epoch, index) and
-            its column. Returns B boxes (left, top, right, bottom), and B booleans: which views are mirrored.
-        num_draws: Random numbers for an image.
-        of_original: Whether boxes are in the stored image, whatever the processor would show of it, and are resized;
-            else they lie in the processor's view, may stick out of it into black, and keep its size.
-    """
-
-    views: Callable[[int, int, np.ndarray], tuple[np.ndarray, np.ndarray]]
-    num_draws: int = 0
-    of_original: bool = False
-
-
-def whole_view(width: int, height: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The processor's own view."""
-    return np.tile([0, 0, width, height], (len(draws), 1)), np.zeros(len(draws), dtype=bool)
-
-
-def pad_crop(width: int, height: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images moved by whole pixels, up to an eighth of their size in each direction, and mirrored half of the time."""
-    pads = np.array([round(width / 8), round(height / 8)])
-    left_top = (draws[:, [2, 1]] * (2 * pads + 1)).astype(np.int64) - pads
-    return np.hstack([left_top, left_top + np.array([width, height])]), draws[:, 0] < 0.5
-
-
-def random_resized_crop(width: int, height: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """8 to 100 % of the image at an aspect ratio of 3/4 to 4/3, mirrored half of the time."""
-    boxes = [random_resized_crop_box(width, height, numbers) for numbers in draws[:, 1:]]
-    return np.array(boxes), draws[:, 0] < 0.5
-
-
-def random_resized_crop_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a random part of an image (Szegedy et al., 2015, arXiv 1409.4842, section 6).
-
-    The first of ten tries that fits into the image; else the largest central crop within the aspect ratios.
-
-    Args:
-        width: Of the image, in pixels.
-        height: Of the image, in pixels.
-        draws: 4 numbers in [0, 1) per try: area, aspect ratio, position from the left and from the top.
-    """
-    log_ratios = np.log(_CROP_ASPECT_RATIO)
-    for area_draw, ratio_draw, left_draw, top_draw in draws.reshape(-1, 4):
-        area = width * height * (_CROP_AREA[0] + area_draw * (_CROP_AREA[1] - _CROP_AREA[0]))
-        ratio = math.exp(log_ratios[0] + ratio_draw * (log_ratios[1] - log_ratios[0]))
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(left_draw * (width - crop_width + 1))
-            top = int(top_draw * (height - crop_height + 1))
-            return left, top, left + crop_width, top + crop_height
-    crop_width = min(width, max(1, round(height * _CROP_ASPECT_RATIO[1])))
-    crop_height = min(height, max(1, round(width / _CROP_ASPECT_RATIO[0])))
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    return left, top, left + crop_width, top + crop_height
-
-
-AUGMENTATIONS = {
-    "none": Augmentation(whole_view),
-    "pad_crop": Augmentation(pad_crop, num_draws=3),
-    "random_resized_crop": Augmentation(random_resized_crop, num_draws=1 + 4 * _CROP_ATTEMPTS, of_original=True),
-}
-
-
-def default_augmentation(processor: BaseImageProcessor) -> str:
-    """The usual augmentation for a model's image size: `"pad_crop"` up to 64 pixels, `"random_resized_crop"` above."""
-    return "pad_crop" if max(output_size(processor)) <= SMALL_IMAGE_SIZE else "random_resized_crop"
-
-
-def move_and_mirror(images: np.ndarray, shifts: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Move a window over images, which are zero outside, and mirror some.
-
-    Args:
-        images: B×H×W×C bytes.
-        shifts: B×2 shares of width and height by which the window is moved to the right and down, rounded to whole
-            pixels: images of another size, moved by the same shares, show the same.
-        mirrored: B booleans.
-
-    Returns:
-        B×H×W×C bytes.
-    """
-    if not shifts.any() and not mirrored.any():
-        return images
-    batch, height, width, channels = images.shape
-    right, down = np.rint(shifts * np.array([width, height])).astype(np.int64).T
-    rows, columns = int(np.abs(down).max(initial=0)), int(np.abs(right).max(initial=0))
-    padded = np.zeros((batch, height + 2 * rows, width + 2 * columns, channels), dtype=np.uint8)
-    padded[:, rows : rows + height, columns : columns + width] = images
-    # Whole rows and whole pixels are copied, which is seven times as fast as indexing each byte.
-    windows = sliding_window_view(padded, (height, width), axis=(1, 2)).transpose(0, 1, 2, 4, 5, 3)
-    moved = np.ascontiguousarray(windows[np.arange(batch), down + rows, right + columns])
-    pixels = moved.view(f"V{channels}")
-    pixels[mirrored] = pixels[mirrored, :, ::-1]
-    return moved
 
 
 # ---- The data set -------------------------------------------------------------------------------------------------

@@ -13,10 +13,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .announcer import Announcer
 from .arguments import CHOOSE_WORKERS
+from .augmentations import default_augmentation
 from .config import BKDConfig
-from .data import LABEL_COLUMN, limit_examples, load_image_dataset, make_long_tailed
+from .data import LABEL_COLUMN, limit_examples, make_long_tailed
 from .errors import InputError
-from .images import ImageDataset, channel_statistics, default_augmentation, default_num_workers
+from .images import ImageDataset, channel_statistics, default_num_workers
+from .loading import load_image_dataset
 from .metrics import LongTailEvaluation, shot_groups
 from .models import cifar_resnet_depth, load_processor
 from .options import ModelArguments, RunArguments

@@ -37,12 +37,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .distillation_losses import dive_log_targets, dive_loss, dkd_loss
+from .loss_inputs import (
+    IGNORE_INDEX,
+    Reduction,
+    at_least_float32,
+    check_labels,
+    check_logits,
+    check_temperature,
+    checked_weights,
+    indices,
+    log_counts,
+    log_weights,
+    reduce,
+    require,
+    softened_divergence,
+)
 from .metrics import check_class_counts
 
-Reduction = Literal["mean", "sum", "none"]
-
-#: Examples with this label count for nothing, as in `torch.nn.functional.cross_entropy` and throughout `transformers`.
-IGNORE_INDEX = -100
+__all__ = [
+    "IGNORE_INDEX", "Reduction", "balanced_distillation_loss", "balanced_log_targets", "balanced_softmax_loss",
+    "bkd_loss", "class_balanced_weights", "cross_entropy_loss", "deferred_weights", "dive_log_targets", "dive_loss",
+    "dkd_loss", "example_weights", "focal_loss", "kd_loss", "ldam_loss", "logit_adjustment_loss",
+]  # fmt: skip
 
 
 def class_balanced_weights(
@@ -149,14 +166,12 @@ def balanced_distillation_loss(
         temperature: T > 0.
         power: p ≥ 0; `"auto"` is 1/T, 0 is plain [`kd_loss`].
     """
-    _check_temperature(temperature)
-    _check_logits(student_logits, teacher_logits)
-    student_logits, teacher_logits = _at_least_float32(student_logits, teacher_logits.detach())
+    check_temperature(temperature)
+    check_logits(student_logits, teacher_logits)
+    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
 
-    log_target = balanced_log_targets(teacher_logits, class_weights, temperature, power)
-    log_student = F.log_softmax(student_logits / temperature, dim=-1)
-    divergence = F.kl_div(log_student, log_target, reduction="none", log_target=True).sum(dim=-1)
-    return _reduce(temperature**2 * divergence, reduction)
+    log_targets = balanced_log_targets(teacher_logits, class_weights, temperature, power)
+    return reduce(softened_divergence(log_targets, student_logits, temperature), reduction)
 
 
 def balanced_log_targets(
@@ -175,13 +190,13 @@ def balanced_log_targets(
         temperature: T > 0.
         power: p ≥ 0, or `"auto"` for 1/T.
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     power = 1 / temperature if power == "auto" else power
-    _require(0 <= power < float("inf"), f'power must be a finite number ≥ 0, or "auto", got {power}.')
-    (teacher_logits,) = _at_least_float32(teacher_logits)
+    require(0 <= power < float("inf"), f'power must be a finite number ≥ 0, or "auto", got {power}.')
+    (teacher_logits,) = at_least_float32(teacher_logits)
     target_logits = teacher_logits / temperature
     if class_weights is not None:
-        target_logits = target_logits + power * _log_weights(class_weights, like=target_logits)
+        target_logits = target_logits + power * log_weights(class_weights, like=target_logits)
     return F.log_softmax(target_logits, dim=-1)
 
 
@@ -204,14 +219,14 @@ def cross_entropy_loss(
         label_smoothing: Share of the target spread evenly over the classes.
         class_weights: C positive weights, e.g. of [`class_balanced_weights`]; `None` for 1.
     """
-    _check_labels(logits, labels)
-    (logits,) = _at_least_float32(logits)
+    check_labels(logits, labels)
+    (logits,) = at_least_float32(logits)
     losses = F.cross_entropy(
         logits, labels.long(), ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing, reduction="none"
     )
-    weights = None if class_weights is None else _checked_weights(class_weights, logits)
+    weights = None if class_weights is None else checked_weights(class_weights, logits)
     mass = example_weights(labels, weights, like=losses)
-    return _reduce(losses * mass, reduction, mass)
+    return reduce(losses * mass, reduction, mass)
 
 
 def focal_loss(
@@ -233,12 +248,12 @@ def focal_loss(
         gamma: γ ≥ 0; 0 gives the cross-entropy. The default is that of the long-tail literature (Cao et al., 2019);
             Lin et al. use 2, for detection.
     """
-    _require(0 <= gamma < float("inf"), f"gamma must be a finite number ≥ 0, got {gamma}.")
+    require(0 <= gamma < float("inf"), f"gamma must be a finite number ≥ 0, got {gamma}.")
     ce = cross_entropy_loss(logits, labels, reduction="none", class_weights=class_weights)
     # 1 − exp(−ce) without cancellation; the floor keeps the slope of the power finite at ce = 0 for γ < 1.
     uncertainty = -torch.expm1(-ce)
     focus = uncertainty.clamp_min(torch.finfo(ce.dtype).tiny) ** gamma if gamma else torch.ones_like(ce)
-    return _reduce(focus * ce, reduction, (labels != IGNORE_INDEX).to(ce.dtype))
+    return reduce(focus * ce, reduction, (labels != IGNORE_INDEX).to(ce.dtype))
 
 
 def ldam_loss(
@@ -263,13 +278,13 @@ def ldam_loss(
         scale: s > 0, the scale that is already in the logits.
         class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
     """
-    _require(0 <= max_margin < float("inf"), f"max_margin must be a finite number ≥ 0, got {max_margin}.")
-    _require(0 < scale < float("inf"), f"scale must be a finite number > 0, got {scale}.")
-    _check_labels(logits, labels)
-    (logits,) = _at_least_float32(logits)
-    log_counts = _log_counts(class_counts, like=logits)
-    margins = max_margin * torch.exp((log_counts.min() - log_counts) / 4)
-    of_label = torch.zeros_like(logits).scatter_(1, _indices(labels)[:, None], 1.0)
+    require(0 <= max_margin < float("inf"), f"max_margin must be a finite number ≥ 0, got {max_margin}.")
+    require(0 < scale < float("inf"), f"scale must be a finite number > 0, got {scale}.")
+    check_labels(logits, labels)
+    (logits,) = at_least_float32(logits)
+    log_n = log_counts(class_counts, like=logits)
+    margins = max_margin * torch.exp((log_n.min() - log_n) / 4)
+    of_label = torch.zeros_like(logits).scatter_(1, indices(labels)[:, None], 1.0)
     return cross_entropy_loss(
         logits - scale * margins * of_label, labels, reduction=reduction, class_weights=class_weights
     )
@@ -318,82 +333,12 @@ def logit_adjustment_loss(
         label_smoothing: Share of the target spread evenly over the classes.
         class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
     """
-    _require(abs(tau) < float("inf"), f"tau must be a finite number, got {tau}.")
-    _check_labels(logits, labels)
-    (logits,) = _at_least_float32(logits)
+    require(abs(tau) < float("inf"), f"tau must be a finite number, got {tau}.")
+    check_labels(logits, labels)
+    (logits,) = at_least_float32(logits)
     # The sum of the counts cancels in the softmax.
-    adjusted = logits + tau * _log_counts(class_counts, like=logits)
+    adjusted = logits + tau * log_counts(class_counts, like=logits)
     return cross_entropy_loss(adjusted, labels, label_smoothing, reduction, class_weights)
-
-
-def dive_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    temperature: float = 2.0,
-    power: float = 0.5,
-    reduction: Reduction = "mean",
-) -> torch.Tensor:
-    """Distillation of virtual examples, DiVE (He et al., 2021, arXiv 2103.15042, eq. 6-8).
-
-        DiVE = T² · KL( softmax(power · z_t / T) ‖ softmax(z_s / T) )
-
-    The teacher, trained with balanced softmax, has balanced answers already; a power below 1 flattens them further.
-    The method's loss is (1 − α) · [`balanced_softmax_loss`] + α · DiVE.
-
-    Args:
-        temperature: T > 0.
-        power: Power of the teacher's probabilities, > 0.
-    """
-    _require(0 < power < float("inf"), f"power must be a finite number > 0, got {power}.")
-    (teacher_logits,) = _at_least_float32(teacher_logits)
-    return kd_loss(student_logits, power * teacher_logits, temperature, reduction)
-
-
-def dive_log_targets(teacher_logits: torch.Tensor, temperature: float = 2.0, power: float = 0.5) -> torch.Tensor:
-    """Logarithm of what [`dive_loss`] has the student imitate: B×C. Arguments as there."""
-    return balanced_log_targets(power * teacher_logits, None, temperature)
-
-
-def dkd_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
-    labels: torch.Tensor,
-    temperature: float = 4.0,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    reduction: Reduction = "mean",
-) -> torch.Tensor:
-    """Decoupled knowledge distillation (Zhao et al., 2022, arXiv 2203.08679, eq. 7).
-
-        DKD = T² · ( α · KL(b_t ‖ b_s) + β · KL(q_t ‖ q_s) )
-
-    with b = (p_y, 1 − p_y) the probabilities of the label's class and of all others, and q the distribution over these
-    others alone, all from softmax(z / T). Both are softmaxes themselves: q of the other logits, and b of the label's
-    logit beside the log-sum-exp of the others, so nothing is divided by a vanishing 1 − p_y.
-
-    Args:
-        student_logits: B×C, C ≥ 2.
-        temperature: T > 0.
-        alpha: α ≥ 0, weight of the target class.
-        beta: β ≥ 0, weight of the non-target classes.
-    """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        _require(0 <= value < float("inf"), f"{name} must be a finite number ≥ 0, got {value}.")
-    _check_temperature(temperature)
-    _check_logits(student_logits, teacher_logits)
-    _check_labels(student_logits, labels)
-    student_logits, teacher_logits = _at_least_float32(student_logits, teacher_logits.detach())
-
-    student_others, teacher_others = _without_label(student_logits, labels), _without_label(teacher_logits, labels)
-    target = kd_loss(
-        _label_and_others(student_logits / temperature, student_others / temperature, labels),
-        _label_and_others(teacher_logits / temperature, teacher_others / temperature, labels),
-        temperature=1.0,
-        reduction="none",
-    )
-    non_target = kd_loss(student_others, teacher_others, temperature, reduction="none")
-    counted = (labels != IGNORE_INDEX).to(target.dtype)
-    return _reduce((alpha * temperature**2 * target + beta * non_target) * counted, reduction, counted)
 
 
 def bkd_loss(
@@ -420,11 +365,11 @@ def bkd_loss(
         alpha: α ≥ 0, the weight of the distillation term.
         power: p as in [`balanced_distillation_loss`].
     """
-    _require(0 <= alpha < float("inf"), f"alpha must be a finite number ≥ 0, got {alpha}.")
+    require(0 <= alpha < float("inf"), f"alpha must be a finite number ≥ 0, got {alpha}.")
     ce = cross_entropy_loss(student_logits, labels, reduction="none")
     kd = balanced_distillation_loss(student_logits, teacher_logits, class_weights, temperature, "none", power)
     counted = (labels != IGNORE_INDEX).to(ce.dtype)
-    return _reduce((ce + alpha * kd) * counted, reduction, counted)
+    return reduce((ce + alpha * kd) * counted, reduction, counted)
 
 
 def example_weights(
@@ -443,113 +388,3 @@ def example_weights(
     weights = class_weights if like is None else class_weights.to(device=like.device, dtype=like.dtype)
     # Out-of-range labels are reported by the losses, with a message; here they only must not crash.
     return weights[labels.long().clamp(0, len(weights) - 1)] * counted
-
-
-def _at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-def _log_weights(class_weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    # The logarithm is taken before rounding to the logits' precision.
-    return _checked_weights(class_weights, like).log().to(device=like.device, dtype=like.dtype)
-
-
-def _checked_weights(class_weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    num_classes = logits.shape[-1]
-    class_weights = torch.as_tensor(class_weights)
-    if class_weights.shape != (num_classes,):
-        raise ValueError(
-            f"class_weights must hold one weight per class: the logits have {num_classes} classes, "
-            f"the weights have shape {tuple(class_weights.shape)}."
-        )
-    if class_weights.device.type == "cpu" and not bool(((class_weights > 0) & class_weights.isfinite()).all()):
-        raise ValueError("class_weights must be positive and finite: a weight of 0 would leave the class out.")
-    return class_weights
-
-
-def _reduce(losses: torch.Tensor, reduction: str, mass: torch.Tensor | None = None) -> torch.Tensor:
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    if reduction == "mean":
-        return losses.mean() if mass is None else losses.sum() / mass.sum()
-    raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
-
-
-def _log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    if isinstance(class_counts, torch.Tensor) and class_counts.device.type != "cpu":
-        counts = class_counts.to(like.dtype)  # looked at on the CPU only
-    else:
-        counts = torch.as_tensor(check_class_counts(class_counts))
-        empty = (counts == 0).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"{len(empty)} of {len(counts)} classes have no training image (first: class {empty[0]}): the "
-                "logarithm of their frequency is not finite. Remove the class."
-            )
-    _require(
-        counts.shape == like.shape[-1:],
-        f"class_counts must hold one number per class: the logits have {like.shape[-1]} classes, the counts have "
-        f"shape {tuple(counts.shape)}.",
-    )
-    return counts.log().to(device=like.device, dtype=like.dtype)
-
-
-def _indices(labels: torch.Tensor) -> torch.Tensor:
-    """Labels that can index: an ignored example gets class 0, and counts for nothing anyhow."""
-    return labels.long().clamp_min(0)
-
-
-def _without_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """B×(C−1): the logits of all classes but the label's."""
-    columns = torch.arange(logits.shape[1] - 1, device=logits.device)
-    return logits.gather(1, columns + (columns >= _indices(labels)[:, None]))
-
-
-def _label_and_others(logits: torch.Tensor, others: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """B×2: the label's logit, and that of "any other class"."""
-    return torch.cat([logits.gather(1, _indices(labels)[:, None]), others.logsumexp(dim=1, keepdim=True)], dim=1)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def _check_temperature(temperature: float) -> None:
-    _require(0 < temperature < float("inf"), f"temperature must be a finite number > 0, got {temperature}.")
-
-
-def _check_logits(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if logits.dim() != 2:
-            raise ValueError(f"{name} must be (batch, classes), got shape {tuple(logits.shape)}.")
-    if student_logits.shape[1] != teacher_logits.shape[1]:
-        raise ValueError(
-            f"Student and teacher must have the same classes: the student has {student_logits.shape[1]}, "
-            f"the teacher {teacher_logits.shape[1]}."
-        )
-    if student_logits.shape[0] != teacher_logits.shape[0]:
-        raise ValueError(
-            f"Student and teacher must see the same batch: {student_logits.shape[0]} examples against "
-            f"{teacher_logits.shape[0]}."
-        )
-
-
-def _check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"Expected logits (batch, classes) and one integer label per example, got shapes {tuple(logits.shape)} "
-            f"and {tuple(labels.shape)}, labels of type {labels.dtype}."
-        )
-    if labels.device.type == "cpu":
-        outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= logits.shape[1]))
-        if bool(outside.any()):
-            raise ValueError(
-                f"Label {labels[outside][0].item()} is outside the range of the {logits.shape[1]} classes, "
-                f"0 to {logits.shape[1] - 1}."
-            )

@@ -15,7 +15,8 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from .errors import InputError
-from .losses import IGNORE_INDEX, cross_entropy_loss
+from .loss_inputs import IGNORE_INDEX
+from .losses import cross_entropy_loss
 from .metrics import LongTailAccumulator, LongTailEvaluation
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
+from .augmentations import AUGMENTATIONS
 from .config import METHOD_OPTIONS, BKDConfig
 from .data import PROFILES
 from .errors import InputError
-from .images import AUGMENTATIONS, CACHE_IMAGES
+from .images import CACHE_IMAGES
 from .machine import (
     PRECISIONS,
     launcher_accumulation,
@@ -25,9 +26,9 @@ from .machine import (
     options_alone,
     precision_of,
 )
+from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
-from .objective import METHODS
 from .ranges import check_ranges, defaults_of, explain
 from .text import one_line
 

@@ -1,16 +1,13 @@
-"""Figures of runs, made from the content of their `results.json` alone (see `bkd_hf.results`), named `results` here.
-
-Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles and markers say the same once more.
-"""
+"""Figures of runs, made from the content of their `results.json` alone (see `bkd_hf.results`), here `results`."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,33 +18,38 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from .files import replacing, why_broken
-from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
+from .figures import (
+    COLOURS,
+    DPI,
+    GREEN,
+    NEUTRAL,
+    NOT_TESTED,
+    ORANGE,
+    PERCENT,
+    SMALL,
+    TEXT,
+    WIDTH,
+    add_title,
+    class_accuracies,
+    fit_beside,
+    groups_of,
+    line_style,
+    percent,
+    point_style,
+    save_figures,
+    set_names,
+    tidy,
+)
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD
 from .text import figure as figure_text
 
-# `Figure` throughout, never pyplot or rcParams: no display, no state that threads share, nothing to close.
-
-_DPI = 150
-_WIDTH = 8.0  # inches
-_SMALL, _TEXT, _TITLE = 8, 9, 11  # points
-
-_BLUE, _RED, _GREEN, _ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-_NEUTRAL, _NOT_TESTED = "#8c8c8c", "#d9d9d9"
-_COLOURS = {"teacher": _BLUE, "student": _RED}
-_POINTS: dict[str, dict[str, Any]] = {
-    # The teacher's ring stays visible around the student's diamond where both are equal.
-    "teacher": {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "markeredgewidth": 1.4},
-    "student": {"marker": "D", "markersize": 4.5},
-}
 _GROUP_SHADES = {"many_shot": "#ffffff", "medium_shot": "#f1f1f1", "few_shot": "#e2e2e2"}
-_GROUP_POINTS = {"many_shot": (_BLUE, "o"), "medium_shot": (_GREEN, "s"), "few_shot": (_RED, "^")}
 
 _MAX_NAMED_CLASSES = 30
 _MAX_NUMBERED_CLASSES = 12
 _MAX_POINTS = 200
 _NUM_CONFUSIONS = 20
 _TICK_STEPS = (1, 2, 5, 10)
-_PERCENT: dict[str, Any] = {"ylim": (-4, 104), "yticks": range(0, 101, 20)}  # room for markers at 0 and 100
 _MIN_NAMED_STRETCH = 0.09  # share of the axis with room for the name of a group
 
 _PART = {"linewidth": 1.2, "markersize": 4, "zorder": 2}
@@ -58,11 +60,11 @@ _CURVES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("training loss", "student", "loss", "student: total", {}),
     (
         "training loss", "student", "ce_loss", "student: classification",
-        {"color": _ORANGE, "linestyle": ":", "marker": "^", **_PART},
+        {"color": ORANGE, "linestyle": ":", "marker": "^", **_PART},
     ),
     (
         "training loss", "student", "kd_loss", "student: distillation",
-        {"color": _GREEN, "linestyle": "-.", "marker": "v", **_PART},
+        {"color": GREEN, "linestyle": "-.", "marker": "v", **_PART},
     ),
     ("test accuracy (%)", "teacher", "eval_accuracy", "teacher: all classes", {}),
     ("test accuracy (%)", "teacher", "eval_few_shot_accuracy", "teacher: few-shot", {"marker": "s", **_FEW_SHOT}),
@@ -74,18 +76,6 @@ _CURVES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
-class ComparedRuns(Protocol):
-    """What the figures read of methods × seeds (see `bkd_hf.compare.Comparison`)."""
-
-    data: dict[str, Any]
-    methods: list[str]
-    cells: dict[str, dict[int, dict[str, Any]]]
-
-    def shown_metrics(self) -> list[str]: ...
-    def values(self, method: str, metric: str) -> dict[int, float]: ...
-    def estimate(self, method: str, metric: str) -> Any: ...
-
-
 def save_plots(results: dict[str, Any], folder: str | os.PathLike[str], only_missing: bool = False) -> list[Path]:
     """Draw all figures that the results allow into a folder, which is made if it is not there; return their paths.
 
@@ -93,20 +83,12 @@ def save_plots(results: dict[str, Any], folder: str | os.PathLike[str], only_mis
     if there is a history), `confusion_student.png` and `confusion_teacher.png` (see `plot_confusion`). With
     `only_missing`, those that are there and load are left as they are.
     """
-    return _save(_figures(results), folder, only_missing)
+    return save_figures(_figures(results), folder, only_missing)
 
 
 def figure_names(results: dict[str, Any]) -> list[str]:
     """Return the names of the files that [`save_plots`] writes."""
     return list(_figures(results))
-
-
-def save_comparison_plots(comparison: ComparedRuns, folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw `comparison.png` and, where a method has a teacher, `teacher_and_student.png`; return their paths."""
-    figures = {"comparison.png": functools.partial(plot_comparison, comparison)}
-    if any(_distilled(comparison, method) for method in comparison.methods):
-        figures["teacher_and_student.png"] = functools.partial(plot_teacher_and_student, comparison)
-    return _save(figures, folder)
 
 
 def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
@@ -116,18 +98,6 @@ def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
     for model in reversed(_models(results)):
         figures[f"confusion_{model}.png"] = functools.partial(plot_confusion, results, model)
     return figures
-
-
-def _save(
-    figures: Mapping[str, Callable[[], Figure]], folder: str | os.PathLike[str], only_missing: bool = False
-) -> list[Path]:
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in figures.items():
-        if not only_missing or why_broken(folder / name):
-            with replacing(folder / name) as path:
-                draw().savefig(path, format="png", dpi=_DPI, facecolor="white")
-    return [folder / name for name in figures]
 
 
 # ---- Classes --------------------------------------------------------------------------------------------------------
@@ -146,7 +116,7 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     The figure's axes are the training images, the accuracies per class, those per group, and the legend's.
     """
     data, width = results["data"], 5.0
-    figure = _figure("Accuracy per class", results, height=5.6 + (not _fit(_class_labels(data), width)))
+    figure = _figure("Accuracy per class", results, height=5.6 + (not fit_beside(_class_labels(data), width)))
     grid = figure.add_gridspec(2, 2, width_ratios=(2.7, 1), height_ratios=(1, 1.6))
     images_axes = figure.add_subplot(grid[0, 0])
     class_axes = figure.add_subplot(grid[1, 0], sharex=images_axes)
@@ -160,7 +130,7 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     if untested := sum(count == 0 for count in data["eval_class_counts"]):
         class_axes.set_xlabel(f"{class_axes.get_xlabel()}; {untested:,} without test images")
     legend_axes.set_axis_off()
-    legend_axes.legend(handles=handles, loc="center", frameon=False, fontsize=_TEXT, handlelength=3)
+    legend_axes.legend(handles=handles, loc="center", frameon=False, fontsize=TEXT, handlelength=3)
     return figure
 
 
@@ -187,7 +157,7 @@ def plot_class_counts(
         "many_shot_threshold": many_shot_threshold,
         "few_shot_threshold": few_shot_threshold,
     }
-    height = 3.2 + (not _fit(_class_labels(data), 7.0))
+    height = 3.2 + (not fit_beside(_class_labels(data), 7.0))
     figure = _figure("Training images per class", {"data": data}, height)
     axes = figure.add_subplot()
     _draw_training_images(axes, data, 7.0)
@@ -203,24 +173,24 @@ def _draw_training_images(axes: Axes, data: dict[str, Any], width: float) -> Non
     top = largest * (largest / smallest) ** 0.12 * 1.4
     axes.set(yscale="log", ylim=(smallest / 2, top), ylabel="training images\n(log scale)")
     if counts.size <= _MAX_NAMED_CLASSES:
-        bars = axes.bar(ranks, counts, width=0.7, color=_NEUTRAL, zorder=2)
+        bars = axes.bar(ranks, counts, width=0.7, color=NEUTRAL, zorder=2)
         numbers = [f"{count:,}" for count in counts]
-        if _fit(numbers, width):
-            axes.bar_label(bars, labels=numbers, fontsize=_SMALL, padding=1)
+        if fit_beside(numbers, width):
+            axes.bar_label(bars, labels=numbers, fontsize=SMALL, padding=1)
     else:
-        axes.fill_between(ranks, counts, smallest / 2, step="mid", color=_NEUTRAL, linewidth=0, zorder=2)
+        axes.fill_between(ranks, counts, smallest / 2, step="mid", color=NEUTRAL, linewidth=0, zorder=2)
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if largest / smallest > 30 else (1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else "")
     axes.yaxis.set_minor_formatter("")
     _shade_groups(axes, data)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_classes(axes: Axes, data: dict[str, Any], width: float) -> None:
     """Label the x axis, `width` inches wide, with the classes' names or ranks, and name the groups above it."""
     num_classes, names = len(data["class_counts"]), _class_labels(data)
     if names:
-        _set_names(axes, "x", range(1, num_classes + 1), names, width)
+        set_names(axes, "x", range(1, num_classes + 1), names, width)
         axes.set_xlabel("class (most training images first)")
     else:
         ticks = MaxNLocator(7, integer=True, steps=_TICK_STEPS).tick_values(1, num_classes)
@@ -229,14 +199,14 @@ def _draw_classes(axes: Axes, data: dict[str, Any], width: float) -> None:
         axes.xaxis.set_major_formatter("{x:,.0f}")
     for name, (start, end) in _shade_groups(axes, data).items():
         if end - start >= _MIN_NAMED_STRETCH * num_classes:
-            text = axes.text((start + end) / 2, 1.01, name.removesuffix("_shot"), ha="center", fontsize=_SMALL)
+            text = axes.text((start + end) / 2, 1.01, name.removesuffix("_shot"), ha="center", fontsize=SMALL)
             text.set(transform=axes.get_xaxis_transform(), va="bottom")
     axes.set_xlim(0.5, num_classes + 0.5)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _shade_groups(axes: Axes, data: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    ends = 0.5 + np.cumsum([0, *(group.sum() for group in _groups(data).values())])
+    ends = 0.5 + np.cumsum([0, *(group.sum() for group in groups_of(data).values())])
     stretches = dict(zip(_GROUP_SHADES, itertools.pairwise(ends.tolist()), strict=True))
     for name, stretch in stretches.items():
         axes.axvspan(*stretch, color=_GROUP_SHADES[name], linewidth=0, zorder=0)
@@ -246,13 +216,13 @@ def _shade_groups(axes: Axes, data: dict[str, Any]) -> dict[str, tuple[float, fl
 def _draw_class_accuracies(axes: Axes, results: dict[str, Any]) -> list[Line2D]:
     """Draw each class's accuracy; return the handles of a legend."""
     order = _largest_first(results["data"])
-    accuracies = {model: _class_accuracies(results[model])[order] for model in _models(results)}
+    accuracies = {model: class_accuracies(results[model])[order] for model in _models(results)}
     ranks = np.arange(1.0, order.size + 1)
-    axes.set(ylabel="test accuracy (%)", **_PERCENT)
+    axes.set(ylabel="test accuracy (%)", **PERCENT)
     if order.size <= _MAX_NAMED_CLASSES:
         if len(accuracies) == 2:
-            axes.vlines(ranks, *accuracies.values(), color=_NEUTRAL, linewidth=1, zorder=2)
-        return [axes.plot(ranks, values, **_point_style(model))[0] for model, values in accuracies.items()]
+            axes.vlines(ranks, *accuracies.values(), color=NEUTRAL, linewidth=1, zorder=2)
+        return [axes.plot(ranks, values, **point_style(model))[0] for model, values in accuracies.items()]
 
     size = -(-order.size // _MAX_POINTS)  # ranks in a point
     window = max(5, order.size // 12 | 1)  # odd: as many neighbours to the left as to the right
@@ -260,16 +230,16 @@ def _draw_class_accuracies(axes: Axes, results: dict[str, Any]) -> list[Line2D]:
     small = {"markersize": 3, "markeredgewidth": 0.8, "alpha": 0.5}
     halo = [Stroke(linewidth=4, foreground="white", alpha=0.8), Normal()]  # apart from the points, and each other
     for model, values in accuracies.items():
-        axes.plot(_means(ranks, in_points), _means(values, in_points), **_point_style(model) | small)
+        axes.plot(_means(ranks, in_points), _means(values, in_points), **point_style(model) | small)
     for model, values in accuracies.items():
         trend = _means(values, lambda part: np.convolve(part, np.ones(window), "same"))
         style = {"label": f"{model} trend", "linewidth": 2, "marker": "", "path_effects": halo, "zorder": 4}
-        axes.plot(_means(ranks, in_points), _means(trend, in_points), **_line_style(model) | style)
+        axes.plot(_means(ranks, in_points), _means(trend, in_points), **line_style(model) | style)
     point = "one class" if size == 1 else f"mean of {size:,} classes"
     return [
-        *(Line2D([], [], **_line_style(model)) for model in accuracies),
-        Line2D([], [], color=_NEUTRAL, linestyle="none", marker="o", markersize=3, label=point),
-        Line2D([], [], color=_NEUTRAL, linewidth=2, label=f"moving average,\n{window:,} classes"),
+        *(Line2D([], [], **line_style(model)) for model in accuracies),
+        Line2D([], [], color=NEUTRAL, linestyle="none", marker="o", markersize=3, label=point),
+        Line2D([], [], color=NEUTRAL, linewidth=2, label=f"moving average,\n{window:,} classes"),
     ]
 
 
@@ -283,17 +253,17 @@ def _means(values: np.ndarray, total: Callable[[np.ndarray], np.ndarray]) -> np.
 def _draw_group_accuracies(axes: Axes, results: dict[str, Any]) -> None:
     many, few = results["data"]["many_shot_threshold"], results["data"]["few_shot_threshold"]
     labels = {"many_shot": f"many\n> {many}", "medium_shot": f"medium\n{few}–{many}", "few_shot": f"few\n< {few}"}
-    present = [name for name, group in _groups(results["data"]).items() if group.any()]
+    present = [name for name, group in groups_of(results["data"]).items() if group.any()]
     for x, name in enumerate(present, start=1):
         axes.axvspan(x - 0.5, x + 0.5, color=_GROUP_SHADES[name], linewidth=0, zorder=0)
     for model in _models(results):
         metrics = results[model]["metrics"]
-        values = _percent([metrics["accuracy"], *(metrics.get(f"{name}_accuracy") for name in present)])
-        axes.plot(range(len(values)), values, **_point_style(model))
+        values = percent([metrics["accuracy"], *(metrics.get(f"{name}_accuracy") for name in present)])
+        axes.plot(range(len(values)), values, **point_style(model))
     axes.set(xlim=(-0.5, len(present) + 0.5), xlabel="classes, by training images")
     axes.set_xticks(range(len(present) + 1), ["all", *(labels[name] for name in present)])
     axes.tick_params(bottom=False, labelleft=False)
-    _tidy(axes)
+    tidy(axes)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -321,11 +291,11 @@ def plot_training_curves(results: dict[str, Any]) -> Figure:
             # A few markers are enough to tell lines apart; a single point is seen only by its marker.
             axes.plot(epochs, values, markevery=max(1, epochs.size // 10), **style)
         # Beside the axes: curves may run anywhere within.
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=_SMALL, handlelength=3.5)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=SMALL, handlelength=3.5)
         axes.set_ylabel(name)
-        _tidy(axes)
+        tidy(axes)
         if name == "test accuracy (%)":
-            axes.set(**_PERCENT)
+            axes.set(**PERCENT)
             continue
         axes.margins(y=0.1)
         drawn = np.concatenate([values for _, values, _ in curves])
@@ -334,7 +304,7 @@ def plot_training_curves(results: dict[str, Any]) -> Figure:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.yaxis.set_minor_formatter("")
     axes.set_xlim(left=0)
-    axes.set_xlabel("epoch", fontsize=_TEXT)
+    axes.set_xlabel("epoch", fontsize=TEXT)
     return figure
 
 
@@ -356,7 +326,7 @@ def _training_panels(results: dict[str, Any]) -> dict[str, list[tuple[np.ndarray
             label += f"\n(× {weight:g} in the total)"
         if np.isfinite(values).any():
             scale = 100 if panel == "test accuracy (%)" else 1
-            curve = epochs, scale * values, _line_style(model) | {"label": label} | style
+            curve = epochs, scale * values, line_style(model) | {"label": label} | style
             panels.setdefault(panel, []).append(curve)
     return panels
 
@@ -387,7 +357,7 @@ def plot_confusion(results: dict[str, Any], model: str = "student", max_classes:
 
 def _plot_confusion_matrix(results: dict[str, Any], model: str, names: list[str], sized: list[str]) -> Figure:
     tested, order = np.asarray(results["data"]["eval_class_counts"]), _largest_first(results["data"])
-    shares = np.diag(_class_accuracies(results[model]))
+    shares = np.diag(class_accuracies(results[model]))
     for true, predicted, number in results[model]["confusions"]:
         shares[true, predicted] = 100 * number / tested[true]
     shares[tested == 0] = np.nan
@@ -395,27 +365,27 @@ def _plot_confusion_matrix(results: dict[str, Any], model: str, names: list[str]
 
     figure = _figure(f"Confusions of the {model}", results, height=7.0)
     axes = figure.add_subplot()
-    colours = matplotlib.colormaps["Blues"].with_extremes(bad=_NOT_TESTED)
+    colours = matplotlib.colormaps["Blues"].with_extremes(bad=NOT_TESTED)
     # A root scale: most confusions are a few percent, which a linear one would leave white.
     scale = PowerNorm(0.5, vmin=0, vmax=100)
     # By hand: scikit-learn's ConfusionMatrixDisplay writes every zero, and cannot leave rows out.
     image = axes.imshow(shares, cmap=colours, norm=scale, aspect="auto")
     bar = figure.colorbar(image, ax=axes, shrink=0.6, ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100])
-    bar.set_label("share of the true class's test images (%)", fontsize=_TEXT)
-    bar.ax.tick_params(labelsize=_SMALL)
-    centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": _SMALL}
+    bar.set_label("share of the true class's test images (%)", fontsize=TEXT)
+    bar.ax.tick_params(labelsize=SMALL)
+    centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL}
     for row in np.flatnonzero(tested[order] == 0).tolist():
         axes.text((order.size - 1) / 2, row, "no test images", **centred)
     if order.size <= _MAX_NUMBERED_CLASSES:
         for row, column in np.argwhere(shares > 0).tolist():
             share = shares[row, column]
             axes.text(column, row, f"{round(share, 1):g}", color="white" if scale(share) > 0.7 else "black", **centred)
-    _set_names(axes, "x", range(order.size), [names[index] for index in order], 5.0)
-    _set_names(axes, "y", range(order.size), [sized[index] for index in order])
+    set_names(axes, "x", range(order.size), [names[index] for index in order], 5.0)
+    set_names(axes, "y", range(order.size), [sized[index] for index in order])
     axes.tick_params(length=0)
     axes.set(xlabel="predicted class", ylabel="true class (training images)")
-    axes.xaxis.label.set_fontsize(_TEXT)
-    axes.yaxis.label.set_fontsize(_TEXT)
+    axes.xaxis.label.set_fontsize(TEXT)
+    axes.yaxis.label.set_fontsize(TEXT)
     return figure
 
 
@@ -433,109 +403,28 @@ def _plot_largest_confusions(results: dict[str, Any], model: str, sized: list[st
 
     figure = _figure(f"Largest confusions of the {model}", results, 1.4 + 0.23 * max(4, len(shares)))
     axes = figure.add_subplot()
-    bars = axes.barh(range(len(shares)), shares, height=0.7, color=_COLOURS[model], zorder=2)
+    bars = axes.barh(range(len(shares)), shares, height=0.7, color=COLOURS[model], zorder=2)
     numbers = [f"{number:,} of {tested[true]:,}" for true, _, number in confusions]
-    axes.bar_label(bars, labels=numbers, fontsize=_SMALL, padding=3)
+    axes.bar_label(bars, labels=numbers, fontsize=SMALL, padding=3)
     if not confusions:
         axes.text(0.5, 0.5, "every test image is classified correctly", transform=axes.transAxes, ha="center")
     labels = [f"{sized[true]} → {sized[predicted]}" for true, predicted, _ in confusions]
-    _set_names(axes, "y", range(len(labels)), labels)
+    set_names(axes, "y", range(len(labels)), labels)
     longest = max(shares, default=100.0)
     end = 1.25 * longest  # room for the numbers
     ticks = MaxNLocator(6, steps=_TICK_STEPS).tick_values(0, longest)
     axes.set(xlim=(0, end), xticks=[tick for tick in ticks if tick <= min(100, end)], xlabel=label)
     axes.set(ylim=(max(1, len(shares)) - 0.4, -0.6), ylabel="true → predicted class\n(training images)")
     axes.tick_params(axis="y", length=0)
-    _tidy(axes, grid=None)  # it would run through the numbers
+    tidy(axes, grid=None)  # it would run through the numbers
     return figure
-
-
-# ---- Methods --------------------------------------------------------------------------------------------------------
-
-
-def plot_comparison(comparison: ComparedRuns) -> Figure:
-    """Draw each metric of each method: a dot for every seed, the mean, and its standard deviation as a bar."""
-    metrics, methods = comparison.shown_metrics(), comparison.methods
-    seeds = sorted({len(comparison.cells[method]) for method in methods})
-    number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    figure, panels = _panels(metrics, 3, _WIDTH, 1.2, 0.8 + 0.24 * len(methods))
-    title = f"Methods on {figure_text(comparison.data['name'], 40)}, {number} seed{'s' if seeds[-1] > 1 else ''} each"
-    note = "diamond: mean over seeds; bar: its standard deviation; dots: the seeds" if seeds[-1] > 1 else "one seed"
-    _add_title(figure, title, note)
-    for metric, axes in panels.items():
-        lowest, highest = 100.0, 0.0
-        for y, method in enumerate(methods):
-            values = list(comparison.values(method, metric).values())
-            if not values:
-                continue
-            if len(values) > 1:
-                axes.plot(values, [y] * len(values), "o", color=_NEUTRAL, markersize=3, alpha=0.7, zorder=2)
-            estimate, colour = comparison.estimate(method, metric), _RED if method.startswith("bkd") else _BLUE
-            style: dict[str, Any] = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 2, "linewidth": 1.2}
-            axes.errorbar(estimate.mean, y, xerr=estimate.std, **style)
-            lowest, highest = min(lowest, *values), max(highest, *values)
-        _set_names(axes, "y", range(len(methods)), [figure_text(method, 40) for method in methods])
-        room = max(0.15 * (highest - lowest), 2.0)
-        axes.set(xlim=(max(-1.0, lowest - room), min(101.0, highest + room)), ylim=(len(methods) - 0.4, -0.6))
-        axes.set_title(f"{metric} (%)" + (", lower is better" if metric == "ECE" else ""))
-        _tidy(axes, grid="both", colour="#dddddd")
-    return figure
-
-
-def plot_teacher_and_student(comparison: ComparedRuns) -> Figure:
-    """Draw each class's accuracy with the student over that with its teacher, a panel for each distilled method.
-
-    Means over seeds; above the diagonal the student is better. Colours and markers are the groups of classes.
-    """
-    methods = [method for method in comparison.methods if _distilled(comparison, method)]
-    columns = min(3, len(methods))
-    figure, panels = _panels(methods, columns, max(5.5, _WIDTH * columns / 3), 1.3, 2.7)
-    _add_title(figure, f"Accuracy of each class: {figure_text(comparison.data['name'], 40)}")
-    for method, axes in panels.items():
-        cells = _distilled(comparison, method)
-        accuracies = {model: np.mean([_class_accuracies(cell[model]) for cell in cells], axis=0) for model in _COLOURS}
-        axes.plot([0, 100], [0, 100], color=_NEUTRAL, linewidth=0.8, zorder=1)
-        for name, group in _groups(comparison.data).items():
-            colour, marker = _GROUP_POINTS[name]
-            style: dict[str, Any] = {"color": colour, "marker": marker, "s": 14, "alpha": 0.7, "linewidths": 0}
-            x, y = (values[group] for values in accuracies.values())
-            axes.scatter(x, y, label=name.replace("_", "-"), zorder=2, **style)
-        axes.set_title(figure_text(method))
-        axes.set(xlim=_PERCENT["ylim"], xticks=_PERCENT["yticks"], **_PERCENT)
-        _tidy(axes)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=_SMALL)
-    for axes in figure.axes[-columns:]:
-        axes.set_xlabel("teacher (%)", fontsize=_TEXT)
-    figure.supylabel("student (%)", fontsize=_TEXT)
-    return figure
-
-
-def _panels(
-    names: Sequence[str], columns: int, width: float, margin: float, height: float
-) -> tuple[Figure, dict[str, Axes]]:
-    """Return a figure with an axes for each name, each `height` inches high."""
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(width, margin + rows * height), dpi=_DPI, layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for axes in all_axes[len(names) :]:
-        axes.set_axis_off()
-    return figure, dict(zip(names, all_axes, strict=False))
-
-
-def _distilled(comparison: ComparedRuns, method: str) -> list[dict[str, Any]]:
-    return [results for results in comparison.cells[method].values() if results.get("teacher")]
 
 
 # ---- All -----------------------------------------------------------------------------------------------------------
 
 
 def _models(results: dict[str, Any]) -> list[str]:
-    return [model for model in _COLOURS if results.get(model)]
-
-
-def _groups(data: dict[str, Any]) -> dict[str, np.ndarray]:
-    return shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
+    return [model for model in COLOURS if results.get(model)]
 
 
 def _largest_first(data: dict[str, Any]) -> np.ndarray:
@@ -549,60 +438,14 @@ def _class_labels(data: dict[str, Any]) -> list[str]:
     return [names[index] for index in order] if order.size <= _MAX_NAMED_CLASSES else []
 
 
-def _percent(fractions: Sequence[float | None]) -> np.ndarray:
-    return 100 * np.array(fractions, dtype=float)  # None becomes nan
-
-
-def _class_accuracies(model_results: dict[str, Any]) -> np.ndarray:
-    return _percent(model_results["metrics"]["per_class_accuracy"])
-
-
 def _class_names(data: dict[str, Any]) -> list[str]:
     """Return the names of all classes, with the number of each that the fonts cannot write."""
     names = [figure_text(name) for name in data["class_names"]]
     return [f"{name} (class {number})" if "\ufffd" in name else name for number, name in enumerate(names)]
 
 
-def _point_style(model: str) -> dict[str, Any]:
-    return {"label": model, "color": _COLOURS[model], "linestyle": "none", "zorder": 3, **_POINTS[model]}
-
-
-def _line_style(model: str) -> dict[str, Any]:
-    return _point_style(model) | {"linestyle": "--" if model == "teacher" else "-", "linewidth": 1.7}
-
-
 def _figure(title: str, results: dict[str, Any], height: float) -> Figure:
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     models = "; ".join(f"{model}: {figure_text(results[model]['model'], 45)}" for model in _models(results))
-    _add_title(figure, f"{title}: {figure_text(results['data']['name'], 40)}", models)
+    add_title(figure, f"{title}: {figure_text(results['data']['name'], 40)}", models)
     return figure
-
-
-def _add_title(figure: Figure, title: str, note: str | None = None) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=_TITLE, fontweight="bold")
-    if note is not None:
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=_SMALL, color="#555555")
-
-
-def _set_names(axes: Axes, axis: str, positions: Sequence[int], names: list[str], width: float | None = None) -> None:
-    """Label an axis with names, slanted if they do not fit beside each other into `width` inches."""
-    slanted = width is not None and not _fit(names, width)
-    slant: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    set_ticks = axes.set_xticks if axis == "x" else axes.set_yticks
-    set_ticks(positions, names, fontsize=_SMALL, **slant)
-
-
-def _fit(texts: list[str], width: float) -> bool:
-    """Return whether small texts fit beside each other into `width` inches."""
-    character = 0.65 * _SMALL / 72
-    return all((len(text) + 1) * character <= width / len(texts) for text in texts)
-
-
-def _tidy(axes: Axes, grid: Literal["y", "both"] | None = "y", colour: str = "#cccccc") -> None:
-    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-        text.set_fontsize(_TEXT)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=_SMALL)
-    axes.set_axisbelow(True)
-    if grid:
-        axes.grid(axis=grid, color=colour, linewidth=0.6)

@@ -31,13 +31,13 @@ from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
 from .files import replacing
 from .machine import precision_of
+from .methods import corrects
 from .metrics import (
     FEW_SHOT_THRESHOLD,
     MANY_SHOT_THRESHOLD,
     LongTailAccumulator,
 )
 from .models import cifar_resnet_depth
-from .objective import corrects
 from .options import OPTIONS, WITHOUT_INFLUENCE, options_with
 from .reading import read_json
 from .schema import HUB_ID, find_fault

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .losses import IGNORE_INDEX
+from .loss_inputs import IGNORE_INDEX
 
 
 class GlobalBatchSampler:

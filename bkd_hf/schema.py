@@ -16,8 +16,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
 from .config import METHOD_OPTIONS, BKDConfig
+from .methods import METHODS
 from .metrics import check_shot_thresholds, shot_groups
-from .objective import METHODS
 from .text import one_line
 
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, str_max_length=1_000_000, extra="allow")

@@ -23,10 +23,12 @@ from .config import BKDConfig
 from .errors import InputError
 from .head import balancing_shift, favours_a_class, head_biases, prepare_head, sample_for_bias, shift_logits
 from .images import ImageDataset, collate_images
-from .losses import IGNORE_INDEX, cross_entropy_loss, example_weights
+from .loss_inputs import IGNORE_INDEX
+from .losses import cross_entropy_loss, example_weights
+from .methods import corrects
 from .metrics import LongTailEvaluation, check_class_counts
 from .models import start_from_teacher
-from .objective import Objective, Progress, corrects
+from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .publishing_trainer import PublishingTrainer
 from .sampling import innermost

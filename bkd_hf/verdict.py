@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .objective import METHODS, RECOMMENDED, corrects
+from .methods import METHODS, RECOMMENDED, corrects
 from .results import adjusts_itself
 
 # Below this share of the teacher's accuracy, and of the tested classes that are ever answered, something went wrong.

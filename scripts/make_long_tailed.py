@@ -23,8 +23,9 @@ from typing import Any
 
 import datasets
 
-from bkd_hf.data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, load_image_dataset, make_long_tailed
+from bkd_hf.data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, make_long_tailed
 from bkd_hf.errors import InputError, run_script
+from bkd_hf.loading import load_image_dataset
 from bkd_hf.results import hub_id, without_folders
 from bkd_hf.splits import SPLIT_NAME, check_output_folder, exact, save_split
 from bkd_hf.text import printable

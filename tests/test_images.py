@@ -22,14 +22,8 @@ from transformers import (
 )
 
 from bkd_hf import ImageDataset, InputError, default_augmentation, load_image_dataset
-from bkd_hf.images import (
-    channel_statistics,
-    collate_images,
-    default_num_workers,
-    move_and_mirror,
-    pad_crop,
-    random_resized_crop_box,
-)
+from bkd_hf.augmentations import move_and_mirror, pad_crop, random_resized_crop_box
+from bkd_hf.images import channel_statistics, collate_images, default_num_workers
 from bkd_hf.sampling import SampledExamples, hash_uniform
 from bkd_hf.views import PixelBytes, output_size
 

@@ -19,7 +19,8 @@ from bkd_hf import (
     load_processor,
 )
 from bkd_hf import losses as L
-from bkd_hf.objective import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Objective, Progress
+from bkd_hf.methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES
+from bkd_hf.objective import Objective, Progress
 from tests.test_trainer import COUNTS, NAMES, config, images, resnet, trainer_for
 
 PARTS = ("classification_loss", "class_weighting", "distillation_loss", "sampler")

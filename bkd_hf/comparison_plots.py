@@ -1,0 +1,127 @@
+"""Figures of comparisons: methods × seeds (see `bkd_hf.comparison`)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .figures import (
+    BLUE,
+    COLOURS,
+    DPI,
+    GROUP_POINTS,
+    NEUTRAL,
+    PERCENT,
+    RED,
+    SMALL,
+    TEXT,
+    WIDTH,
+    add_title,
+    class_accuracies,
+    groups_of,
+    save_figures,
+    set_names,
+    tidy,
+)
+from .text import figure as figure_text
+
+
+class ComparedRuns(Protocol):
+    """What the figures read of methods × seeds (see `bkd_hf.compare.Comparison`)."""
+
+    data: dict[str, Any]
+    methods: list[str]
+    cells: dict[str, dict[int, dict[str, Any]]]
+
+    def shown_metrics(self) -> list[str]: ...
+    def values(self, method: str, metric: str) -> dict[int, float]: ...
+    def estimate(self, method: str, metric: str) -> Any: ...
+
+
+def save_comparison_plots(comparison: ComparedRuns, folder: str | os.PathLike[str]) -> list[Path]:
+    """Draw `comparison.png` and, where a method has a teacher, `teacher_and_student.png`; return their paths."""
+    figures = {"comparison.png": functools.partial(plot_comparison, comparison)}
+    if any(_distilled(comparison, method) for method in comparison.methods):
+        figures["teacher_and_student.png"] = functools.partial(plot_teacher_and_student, comparison)
+    return save_figures(figures, folder)
+
+
+def plot_comparison(comparison: ComparedRuns) -> Figure:
+    """Draw each metric of each method: a dot for every seed, the mean, and its standard deviation as a bar."""
+    metrics, methods = comparison.shown_metrics(), comparison.methods
+    seeds = sorted({len(comparison.cells[method]) for method in methods})
+    number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    figure, panels = _panels(metrics, 3, WIDTH, 1.2, 0.8 + 0.24 * len(methods))
+    title = f"Methods on {figure_text(comparison.data['name'], 40)}, {number} seed{'s' if seeds[-1] > 1 else ''} each"
+    note = "diamond: mean over seeds; bar: its standard deviation; dots: the seeds" if seeds[-1] > 1 else "one seed"
+    add_title(figure, title, note)
+    for metric, axes in panels.items():
+        lowest, highest = 100.0, 0.0
+        for y, method in enumerate(methods):
+            values = list(comparison.values(method, metric).values())
+            if not values:
+                continue
+            if len(values) > 1:
+                axes.plot(values, [y] * len(values), "o", color=NEUTRAL, markersize=3, alpha=0.7, zorder=2)
+            estimate, colour = comparison.estimate(method, metric), RED if method.startswith("bkd") else BLUE
+            style: dict[str, Any] = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 2, "linewidth": 1.2}
+            axes.errorbar(estimate.mean, y, xerr=estimate.std, **style)
+            lowest, highest = min(lowest, *values), max(highest, *values)
+        set_names(axes, "y", range(len(methods)), [figure_text(method, 40) for method in methods])
+        room = max(0.15 * (highest - lowest), 2.0)
+        axes.set(xlim=(max(-1.0, lowest - room), min(101.0, highest + room)), ylim=(len(methods) - 0.4, -0.6))
+        axes.set_title(f"{metric} (%)" + (", lower is better" if metric == "ECE" else ""))
+        tidy(axes, grid="both", colour="#dddddd")
+    return figure
+
+
+def plot_teacher_and_student(comparison: ComparedRuns) -> Figure:
+    """Draw each class's accuracy with the student over that with its teacher, a panel for each distilled method.
+
+    Means over seeds; above the diagonal the student is better. Colours and markers are the groups of classes.
+    """
+    methods = [method for method in comparison.methods if _distilled(comparison, method)]
+    columns = min(3, len(methods))
+    figure, panels = _panels(methods, columns, max(5.5, WIDTH * columns / 3), 1.3, 2.7)
+    add_title(figure, f"Accuracy of each class: {figure_text(comparison.data['name'], 40)}")
+    for method, axes in panels.items():
+        cells = _distilled(comparison, method)
+        accuracies = {model: np.mean([class_accuracies(cell[model]) for cell in cells], axis=0) for model in COLOURS}
+        axes.plot([0, 100], [0, 100], color=NEUTRAL, linewidth=0.8, zorder=1)
+        for name, group in groups_of(comparison.data).items():
+            colour, marker = GROUP_POINTS[name]
+            style: dict[str, Any] = {"color": colour, "marker": marker, "s": 14, "alpha": 0.7, "linewidths": 0}
+            x, y = (values[group] for values in accuracies.values())
+            axes.scatter(x, y, label=name.replace("_", "-"), zorder=2, **style)
+        axes.set_title(figure_text(method))
+        axes.set(xlim=PERCENT["ylim"], xticks=PERCENT["yticks"], **PERCENT)
+        tidy(axes)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL)
+    for axes in figure.axes[-columns:]:
+        axes.set_xlabel("teacher (%)", fontsize=TEXT)
+    figure.supylabel("student (%)", fontsize=TEXT)
+    return figure
+
+
+def _panels(
+    names: Sequence[str], columns: int, width: float, margin: float, height: float
+) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure with an axes for each name, each `height` inches high."""
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(width, margin + rows * height), dpi=DPI, layout="constrained")
+    all_axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    for axes in all_axes[len(names) :]:
+        axes.set_axis_off()
+    return figure, dict(zip(names, all_axes, strict=False))
+
+
+def _distilled(comparison: ComparedRuns, method: str) -> list[dict[str, Any]]:
+    return [results for results in comparison.cells[method].values() if results.get("teacher")]

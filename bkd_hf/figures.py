@@ -1,0 +1,106 @@
+"""The look of all figures.
+
+Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles and markers say the same once more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .files import replacing, why_broken
+from .metrics import shot_groups
+
+# `Figure` throughout, never pyplot or rcParams: no display, no state that threads share, nothing to close.
+
+DPI = 150
+WIDTH = 8.0  # inches
+SMALL, TEXT, TITLE = 8, 9, 11  # points
+
+BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+NEUTRAL, NOT_TESTED = "#8c8c8c", "#d9d9d9"
+COLOURS = {"teacher": BLUE, "student": RED}
+_POINTS: dict[str, dict[str, Any]] = {
+    # The teacher's ring stays visible around the student's diamond where both are equal.
+    "teacher": {"marker": "o", "markersize": 7.5, "markerfacecolor": "none", "markeredgewidth": 1.4},
+    "student": {"marker": "D", "markersize": 4.5},
+}
+GROUP_POINTS = {"many_shot": (BLUE, "o"), "medium_shot": (GREEN, "s"), "few_shot": (RED, "^")}
+
+PERCENT: dict[str, Any] = {"ylim": (-4, 104), "yticks": range(0, 101, 20)}  # room for markers at 0 and 100
+
+
+def save_figures(
+    figures: Mapping[str, Callable[[], Figure]], folder: str | os.PathLike[str], only_missing: bool = False
+) -> list[Path]:
+    """Draw figures, by the names of their files, into a folder, which is made; return their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in figures.items():
+        if not only_missing or why_broken(folder / name):
+            with replacing(folder / name) as path:
+                draw().savefig(path, format="png", dpi=DPI, facecolor="white")
+    return [folder / name for name in figures]
+
+
+def groups_of(data: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Indices of the many-, medium- and few-shot classes of the `data` section of results."""
+    return shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
+
+
+def percent(fractions: Sequence[float | None]) -> np.ndarray:
+    """Fractions in percent; `None` becomes not a number."""
+    return 100 * np.array(fractions, dtype=float)
+
+
+def class_accuracies(model_results: dict[str, Any]) -> np.ndarray:
+    """C accuracies of a model in percent, from its section of results."""
+    return percent(model_results["metrics"]["per_class_accuracy"])
+
+
+def point_style(model: str) -> dict[str, Any]:
+    """How a class of the teacher, or the student, is drawn."""
+    return {"label": model, "color": COLOURS[model], "linestyle": "none", "zorder": 3, **_POINTS[model]}
+
+
+def line_style(model: str) -> dict[str, Any]:
+    """How a curve of the teacher, or the student, is drawn."""
+    return point_style(model) | {"linestyle": "--" if model == "teacher" else "-", "linewidth": 1.7}
+
+
+def add_title(figure: Figure, title: str, note: str | None = None) -> None:
+    """Put a title above, and a note below."""
+    figure.suptitle(title, x=0.01, ha="left", fontsize=TITLE, fontweight="bold")
+    if note is not None:
+        figure.supxlabel(note, x=0.01, ha="left", fontsize=SMALL, color="#555555")
+
+
+def set_names(axes: Axes, axis: str, positions: Sequence[int], names: list[str], width: float | None = None) -> None:
+    """Label an axis with names, slanted if they do not fit beside each other into `width` inches."""
+    slanted = width is not None and not fit_beside(names, width)
+    slant: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    set_ticks = axes.set_xticks if axis == "x" else axes.set_yticks
+    set_ticks(positions, names, fontsize=SMALL, **slant)
+
+
+def fit_beside(texts: list[str], width: float) -> bool:
+    """Return whether small texts fit beside each other into `width` inches."""
+    character = 0.65 * SMALL / 72
+    return all((len(text) + 1) * character <= width / len(texts) for text in texts)
+
+
+def tidy(axes: Axes, grid: Literal["y", "both"] | None = "y", colour: str = "#cccccc") -> None:
+    """Take away what a figure does not need, and add a grid."""
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_fontsize(TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=SMALL)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, color=colour, linewidth=0.6)

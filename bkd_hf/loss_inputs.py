@@ -1,0 +1,131 @@
+"""What many losses do: check and convert their inputs, compare two distributions, reduce the values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .metrics import check_class_counts
+
+Reduction = Literal["mean", "sum", "none"]
+
+#: Examples with this label count for nothing, as in `torch.nn.functional.cross_entropy` and throughout `transformers`.
+IGNORE_INDEX = -100
+
+
+def at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Convert to the widest of their types, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def softened_divergence(log_targets: torch.Tensor, student_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """B values T² · KL( q ‖ softmax(z_s / T) ), given log q, B×C; T² keeps gradients independent of T in size."""
+    log_student = F.log_softmax(student_logits / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_student, log_targets, reduction="none", log_target=True).sum(dim=-1)
+
+
+def log_weights(class_weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """C logarithms of class weights, in type and on the device of `like`."""
+    # The logarithm is taken before rounding to the logits' precision.
+    return checked_weights(class_weights, like).log().to(device=like.device, dtype=like.dtype)
+
+
+def checked_weights(class_weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """C class weights; a `ValueError` if they are not positive, finite and C."""
+    num_classes = logits.shape[-1]
+    class_weights = torch.as_tensor(class_weights)
+    if class_weights.shape != (num_classes,):
+        raise ValueError(
+            f"class_weights must hold one weight per class: the logits have {num_classes} classes, "
+            f"the weights have shape {tuple(class_weights.shape)}."
+        )
+    if class_weights.device.type == "cpu" and not bool(((class_weights > 0) & class_weights.isfinite()).all()):
+        raise ValueError("class_weights must be positive and finite: a weight of 0 would leave the class out.")
+    return class_weights
+
+
+def reduce(losses: torch.Tensor, reduction: str, mass: torch.Tensor | None = None) -> torch.Tensor:
+    """Values (`"none"`), their sum, or their mean: over `mass`, B shares that the values have been multiplied by."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if reduction == "mean":
+        return losses.mean() if mass is None else losses.sum() / mass.sum()
+    raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
+
+
+def log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """C logarithms of class counts, in type and on the device of `like`; a `ValueError` if one is 0."""
+    if isinstance(class_counts, torch.Tensor) and class_counts.device.type != "cpu":
+        counts = class_counts.to(like.dtype)  # looked at on the CPU only
+    else:
+        counts = torch.as_tensor(check_class_counts(class_counts))
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(counts)} classes have no training image (first: class {empty[0]}): the "
+                "logarithm of their frequency is not finite. Remove the class."
+            )
+    require(
+        counts.shape == like.shape[-1:],
+        f"class_counts must hold one number per class: the logits have {like.shape[-1]} classes, the counts have "
+        f"shape {tuple(counts.shape)}.",
+    )
+    return counts.log().to(device=like.device, dtype=like.dtype)
+
+
+def indices(labels: torch.Tensor) -> torch.Tensor:
+    """Labels that can index: an ignored example gets class 0, and counts for nothing anyhow."""
+    return labels.long().clamp_min(0)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise a `ValueError` with a message unless something holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a `ValueError` unless the temperature is a finite number > 0."""
+    require(0 < temperature < float("inf"), f"temperature must be a finite number > 0, got {temperature}.")
+
+
+def check_logits(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
+    """Raise a `ValueError` unless the logits of student and teacher are both B×C."""
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if logits.dim() != 2:
+            raise ValueError(f"{name} must be (batch, classes), got shape {tuple(logits.shape)}.")
+    if student_logits.shape[1] != teacher_logits.shape[1]:
+        raise ValueError(
+            f"Student and teacher must have the same classes: the student has {student_logits.shape[1]}, "
+            f"the teacher {teacher_logits.shape[1]}."
+        )
+    if student_logits.shape[0] != teacher_logits.shape[0]:
+        raise ValueError(
+            f"Student and teacher must see the same batch: {student_logits.shape[0]} examples against "
+            f"{teacher_logits.shape[0]}."
+        )
+
+
+def check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Raise a `ValueError` unless the logits are B×C and the labels B integers, in range (on the CPU)."""
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.is_floating_point():
+        raise ValueError(
+            f"Expected logits (batch, classes) and one integer label per example, got shapes {tuple(logits.shape)} "
+            f"and {tuple(labels.shape)}, labels of type {labels.dtype}."
+        )
+    if labels.device.type == "cpu":
+        outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= logits.shape[1]))
+        if bool(outside.any()):
+            raise ValueError(
+                f"Label {labels[outside][0].item()} is outside the range of the {logits.shape[1]} classes, "
+                f"0 to {logits.shape[1] - 1}."
+            )

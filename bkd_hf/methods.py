@@ -1,0 +1,233 @@
+"""What `--method` may be, and what its parts may be: the registries of losses, and the presets.
+
+A method is a choice from four tables: classification loss × its class weighting × distillation loss × sampler. Every
+choice runs through the same trainer, data and schedule: what differs between two methods is what their names say.
+
+To add a loss, write a function of logits in `losses.py` and one line in a registry below. Its arguments that are no
+inputs are its options (`--classification_loss_args`, `--distillation_loss_args`); the card reads title, source and
+formula from its docstring.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+
+from .losses import (
+    balanced_distillation_loss,
+    balanced_log_targets,
+    balanced_softmax_loss,
+    cross_entropy_loss,
+    dive_log_targets,
+    dive_loss,
+    dkd_loss,
+    focal_loss,
+    kd_loss,
+    ldam_loss,
+    logit_adjustment_loss,
+)
+
+_INPUTS = frozenset(
+    [
+        "logits",
+        "student_logits",
+        "teacher_logits",
+        "labels",
+        "class_counts",
+        "class_weights",
+        "reduction",
+        "epoch",
+        "weight",
+    ]
+)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """Call a function with what it takes of what is given."""
+    return function(**{name: value for name, value in given.items() if name in _parameters(function)})
+
+
+def constant(epoch: float, weight: float) -> tuple[float, float]:
+    """1 and α."""
+    return 1.0, weight
+
+
+def complementary(epoch: float, *, alpha: float = 0.5) -> tuple[float, float]:
+    """1 − α and α (He et al., 2021, arXiv 2103.15042, eq. 9)."""
+    return 1.0 - alpha, alpha
+
+
+def warm_up(epoch: float, *, warmup_epochs: int = 20) -> tuple[float, float]:
+    """1, and (e + 1)/`warmup_epochs` in epoch e, at most 1, as in the public code of DKD."""
+    return 1.0, min(1.0, (int(epoch) + 1) / max(1, warmup_epochs))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A line of a registry.
+
+    Attributes:
+        function: Takes some of the inputs `logits` or `student_logits` and `teacher_logits` (B×C), `labels` (B),
+            `class_counts` and `class_weights` (C) and `reduction` by name; all its other arguments are options.
+        shared: Options that it has in common with others: argument → name in [`BKDConfig`]. Any other argument is
+            the option LOSS_ARGUMENT, where [`BKDConfig`] has it, and can be given by `--…_loss_args`.
+        targets: Of a distillation loss: what the student imitates, the logarithm of a distribution, B×C.
+        mixture: Of a distillation loss: weights of classification and distillation after some epochs.
+        mean_over_examples: Whether its weighted mean divides by the number of examples, not by the sum of weights.
+    """
+
+    function: Callable[..., torch.Tensor]
+    shared: Mapping[str, str] = field(default_factory=dict)
+    targets: Callable[..., torch.Tensor] | None = None
+    mixture: Callable[..., tuple[float, float]] = constant
+    mean_over_examples: bool = False
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Its options and their defaults."""
+        parameters = [
+            parameter for function in (self.function, self.mixture) for parameter in _parameters(function).values()
+        ]
+        return {p.name: p.default for p in parameters if p.name not in _INPUTS}
+
+    @property
+    def title(self) -> str:
+        """First sentence of its docstring, without the source."""
+        return inspect.getdoc(self.function).partition("\n")[0].partition(" (")[0].rstrip(".:")  # type: ignore[union-attr]
+
+    @property
+    def source(self) -> str | None:
+        """Number on arXiv of the paper that its docstring names."""
+        found = re.search(r"arXiv (\d{4}\.\d{5})", inspect.getdoc(self.function) or "")
+        return found and found[1]
+
+    @property
+    def formula(self) -> str:
+        """The indented lines of its docstring."""
+        lines = (inspect.getdoc(self.function) or "").splitlines()
+        start = next((i for i, line in enumerate(lines) if line.startswith("    ")), len(lines))
+        end = next((i for i, line in enumerate(lines[start:], start) if not line.strip()), len(lines))
+        return "\n".join(line.strip() for line in lines[start:end])
+
+    def needs(self, name: str) -> bool:
+        """Whether its function, or its mixture, takes an input."""
+        return any(name in _parameters(function) for function in (self.function, self.mixture))
+
+    def option(self, loss: str, argument: str) -> str:
+        """The option that gives an argument its value, for the loss of this name."""
+        return self.shared.get(argument, f"{loss}_{argument}")
+
+
+_SMOOTHED = {"label_smoothing": "label_smoothing_factor"}
+_SOFTENED = {"temperature": "temperature", "power": "class_balance_power"}
+
+#: What `--classification_loss` may be.
+CLASSIFICATION_LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(cross_entropy_loss, _SMOOTHED),
+    "focal": Loss(focal_loss, mean_over_examples=True),
+    "ldam": Loss(ldam_loss),
+    "balanced_softmax": Loss(balanced_softmax_loss, _SMOOTHED),
+    "logit_adjustment": Loss(logit_adjustment_loss, {**_SMOOTHED, "tau": "logit_adjustment_tau"}),
+}
+#: What `--distillation_loss` may be.
+DISTILLATION_LOSSES: dict[str, Loss | None] = {
+    "none": None,
+    "kd": Loss(kd_loss, _SOFTENED, balanced_log_targets),
+    "bkd": Loss(balanced_distillation_loss, _SOFTENED, balanced_log_targets),
+    "dive": Loss(dive_loss, targets=dive_log_targets, mixture=complementary),
+    "dkd": Loss(dkd_loss, targets=balanced_log_targets, mixture=warm_up),
+}
+#: What `--class_weighting` may be; `drw` is deferred re-weighting (Cao et al., 2019, arXiv 1906.07413).
+CLASS_WEIGHTINGS = ("none", "reweight", "drw")
+#: What `--sampler` may be; `class_balanced` draws each class equally often (Kang et al., 2020, arXiv 1910.09217).
+SAMPLERS = ("instance", "class_balanced")
+#: What `--student_init` may be: the student's own weights, or the teacher's; `auto`: the teacher's where they fit and
+#: the teacher is not so sure of its training images that its answers bear `class_balance_power` 1.
+STUDENT_INITS = ("model", "teacher", "auto")
+#: What `--head_bias` may be: as it was learned, or fitted to balanced data afterwards; `auto`: fitted for a student
+#: that favours a class, of a teacher that is not so sure of its training images as to bear `class_balance_power` 1.
+HEAD_BIASES = ("learned", "balanced", "auto")
+# Choices that correct for the class frequencies.
+_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset.
+
+    Attributes:
+        classification_loss: Key of `CLASSIFICATION_LOSSES`.
+        class_weighting: Of the classification loss, one of `CLASS_WEIGHTINGS`.
+        distillation_loss: Key of `DISTILLATION_LOSSES`.
+        sampler: One of `SAMPLERS`.
+        student_init: One of `STUDENT_INITS`.
+        head_bias: One of `HEAD_BIASES`.
+        class_balance_power: Of the weights in the distillation loss.
+        logit_adjustment_tau: Of the classification loss.
+        deferred_reweighting_start: Of the weights in the distillation loss.
+        teacher: The method by which its teacher is trained.
+    """
+
+    classification_loss: str = "cross_entropy"
+    class_weighting: str = "none"
+    distillation_loss: str = "none"
+    sampler: str = "instance"
+    student_init: str = "model"
+    head_bias: str = "learned"
+    class_balance_power: float | str = 1.0
+    logit_adjustment_tau: float | str = 1.0
+    deferred_reweighting_start: float | None = None
+    teacher: str = "ce"
+
+    def options(self) -> dict[str, Any]:
+        """Options of [`BKDConfig`] that the preset gives a value."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "teacher"}
+
+
+#: What `--method` may be.
+METHODS = {
+    "ce": Method(),
+    "cb-ce": Method(class_weighting="reweight"),
+    "focal": Method("focal"),
+    "ldam": Method("ldam"),
+    "ldam-drw": Method("ldam", "drw"),
+    "balanced-softmax": Method("balanced_softmax"),
+    "logit-adjustment": Method("logit_adjustment"),
+    "resample": Method(sampler="class_balanced"),
+    "kd": Method(distillation_loss="kd"),
+    "bkd": Method(distillation_loss="bkd"),
+    "bkd-drw": Method(distillation_loss="bkd", deferred_reweighting_start=0.8),
+    "bkd-calibrated": Method(
+        "logit_adjustment",
+        distillation_loss="bkd",
+        student_init="auto",
+        head_bias="auto",
+        class_balance_power="measured",
+        logit_adjustment_tau="auto",
+    ),
+    "dive": Method("balanced_softmax", distillation_loss="dive", teacher="balanced-softmax"),
+    "dkd": Method(distillation_loss="dkd"),
+}
+#: The preset for data and budgets of people's own, and the default of `scripts/run_bkd.py`.
+RECOMMENDED = "bkd-calibrated"
+
+
+def corrects(options: Mapping[str, Any]) -> bool:
+    """Whether a method corrects for the class frequencies, by loss, weights or sampler.
+
+    Args:
+        options: By name, those of [`Method`] among them.
+    """
+    parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
+    return any(options.get(part) in _CORRECTING for part in parts)

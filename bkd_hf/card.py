@@ -50,12 +50,13 @@ _METRICS = (  # title, key in `long_tail_metrics`, and its name in the metadata,
     ("calibration error (ECE; lower is better)", "expected_calibration_error", None),
 )
 # What the card says of choices that are no losses: title, and number on arXiv. Losses say it in their docstrings.
-_SOURCES = {
+_SOURCES: dict[str, dict[Any, tuple[str, str]]] = {
     "class_weighting": {
         "reweight": ("class weights by the effective number of examples", "1901.05555"),
         "drw": ("deferred re-weighting", "1906.07413"),
     },
     "sampler": {"class_balanced": ("class-balanced sampling", "1910.09217")},
+    "logit_standardization": {True: ("logit standardization", "2403.01427")},
 }
 _LOSSES: dict[str, Mapping[str, Loss | None]] = {
     "classification_loss": CLASSIFICATION_LOSSES,
@@ -263,7 +264,7 @@ def _losses(options: dict[str, Any]) -> list[Loss]:
 def _sources(options: dict[str, Any]) -> list[tuple[str, str | None]]:
     """Title and number on arXiv of each part of the method."""
     found: list[tuple[str, str | None]] = []
-    for part in ("classification_loss", "class_weighting", "sampler", "distillation_loss"):
+    for part in ("classification_loss", "class_weighting", "sampler", "distillation_loss", "logit_standardization"):
         choice = options.get(part, "none")
         if loss := _LOSSES.get(part, {}).get(choice):
             found.append((loss.title, loss.source))
@@ -377,9 +378,9 @@ def _loss(options: dict[str, Any]) -> str:
         if options.get(part) not in (None, "none"):
             told = {name: options.get(name) for name in used_by(part, options)}
             numbers = [
-                f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+                name if value is True else f"{name} {value if isinstance(value, str) else f'{value:g}'}"
                 for name, value in told.items()
-                if value is not None
+                if value is not None and value is not False
             ]
             terms.append(options[part] + (f" ({', '.join(numbers)})" if numbers else ""))
     about = {"class_weighting": "none", "sampler": "instance"}

@@ -196,6 +196,13 @@ class BKDConfig(TrainingArguments):
             "says, for bkd 1."
         },
     )
+    logit_standardization: Annotated[bool, "student"] = field(
+        default=False,
+        metadata={
+            "help": "Have kd and bkd compare logits of mean 0 and standard deviation 1 (Sun et al., 2024): the "
+            "student need not reach the size of the teacher's."
+        },
+    )
     deferred_reweighting_start: Annotated[float | None, "student"] = field(
         default=None,
         metadata={
@@ -414,7 +421,7 @@ class BKDConfig(TrainingArguments):
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
                 raise InputError(f"--{option}: --{part} {name} has no argument {unknown[0]!r}; {takes}.")
             try:
-                Objective(self, [1, 1], has_teacher=part == "distillation_loss").try_out(part)
+                Objective(self, [1, 1, 1], has_teacher=part == "distillation_loss").try_out(part)
             except (TypeError, ValueError) as error:
                 raise InputError(f"--{option} {json.dumps(given)}: {error}") from error
 
@@ -492,7 +499,7 @@ class BKDConfig(TrainingArguments):
                 getattr(self, part) in choices for part, choices in used_by.items()
             ):
                 belongs_to = " or ".join(f"--{part} {'|'.join(choices)}" for part, choices in used_by.items())
-                shown = value if isinstance(value, str) else f"{value:g}"
+                shown = value if isinstance(value, (str, bool)) else f"{value:g}"
                 messages.append(f"--{name} {shown} has no effect: it belongs to {belongs_to}.")
         for name, start in self._deferred_starts().items():
             if self.class_balance_beta == 0:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -74,13 +77,8 @@ def dkd_loss(
         alpha: α ≥ 0, weight of the target class.
         beta: β ≥ 0, weight of the non-target classes.
     """
-    for name, value in (("alpha", alpha), ("beta", beta)):
-        require(0 <= value < float("inf"), f"{name} must be a finite number ≥ 0, got {value}.")
-    check_temperature(temperature)
-    check_logits(student_logits, teacher_logits)
-    check_labels(student_logits, labels)
-    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
-
+    _check_weights(alpha=alpha, beta=beta)
+    student_logits, teacher_logits = _checked(student_logits, teacher_logits, temperature, labels)
     student_others, teacher_others = _without_label(student_logits, labels), _without_label(teacher_logits, labels)
     student_pair = _label_and_others(student_logits / temperature, student_others / temperature, labels)
     teacher_pair = _label_and_others(teacher_logits / temperature, teacher_others / temperature, labels)
@@ -89,6 +87,166 @@ def dkd_loss(
     non_target = softened_divergence(others, student_others, temperature)
     counted = (labels != IGNORE_INDEX).to(target.dtype)
     return reduce((alpha * temperature**2 * target + beta * non_target) * counted, reduction, counted)
+
+
+def wsl_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 2.0,
+    reduction: Reduction = "mean",
+) -> torch.Tensor:
+    """Weighted soft labels (Zhou et al., 2021, arXiv 2102.00650, eq. 15-16).
+
+        WSL = ω · T² · KL( softmax(z_t / T) ‖ softmax(z_s / T) ),    ω = 1 − exp( −CE(z_s, y) / CE(z_t, y) )
+
+    An example that the student knows better than the teacher does counts less. ω is a constant for the gradient. The
+    paper's weight of WSL beside the cross-entropy is 2.5, on ImageNet (`--alpha 2.5`).
+
+    Args:
+        temperature: T > 0.
+    """
+    student_logits, teacher_logits = _checked(student_logits, teacher_logits, temperature, labels)
+    student_ce, teacher_ce = (
+        F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="none")
+        for logits in (student_logits.detach(), teacher_logits)
+    )
+    weights = -torch.expm1(-student_ce / (teacher_ce + 1e-7))  # 0 where the label is ignored
+    log_targets = F.log_softmax(teacher_logits / temperature, dim=-1)
+    losses = weights * softened_divergence(log_targets, student_logits, temperature)
+    return reduce(losses, reduction, (labels != IGNORE_INDEX).to(losses.dtype))
+
+
+def dist_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float = 4.0,
+    beta: float = 2.0,
+    gamma: float = 2.0,
+    reduction: Reduction = "mean",
+) -> torch.Tensor:
+    """Distillation from a stronger teacher, DIST (Huang et al., 2022, arXiv 2205.10536, eq. 7-10).
+
+        DIST = T² · ( β · (1 − ρ(p_t, p_s)) + γ · mean_c (1 − ρ(P_t[:, c], P_s[:, c])) )
+
+    ρ is Pearson's correlation, p = softmax(z / T) the probabilities of an example, and P those of the batch: the first
+    term relates the classes of an example, the second the examples of a class. The second, the same for each example,
+    is of the batch that the loss sees: a step that is cut otherwise, into micro-batches or processes, gives other
+    values.
+
+    Args:
+        temperature: T > 0; the paper's 4 is for CIFAR-100, 1 for ImageNet.
+        beta: β ≥ 0.
+        gamma: γ ≥ 0.
+    """
+    _check_weights(beta=beta, gamma=gamma)
+    student_logits, teacher_logits = _checked(student_logits, teacher_logits, temperature, labels)
+    p_s, p_t = (F.softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
+    counted = (labels != IGNORE_INDEX).to(p_s.dtype)
+    between_classes = 1 - _correlation(p_s, p_t, torch.ones_like(p_s), dim=1)
+    between_examples = 1 - _correlation(p_s, p_t, counted[:, None], dim=0).mean()
+    losses = temperature**2 * (beta * between_classes + gamma * between_examples)
+    return reduce(losses * counted, reduction, counted)
+
+
+def ltkd_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    labels: torch.Tensor,
+    class_counts: Sequence[int] | np.ndarray | torch.Tensor,
+    temperature: float = 4.0,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    reduction: Reduction = "mean",
+) -> torch.Tensor:
+    """Long-tailed knowledge distillation, LTKD (Kim, 2026, arXiv 2506.18496).
+
+        LTKD = T² · ( α · KL(b̂_t ‖ b_s) + β · Σ_G KL(q_t^G ‖ q_s^G) )
+
+    b are the probabilities of three groups of classes (the third with most training images, the next, the rarest), q^G
+    those of the classes within a group, all from softmax(z / T). KL(p_t ‖ p_s) = KL(b_t ‖ b_s) + Σ_G b_t(G) ·
+    KL(q_t^G ‖ q_s^G), where both parts favour the head. So b̂_t is b_t, scaled such that its mean over the batch would
+    be uniform, and normalised again; and the groups within count the same. The mean is of the batch that the loss
+    sees: a step that is cut otherwise, into micro-batches or processes, gives other values. The defaults of α and β
+    are ours.
+
+    Args:
+        student_logits: B×C, C ≥ 3.
+        class_counts: C numbers of training images.
+        temperature: T > 0.
+        alpha: α ≥ 0, weight of the part between groups.
+        beta: β ≥ 0, weight of the part within groups.
+    """
+    _check_weights(alpha=alpha, beta=beta)
+    student_logits, teacher_logits = _checked(student_logits, teacher_logits, temperature, labels)
+    groups = _thirds(class_counts, like=student_logits)
+    log_p_s, log_p_t = (F.log_softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
+    log_b_s, log_b_t = _log_groups(log_p_s, groups), _balanced_log_groups(log_p_t, groups, labels)
+    between = F.kl_div(log_b_s, log_b_t, reduction="none", log_target=True).sum(dim=-1)
+    within = sum(
+        softened_divergence(F.log_softmax(log_p_t[:, group], dim=-1), log_p_s[:, group], 1.0) for group in groups
+    )
+    counted = (labels != IGNORE_INDEX).to(between.dtype)
+    return reduce(temperature**2 * (alpha * between + beta * within) * counted, reduction, counted)
+
+
+def ltkd_log_targets(
+    teacher_logits: torch.Tensor,
+    class_counts: Sequence[int] | np.ndarray | torch.Tensor,
+    temperature: float = 4.0,
+) -> torch.Tensor:
+    """Logarithm of what [`ltkd_loss`] has the student imitate, b̂_t(G) · q_t^G: B×C. Arguments as there."""
+    (teacher_logits,) = at_least_float32(teacher_logits)
+    groups, targets = _thirds(class_counts, like=teacher_logits), F.log_softmax(teacher_logits / temperature, dim=-1)
+    everyone = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
+    shifts = _balanced_log_groups(targets, groups, everyone) - _log_groups(targets, groups)
+    for group, shift in zip(groups, shifts.unbind(dim=1), strict=True):
+        targets[:, group] += shift[:, None]
+    return targets
+
+
+def _checked(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float, labels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    check_temperature(temperature)
+    check_logits(student_logits, teacher_logits)
+    check_labels(student_logits, labels)
+    return at_least_float32(student_logits, teacher_logits.detach())
+
+
+def _check_weights(**weights: float) -> None:
+    for name, value in weights.items():
+        require(0 <= value < float("inf"), f"{name} must be a finite number ≥ 0, got {value}.")
+
+
+def _correlation(a: torch.Tensor, b: torch.Tensor, mass: torch.Tensor, dim: int) -> torch.Tensor:
+    """Pearson's correlation along a dimension, where entries have a mass of 0 or 1; 0 for what is constant."""
+    a, b = (mass * (x - (mass * x).sum(dim, keepdim=True) / mass.sum(dim, keepdim=True).clamp_min(1)) for x in (a, b))
+    return F.cosine_similarity(a, b, dim=dim)
+
+
+def _thirds(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
+    """Numbers of the classes of three groups of a third of them, from the most images to the fewest."""
+    order = torch.as_tensor(class_counts, device=like.device).argsort(descending=True, stable=True)
+    require(
+        len(order) == like.shape[-1] >= 3, f"ltkd needs the counts of at least 3 classes, got {len(order)} counts."
+    )
+    third = len(order) // 3
+    return list(order.split([third, len(order) - 2 * third, third]))
+
+
+def _log_groups(log_p: torch.Tensor, groups: list[torch.Tensor]) -> torch.Tensor:
+    """B×3 logarithms of the probabilities of the groups."""
+    return torch.stack([log_p[:, group].logsumexp(dim=1) for group in groups], dim=1)
+
+
+def _balanced_log_groups(log_p: torch.Tensor, groups: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """B×3 as [`_log_groups`], scaled such that their mean over the examples with a label would be uniform."""
+    log_b = _log_groups(log_p, groups)
+    ignored = torch.where(labels == IGNORE_INDEX, -torch.inf, 0.0)[:, None]
+    log_mean = (log_b + ignored).logsumexp(dim=0)
+    return F.log_softmax(log_b - torch.where(log_mean.isfinite(), log_mean, 0.0), dim=-1)
 
 
 def _without_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,12 @@ def at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
+def standardized(logits: torch.Tensor) -> torch.Tensor:
+    """Logits, B×C, with mean 0 and standard deviation 1 over the classes of each example."""
+    variance = logits.var(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)  # a root has no slope at 0
+    return (logits - logits.mean(dim=-1, keepdim=True)) / (variance.sqrt() + 1e-7)
+
+
 def softened_divergence(log_targets: torch.Tensor, student_logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """B values T² · KL( q ‖ softmax(z_s / T) ), given log q, B×C; T² keeps gradients independent of T in size."""
     log_student = F.log_softmax(student_logits / temperature, dim=-1)

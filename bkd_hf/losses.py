@@ -37,7 +37,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .distillation_losses import dive_log_targets, dive_loss, dkd_loss
+from .distillation_losses import (
+    dist_loss,
+    dive_log_targets,
+    dive_loss,
+    dkd_loss,
+    ltkd_log_targets,
+    ltkd_loss,
+    wsl_loss,
+)
 from .loss_inputs import (
     IGNORE_INDEX,
     Reduction,
@@ -52,13 +60,15 @@ from .loss_inputs import (
     reduce,
     require,
     softened_divergence,
+    standardized,
 )
 from .metrics import check_class_counts
 
 __all__ = [
     "IGNORE_INDEX", "Reduction", "balanced_distillation_loss", "balanced_log_targets", "balanced_softmax_loss",
-    "bkd_loss", "class_balanced_weights", "cross_entropy_loss", "deferred_weights", "dive_log_targets", "dive_loss",
-    "dkd_loss", "example_weights", "focal_loss", "kd_loss", "ldam_loss", "logit_adjustment_loss",
+    "bkd_loss", "class_balanced_weights", "cross_entropy_loss", "deferred_weights", "dist_loss", "dive_log_targets",
+    "dive_loss", "dkd_loss", "example_weights", "focal_loss", "kd_loss", "ldam_loss", "logit_adjustment_loss",
+    "ltkd_log_targets", "ltkd_loss", "wsl_loss",
 ]  # fmt: skip
 
 
@@ -128,6 +138,7 @@ def kd_loss(
     teacher_logits: torch.Tensor,
     temperature: float = 2.0,
     reduction: Reduction = "mean",
+    standardize: bool = False,
 ) -> torch.Tensor:
     """Knowledge distillation (Hinton et al., 2015, arXiv 1503.02531).
 
@@ -138,8 +149,11 @@ def kd_loss(
 
     Args:
         temperature: T > 0.
+        standardize: Whether z_t and z_s are standardized first (see [`balanced_distillation_loss`]).
     """
-    return balanced_distillation_loss(student_logits, teacher_logits, None, temperature, reduction)
+    return balanced_distillation_loss(
+        student_logits, teacher_logits, None, temperature, reduction, standardize=standardize
+    )
 
 
 def balanced_distillation_loss(
@@ -149,6 +163,7 @@ def balanced_distillation_loss(
     temperature: float = 2.0,
     reduction: Reduction = "mean",
     power: float | Literal["auto"] = 1.0,
+    standardize: bool = False,
 ) -> torch.Tensor:
     """Class-balanced distillation, as in Balanced Knowledge Distillation (Zhang et al., 2021, arXiv 2104.10510).
 
@@ -165,12 +180,16 @@ def balanced_distillation_loss(
         class_weights: C positive weights, or `None` for plain [`kd_loss`].
         temperature: T > 0.
         power: p ≥ 0; `"auto"` is 1/T, 0 is plain [`kd_loss`].
+        standardize: Whether z_t and z_s are first replaced by (z − mean(z)) / std(z), over the classes of an example
+            (logit standardization: Sun et al., 2024, arXiv 2403.01427, algorithm 1): the student need not reach the
+            size of the teacher's logits then.
     """
     check_temperature(temperature)
     check_logits(student_logits, teacher_logits)
     student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
 
-    log_targets = balanced_log_targets(teacher_logits, class_weights, temperature, power)
+    log_targets = balanced_log_targets(teacher_logits, class_weights, temperature, power, standardize)
+    student_logits = standardized(student_logits) if standardize else student_logits
     return reduce(softened_divergence(log_targets, student_logits, temperature), reduction)
 
 
@@ -179,6 +198,7 @@ def balanced_log_targets(
     class_weights: torch.Tensor | None,
     temperature: float = 2.0,
     power: float | Literal["auto"] = 1.0,
+    standardize: bool = False,
 ) -> torch.Tensor:
     """Logarithm of what [`balanced_distillation_loss`] has the student imitate: B×C.
 
@@ -189,12 +209,13 @@ def balanced_log_targets(
         class_weights: C positive weights; `None` for none.
         temperature: T > 0.
         power: p ≥ 0, or `"auto"` for 1/T.
+        standardize: Whether z_t is standardized first.
     """
     check_temperature(temperature)
     power = 1 / temperature if power == "auto" else power
     require(0 <= power < float("inf"), f'power must be a finite number ≥ 0, or "auto", got {power}.')
     (teacher_logits,) = at_least_float32(teacher_logits)
-    target_logits = teacher_logits / temperature
+    target_logits = (standardized(teacher_logits) if standardize else teacher_logits) / temperature
     if class_weights is not None:
         target_logits = target_logits + power * log_weights(class_weights, like=target_logits)
     return F.log_softmax(target_logits, dim=-1)

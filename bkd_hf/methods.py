@@ -24,6 +24,7 @@ from .losses import (
     balanced_log_targets,
     balanced_softmax_loss,
     cross_entropy_loss,
+    dist_loss,
     dive_log_targets,
     dive_loss,
     dkd_loss,
@@ -31,6 +32,9 @@ from .losses import (
     kd_loss,
     ldam_loss,
     logit_adjustment_loss,
+    ltkd_log_targets,
+    ltkd_loss,
+    wsl_loss,
 )
 
 _INPUTS = frozenset(
@@ -130,7 +134,7 @@ class Loss:
 
 
 _SMOOTHED = {"label_smoothing": "label_smoothing_factor"}
-_SOFTENED = {"temperature": "temperature", "power": "class_balance_power"}
+_SOFTENED = {"temperature": "temperature", "power": "class_balance_power", "standardize": "logit_standardization"}
 
 #: What `--classification_loss` may be.
 CLASSIFICATION_LOSSES: dict[str, Loss] = {
@@ -147,6 +151,9 @@ DISTILLATION_LOSSES: dict[str, Loss | None] = {
     "bkd": Loss(balanced_distillation_loss, _SOFTENED, balanced_log_targets),
     "dive": Loss(dive_loss, targets=dive_log_targets, mixture=complementary),
     "dkd": Loss(dkd_loss, targets=balanced_log_targets, mixture=warm_up),
+    "wsl": Loss(wsl_loss, {"temperature": "temperature"}, balanced_log_targets),
+    "dist": Loss(dist_loss, targets=balanced_log_targets),
+    "ltkd": Loss(ltkd_loss, targets=ltkd_log_targets),
 }
 #: What `--class_weighting` may be; `drw` is deferred re-weighting (Cao et al., 2019, arXiv 1906.07413).
 CLASS_WEIGHTINGS = ("none", "reweight", "drw")
@@ -159,7 +166,7 @@ STUDENT_INITS = ("model", "teacher", "auto")
 #: that favours a class, of a teacher that is not so sure of its training images as to bear `class_balance_power` 1.
 HEAD_BIASES = ("learned", "balanced", "auto")
 # Choices that correct for the class frequencies.
-_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "class_balanced"}
+_CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "ltkd", "class_balanced"}
 
 
 @dataclass(frozen=True)
@@ -218,6 +225,9 @@ METHODS = {
     ),
     "dive": Method("balanced_softmax", distillation_loss="dive", teacher="balanced-softmax"),
     "dkd": Method(distillation_loss="dkd"),
+    "wsl": Method(distillation_loss="wsl"),
+    "dist": Method(distillation_loss="dist"),
+    "ltkd": Method(distillation_loss="ltkd"),
 }
 #: The preset for data and budgets of people's own, and the default of `scripts/run_bkd.py`.
 RECOMMENDED = "bkd-calibrated"

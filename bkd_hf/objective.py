@@ -111,14 +111,15 @@ class Objective:
 
     def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
         w, known, own = self.distillation_weights(progress), self.known_classes, self.own["distillation_loss"]
+        n = self._device_counts
         if known is not None:
-            z_s, z_t, w, y = z_s[:, known], z_t[:, known], None if w is None else w[known], _among(known, y)
+            z_s, z_t, y = z_s[:, known], z_t[:, known], _among(known, y)
+            w, n = (None if of_class is None else of_class[known] for of_class in (w, n))
         if own is not None:
             values = own(z_s, z_t, y, w)
         else:
-            values = self._values(
-                "distillation_loss", student_logits=z_s, teacher_logits=z_t, labels=y, class_weights=w
-            )
+            inputs = {"student_logits": z_s, "teacher_logits": z_t, "labels": y, "class_weights": w, "class_counts": n}
+            values = self._values("distillation_loss", **inputs)
         _per_example("distillation", values, y)
         return values if known is None else torch.where(y == IGNORE_INDEX, 0.0, values)
 
@@ -131,7 +132,8 @@ class Objective:
         """
         targets = self.loss("distillation_loss").targets  # type: ignore[union-attr]
         w = self._raised(self.final_weights(), power) if self.balances_distillation else None
-        given = {"teacher_logits": z_t, "class_weights": w, **self._arguments("distillation_loss")}
+        n, arguments = self._device_counts, self._arguments("distillation_loss")
+        given = {"teacher_logits": z_t, "class_weights": w, "class_counts": n, **arguments}
         return call(targets, given)  # type: ignore[arg-type]
 
     def mixture(self, epoch: float) -> tuple[float, float]:
@@ -245,7 +247,7 @@ class Objective:
         return arguments
 
     def _values(self, part: str, **inputs: Any) -> torch.Tensor:
-        given = {**inputs, "class_counts": self._device_counts, "reduction": "none", **self._arguments(part)}
+        given = {"class_counts": self._device_counts, **inputs, "reduction": "none", **self._arguments(part)}
         return call(self.loss(part).function, given)  # type: ignore[union-attr]
 
     @cached_property

@@ -151,6 +151,10 @@ def test_all_that_the_loss_is_made_of_is_told(results):
         "bkd", 2.0, 1.0, 0.9999,
     ]  # fmt: skip
     assert not {"focal_gamma", "dkd_beta", "classification_loss"} & set(recipe)  # not looked at, or said by the method
+    results["options"]["training"]["logit_standardization"] = True
+    card = str(build(results))
+    assert r"class\_balance\_beta 0.9999, logit\_standardization)" in card
+    assert "Logit Standardization in Knowledge Distillation" in card
 
 
 def test_two_classes():

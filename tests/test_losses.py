@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,17 @@ from bkd_hf import (
     bkd_loss,
     class_balanced_weights,
     cross_entropy_loss,
+    dist_loss,
     dive_loss,
     dkd_loss,
     focal_loss,
     kd_loss,
     ldam_loss,
     logit_adjustment_loss,
+    ltkd_loss,
+    wsl_loss,
 )
+from bkd_hf.losses import ltkd_log_targets
 
 
 def random_batch(seed: int, batch: int = 6, classes: int = 5, dtype: torch.dtype = torch.float64):
@@ -201,6 +206,10 @@ DISTILLATION = {
     "bkd": lambda s, t, y, **kwargs: balanced_distillation_loss(s, t, None, **kwargs),
     "dive": lambda s, t, y, **kwargs: dive_loss(s, t, **kwargs),
     "dkd": lambda s, t, y, **kwargs: dkd_loss(s, t, y, **kwargs),
+    "kd of standardized logits": lambda s, t, y, **kwargs: kd_loss(s, t, standardize=True, **kwargs),
+    "wsl": wsl_loss,
+    "dist": dist_loss,
+    "ltkd": lambda s, t, y, **kwargs: ltkd_loss(s, t, y, COUNTS[: s.shape[1]], **kwargs),
 }
 
 
@@ -242,6 +251,64 @@ def test_decoupled_distillation_is_its_definition(seed, temperature, alpha, beta
     torch.testing.assert_close(parts, kd_loss(student, teacher, temperature, "none"), rtol=1e-7, atol=1e-8)
 
 
+def test_weighted_soft_labels_are_their_definition():
+    student, teacher, labels = random_batch(1)
+    ratio = F.cross_entropy(student, labels, reduction="none") / F.cross_entropy(teacher, labels, reduction="none")
+    expected = (1 - torch.exp(-ratio)) * kd_loss(student, teacher, 3.0, "none")
+    torch.testing.assert_close(wsl_loss(student, teacher, labels, 3.0, "none"), expected, rtol=1e-6, atol=1e-8)
+    # The weights are constants: the gradient is that of kd, weighted.
+    student.requires_grad_()
+    (actual,) = torch.autograd.grad(wsl_loss(student, teacher, labels, 3.0, "sum"), student)
+    weighted = (1 - torch.exp(-ratio)) * kd_loss(student, teacher, 3.0, "none")
+    torch.testing.assert_close(actual, torch.autograd.grad(weighted.sum(), student)[0], rtol=1e-6, atol=1e-8)
+
+
+def test_correlation_of_classes_and_of_examples_is_its_definition():
+    student, teacher, labels = random_batch(2)
+    p_s, p_t = ((z / 4).softmax(-1).numpy() for z in (student, teacher))
+    of_examples = [np.corrcoef(a, b)[0, 1] for a, b in zip(p_s, p_t, strict=True)]
+    of_classes = [np.corrcoef(a, b)[0, 1] for a, b in zip(p_s.T, p_t.T, strict=True)]
+    expected = 16 * (3 * (1 - torch.tensor(of_examples)) + 0.5 * (1 - np.mean(of_classes)))
+    actual = dist_loss(student, teacher, labels, 4.0, 3.0, 0.5, "none")
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert dist_loss(teacher, teacher, labels).item() == pytest.approx(0, abs=1e-9)
+    assert dist_loss(student[:1], teacher[:1], labels[:1], beta=0.0).isfinite()  # one example correlates with nothing
+
+
+def test_groups_of_classes_are_balanced_as_defined():
+    student, teacher, labels = random_batch(3, batch=8, classes=7)
+    counts, temperature = [5, 100, 50, 400, 10, 20, 200], 3.0
+    groups = [[3, 6], [1, 2, 5], [4, 0]]  # thirds of the classes, the largest first
+    p_s, p_t = ((z / temperature).softmax(-1) for z in (student, teacher))
+    b_s, b_t = (torch.stack([p[:, group].sum(1) for group in groups], dim=1) for p in (p_s, p_t))
+    balanced = b_t / (3 * b_t.mean(0))
+    balanced = balanced / balanced.sum(1, keepdim=True)
+    between = (balanced * (balanced / b_s).log()).sum(1)
+    within = torch.zeros(8, dtype=torch.float64)
+    targets = torch.zeros_like(p_t)
+    for index, group in enumerate(groups):
+        q_s, q_t = (p[:, group] / p[:, group].sum(1, keepdim=True) for p in (p_s, p_t))
+        within += (q_t * (q_t / q_s).log()).sum(1)
+        targets[:, group] = balanced[:, [index]] * q_t
+    expected = temperature**2 * (2 * between + 0.5 * within)
+    actual = ltkd_loss(student, teacher, labels, counts, temperature, 2.0, 0.5, "none")
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    log_targets = ltkd_log_targets(teacher, counts, temperature)
+    torch.testing.assert_close(log_targets, targets.log(), rtol=1e-9, atol=1e-9)
+    of_itself = ltkd_loss(temperature * log_targets, teacher, labels, counts, temperature, reduction="none")
+    torch.testing.assert_close(of_itself, torch.zeros(8, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10_000), scale=st.floats(0.1, 10), shift=st.floats(-10, 10))
+def test_standardized_logits_have_no_size(seed, scale, shift):
+    student, teacher, _ = random_batch(seed)
+    z_s, z_t = ((z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True) for z in (student, teacher))
+    expected = balanced_distillation_loss(z_s, z_t, WEIGHTS, 2.0, "none")
+    actual = balanced_distillation_loss(scale * student + shift, teacher, WEIGHTS, 2.0, "none", standardize=True)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), tau=st.floats(-2, 2))
 def test_methods_contain_each_other(seed, tau):
@@ -281,12 +348,13 @@ def test_classification_ignores_what_is_to_be_ignored(loss):
         assert (loss(logits, ignoring, class_weights=weights, reduction="none")[~kept] == 0).all()
 
 
-def test_decoupled_distillation_ignores_what_is_to_be_ignored():
+@pytest.mark.parametrize("name", ["dkd", "wsl", "dist", "ltkd"])
+def test_distillation_ignores_what_is_to_be_ignored(name):
     student, teacher, labels = random_batch(6)
     kept = torch.tensor([True, False, True, True, False, True])
     torch.testing.assert_close(
-        dkd_loss(student, teacher, torch.where(kept, labels, -100)),
-        dkd_loss(student[kept], teacher[kept], labels[kept]),
+        DISTILLATION[name](student, teacher, torch.where(kept, labels, -100)),
+        DISTILLATION[name](student[kept], teacher[kept], labels[kept]),
     )
 
 
@@ -333,6 +401,11 @@ def test_no_gradient_reaches_the_teacher(name):
         (lambda s, t, y: dive_loss(s, t, power=0), "power must be"),
         (lambda s, t, y: dive_loss(s, t, temperature=0), "temperature must be"),
         (lambda s, t, y: dkd_loss(s, t, y, beta=-1), "beta must be"),
+        (lambda s, t, y: dist_loss(s, t, y, gamma=math.inf), "gamma must be"),
+        (lambda s, t, y: ltkd_loss(s, t, y, COUNTS, alpha=-1), "alpha must be"),
+        (lambda s, t, y: ltkd_loss(s, t, y, COUNTS[:4]), "got 4 counts"),
+        (lambda s, t, y: ltkd_loss(s[:, :2], t[:, :2], y * 0, COUNTS[:2]), "at least 3 classes"),
+        (lambda s, t, y: wsl_loss(s, t, y, temperature=-1), "temperature must be"),
         (lambda s, t, y: dkd_loss(s, t, y + 5), "is outside the range of the 5 classes"),
         (lambda s, t, y: cross_entropy_loss(s, y + 5, class_weights=WEIGHTS), "is outside the range"),
         (

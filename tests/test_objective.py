@@ -45,6 +45,9 @@ PARTS = ("classification_loss", "class_weighting", "distillation_loss", "sampler
         ("bkd-drw", ("cross_entropy", "none", "bkd", "instance"), "ce"),
         ("dive", ("balanced_softmax", "none", "dive", "instance"), "balanced-softmax"),
         ("dkd", ("cross_entropy", "none", "dkd", "instance"), "ce"),
+        ("wsl", ("cross_entropy", "none", "wsl", "instance"), "ce"),
+        ("dist", ("cross_entropy", "none", "dist", "instance"), "ce"),
+        ("ltkd", ("cross_entropy", "none", "ltkd", "instance"), "ce"),
     ],
 )
 def test_presets(method, parts, teacher):
@@ -112,6 +115,7 @@ def test_bad_options(options, message):
         {"method": "bkd", "dkd_beta": 2.0},
         {"method": "ldam-drw", "class_weighting_start": 30.0},
         {"method": "dkd", "dkd_warmup_epochs": 4},
+        {"method": "ltkd", "logit_standardization": True},
     ],
     ids=str,
 )
@@ -183,6 +187,20 @@ def test_every_loss_names_its_source(registry):
             assert loss.title
             assert loss.source
             assert "=" in loss.formula
+
+
+@pytest.mark.parametrize("method", ["bkd", "dkd", "wsl", "dist", "ltkd"])
+def test_a_teacher_of_some_classes_teaches_about_these(batch, method):
+    """Logits of classes that it does not know have no influence, nor have the counts of these."""
+    z_s, z_t, y = batch
+    known = torch.arange(1, len(COUNTS))
+    args = BKDConfig(output_dir="unused", use_cpu=True, method=method, dkd_warmup_epochs=0)
+    objective = Objective(args, COUNTS, known_classes=known)
+    within = Objective(args, COUNTS[1:])
+    labels = torch.where(y == 0, -100, y - 1)
+    expected = within(z_s[:, known], z_t[:, known], labels, Progress())["kd_loss"]
+    actual = objective(*batch, Progress())["kd_loss"]
+    torch.testing.assert_close(actual, torch.where(y == 0, 0.0, expected))
 
 
 def test_options_that_change_change_the_objective(batch):
@@ -259,6 +277,19 @@ def class_weights() -> torch.Tensor:
             {"method": "dkd", "dkd_warmup_epochs": 4},
             lambda s, t, y: L.cross_entropy_loss(s, y) + 0.25 * L.dkd_loss(s, t, y),
         ),
+        (
+            {"method": "kd", "logit_standardization": True},
+            lambda s, t, y: L.cross_entropy_loss(s, y) + L.kd_loss(s, t, standardize=True),
+        ),
+        (
+            {"method": "wsl", "temperature": 3.0, "distillation_weight": 2.5},
+            lambda s, t, y: L.cross_entropy_loss(s, y) + 2.5 * L.wsl_loss(s, t, y, 3.0),
+        ),
+        (
+            {"method": "dist", "distillation_loss_args": {"gamma": 1.0}},
+            lambda s, t, y: L.cross_entropy_loss(s, y) + L.dist_loss(s, t, y, gamma=1.0),
+        ),
+        ({"method": "ltkd"}, lambda s, t, y: L.cross_entropy_loss(s, y) + L.ltkd_loss(s, t, y, COUNTS)),
         (
             {"method": "kd", "class_weighting": "reweight"},
             lambda s, t, y: L.cross_entropy_loss(s, y, class_weights=class_weights()) + L.kd_loss(s, t),

@@ -20,6 +20,7 @@ from .methods import (
     DISTILLATION_LOSSES,
     HEAD_BIASES,
     METHODS,
+    PRIORS,
     SAMPLERS,
     STUDENT_INITS,
     Loss,
@@ -74,7 +75,7 @@ def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
             if part == "distillation_loss" and loss.needs("weight"):
                 options.append("distillation_weight")
             if part == "distillation_loss" and loss.needs("class_weights"):
-                options += ["class_balance_beta", "deferred_reweighting_start"]
+                options += ["class_balance_beta", "deferred_reweighting_start", "distillation_prior"]
             for option in options:
                 of_part = users.setdefault(option, {})
                 of_part[part] = (*of_part.get(part, ()), name)
@@ -194,6 +195,14 @@ class BKDConfig(TrainingArguments):
             "auto for 1/T, which takes the class frequencies out once; or measured, the largest in [1/T, 1] at which "
             "the targets keep 19 of 20 right answers of the teacher about training images. Not given: as --method "
             "says, for bkd 1."
+        },
+    )
+    distillation_prior: Annotated[str, "student"] = field(
+        default="counts",
+        metadata={
+            "help": "The class frequencies that bkd takes out of the targets: counts (those of the training images), "
+            "or teacher (as far as its answers about training images still hold them: for a teacher whose "
+            "training balanced them already)."
         },
     )
     logit_standardization: Annotated[bool, "student"] = field(
@@ -465,6 +474,7 @@ class BKDConfig(TrainingArguments):
             "save_strategy",
             "no, steps or epoch without --metric_for_best_model",
         )
+        require(self.distillation_prior in PRIORS, "distillation_prior", f"one of {', '.join(PRIORS)}")
         require(self.teacher_cache_dtype in DTYPES, "teacher_cache_dtype", f"one of {', '.join(DTYPES)}")
         if self.lr_step_epochs is None:
             require(self.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")

@@ -145,7 +145,9 @@ def why_not_alike(student: nn.Module, teacher: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def start_from_teacher(student: nn.Module, teacher: nn.Module, class_counts: np.ndarray | None = None) -> None:
+def start_from_teacher(
+    student: nn.Module, teacher: nn.Module, class_counts: np.ndarray | None = None, prior: float = 1.0
+) -> None:
     """Give a student the weights of a teacher that is alike (see [`why_not_alike`]).
 
     Args:
@@ -153,12 +155,13 @@ def start_from_teacher(student: nn.Module, teacher: nn.Module, class_counts: np.
         teacher: Where the weights come from.
         class_counts: C numbers of training images, to take the class frequencies out of the student's answers by the
             bias of its head, where it has one, as post-hoc logit adjustment does; `None` leaves them in.
+        prior: How much of the class frequencies is in the teacher's answers, 0 to 1.
     """
     student.load_state_dict(teacher.state_dict(), strict=True)
     if class_counts is None:
         return
     log_counts = torch.from_numpy(class_counts).clamp_min(1).double().log()
-    shift_logits(student, log_counts.mean() - log_counts)
+    shift_logits(student, prior * (log_counts.mean() - log_counts))
 
 
 def _renew_head(model: PreTrainedModel) -> set[str]:

@@ -49,7 +49,8 @@ class Objective:
             values, which are multiplied by the labels' class weights.
         distillation_loss: Used instead of the option's: called with the logits of student and teacher (B×C), labels
             (B) and class weights (C), it returns B values.
-        measure_power: Returns p, where `class_balance_power` is `"measured"`.
+        measure: Returns a statistic of the look at the targets (see `bkd_hf.targets.look`): `"power"`, where
+            `class_balance_power` is `"measured"`, and `"prior_in_teacher"`, where `distillation_prior` is `"teacher"`.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Objective:
         known_classes: torch.Tensor | None = None,
         classification_loss: Callable[..., torch.Tensor] | None = None,
         distillation_loss: Callable[..., torch.Tensor] | None = None,
-        measure_power: Callable[[], float] | None = None,
+        measure: Callable[[str], float] | None = None,
     ):
         self.options = options
         self.device = device
@@ -69,7 +70,7 @@ class Objective:
         self.has_teacher = has_teacher
         self.known_classes = known_classes
         self.own = {"classification_loss": classification_loss, "distillation_loss": distillation_loss}
-        self.measure_power = measure_power
+        self.measure = measure
         self._weights_of: dict[float, torch.Tensor] = {}  # by β
 
     def __call__(
@@ -128,7 +129,7 @@ class Objective:
 
         Args:
             z_t: Teacher logits, B×C.
-            power: p; that of the options if not given.
+            power: Of the class weights; that of the options if not given.
         """
         targets = self.loss("distillation_loss").targets  # type: ignore[union-attr]
         w = self._raised(self.final_weights(), power) if self.balances_distillation else None
@@ -154,7 +155,7 @@ class Objective:
         return deferred_weights(self.final_weights(), start, progress.epoch, progress.num_epochs)
 
     def distillation_weights(self, progress: Progress) -> torch.Tensor | None:
-        """The C weights w^p in the distillation loss, uniform before a deferred start; `None` if it takes none."""
+        """The C weights w^(p · κ) in the distillation loss, uniform before a deferred start; `None` for none."""
         if not self.has_teacher or not self.balances_distillation:
             return None
         start = self.options.deferred_reweighting_start
@@ -211,9 +212,19 @@ class Objective:
             return 1 / self.options.temperature
         if power != "measured":
             return power
-        if self.measure_power is None:
-            raise ValueError("--class_balance_power measured needs a trainer, which looks at training images.")
-        return self.measure_power()
+        return self._measured("power", "class_balance_power measured")
+
+    @property
+    def prior(self) -> float:
+        """κ, how much of the class frequencies the teacher is taken to hold: all, or as much as was measured."""
+        if self.options.distillation_prior == "counts" or not self.balances_distillation:
+            return 1.0
+        return self._measured("prior_in_teacher", "distillation_prior teacher")
+
+    def _measured(self, name: str, option: str) -> float:
+        if self.measure is None:
+            raise ValueError(f"--{option} needs a trainer, which looks at training images.")
+        return self.measure(name)
 
     @property
     def is_calibrated(self) -> bool:
@@ -224,17 +235,20 @@ class Objective:
     def tau(self) -> float:
         """τ of the logit-adjusted classification loss.
 
-        `"auto"` is 2 − p · T, at least 0: the targets take the class frequencies out p · T times, the labels the rest
-        of twice. With p = 1/T both do so once; with the paper's p = 1, at T = 2, the labels not at all, as there.
+        `"auto"` is 1 + κ · (1 − p · T), at least 0. With κ = 1 that is 2 − p · T: the targets take the class
+        frequencies out p · T times, the labels the rest of twice. With p = 1/T both do so once; with the paper's
+        p = 1, at T = 2, the labels not at all, as there.
         """
         tau = self.options.logit_adjustment_tau
         if tau != "auto":
             return tau
-        return max(0.0, 2.0 - self.power * self.options.temperature) if self.has_teacher else 1.0
+        if not self.has_teacher:
+            return 1.0
+        return max(0.0, 1.0 + self.prior * (1.0 - self.power * self.options.temperature))
 
     def _raised(self, weights: torch.Tensor, power: float | None = None) -> torch.Tensor:
-        """The weights to the power of p, as all distillation losses get them, own ones too."""
-        power = self.power if power is None else power
+        """The weights to the power of p · κ, as all distillation losses get them, own ones too."""
+        power = self.power * self.prior if power is None else power
         return weights if power == 1 else weights.pow(power)
 
     def _arguments(self, part: str) -> dict[str, Any]:

@@ -312,6 +312,12 @@ def _look_at_targets(
     if statistics is None:
         return None
     say(describe_targets(statistics, class_names))
+    prior = statistics.get("prior_in_teacher", 1.0)
+    if prior < 0.5 and options.training.distillation_prior == "counts":
+        say(
+            f"WARNING: The teacher's answers leave the class frequencies out already (of 1, {prior:.2f} is left): "
+            "--distillation_prior teacher takes out only that."
+        )
     if collapse := why_collapsed(statistics, class_names):
         over_corrects = statistics.get("power", 0.0) > 1 / options.training.temperature
         if over_corrects and not options.model.force_distillation:

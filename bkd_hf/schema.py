@@ -100,6 +100,7 @@ class Targets(TypedDict):
     favoured_share: Fraction
     favoured_label_share: Fraction
     power: NotRequired[Amount]
+    prior_in_teacher: NotRequired[Fraction]
 
 
 class Model(TypedDict):

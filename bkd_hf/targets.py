@@ -65,6 +65,33 @@ def strongest_power(
     return float(limits[int((1 - share_kept) * (limits.numel() - 1))].clamp(least, most))
 
 
+def prior_in_teacher(
+    teacher_logits: torch.Tensor, labels: torch.Tensor, class_counts: Sequence[int] | np.ndarray | torch.Tensor
+) -> float:
+    """Return how much of the class frequencies a teacher's answers hold: 1 for plain training, 0 for balanced ones.
+
+    With z = log p(x|c) + κ · log π_c, the mean probability that images of other classes give to class c grows as
+    π_c^κ: κ is the slope of its logarithm over log n_c, by least squares over the classes, cut to [0, 1]. What the
+    teacher answers about an image's own class tells nothing: a teacher that has memorised its training images is
+    right whatever its prior.
+
+    Args:
+        teacher_logits: N×C, of training images.
+        labels: N class numbers.
+        class_counts: C numbers of training images. If all are the same, there is nothing to measure: 1.
+    """
+    counts = torch.as_tensor(class_counts).to(teacher_logits.device, torch.float64)
+    of_label = torch.nn.functional.one_hot(labels, len(counts)).bool()
+    others = teacher_logits.double().masked_fill(of_label, -torch.inf).log_softmax(dim=1)
+    # Each class of images counts the same.
+    weights = (-torch.bincount(labels, minlength=len(counts)).double().log()).to(others.device)[labels][:, None]
+    mass = (others + weights).logsumexp(dim=0) - weights.masked_fill(of_label, -torch.inf).logsumexp(dim=0)
+    known = (counts > 0) & mass.isfinite()
+    x, y = (values - values.mean() for values in (counts[known].log(), mass[known]))
+    spread = (x * x).sum()
+    return float(((x * y).sum() / spread).clamp(0, 1)) if spread > 1e-9 else 1.0
+
+
 def target_statistics(
     log_targets: torch.Tensor,
     teacher_logits: torch.Tensor,
@@ -106,14 +133,18 @@ def target_statistics(
     }
 
 
-def power_of(statistics: dict[str, Any] | None) -> float:
-    """Return the power that was measured by a look; raise an `InputError` if there was none to be had."""
+def measured(name: str, statistics: dict[str, Any] | None) -> float:
+    """Return `power` or `prior_in_teacher` from a look; raise an `InputError` if there was none to be had."""
     if statistics is None:
+        option, way_out = {
+            "power": ("--class_balance_power measured", "--class_balance_power auto"),
+            "prior_in_teacher": ("--distillation_prior teacher", "--distillation_prior counts"),
+        }[name]
         raise InputError(
-            "--class_balance_power measured looks at training images first, which needs a training set with a length "
-            "and random access, and a known distillation loss. Use --class_balance_power auto."
+            f"{option} looks at training images first, which needs a training set with a length and random access, "
+            f"and a known distillation loss. Use {way_out}."
         )
-    return statistics["power"]
+    return statistics[name]
 
 
 def why_collapsed(statistics: dict[str, Any], class_names: Sequence[str]) -> str | None:
@@ -145,6 +176,8 @@ def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> 
         for name, mass in statistics["mass"].items()
     )
     power = f" (class_balance_power {statistics['power']:.2g})" if "power" in statistics else ""
+    if "prior_in_teacher" in statistics:
+        power = f"{power[:-1]}, prior left in the teacher {statistics['prior_in_teacher']:.2f})"
     return (
         f"Targets{power} of {statistics['num_images']:,} training images: right for "
         f"{100 * statistics['target_agreement']:.0f} % (teacher {100 * statistics['teacher_agreement']:.0f} %); mass "
@@ -202,18 +235,26 @@ def look(
         evaluation: Knows the class counts, and which of them make a many- or few-shot class.
 
     Returns:
-        What [`target_statistics`] returns, and `power` where there are class weights.
+        What [`target_statistics`] returns, and where there are class weights their `power` and `prior_in_teacher`.
     """
-    power = None
+    found: dict[str, float] = {}
+    exponent = None
     if objective.balances_distillation:
-        if objective.options.class_balance_power == "measured":
-            weights, temperature = objective.final_weights(), objective.options.temperature
-            power = strongest_power(teacher_logits, labels, weights, temperature)
-            power = broadcast_object_list([power])[0]  # one of all processes, whose devices may round otherwise
+        options, weights, counts = objective.options, objective.final_weights(), objective.known_class_counts().clone()
+        if objective.known_classes is not None:
+            counts[np.setdiff1d(np.arange(len(counts)), objective.known_classes.cpu())] = 0
+        prior = prior_in_teacher(teacher_logits, labels, counts)
+        share = prior if options.distillation_prior == "teacher" else 1.0
+        if options.class_balance_power == "measured":
+            power = strongest_power(teacher_logits, labels, weights**share, options.temperature)
         else:
             power = objective.power
-    log_targets = objective.log_targets(teacher_logits, power)
+        # One of all processes, whose devices may round otherwise.
+        power, prior = broadcast_object_list([power, prior])
+        found = {"power": power, "prior_in_teacher": prior}
+        exponent = power * (prior if options.distillation_prior == "teacher" else 1.0)
+    log_targets = objective.log_targets(teacher_logits, exponent)
     statistics = target_statistics(
         log_targets, teacher_logits, labels, evaluation.class_counts, *evaluation.thresholds
     )
-    return statistics if power is None else {**statistics, "power": power}
+    return {**statistics, **found}

@@ -32,7 +32,7 @@ from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .publishing_trainer import PublishingTrainer
 from .sampling import innermost
-from .targets import NUM_IMAGES, answers_about_sample, look, power_of
+from .targets import NUM_IMAGES, answers_about_sample, look, measured
 from .teacher import (
     TEACHER_LOGITS,
     TEACHER_PREFIX,
@@ -166,10 +166,10 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         check_numbers_of_classes(self.model, self.teacher_model, self.class_counts)
 
         known = None if self.teacher_model is None else self.teacher_model.known_classes
-        losses, measure_power = (classification_loss, distillation_loss), lambda: power_of(self.look_at_targets())
+        losses, measure = (classification_loss, distillation_loss), lambda name: measured(name, self.look_at_targets())
         # Trainer itself writes `objective` in a search for hyperparameters.
         self.bkd_objective = Objective(
-            args, self.class_counts, args.device, self.teacher_model is not None, known, *losses, measure_power
+            args, self.class_counts, args.device, self.teacher_model is not None, known, *losses, measure
         )
         if train_dataset is not None or self.teacher_model is not None:
             self.bkd_objective.check(getattr(self.model, "config", None))
@@ -284,7 +284,8 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
         # With p = 1 the teacher has learned all there is: its answers teach more than its weights.
         if why_not is not None or (args.student_init == "auto" and self.bkd_objective.power >= 1):
             return
-        start_from_teacher(student, teacher.model, self.class_counts if corrects(vars(args)) else None)
+        counts = self.class_counts if corrects(vars(args)) else None
+        start_from_teacher(student, teacher.model, counts, self.bkd_objective.prior)
         self.student_started_from_teacher = True
 
     def _teacher_logits(self, inputs: dict[str, Any], computed: torch.Tensor | None) -> torch.Tensor | None:
@@ -310,8 +311,8 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
             num_images: How many, drawn by the seed.
 
         Returns:
-            The statistics of [`target_statistics`], and the `power` of the class weights where there are any; `None`
-            without a teacher, with a distillation loss of your own, or without random access to the training images.
+            See `bkd_hf.targets.look`; `None` without a teacher, with a distillation loss of your own, or without
+            random access to the training images.
 
         Raises:
             InputError: If none of these images is of a class that the teacher knows.
@@ -322,7 +323,14 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
             return None
-        seen = num_images, args.distillation_loss, args.temperature, args.class_balance_beta, args.class_balance_power
+        chosen = (
+            "temperature",
+            "class_balance_beta",
+            "class_balance_power",
+            "distillation_prior",
+            "logit_standardization",
+        )
+        seen = num_images, args.distillation_loss, *(getattr(args, name) for name in chosen)
         if seen not in self._looks:
             data = self._new_training_data()
             logits, labels = answers_about_sample(self.teacher_model, data, num_images, args)

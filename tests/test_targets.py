@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -25,7 +25,7 @@ from bkd_hf import (
     post_hoc_logit_adjustment,
 )
 from bkd_hf.losses import balanced_log_targets
-from bkd_hf.targets import describe_targets, strongest_power, target_statistics, why_collapsed
+from bkd_hf.targets import describe_targets, prior_in_teacher, strongest_power, target_statistics, why_collapsed
 from tests.test_trainer import COUNTS, config, images, resnet, trainer_for, vit
 
 WEIGHTS = class_balanced_weights(COUNTS, 0.9999)
@@ -320,6 +320,45 @@ def test_a_teacher_of_nothing_but_nan(tmp_path):
     torch.nn.init.constant_(teacher.classifier.weight, math.nan)
     with pytest.raises(TeacherLogitsError, match="not finite"):
         trainer_for(tmp_path, teacher=teacher, method="bkd").look_at_targets()
+
+
+# ---- The prior in the teacher
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10_000), kappa=st.floats(0, 1))
+def test_the_prior_in_a_teacher_is_found(seed, kappa):
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor([4000, 1000, 300, 80, 20])
+    labels = torch.repeat_interleave(torch.arange(5), counts // 20)
+    noise = 0.3 * torch.randn(len(labels), 5, generator=generator, dtype=torch.float64)
+    logits = noise + 2 * torch.nn.functional.one_hot(labels, 5) + kappa * counts.double().log()
+    assert prior_in_teacher(logits, labels, counts) == pytest.approx(kappa, abs=0.1)
+    memorised = logits + 50 * torch.nn.functional.one_hot(labels, 5)  # which mean predictions would take for balanced
+    assert prior_in_teacher(memorised, labels, counts) == pytest.approx(kappa, abs=0.1)
+
+
+def test_nothing_to_measure_is_all():
+    assert prior_in_teacher(torch.randn(6, 3), torch.arange(6) % 3, [7, 7, 7]) == 1.0
+
+
+def test_only_what_the_teacher_still_holds_is_taken_out(tmp_path):
+    options = {"method": "bkd-calibrated", "class_balance_power": "auto", "distillation_prior": "teacher"}
+    trainer = trainer_for(tmp_path, teacher=Sure(), **options)
+    kappa = trainer.look_at_targets()["prior_in_teacher"]
+    assert kappa == pytest.approx(0, abs=1e-9)
+    assert trainer.bkd_objective.tau == pytest.approx(1)  # the labels alone have to be balanced
+    torch.testing.assert_close(trainer.class_weights, torch.ones(5))
+    counts = trainer_for(tmp_path, teacher=Sure(), **{**options, "distillation_prior": "counts"})
+    torch.testing.assert_close(counts.class_weights, WEIGHTS.float() ** 0.5)
+    assert "prior left in the teacher 0.00" in describe_targets(counts.look_at_targets(), list("01234"))
+
+
+def test_no_such_prior(tmp_path):
+    with pytest.raises(InputError, match="--distillation_prior must be one of counts, teacher, got uniform"):
+        BKDConfig(output_dir="unused", use_cpu=True, distillation_prior="uniform")
+    with pytest.raises(InputError, match="--distillation_prior teacher looks at training images first"):
+        trainer_with_own_loss(tmp_path, method="bkd", distillation_prior="teacher").train()
 
 
 # ---- The student's start

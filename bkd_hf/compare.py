@@ -17,6 +17,11 @@ from .files import replacing, write_text
 from .methods import RECOMMENDED
 from .text import code, markdown, spreadsheet
 
+_ONE_SEED = (
+    "\\* One seed: the interval is of a bootstrap over the test images, each model's drawn apart. It tells what other "
+    "test images would give, not what other seeds would, which often differ by more."
+)
+
 
 def save_comparison(comparison: Comparison, folder: str | os.PathLike[str], notes: Sequence[str] = ()) -> list[Path]:
     """Write `comparison.md`, `comparison.csv`, `cells.csv` and the figures.
@@ -76,7 +81,9 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
         if rows:
             parts += [
                 f"## Differences to `{baseline}`",
-                "Percentage points, paired by seed; in brackets the 95 % confidence interval (Student's t, n ≥ 2).",
+                "Percentage points, paired by seed; in brackets the 95 % confidence interval (Student's t, n ≥ 2). "
+                "Bold: the interval leaves out 0.",
+                *([_ONE_SEED] if any("*" in str(cell).replace("**", "") for row in rows for cell in row[2:]) else []),
                 _table(head, rows),
             ]
     adjusted = [method for method in methods if not comparison.adjusts_itself(method)]

@@ -15,6 +15,7 @@ from scipy import stats
 from .config import METHOD_OPTIONS, BKDConfig
 from .errors import InputError
 from .methods import METHODS
+from .metrics import shot_groups
 from .options import WITHOUT_INFLUENCE, DataArguments, ModelArguments
 from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
 
@@ -41,7 +42,8 @@ class Mean:
         mean: Mean.
         n: Number of seeds.
         std: Standard deviation with n − 1 in the denominator; `None` for n = 1.
-        low: Lower end of the 95 % confidence interval by Student's t; `None` for n = 1.
+        low: Lower end of the 95 % confidence interval: by Student's t, or for one seed by a bootstrap over the test
+            images, where there is one.
         high: Upper end.
         paired: Whether it is of differences, which are shown with sign and interval.
     """
@@ -52,6 +54,11 @@ class Mean:
     low: float | None = None
     high: float | None = None
     paired: bool = False
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether its interval leaves out 0."""
+        return self.low is not None and self.high is not None and self.low * self.high > 0
 
     @classmethod
     def of(cls, values: Sequence[float], paired: bool = False) -> Mean | None:
@@ -64,7 +71,10 @@ class Mean:
 
     def __str__(self) -> str:
         if self.paired:
-            return f"{self.mean:+.1f}" if self.low is None else f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+            if self.low is None:
+                return f"{self.mean:+.1f}"
+            mean = f"**{self.mean:+.1f}**" if self.is_clear else f"{self.mean:+.1f}"
+            return f"{mean} [{self.low:+.1f}, {self.high:+.1f}]{'*' if self.n == 1 else ''}"
         return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f} ± {self.std:.1f}"
 
 
@@ -74,13 +84,15 @@ class Comparison:
     Args:
         cells: The contents of `results.json` files.
         sources: Where each is from, for messages.
+        sort: Metric (a key of `METRICS`) by whose mean the methods are ordered, the best first; by default their order
+            is that of `METHODS`.
 
     Raises:
         InputError: If there are none, two of the same method and seed differ, the seeds of a method were run with
             different options, or they are of different images.
     """
 
-    def __init__(self, cells: Sequence[dict[str, Any]], sources: Sequence[str] | None = None):
+    def __init__(self, cells: Sequence[dict[str, Any]], sources: Sequence[str] | None = None, sort: str | None = None):
         if not cells:
             raise InputError("There is no results.json to compare.")
         names = list(sources or (f"results {number}" for number in range(len(cells))))
@@ -115,6 +127,10 @@ class Comparison:
                 )
         order = {name: number for number, name in enumerate(METHODS)}
         self.methods = sorted(self.cells, key=lambda name: (order.get(name.partition(" ")[0], len(order)), name))
+        if sort is not None:
+            means = {method: self.estimate(method, sort) for method in self.methods}
+            sign = 1 if sort == "ECE" else -1
+            self.methods.sort(key=lambda method: (means[method] is None, sign * getattr(means[method], "mean", 0.0)))
         #: Options that differ, beside those of the methods themselves, and their values.
         self.differing_options = _differing_options(cells, {"method of the teacher", *METHOD_OPTIONS})
 
@@ -123,10 +139,25 @@ class Comparison:
         return Mean.of(list(self.values(method, metric, post_hoc).values()))
 
     def difference(self, method: str, baseline: str, metric: str) -> Mean | None:
-        """Difference of a metric (a key of `METRICS`) to a baseline, over the seeds that both have."""
+        """Difference of a metric (a key of `METRICS`) to a baseline, over the seeds that both have.
+
+        For one seed the interval is of a bootstrap over the test images (see [`resampled`]): what other images would
+        give, not what other seeds would.
+        """
         values, others = self.values(method, metric), self.values(baseline, metric)
         seeds = sorted(values.keys() & others.keys())
-        return Mean.of([values[seed] - others[seed] for seed in seeds], paired=True)
+        mean = Mean.of([values[seed] - others[seed] for seed in seeds], paired=True)
+        if mean is None or len(seeds) > 1:
+            return mean
+        a, b = (
+            resampled(self.cells[name][seeds[0]], METRICS[metric], side)
+            for side, name in enumerate((method, baseline))
+        )
+        if a is None or b is None:
+            return mean
+        tails = (1 - _CONFIDENCE) / 2
+        low, high = np.quantile(100 * (a - b), [tails, 1 - tails]).tolist()
+        return dataclasses.replace(mean, low=low, high=high)
 
     def shown_metrics(self) -> list[str]:
         """Metrics (keys of `METRICS`) that any cell has: without few-shot classes there is no such column."""
@@ -154,8 +185,32 @@ class Comparison:
         return [results for seeds in self.cells.values() for results in seeds.values()]
 
 
-def load_comparison(folders: Iterable[str | os.PathLike[str]]) -> Comparison:
-    """Read every `results.json` in folders and the folders below them.
+def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int = 2000) -> np.ndarray | None:
+    """Return a metric of a student on test sets drawn anew from the test images, class by class, as fractions.
+
+    Of an accuracy, the right answers in a class of n images are then binomial(n, accuracy of the class). Two students
+    are drawn apart, for which images each is right about is not in the results: as they tend to be right about the
+    same ones, an interval of their difference is rather too wide.
+
+    Args:
+        results: The content of `results.json`.
+        key: In `long_tail_metrics`; `None` is returned for one that is no accuracy.
+        seed: Of the draws.
+        repetitions: Number of test sets.
+    """
+    data, rates = results["data"], results["student"]["metrics"].get("per_class_accuracy")
+    images = np.asarray(data["eval_class_counts"])
+    groups = shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
+    members = groups.get(key.removesuffix("_accuracy"), np.full(len(images), key == "accuracy")) & (images > 0)
+    if rates is None or not members.any():
+        return None
+    generator, n, p = np.random.default_rng(seed), images[members], np.array(rates, dtype=float)[members]
+    right = np.array([generator.binomial(n, p) for _ in range(repetitions)])
+    return right.sum(axis=1) / n.sum() if key == "accuracy" else (right / n).mean(axis=1)
+
+
+def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None = None) -> Comparison:
+    """Read every `results.json` in folders and the folders below them; the methods ordered as [`Comparison`] says.
 
     Raises:
         InputError: As [`Comparison`] and [`load_results`].
@@ -166,7 +221,7 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]]) -> Comparison:
         if not found:
             raise InputError(f"There is no {RESULTS_NAME} in {folder} or below it.")
         paths |= dict.fromkeys(Path(os.path.realpath(path)) for path in found)
-    return Comparison([load_results(path) for path in paths], [str(path) for path in paths])
+    return Comparison([load_results(path) for path in paths], [str(path) for path in paths], sort)
 
 
 def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str] = ()) -> dict[str, list[str]]:

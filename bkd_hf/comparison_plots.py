@@ -46,10 +46,14 @@ class ComparedRuns(Protocol):
 
 
 def save_comparison_plots(comparison: ComparedRuns, folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw `comparison.png` and, where a method has a teacher, `teacher_and_student.png`; return their paths."""
+    """Draw `comparison.png`, where a method has a teacher `teacher_and_student.png`, and where there are few-shot
+    classes `leaderboard.png`; return their paths.
+    """
     figures = {"comparison.png": functools.partial(plot_comparison, comparison)}
     if any(_distilled(comparison, method) for method in comparison.methods):
         figures["teacher_and_student.png"] = functools.partial(plot_teacher_and_student, comparison)
+    if "few" in comparison.shown_metrics():
+        figures["leaderboard.png"] = functools.partial(plot_leaderboard, comparison)
     return save_figures(figures, folder)
 
 
@@ -70,7 +74,7 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
                 continue
             if len(values) > 1:
                 axes.plot(values, [y] * len(values), "o", color=NEUTRAL, markersize=3, alpha=0.7, zorder=2)
-            estimate, colour = comparison.estimate(method, metric), RED if method.startswith("bkd") else BLUE
+            estimate, colour = comparison.estimate(method, metric), _colour(method)
             style: dict[str, Any] = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 2, "linewidth": 1.2}
             axes.errorbar(estimate.mean, y, xerr=estimate.std, **style)
             lowest, highest = min(lowest, *values), max(highest, *values)
@@ -79,6 +83,48 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
         axes.set(xlim=(max(-1.0, lowest - room), min(101.0, highest + room)), ylim=(len(methods) - 0.4, -0.6))
         axes.set_title(f"{metric} (%)" + (", lower is better" if metric == "ECE" else ""))
         tidy(axes, grid="both", colour="#dddddd")
+    return figure
+
+
+def plot_leaderboard(comparison: ComparedRuns) -> Figure:
+    """Draw each method's few-shot accuracy over its overall accuracy: what lies above and to the right is better."""
+    figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
+    add_title(
+        figure,
+        f"Overall and few-shot: {figure_text(comparison.data['name'], 40)}",
+        "means over seeds; bars: standard deviation",
+    )
+    axes = figure.subplots()
+    points = {}
+    for method in comparison.methods:
+        overall, few = comparison.estimate(method, "overall"), comparison.estimate(method, "few")
+        if overall is not None and few is not None:
+            points[method] = overall.mean, few.mean
+            style: dict[str, Any] = {
+                "fmt": "D",
+                "color": _colour(method),
+                "markersize": 5,
+                "capsize": 2,
+                "linewidth": 1.0,
+            }
+            axes.errorbar(*points[method], xerr=overall.std, yerr=few.std, **style)
+    axes.margins(0.08)
+    # Names stand in a column beside the axes, for the points of good methods lie close together.
+    heights = np.linspace(0.02, 0.98, max(len(points), 2))
+    for height, method in zip(heights, sorted(points, key=lambda method: points[method][::-1]), strict=False):
+        axes.annotate(
+            figure_text(method, 40),
+            points[method],
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=SMALL,
+            color=_colour(method),
+            arrowprops={"arrowstyle": "-", "color": NEUTRAL, "linewidth": 0.5, "shrinkB": 4, "relpos": (0, 0.5)},
+        )
+    axes.set_xlabel("overall accuracy (%)")
+    axes.set_ylabel("few-shot accuracy (%)")
+    tidy(axes, grid="both", colour="#dddddd")
     return figure
 
 
@@ -109,6 +155,10 @@ def plot_teacher_and_student(comparison: ComparedRuns) -> Figure:
         axes.set_xlabel("teacher (%)", fontsize=TEXT)
     figure.supylabel("student (%)", fontsize=TEXT)
     return figure
+
+
+def _colour(method: str) -> str:
+    return RED if method.startswith("bkd") else BLUE
 
 
 def _panels(

@@ -23,6 +23,8 @@ from .training_data import TrainingData
 
 #: Training images that are looked at.
 NUM_IMAGES = 1024
+# Mean probability that answers have to leave to other classes than the label to tell of a prior.
+_LEAST_LEFT = 0.05
 # The targets collapse if they are right less than a quarter as often as the teacher, …
 _LEAST_AGREEMENT = 0.25
 # … or name one class for most images, and far more often than these are of it.
@@ -71,17 +73,18 @@ def prior_in_teacher(
     """Return how much of the class frequencies a teacher's answers hold: 1 for plain training, 0 for balanced ones.
 
     With z = log p(x|c) + κ · log π_c, the mean probability that images of other classes give to class c grows as
-    π_c^κ: κ is the slope of its logarithm over log n_c, by least squares over the classes, cut to [0, 1]. What the
-    teacher answers about an image's own class tells nothing: a teacher that has memorised its training images is
-    right whatever its prior.
+    π_c^κ: κ is the slope of its logarithm over log n_c, by least squares over the classes, cut to [0, 1]. A teacher
+    that has memorised its training images, and leaves other classes less than 5 % on average, does not tell: it is
+    right whatever its prior, and is taken to hold all of it.
 
     Args:
         teacher_logits: N×C, of training images.
         labels: N class numbers.
-        class_counts: C numbers of training images. If all are the same, there is nothing to measure: 1.
+        class_counts: C numbers of training images. If all are the same, there is nothing to measure either: 1.
     """
     counts = torch.as_tensor(class_counts).to(teacher_logits.device, torch.float64)
     of_label = torch.nn.functional.one_hot(labels, len(counts)).bool()
+    left = 1 - teacher_logits.double().softmax(dim=1)[of_label]
     others = teacher_logits.double().masked_fill(of_label, -torch.inf).log_softmax(dim=1)
     # Each class of images counts the same.
     weights = (-torch.bincount(labels, minlength=len(counts)).double().log()).to(others.device)[labels][:, None]
@@ -89,7 +92,8 @@ def prior_in_teacher(
     known = (counts > 0) & mass.isfinite()
     x, y = (values - values.mean() for values in (counts[known].log(), mass[known]))
     spread = (x * x).sum()
-    return float(((x * y).sum() / spread).clamp(0, 1)) if spread > 1e-9 else 1.0
+    tells = spread > 1e-9 and left.mean() >= _LEAST_LEFT
+    return float(((x * y).sum() / spread).clamp(0, 1)) if tells else 1.0
 
 
 def target_statistics(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bkd_hf.cells import CellRunner, duration, plan_cells
 from bkd_hf.compare import save_comparison, to_markdown
-from bkd_hf.comparison import load_comparison
+from bkd_hf.comparison import METRICS, load_comparison
 from bkd_hf.errors import InputError, run_script
 from bkd_hf.files import lock
 from bkd_hf.results import describe_command, without_folders
@@ -39,6 +39,11 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--launcher", default="", help='Put before the script: "accelerate launch --num_processes 2".')
     parser.add_argument("--jobs", type=int, default=1, help="Cells that run at the same time.")
     parser.add_argument("--dry_run", action="store_true", help="Show the plan, and how long it will take.")
+    parser.add_argument(
+        "--sort",
+        choices=[name.replace(" ", "_") for name in METRICS],
+        help="Order the methods by the mean of this metric, the best first; not given: from simple to elaborate.",
+    )
     parser.add_argument(
         "--from",
         dest="folders",
@@ -81,7 +86,7 @@ def main() -> int:
 
 def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int:
     """Write the tables and figures of finished cells."""
-    comparison = load_comparison(options.folders)
+    comparison = load_comparison(options.folders, options.sort and options.sort.replace("_", " "))
     command = describe_command(sys.argv[1:], script="scripts/compare.py", launcher="python")
     notes = [*(notes or []), f"Made by {code(command)}."]
     paths = save_comparison(comparison, options.output_dir, notes)

@@ -18,7 +18,7 @@ from PIL import Image
 from bkd_hf import InputError, load_results
 from bkd_hf.cells import CellRunner, plan_cells
 from bkd_hf.compare import save_comparison, to_markdown
-from bkd_hf.comparison import Comparison, load_comparison
+from bkd_hf.comparison import Comparison, load_comparison, resampled
 from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
 from tests.test_plots import make_results
@@ -93,9 +93,35 @@ def test_differences_are_paired_by_seed(cells):
     assert difference.n == 3
     # Of the seeds that both have: only seed 0.
     to_kd = comparison.difference("bkd", "kd", "overall")
-    assert (to_kd.mean, to_kd.low, to_kd.n) == (pytest.approx(7), None, 1)
-    assert str(to_kd) == "+7.0"
+    assert (to_kd.mean, to_kd.n) == (pytest.approx(7), 1)
     assert comparison.difference("bkd", "focal", "overall") is None
+
+
+def test_one_seed_is_resampled_over_test_images(cells):
+    images = [40] * 10
+    for results in cells:
+        results["data"]["eval_class_counts"] = images
+    difference = Comparison(cells).difference("bkd", "kd", "overall")
+    half = 196 * ((0.4 * 0.6 + 0.33 * 0.67) / 400) ** 0.5  # two independent binomials, as normal
+    assert difference.low == pytest.approx(7 - half, abs=0.6)
+    assert difference.high == pytest.approx(7 + half, abs=0.6)
+    assert str(difference).startswith("**+7.0** [")
+    assert str(difference).endswith("]*")
+    markdown = to_markdown(Comparison(cells))
+    assert (
+        "One seed: the interval is of a bootstrap over the test images" in markdown.split("## Differences to `kd`")[1]
+    )
+    assert "One seed" not in markdown.split("## Differences to `ce`")[1].split("| bkd |")[1].split("## ")[0]
+    assert Comparison(cells).difference("bkd", "kd", "ECE").low is None  # which is of no images one by one
+    # Of a group of classes it is the mean of their accuracies, as in the table.
+    rare = resampled(cells[6], "few_shot_accuracy")
+    assert (rare.mean(), len(rare)) == (pytest.approx(0.33, abs=0.02), 2000)
+
+
+def test_methods_are_sorted_by_a_metric(cells):
+    cells[6]["student"]["metrics"]["expected_calibration_error"] = 0.01
+    assert Comparison(cells, sort="few").methods == ["bkd", "ce", "kd"]
+    assert Comparison(cells, sort="ECE").methods[0] == "kd"
 
 
 def test_metrics_that_no_cell_has_are_no_columns(cells):
@@ -175,12 +201,19 @@ def test_files(cells, tmp_path):
         save_json(results, tmp_path / "in" / str(number) / "results.json")
     comparison = load_comparison([tmp_path / "in"])
     paths = save_comparison(comparison, tmp_path / "out", ["**Missing**: dkd seed 0"])
-    names = ["comparison.md", "comparison.csv", "cells.csv", "comparison.png", "teacher_and_student.png"]
+    names = [
+        "comparison.md",
+        "comparison.csv",
+        "cells.csv",
+        "comparison.png",
+        "teacher_and_student.png",
+        "leaderboard.png",
+    ]
     assert [path.name for path in paths] == names
     markdown = (tmp_path / "out" / "comparison.md").read_text()
     assert "| ce | 3 | 33.0 ± 3.6 |" in markdown
     assert "## Differences to `ce`" in markdown
-    assert "| bkd | 3 | +11.0 [+4.4, +17.6] |" in markdown
+    assert "| bkd | 3 | **+11.0** [+4.4, +17.6] |" in markdown
     assert "## After post-hoc logit adjustment (τ = 1)" in markdown
     assert markdown.index("**Missing**: dkd seed 0") < markdown.index("| ce |")
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
@@ -195,7 +228,7 @@ def test_files(cells, tmp_path):
 
 def test_no_figure_of_teachers_without_teachers(cells, tmp_path):
     paths = save_comparison(Comparison(cells[:3]), tmp_path)
-    assert [path.name for path in paths if path.suffix == ".png"] == ["comparison.png"]
+    assert [path.name for path in paths if path.suffix == ".png"] == ["comparison.png", "leaderboard.png"]
 
 
 # ---- The plan

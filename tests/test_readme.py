@@ -18,6 +18,7 @@ from bkd_hf.arguments import _build_parser
 from bkd_hf.card import build
 from bkd_hf.plots import figure_names
 from tests.conftest import REPOSITORY
+from tests.readme_table import to_markdown
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
@@ -63,6 +64,10 @@ def test_every_file_in_it_exists():
     files = set(re.findall(r"(?:scripts|bkd_hf|tests|model_cards)/[\w./-]*\w", README))
     assert files
     assert [file for file in files if not (REPOSITORY / file).exists()] == []
+
+
+def test_its_table_is_that_of_the_committed_results():
+    assert to_markdown() in README
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent for path in (REPOSITORY / "model_cards").glob("*/results.json")))

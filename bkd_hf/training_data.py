@@ -133,7 +133,7 @@ class TrainingData:
         if self.args.teacher_cache == "off" or not self.numbers_examples:
             return None
         parts = innermost(self.dataset)
-        return DEFAULT_VIEWS if any(getattr(part, "augmentation", "none") != "none" for part in parts) else 1
+        return DEFAULT_VIEWS if any(getattr(part, "is_augmented", False) for part in parts) else 1
 
     def _view(self, epoch: int) -> int:
         return epoch % self.num_views if self.num_views else epoch

@@ -199,6 +199,9 @@ def test_nothing_else_is_taken_for_the_same(models, digits, tmp_path):
             images(digits, data_seed=1),
             images(digits, horizontal_flip=False),
             images(digits, augmentation="none"),
+            images(digits, operations=["cutout"]),
+            images(digits, operations=["cutout", "autoaugment"]),
+            images(digits, operations=["autoaugment", "cutout"]),
             images(digits.select(range(75, -1, -1))),
             ImageDataset(digits, load_processor("cifar-resnet-8", 8, [0.4] * 3), "pad_crop"),
         )

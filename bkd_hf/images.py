@@ -162,8 +162,8 @@ class ImageDataset(torch.utils.data.Dataset):
         """Whether other processes should prepare the batches.
 
         Not if images are decoded, at most 64 pixels wide and high, and there are no operations: to receive such a
-        batch takes as long as to make it (128 images of 32×32 pixels: 1.4 and 1.6 ms). With cutout that takes 3 ms, with
-        AutoAugment and cutout 24, with RandAugment 28.
+        batch takes as long as to make it (128 images of 32×32 pixels: 1.4 and 1.6 ms). With cutout that takes 3 ms,
+        with AutoAugment and cutout 24, with RandAugment 28.
         """
         size = max(max(rendering.size) for rendering in self._renderings.values())
         return not self.in_memory or self._needs_originals or size > SMALL_IMAGE_SIZE or bool(self.operations)

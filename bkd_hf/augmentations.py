@@ -24,7 +24,7 @@ _CROP_ATTEMPTS = 10
 
 
 class Augmentation(NamedTuple):
-    """How views of images are chosen; operations on their pixels would be another field.
+    """How views of images are chosen; what is done to their pixels then: see [`Operation`].
 
     Attributes:
         views: Function of width, height and B×`num_draws` numbers in [0, 1), each a hash of (seed, epoch, index) and
@@ -67,19 +67,37 @@ def random_resized_crop_box(width: int, height: int, draws: np.ndarray) -> tuple
         height: Of the image, in pixels.
         draws: 4 numbers in [0, 1) per try: area, aspect ratio, position from the left and from the top.
     """
-    log_ratios = np.log(_CROP_ASPECT_RATIO)
-    for area_draw, ratio_draw, left_draw, top_draw in draws.reshape(-1, 4):
-        area = width * height * (_CROP_AREA[0] + area_draw * (_CROP_AREA[1] - _CROP_AREA[0]))
-        ratio = math.exp(log_ratios[0] + ratio_draw * (log_ratios[1] - log_ratios[0]))
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(left_draw * (width - crop_width + 1))
-            top = int(top_draw * (height - crop_height + 1))
-            return left, top, left + crop_width, top + crop_height
+    box = first_fitting_box(width, height, draws, _CROP_AREA, _CROP_ASPECT_RATIO)
+    if box is not None:
+        return box
     crop_width = min(width, max(1, round(height * _CROP_ASPECT_RATIO[1])))
     crop_height = min(height, max(1, round(width / _CROP_ASPECT_RATIO[0])))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
+
+
+def first_fitting_box(
+    width: int, height: int, draws: np.ndarray, areas: tuple[float, float], ratios: tuple[float, float]
+) -> tuple[int, int, int, int] | None:
+    """Left, top, right, bottom of the first of some random boxes that fits into an image; `None` if none does.
+
+    Args:
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+        draws: 4 numbers in [0, 1) per box: area, aspect ratio, position from the left and from the top.
+        areas: Smallest and largest share of the image.
+        ratios: Smallest and largest width/height; their logarithms are equally likely.
+    """
+    log_ratios = np.log(ratios)
+    for area_draw, ratio_draw, left_draw, top_draw in draws.reshape(-1, 4):
+        area = width * height * (areas[0] + area_draw * (areas[1] - areas[0]))
+        ratio = math.exp(log_ratios[0] + ratio_draw * (log_ratios[1] - log_ratios[0]))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(left_draw * (width - box_width + 1))
+            top = int(top_draw * (height - box_height + 1))
+            return left, top, left + box_width, top + box_height
+    return None
 
 
 AUGMENTATIONS = {

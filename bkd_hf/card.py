@@ -23,6 +23,7 @@ from .errors import InputError
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
+from .operations import OPERATIONS
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
 from .reading import read_card
@@ -125,7 +126,7 @@ def build(
     literal = functools.partial(json.dumps, ensure_ascii=False)
     environment.filters |= {"literal": literal, "percent": _percent, "number": "{:,}".format}
     options = training_options(results)
-    sources = _sources(options)
+    sources = [*_sources(options), *_sources_of_operations(results["options"]["data"])]
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         title=title or f"{name}, trained by {method} on {data['name'].rpartition('/')[2]}",
         repo_id=repo_id or name,
@@ -271,6 +272,12 @@ def _sources(options: dict[str, Any]) -> list[tuple[str, str | None]]:
         elif choice in _SOURCES.get(part, {}):
             found.append(_SOURCES[part][choice])
     return found
+
+
+def _sources_of_operations(options: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """Title and number on arXiv of what is done to the pixels of training images; a user's own has no name here."""
+    known = [OPERATIONS[name] for name in options.get("train_operations") or () if name in OPERATIONS]
+    return [(operation.title, operation.source) for operation in known]
 
 
 def _citations(sources: Iterable[str]) -> list[str]:

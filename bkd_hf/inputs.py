@@ -68,15 +68,17 @@ def decode(
     arguments: RunArguments,
     split: datasets.Dataset,
     processor: BaseImageProcessor,
-    augmentation: str = "none",
+    for_training: bool = False,
     teacher: BaseImageProcessor | None = None,
 ) -> ImageDataset:
-    """Decode a split for a model, augmented (by default not), and for its teacher if that takes other pixels."""
+    """Decode a split for a model, for training augmented, and for its teacher if that takes other pixels."""
     options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
+    augmentation = options.train_augmentation if for_training else "none"
     return ImageDataset(
         split,
         processor,
         augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,
+        operations=(options.train_operations if for_training else None) or (),
         horizontal_flip=options.horizontal_flip,
         cache_images=options.cache_images,  # type: ignore[arg-type]
         teacher_processor=teacher,

@@ -29,6 +29,7 @@ from .machine import (
 from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
 from .models import cifar_resnet_depth
+from .operations import OPERATIONS
 from .ranges import check_ranges, defaults_of, explain
 from .text import one_line
 
@@ -157,6 +158,13 @@ class DataArguments:
     train_augmentation: str = _option(
         "auto", f"{', '.join(AUGMENTATIONS)}; auto: pad_crop up to 64 pixels, random_resized_crop above."
     )
+    train_operations: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"What is done to the pixels of these views, one after another: {', '.join(OPERATIONS)}. Not "
+            "given, or none: nothing. Long-tail recipes for CIFAR take: autoaugment cutout."
+        },
+    )
     horizontal_flip: bool = _option(True, "Mirror half of the training images; not for digits or letters.")
     cache_images: Annotated[str, "machine"] = _option(
         "auto",
@@ -176,6 +184,10 @@ class DataArguments:
         check_ranges(self)
         _check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
         _check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
+        if self.train_operations == ["none"]:  # so that a command line can take back what a file says
+            self.train_operations = None
+        for name in self.train_operations or ():
+            _check_choice("train_operations", name, tuple(OPERATIONS))
         _check_choice("cache_images", self.cache_images, CACHE_IMAGES)
         try:
             check_shot_thresholds(self.many_shot_threshold, self.few_shot_threshold)

@@ -159,7 +159,7 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     if not same_pixels(processor, teacher_processor):
         say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
     images = {
-        "train": decode(arguments, splits["train"], processor, arguments.data.train_augmentation, teacher_processor),
+        "train": decode(arguments, splits["train"], processor, for_training=True, teacher=teacher_processor),
         "eval": decode(arguments, splits["eval"], processor),
     }
     inputs = Inputs(splits, data, processor, images, threads, say)
@@ -377,7 +377,7 @@ def _provide_teacher(
     if not same_pixels(inputs.processor, processor):
         images = {"eval": decode(arguments, inputs.splits["eval"], processor)}
         if match.why_trained:
-            images["train"] = decode(arguments, inputs.splits["train"], processor, options.data.train_augmentation)
+            images["train"] = decode(arguments, inputs.splits["train"], processor, for_training=True)
     inputs = dataclasses.replace(inputs, processor=processor, images=images)
     if not match.why_trained:
         return use_given_teacher(arguments, inputs, match)

@@ -173,11 +173,17 @@ def _training_options() -> type:
 TrainingOptions = _training_options()
 
 
+class DataOptions(TypedDict):
+    """Options about data that are read again."""
+
+    train_operations: NotRequired[list[str] | None]
+
+
 class Options(TypedDict):
     """What a run was told, without secrets and places."""
 
     model: dict[str, Any]
-    data: dict[str, Any]
+    data: DataOptions
     training: TrainingOptions  # type: ignore[valid-type]  # what differs from the defaults of `transformers`; all own
     teacher_training: TrainingOptions  # type: ignore[valid-type]  # what differs from `training`
 

@@ -132,8 +132,11 @@ class TrainingData:
             return self.args.teacher_cache_views
         if self.args.teacher_cache == "off" or not self.numbers_examples:
             return None
-        parts = innermost(self.dataset)
-        return DEFAULT_VIEWS if any(getattr(part, "augmentation", "none") != "none" for part in parts) else 1
+        varied = (
+            getattr(part, "augmentation", "none") != "none" or getattr(part, "operations", ())
+            for part in innermost(self.dataset)
+        )
+        return DEFAULT_VIEWS if any(varied) else 1
 
     def _view(self, epoch: int) -> int:
         return epoch % self.num_views if self.num_views else epoch

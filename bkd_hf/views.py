@@ -110,7 +110,8 @@ class Rendering:
         self.size = width, height
         resample = getattr(processor, "resample", None)
         self._resample = PILImageResampling.BILINEAR if resample is None else resample  # NEAREST is 0
-        self._flips_channels = bool(getattr(processor, "do_flip_channel_order", False))
+        #: Red first, in the order of this model's bytes; and back.
+        self.channels = slice(None, None, -1 if getattr(processor, "do_flip_channel_order", False) else 1)
         self._scale, self._shift = _arithmetic(processor)
         self._region_of = region_of if region_of is not None and not self._shows_the_same(region_of) else None
         # Images of the model's size that the processor shows as they are need not be sent through it, which takes
@@ -138,8 +139,7 @@ class Rendering:
         view = image.resize(self.size, self._resample, box=box)
         if mirrored:
             view = ImageOps.mirror(view)
-        pixels = np.asarray(view)
-        return pixels[:, :, ::-1] if self._flips_channels else pixels
+        return np.asarray(view)[:, :, self.channels]
 
     def as_pixels(self, views: np.ndarray) -> PixelBytes:
         """B×H×W×3 bytes, with the processor's arithmetic."""
@@ -151,9 +151,7 @@ class Rendering:
         coordinates = np.zeros((height, width, 3))
         coordinates[:, :, 0] = np.linspace(0, 255, width)
         coordinates[:, :, 1] = np.linspace(0, 255, height)[:, None]
-        seen = self._bytes(Image.fromarray(coordinates.round().astype(np.uint8))).astype(float)
-        if self._flips_channels:
-            seen = seen[:, :, ::-1]
+        seen = self._bytes(Image.fromarray(coordinates.round().astype(np.uint8))).astype(float)[:, :, self.channels]
         left, right = _ends(seen[:, :, 0].mean(axis=0), width)
         top, bottom = _ends(seen[:, :, 1].mean(axis=1), height)
         return left, top, right, bottom

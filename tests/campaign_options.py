@@ -50,7 +50,7 @@ _BELOW_ONE = _names("adam_beta1 adam_beta2 momentum class_balance_beta label_smo
 _BOOLEANS = _names("horizontal_flip bf16 torch_compile load_best_model_at_end dataloader_drop_last use_cpu")
 _CHOICES = _names("""
     method precision optim lr_scheduler_type eval_strategy save_strategy logging_strategy log_level debug
-    train_augmentation imbalance_profile cache_images hub_strategy train_sampling_strategy ddp_backend
+    train_augmentation train_operations imbalance_profile cache_images hub_strategy train_sampling_strategy ddp_backend
 """)
 _DICTIONARIES = _names("lr_scheduler_kwargs activation_checkpointing_kwargs classification_loss_args")
 

@@ -11,6 +11,7 @@ from bkd_hf import BKDConfig, ImageDataset, InputError
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.inputs import choose_workers
 from bkd_hf.machine import default_precision, options_alone, precision_of
+from bkd_hf.optimization import OptimizingTrainer
 from bkd_hf.run_folder import claim_output_dir, record_run, run_state
 from tests.conftest import REPOSITORY
 from tests.test_images import photos, vit_processor
@@ -59,6 +60,16 @@ def test_fresh_weights_are_not_trained_with_fine_tuning_defaults(tmp_path):
     assert (training.lr_scheduler_type, training.num_train_epochs) == ("cosine", 30)
     assert parse(f"{line} --optim adamw_torch").training.learning_rate == 5e-5
     assert parse(line, tmp_path, "temperature: 3\n").training.learning_rate == 5e-5
+
+
+def test_strong_recipe_is_a_modern_one():
+    recipe = f"--config {RECIPES / 'cifar100_lt_strong.yaml'}"
+    data, training = parse(recipe).data, parse(recipe).training
+    assert (data.train_augmentation, data.train_operations) == ("pad_crop", ["autoaugment", "cutout"])
+    sgd = OptimizingTrainer.get_optimizer_cls_and_kwargs(training)[1]
+    assert sgd == {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+    assert (training.lr_scheduler_type, training.get_warmup_steps(1000), training.weight_decay) == ("cosine", 25, 5e-4)
+    assert parse(f"{recipe} --train_operations none").data.train_operations is None
 
 
 @pytest.mark.parametrize("name", ["cifar100_lt", "cifar10_lt"])
@@ -173,6 +184,7 @@ def test_bad_yaml(tmp_path, text, message):
         ("--imbalance_ratio inf", "--imbalance_ratio"),
         ("--imbalance_profile zipf", "--imbalance_profile must be one of exp, step, pareto, got 'zipf'"),
         ("--train_augmentation mixup", "--train_augmentation must be one of"),
+        ("--train_operations cutout mixup", "--train_operations must be one of autoaugment, .*, got 'mixup'"),
         ("--cache_images tape", "--cache_images must be one of"),
         ("--max_train_samples 0", "--max_train_samples must be at least 1"),
         ("--image_size 4", "--image_size must be at least 8"),

@@ -157,6 +157,14 @@ def test_all_that_the_loss_is_made_of_is_told(results):
     assert "Logit Standardization in Knowledge Distillation" in card
 
 
+def test_what_is_done_to_training_images_is_told(results):
+    results["options"]["data"]["train_operations"] = ["autoaugment", "cutout", "of_a_user"]
+    card = str(build(results))
+    assert "; AutoAugment by the policy for CIFAR-10; cutout:" in card
+    assert "1805.09501" in card
+    assert "1708.04552" in card
+
+
 def test_two_classes():
     card = str(build(results_with([30, 3], [10, 10])))
     assert "top 5" not in card

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import send_to_device
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import (
@@ -22,7 +20,6 @@ from transformers import (
 )
 
 from bkd_hf import ImageDataset, InputError, default_augmentation, load_image_dataset
-from bkd_hf.augmentations import move_and_mirror, pad_crop, random_resized_crop_box
 from bkd_hf.images import channel_statistics, collate_images, default_num_workers
 from bkd_hf.sampling import SampledExamples, hash_uniform
 from bkd_hf.views import PixelBytes, output_size
@@ -98,84 +95,6 @@ def test_images_of_the_models_own_size(processor):
     data = labelled([stored(Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)))] * 2)
     own = processor(images=list(data["image"]), return_tensors="pt")["pixel_values"].float()
     torch.testing.assert_close(pixels_of(ImageDataset(data, processor), range(2)), own, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("augmentation", ["pad_crop", "random_resized_crop"])
-def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path, augmentation):
-    data = photos()
-    make = lambda **kwargs: ImageDataset(data, vit_processor(), augmentation, **kwargs)  # noqa: E731
-    dataset = make(data_seed=3)
-    everything = pixels_of(dataset, range(12))
-    assert torch.equal(pixels_of(dataset, [7, 2]), everything[[7, 2]])  # whatever the batch
-    assert torch.equal(dataset[5]["pixel_values"], everything[5])
-    for cache in ("none", "disk"):
-        assert torch.equal(pixels_of(make(data_seed=3, cache_images=cache, cache_dir=tmp_path), range(12)), everything)
-    for workers in (0, 2):
-        loader = DataLoader(make(data_seed=3), batch_size=5, num_workers=workers)
-        assert torch.equal(torch.cat([batch["pixel_values"] for batch in loader]), everything)
-    assert not torch.equal(pixels_of(make(data_seed=4), range(12)), everything)
-    dataset.set_epoch(1)
-    assert not torch.equal(pixels_of(dataset, range(12)), everything)
-    dataset.set_epoch(0)
-    assert torch.equal(pixels_of(dataset, range(12)), everything)
-
-
-def test_persistent_workers_see_the_epoch():
-    dataset = ImageDataset(photos(), vit_processor(), "pad_crop")
-    loader = DataLoader(dataset, batch_size=12, num_workers=1, persistent_workers=True)
-    first = next(iter(loader))["pixel_values"]
-    dataset.set_epoch(1)
-    second = next(iter(loader))["pixel_values"]
-    assert not torch.equal(first, second)
-    assert torch.equal(second, pixels_of(dataset, range(12)))
-
-
-def test_pad_crop_by_hand():
-    image = np.arange(8 * 8, dtype=np.uint8).reshape(1, 8, 8, 1) + 1
-
-    def seen(flip: float, down: float, right: float) -> np.ndarray:
-        boxes, mirrored = pad_crop(8, 8, np.array([[flip, down, right]]))
-        return move_and_mirror(image, boxes[:, :2] / 8, mirrored)
-
-    assert np.array_equal(seen(0.9, 0.5, 0.5), image)
-    assert np.array_equal(seen(0.1, 0.5, 0.5), image[:, :, ::-1])
-    corner = seen(0.9, 0.0, 0.999)[0, :, :, 0]
-    assert (corner[0] == 0).all()  # one row of padding from above
-    assert (corner[:, -1] == 0).all()  # one column from the right
-    assert np.array_equal(corner[1:, :-1], image[0, :-1, 1:, 0])
-
-
-def test_the_same_window_over_images_of_another_size():
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (40, 12, 20, 3), dtype=np.uint8)
-    boxes, mirrored = pad_crop(40, 24, generator.random((40, 3)))
-    shifts = boxes[:, :2] / (40, 24)
-    moved = move_and_mirror(images, shifts, mirrored)
-    for image, (right, down), flip, result in zip(images, np.rint(shifts * (20, 12)), mirrored, moved, strict=True):
-        rows, columns = np.arange(12) + int(down), np.arange(20) + int(right)
-        outside = ((rows < 0) | (rows > 11))[:, None] | ((columns < 0) | (columns > 19))
-        expected = np.where(outside[..., None], 0, image[rows.clip(0, 11)][:, columns.clip(0, 19)])
-        assert np.array_equal(result, expected[:, ::-1] if flip else expected)
-
-
-def test_flips_can_be_switched_off():
-    row = np.zeros((16, 16, 3), dtype=np.uint8)
-    row[:, :4] = 255  # bright on the left
-    data = labelled([stored(Image.fromarray(row))] * 40)
-    for flip, sides in ((True, {True, False}), (False, {True})):
-        pixels = pixels_of(ImageDataset(data, vit_processor(), "pad_crop", horizontal_flip=flip), range(40))
-        on_the_left = pixels[:, 0, 8, :8].mean(1) > pixels[:, 0, 8, 8:].mean(1)
-        assert set(on_the_left.tolist()) == sides
-
-
-@given(width=st.integers(1, 10_000), height=st.integers(1, 3000), seed=st.integers(0, 1000))
-def test_random_resized_crops_lie_in_the_image(width, height, seed):
-    left, top, right, bottom = random_resized_crop_box(width, height, hash_uniform(seed, np.arange(40)))
-    assert 0 <= left < right <= width
-    assert 0 <= top < bottom <= height
-    if min(width, height) >= 50 and max(width, height) <= 1.3 * min(width, height):
-        assert 0.05 < (right - left) * (bottom - top) / (width * height) <= 1
-        assert 0.7 < (right - left) / (bottom - top) < 1.4
 
 
 def test_train_transform_replaces_augmentation():
@@ -335,8 +254,9 @@ def test_workers_where_they_pay():
     seen = ImageDataset(photos(), vit_processor(32), "pad_crop", cache_images="none")
     large = ImageDataset(photos(), vit_processor(65), "pad_crop")
     cut = ImageDataset(photos(), vit_processor(32), "random_resized_crop")
+    changed = ImageDataset(photos(), vit_processor(32), "pad_crop", operations=["autoaugment"])
     assert default_num_workers(small, 8, on_cuda=True) == default_num_workers(small, 8, on_cuda=False) == 0
-    for dataset in (seen, large, cut):
+    for dataset in (seen, large, cut, changed):
         assert default_num_workers(dataset, 8, on_cuda=False) == 8
         assert default_num_workers(dataset, 8, on_cuda=True) == 7
         assert default_num_workers(dataset, 1, on_cuda=True) == 1

@@ -147,10 +147,12 @@ def test_views_come_again_and_without_the_option_they_do_not(models, digits, tmp
     assert seen == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("views", [None, 2])
-def test_parts_of_data_sets_are_augmented_anew(models, digits, tmp_path, views):
+@pytest.mark.parametrize(
+    ("views", "options"), [(None, {}), (2, {}), (None, {"augmentation": "none", "operations": ["cutout"]})]
+)
+def test_parts_of_data_sets_are_augmented_anew(models, digits, tmp_path, views, options):
     """Also where pixels stay bytes, which only `collate_images` puts together."""
-    (first, seen), (second, _) = watched(digits, as_bytes=True), watched(digits, as_bytes=True)
+    (first, seen), (second, _) = (watched(digits, as_bytes=True, **options) for _ in range(2))
     part, _ = torch.utils.data.random_split(first, [40, 36], torch.Generator().manual_seed(0))
     for dataset in (part, torch.utils.data.ConcatDataset([part, torch.utils.data.Subset(second, range(20))])):
         train(models, dataset, tmp_path, teacher_cache="auto", teacher_cache_views=views)
@@ -199,6 +201,9 @@ def test_nothing_else_is_taken_for_the_same(models, digits, tmp_path):
             images(digits, data_seed=1),
             images(digits, horizontal_flip=False),
             images(digits, augmentation="none"),
+            images(digits, operations=["cutout"]),
+            images(digits, operations=["cutout", "autoaugment"]),
+            images(digits, operations=["autoaugment", "cutout"]),
             images(digits.select(range(75, -1, -1))),
             ImageDataset(digits, load_processor("cifar-resnet-8", 8, [0.4] * 3), "pad_crop"),
         )

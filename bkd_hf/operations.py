@@ -1,0 +1,214 @@
+"""Operations on the pixels of training images, after the view is chosen: a table, one line and one pure function each.
+
+Their random numbers are hashes of (seed, epoch, index), as those of the views. Lists of kernels, their magnitudes and
+the kernels themselves are those of the papers and, to the byte, of torchvision for PIL images: the nearest pixel is
+shown, black outside. Only magnitudes are exact here, and rounded to single precision there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from .augmentations import first_fitting_box
+
+#: Width and height of the view by which magnitudes are chosen: the student's. What is moved or erased in pixels of it
+#: is the same share of a teacher's view of another size.
+Size = tuple[int, int]
+
+
+class Operation(NamedTuple):
+    """What may be done to each training image.
+
+    Attributes:
+        apply: Function of an image (H×W×3 bytes, red first), `num_draws` numbers in [0, 1) and the size by which
+            magnitudes are chosen. Returns H×W×3 bytes.
+        num_draws: Random numbers for an image.
+        title: What the card calls it.
+        source: Number of the paper on arXiv.
+    """
+
+    apply: Callable[[np.ndarray, np.ndarray, Size], np.ndarray]
+    num_draws: int
+    title: str
+    source: str
+
+
+# ---- Kernels: each is one change of an image, at a magnitude -------------------------------------------------------
+
+
+class Ranges(NamedTuple):
+    """The largest magnitudes.
+
+    Attributes:
+        size: Width and height of the view in whose pixels images are moved.
+        right: Pixels by which images are moved to the right, or left.
+        down: Pixels by which they are moved down, or up.
+        shear: Pixels by which a row or column is moved more than the one before.
+        angle: In degrees, counter-clockwise.
+        factor: By which brightness, colour, contrast and sharpness grow or fall, 1 being all of it.
+        bits: That are left of the 8 of a byte.
+    """
+
+    size: Size
+    right: float
+    down: float
+    shear: float
+    angle: float
+    factor: float
+    bits: int
+
+
+def usual_ranges(size: Size) -> Ranges:
+    """Of AutoAugment and RandAugment: 150 of 331 pixels, as on ImageNet, whatever the size of the image."""
+    return Ranges(size, 150 / 331 * size[0], 150 / 331 * size[1], shear=0.3, angle=30, factor=0.9, bits=4)
+
+
+def wide_ranges(size: Size) -> Ranges:
+    """Of TrivialAugment: 32 pixels, whatever the size of the image."""
+    return Ranges(size, 32, 32, shear=0.99, angle=135, factor=0.99, bits=2)
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """Show at (x, y) what was at (ax + by + c, dx + ey + f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=0)
+
+
+def _move(image: Image.Image, right: float, down: float, size: Size) -> Image.Image:
+    """Move by whole pixels of a view of this size."""
+    steps = (round(int(step) * own / of) for step, own, of in zip((right, down), image.size, size, strict=True))
+    return _affine(image, 1, 0, -next(steps), 0, 1, -next(steps))
+
+
+#: Functions of an image, a share of the largest magnitude in [-1, 1] (its sign means nothing to some), and `Ranges`.
+KERNELS: dict[str, Callable[[Image.Image, float, Ranges], Image.Image]] = {
+    "Identity": lambda image, share, most: image,
+    "ShearX": lambda image, share, most: _affine(image, 1, share * most.shear, 0, 0, 1, 0),
+    "ShearY": lambda image, share, most: _affine(image, 1, 0, 0, share * most.shear, 1, 0),
+    "TranslateX": lambda image, share, most: _move(image, share * most.right, 0, most.size),
+    "TranslateY": lambda image, share, most: _move(image, 0, share * most.down, most.size),
+    "Rotate": lambda image, share, most: image.rotate(share * most.angle),
+    "Brightness": lambda image, share, most: ImageEnhance.Brightness(image).enhance(1 + share * most.factor),
+    "Color": lambda image, share, most: ImageEnhance.Color(image).enhance(1 + share * most.factor),
+    "Contrast": lambda image, share, most: ImageEnhance.Contrast(image).enhance(1 + share * most.factor),
+    "Sharpness": lambda image, share, most: ImageEnhance.Sharpness(image).enhance(1 + share * most.factor),
+    "Posterize": lambda image, share, most: ImageOps.posterize(image, 8 - round(abs(share) * (8 - most.bits))),
+    "Solarize": lambda image, share, most: ImageOps.solarize(image, 255 - 255 * abs(share)),  # type: ignore[arg-type]
+    "AutoContrast": lambda image, share, most: ImageOps.autocontrast(image),
+    "Equalize": lambda image, share, most: ImageOps.equalize(image),
+    "Invert": lambda image, share, most: ImageOps.invert(image),
+}
+#: Those of RandAugment and TrivialAugment.
+COMMON_KERNELS = [name for name in KERNELS if name != "Invert"]
+
+
+# ---- Operations ---------------------------------------------------------------------------------------------------
+
+#: The 25 sub-policies found for CIFAR-10 (arXiv 1805.09501, appendix): twice a kernel, its probability and magnitude,
+#: 0 to 9, which means nothing to some.
+CIFAR10_POLICY = (
+    (("Invert", 0.1, 7), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)), (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.5, 8), ("Equalize", 0.9, 2)), (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+    (("Color", 0.4, 3), ("Brightness", 0.6, 7)), (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+    (("Equalize", 0.6, 5), ("Equalize", 0.5, 1)), (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)), (("Equalize", 0.3, 7), ("AutoContrast", 0.4, 8)),
+    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)), (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+    (("Solarize", 0.5, 2), ("Invert", 0.0, 3)), (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.2, 8), ("Equalize", 0.6, 4)), (("Color", 0.9, 9), ("Equalize", 0.6, 6)),
+    (("AutoContrast", 0.8, 4), ("Solarize", 0.2, 8)), (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 3)), (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.9, 2), ("Solarize", 0.8, 3)), (("Equalize", 0.8, 8), ("Invert", 0.1, 3)),
+    (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 1)),
+)  # fmt: skip
+
+
+def autoaugment(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
+    """One of 25 sub-policies: two kernels, each with its own probability and magnitude."""
+    image, most = Image.fromarray(pixels), usual_ranges(size)
+    policy = CIFAR10_POLICY[int(draws[0] * len(CIFAR10_POLICY))]
+    for (name, probability, magnitude), chance, sign in zip(policy, draws[1:3], draws[3:5], strict=True):
+        if chance < probability:
+            image = KERNELS[name](image, _signed(magnitude / 9, sign), most)
+    return np.asarray(image)
+
+
+def randaugment(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
+    """Two kernels of 14, at magnitude 9 of 0 to 30."""
+    image, most = Image.fromarray(pixels), usual_ranges(size)
+    for kernel, sign in draws.reshape(2, 2):
+        image = KERNELS[COMMON_KERNELS[int(kernel * len(COMMON_KERNELS))]](image, _signed(9 / 30, sign), most)
+    return np.asarray(image)
+
+
+def trivialaugment_wide(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
+    """One kernel of 14, at a magnitude of 0 to 30; the kernels reach further than those of RandAugment."""
+    kernel, magnitude, sign = draws
+    apply = KERNELS[COMMON_KERNELS[int(kernel * len(COMMON_KERNELS))]]
+    return np.asarray(apply(Image.fromarray(pixels), _signed(int(magnitude * 31) / 30, sign), wide_ranges(size)))
+
+
+def cutout(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
+    """Black square of half the (shorter) side around any pixel; what sticks out of the image is cut off.
+
+    Black as in the long-tail recipes, which erase before they normalise; the paper's code erases after that, to the
+    mean.
+    """
+    (x, y), half = (int(draw * side) for draw, side in zip(draws, size, strict=True)), min(size) // 4
+    return _erase(pixels, (x - half, y - half, x + half, y + half), size)
+
+
+def random_erasing(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
+    """Black rectangle of 2 to 40 % of the image at an aspect ratio of 0.3 to 1/0.3, half of the time.
+
+    Black, so that models that see the image at different sizes see the same; of the paper's fills it is one.
+    """
+    box = first_fitting_box(*size, draws[1:], (0.02, 0.4), (0.3, 1 / 0.3)) if draws[0] < 0.5 else None
+    return pixels if box is None else _erase(pixels, box, size)
+
+
+#: By name; further ones of a user are choices too.
+OPERATIONS = {
+    "autoaugment": Operation(autoaugment, 5, "AutoAugment by the policy for CIFAR-10", "1805.09501"),
+    "randaugment": Operation(randaugment, 4, "RandAugment", "1909.13719"),
+    "trivialaugment_wide": Operation(trivialaugment_wide, 3, "TrivialAugment", "2103.10158"),
+    "cutout": Operation(cutout, 2, "cutout", "1708.04552"),
+    "random_erasing": Operation(random_erasing, 1 + 4 * 10, "random erasing", "1708.04896"),
+}
+
+
+def operate(images: np.ndarray, names: Sequence[str], draws: Sequence[np.ndarray], size: Size) -> np.ndarray:
+    """Change images by some operations, one after another.
+
+    Args:
+        images: B×H×W×3 bytes, red first.
+        names: Of the operations.
+        draws: For each of them, B×`num_draws` numbers in [0, 1).
+        size: Width and height by which magnitudes are chosen.
+
+    Returns:
+        B×H×W×3 bytes.
+    """
+    for name, numbers in zip(names, draws, strict=True):
+        apply = OPERATIONS[name].apply
+        images = np.stack([apply(pixels, row, size) for pixels, row in zip(images, numbers, strict=True)])
+    return images
+
+
+def _signed(share: float, draw: float) -> float:
+    return share if draw < 0.5 else -share
+
+
+def _erase(pixels: np.ndarray, box: Sequence[int], size: Size) -> np.ndarray:
+    """Make a part black: left, top, right, bottom in pixels of a view of this size."""
+    height, width, _ = pixels.shape
+    left, top, right, bottom = (
+        round(min(max(end, 0), of) * own / of)
+        for end, of, own in zip(box, (*size, *size), (width, height, width, height), strict=True)
+    )
+    erased = pixels.copy()
+    erased[top:bottom, left:right] = 0
+    return erased

@@ -350,6 +350,7 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
                 schedule += f"; epochs of warm-up: {options['lr_warmup_epochs']:g}"
         elif options.get("warmup_steps"):
             schedule += f", warm-up {options['warmup_steps']:g}"
+        ema = f", weights averaged (EMA, decay {decay:g})" if (decay := options.get("ema_decay")) else ""
         momentum = f" with momentum {options['momentum']:g}" if options.get("momentum") else ""
         processes, seconds = results["hardware"]["num_processes"], about["seconds"]
         minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -361,7 +362,7 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
             f" × {options['gradient_accumulation_steps']} accumulated × {processes} "
             f"process{'es' if processes > 1 else ''}",
             "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
-            f"{options['weight_decay']:g}",
+            f"{options['weight_decay']:g}{ema}",
             "schedule": schedule,
             "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
             f"{about['images_per_second']:,.0f} images a second",

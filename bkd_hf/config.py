@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError
+from .machine import launcher_shards
 from .methods import (
     CLASS_WEIGHTINGS,
     CLASSIFICATION_LOSSES,
@@ -245,6 +246,13 @@ class BKDConfig(TrainingArguments):
             "long-tail recipes do."
         },
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Measure, save and publish the exponential moving average of the weights, with this decay a step, "
+            "e.g. 0.999 (less in the first steps), instead of the last weights; not given: no average."
+        },
+    )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the head alone; everything below it keeps its weights."}
     )
@@ -450,6 +458,11 @@ class BKDConfig(TrainingArguments):
             HubStrategy(self.hub_strategy) in (HubStrategy.END, HubStrategy.EVERY_SAVE),
             "hub_strategy",
             "end: checkpoints with their optimizer states are not for others",
+        )
+        require(
+            self.ema_decay is None or not (self.deepspeed or self.fsdp or launcher_shards()),
+            "ema_decay",
+            "left out with FSDP and DeepSpeed: no process has all the weights that it averages",
         )
         require(bool(self.teacher_cache), "teacher_cache", "off, auto or a folder")
         require(self.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")

@@ -153,6 +153,13 @@ def test_all_that_the_loss_is_made_of_is_told(results):
     assert not {"focal_gamma", "dkd_beta", "classification_loss"} & set(recipe)  # not looked at, or said by the method
 
 
+def test_an_average_of_weights_is_told(results):
+    assert "EMA" not in str(build(results))
+    results["options"]["training"]["ema_decay"] = 0.999
+    assert ", weights averaged (EMA, decay 0.999)" in str(build(results))
+    assert yaml.safe_load(to_recipe(results))["ema_decay"] == 0.999
+
+
 def test_two_classes():
     card = str(build(results_with([30, 3], [10, 10])))
     assert "top 5" not in card

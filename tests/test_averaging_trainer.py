@@ -10,9 +10,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from bkd_hf import BKDConfig, BKDTrainer, InputError, TrainingDivergedError
+from bkd_hf.arguments import parse_arguments
 from bkd_hf.averaging_trainer import RAW_WEIGHTS_NAME
 from bkd_hf.models import load_weights_strictly
 from tests.architectures import tiny
+from tests.faults import CHEAP, interrupt, run, same_outcome
 
 DECAY = 0.4  # reached after 5 steps, of 8
 
@@ -180,6 +182,23 @@ def test_sharded_weights_are_refused(tmp_path, sharding, monkeypatch):
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"^--ema_decay must be left out with FSDP and DeepSpeed: .*, got 0.9\.$"):
         BKDConfig(str(tmp_path), ema_decay=0.9, **sharding)
+
+
+def test_the_teacher_has_an_average_too_or_one_of_its_own():
+    for own, decay in (([], 0.9), (["--teacher_ema_decay", "0.5"], 0.5)):
+        arguments = parse_arguments(["--method", "kd", "--ema_decay", "0.9", *own])
+        assert (arguments.training.ema_decay, arguments.for_teacher().training.ema_decay) == (0.9, decay)
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    argv = (*CHEAP, "--ema_decay", "0.9", "--output_dir")
+    for folder in ("whole", "run"):
+        code, said = run(*argv, tmp_path / folder)
+        assert code == 0, said
+    interrupt(tmp_path / "run", last=16)
+    code, said = run(*argv, tmp_path / "run")
+    assert (code, "Continuing from checkpoint-16" in said) == (0, True), said
+    same_outcome(tmp_path / "run", tmp_path / "whole")
 
 
 def test_nn_modules_have_an_average_too(tmp_path):

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .arguments import SCRIPT_DEFAULTS
-from .config import METHOD_OPTIONS, method_defaults, option_is_used, used_by
+from .config import HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
@@ -32,6 +32,11 @@ from .targets import describe_targets
 from .text import code, code_block, markdown, one_line
 from .verdict import free_alternatives, judge
 
+# Models that are not part of transformers: what each is, and the file with its code.
+_WITH_CODE = {
+    "CifarResNetForImageClassification": ("a CIFAR ResNet", "modeling_cifar_resnet.py"),
+    "CosineHeadForImageClassification": ("a classifier with a cosine head", "modeling_cosine_head.py"),
+}
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _REFERENCES = Path(__file__).with_name("references.bib")
 _WEAK_ACCURACY = 0.2  # classes below it are named among the limitations
@@ -140,7 +145,7 @@ def build(
         dataset_id=dataset_id,
         student=student,
         teacher=teacher,
-        needs_code=_needs_code(student),
+        code_of=_code_of(student),
         figures={figure.removesuffix(".png"): f"figures/{figure}" for figure in figure_names(results)},
         parts=[title for title, _ in sources],
         formulas=[loss.formula for loss in _losses(options)],
@@ -249,11 +254,11 @@ def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list
     ]
 
 
-def _needs_code(model: dict[str, Any]) -> bool:
-    """Whether a model's code travels with it; results of earlier versions tell by the name alone."""
-    if "architecture" in model:
-        return model["architecture"] == "CifarResNetForImageClassification"
-    return cifar_resnet_depth(model["model"]) is not None
+def _code_of(model: dict[str, Any]) -> tuple[str, str] | None:
+    """What a model is whose code travels with it, and the file; results of earlier versions tell by the name alone."""
+    if "architecture" not in model and cifar_resnet_depth(model["model"]) is not None:
+        return _WITH_CODE["CifarResNetForImageClassification"]
+    return _WITH_CODE.get(model.get("architecture", ""))
 
 
 def _losses(options: dict[str, Any]) -> list[Loss]:
@@ -358,18 +363,21 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
                 schedule += f"; epochs of warm-up: {options['lr_warmup_epochs']:g}"
         elif options.get("warmup_steps"):
             schedule += f", warm-up {options['warmup_steps']:g}"
+        ema = f", weights averaged (EMA, decay {decay:g})" if (decay := options.get("ema_decay")) else ""
         momentum = f" with momentum {options['momentum']:g}" if options.get("momentum") else ""
         processes, seconds = results["hardware"]["num_processes"], about["seconds"]
         minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        scale = options.get("head_scale") or HEAD_SCALE
+        head = f", cosine head with scale {scale:g}" if options.get("head") == "cosine" else ""
         for title, value in {
-            "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters)",
+            "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters){head}",
             "method": f"{method}: {_loss(options)}",
             "epochs, steps": f"{about['epochs']:g}, {about['steps']:,}",
             "images in a step": f"{effective_batch_size(results, model):,} = {options['per_device_train_batch_size']}"
             f" × {options['gradient_accumulation_steps']} accumulated × {processes} "
             f"process{'es' if processes > 1 else ''}",
             "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
-            f"{options['weight_decay']:g}",
+            f"{options['weight_decay']:g}{ema}",
             "schedule": schedule,
             "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
             f"{about['images_per_second']:,.0f} images a second",

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError
+from .machine import launcher_shards
 from .methods import (
     CLASS_WEIGHTINGS,
     CLASSIFICATION_LOSSES,
@@ -43,6 +44,8 @@ _PARTS: dict[str, Collection[str]] = {
 }
 #: What `teacher_cache_dtype` may be.
 DTYPES = ("float16", "float32")
+#: What `head` may be, and s of a cosine head where nothing is said.
+HEADS, HEAD_SCALE = ("linear", "cosine"), 30.0
 #: Views of augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
@@ -261,11 +264,28 @@ class BKDConfig(TrainingArguments):
             "long-tail recipes do."
         },
     )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Measure, save and publish the exponential moving average of the weights, with this decay a step, "
+            "e.g. 0.999 (less in the first steps), instead of the last weights; not given: no average."
+        },
+    )
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the head alone; everything below it keeps its weights."}
     )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the head; not given: learning_rate, as for the rest."}
+    )
+    head: str | None = field(
+        default=None,
+        metadata={
+            "help": "linear, or cosine: the logits are head_scale · cos(features, class vector), without a bias. Not "
+            "given: cosine for ldam, which needs it, else the model's own."
+        },
+    )
+    head_scale: float | None = field(
+        default=None, metadata={"help": f"s > 0 of --head cosine. Not given: {HEAD_SCALE:g}, with ldam --ldam_scale."}
     )
     teacher_cache: Annotated[str, "path", "student"] = field(
         default="off",
@@ -358,8 +378,10 @@ class BKDConfig(TrainingArguments):
 
     @property
     def cosine_scale(self) -> float | None:
-        """Scale of the cosine head that the classification loss needs; `None` if it needs none."""
-        return self.loss_arguments("classification_loss")["scale"] if self.classification_loss == "ldam" else None
+        """Scale of the cosine head that is asked for, or that the classification loss needs; `None` for none."""
+        if self.classification_loss == "ldam":
+            return self.loss_arguments("classification_loss")["scale"]
+        return (self.head_scale or HEAD_SCALE) if self.head == "cosine" else None
 
     @property
     def uses_step_decay(self) -> bool:
@@ -467,6 +489,16 @@ class BKDConfig(TrainingArguments):
             "hub_strategy",
             "end: checkpoints with their optimizer states are not for others",
         )
+        require(
+            self.ema_decay is None or not (self.deepspeed or self.fsdp or launcher_shards()),
+            "ema_decay",
+            "left out with FSDP and DeepSpeed: no process has all the weights that it averages",
+        )
+        is_ldam = self.classification_loss == "ldam"
+        heads = HEADS[1:] if is_ldam else HEADS
+        require(self.head in (None, *heads), "head", f"{' or '.join(heads)} with {self.classification_loss}")
+        fits = not is_ldam or self.head_scale in (None, self.cosine_scale)
+        require(fits, "head_scale", "left out with ldam, whose --ldam_scale it is")
         require(bool(self.teacher_cache), "teacher_cache", "off, auto or a folder")
         require(self.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
         require(
@@ -502,6 +534,8 @@ class BKDConfig(TrainingArguments):
             messages.append(f"--momentum {self.momentum} has no effect: it belongs to --optim sgd, not {self.optim}.")
         if self.decay_all_parameters and self.weight_decay == 0:
             messages.append("--decay_all_parameters has no effect: --weight_decay is 0.")
+        if self.head_scale is not None and self.cosine_scale is None:
+            messages.append(f"--head_scale {self.head_scale:g} has no effect: it belongs to --head cosine.")
         defaults = method_defaults(self.method)
         for name, used_by in _USED_BY.items():
             value = getattr(self, name)

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from .config import BKDConfig
 from .data import choose_per_class
 from .errors import InputError
+from .modeling_cosine_head import CosineHeadForImageClassification
 
 _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
 #: Training images of a class, and in all, to which a head's bias is fitted.
@@ -23,6 +24,9 @@ TOO_OFTEN = 3.0
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the part of a classifier that is specific to its classes, by name: what maps features to logits."""
+    if isinstance(model, CosineHeadForImageClassification):
+        name = f"model.{model.config.head_name}"
+        return {name: model.get_submodule(name)}
     found = {name: module for name, module in model.named_children() if name in _NAMES}
     if found:
         return found

@@ -75,6 +75,12 @@ def launcher_compiler() -> str | None:
     return None if backend == "no" else backend
 
 
+def launcher_shards() -> bool:
+    """Return whether the launcher asks for FSDP or DeepSpeed."""
+    names = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+    return any(os.environ.get(name, "false").lower() in ("true", "1") for name in names)
+
+
 def launcher_accumulation() -> str | None:
     """Return the accumulation steps that `accelerate launch` was given, which it tells DeepSpeed alone."""
     try:

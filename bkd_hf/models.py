@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -23,10 +25,12 @@ from transformers.image_utils import PILImageResampling
 from .errors import InputError, first_line
 from .head import answer_one_class, head_modules, shift_logits
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
+from .modeling_cosine_head import CosineHeadConfig, CosineHeadForImageClassification
 from .text import normal, one_line
 
 _FRESH_NAME = re.compile(r"cifar-resnet-([0-9]{1,9})")
 _MAX_DEPTH = 1202  # of the paper
+_MANY_CLASSES = 7919  # a prime that no layer has for another reason
 
 
 def cifar_resnet_depth(name: str) -> int | None:
@@ -62,7 +66,7 @@ def load_classifier(
         class_names: Names of the C classes, kept in the model's configuration.
         image_size: Of a fresh model.
         cosine_scale: Scale s of a cosine head, with logits s · cos, as the margins of LDAM need it; `None` for the
-            model's own kind of head. Only CIFAR ResNets can have one.
+            model's own kind of head. A model of transformers is put into a [`CosineHeadForImageClassification`].
         from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
 
     Returns:
@@ -75,14 +79,16 @@ def load_classifier(
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: number for number, name in enumerate(class_names)},
     }
-    if cosine_scale is not None:
-        overrides |= {"cosine_head": True, "cosine_scale": cosine_scale}
+    cosine = {} if cosine_scale is None else {"cosine_head": True, "cosine_scale": cosine_scale}
     depth = cifar_resnet_depth(name)
     if depth is not None:
+        overrides |= cosine
         model = CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **overrides))
         model.new_parameters = [parameter for parameter, _ in model.named_parameters()]
         return model
     config = load_config(name, cosine_scale, **from_pretrained_kwargs)
+    if hasattr(config, "cosine_head"):
+        overrides, cosine_scale = overrides | cosine, None
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
             name,
@@ -103,7 +109,7 @@ def load_classifier(
     if names is not None and names != class_names:
         new |= _renew_head(model)
     model.new_parameters = sorted(new)
-    return model
+    return model if cosine_scale is None else _with_cosine_head(model, cosine_scale)
 
 
 def load_config(name: str, cosine_scale: float | None = None, **from_pretrained_kwargs: Any) -> PreTrainedConfig:
@@ -116,12 +122,55 @@ def load_config(name: str, cosine_scale: float | None = None, **from_pretrained_
         config = AutoConfig.from_pretrained(name, **from_pretrained_kwargs)
     except Exception as error:  # whatever a library raises about what is in the files
         raise not_loadable(name, error) from error
-    if cosine_scale is not None and config.model_type != CifarResNetConfig.model_type:
-        raise InputError(
-            f"--classification_loss ldam needs a cosine head, which {name} ({config.model_type}) cannot have: "
-            "use a cifar-resnet-… model, or balanced_softmax or logit_adjustment, which work with any head."
-        )
+    if cosine_scale is not None and not hasattr(config, "cosine_head"):
+        linear_head(config, name)
     return config
+
+
+def linear_head(config: PreTrainedConfig, name: str = "") -> str:
+    """Return the name of the linear layer that makes the logits of a model, found out by one without weights.
+
+    Args:
+        config: Of the model; with very many classes, no other layer has its number of outputs.
+        name: What the model is called in an error.
+
+    Raises:
+        InputError: If no single linear layer does, so that no cosine head can take its place.
+    """
+    why, found, of_classes = "its code is not part of transformers", [], []
+    if type(config).__module__.startswith("transformers.") and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        probe = copy.deepcopy(config)
+        probe.num_labels = _MANY_CLASSES
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageClassification.from_config(probe)
+        except Exception as error:  # as above
+            raise not_loadable(name, error) from error
+        of_classes = [key for key, tensor in model.state_dict().items() if _MANY_CLASSES in tensor.shape]
+        linear = [(key, module) for key, module in model.named_modules() if type(module) is nn.Linear]
+        found = [key for key, module in linear if module.out_features == _MANY_CLASSES]
+        why = f"its logits are not those of one linear layer, but of {', '.join(of_classes) or 'none'}"
+    if len(found) != 1 or {*of_classes} - {f"{found[0]}.weight", f"{found[0]}.bias"}:
+        raise InputError(
+            f"--head cosine, which --classification_loss ldam needs, cannot be had with {name} ({config.model_type}): "
+            f"{why}. Use another model, or balanced_softmax or logit_adjustment, which work with any head."
+        )
+    return found[0]
+
+
+def _with_cosine_head(model: PreTrainedModel, scale: float) -> CosineHeadForImageClassification:
+    """Put a classifier, with all its weights but the head's bias, where its features meet a cosine head."""
+    about, head = model.config.to_dict(), linear_head(model.config)
+    of_this_model = ("id2label", "label2id", "problem_type", "dtype", "_name_or_path", "transformers_version")
+    config = CosineHeadConfig(
+        {name: value for name, value in about.items() if name not in of_this_model}, head, scale,
+        id2label=model.config.id2label, label2id=model.config.label2id,
+    )  # fmt: skip
+    config.name_or_path = model.config.name_or_path
+    found, bias = CosineHeadForImageClassification(config).to(model.dtype), f"{head}.bias"
+    found.model.load_state_dict({name: value for name, value in model.state_dict().items() if name != bias})
+    found.new_parameters = [f"model.{name}" for name in model.new_parameters if name != bias]
+    return found
 
 
 def label_names(config: PreTrainedConfig) -> list[str] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .errors import InputError
 from .loss_inputs import IGNORE_INDEX
 from .losses import class_balanced_weights, deferred_weights, example_weights
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
@@ -279,7 +280,7 @@ class Objective:
 
         Raises:
             ValueError: If there is a teacher but no distillation, a class that needs images has none, or the student
-                of `ldam` has no cosine head.
+                does not have the head that `head` or `ldam` ask for.
         """
         options = self.options
         if self.has_teacher and not self.distils:
@@ -291,6 +292,7 @@ class Objective:
             self.final_weights()
         if self.own["classification_loss"] is not None:
             return
+        check_head(options, model_config)
         name = options.classification_loss
         if self.loss("classification_loss").needs("class_counts"):  # type: ignore[union-attr]
             empty = (self.known_class_counts() == 0).nonzero().flatten().tolist()
@@ -299,16 +301,28 @@ class Objective:
                     f"--classification_loss {name} takes the logarithm of the class counts, but {len(empty)} classes "
                     f"have no training image (first: class {empty[0]}). Remove them."
                 )
-        if name == "ldam":
-            if not getattr(model_config, "cosine_head", True):
-                raise ValueError(
-                    "--classification_loss ldam needs a student whose logits are scale · cos: load it with "
-                    "cosine_head=True."
-                )
-            wanted = options.loss_arguments("classification_loss")["scale"]
-            scale = getattr(model_config, "cosine_scale", wanted)
-            if scale != wanted:
-                raise ValueError(f"--ldam_scale is {wanted}, but the student's cosine head has the scale {scale}.")
+
+
+def check_head(options: Any, model_config: Any) -> None:
+    """Notice a student whose head, as its configuration tells, is not the one that is asked for.
+
+    Raises:
+        InputError: If it is not.
+    """
+    has_cosine, wanted = getattr(model_config, "cosine_head", None), options.cosine_scale
+    if options.head == "linear" and has_cosine:
+        raise InputError("--head linear: the student was made with a cosine head. Leave --head out to train that on.")
+    if wanted is None or model_config is None:
+        return
+    why = "--head cosine" if options.head == "cosine" else "--classification_loss ldam"
+    if has_cosine is False or (has_cosine is None and options.head == "cosine"):
+        raise InputError(
+            f"{why} needs a student whose logits are scale · cos: load it by load_classifier with "
+            f"cosine_scale={wanted:g}."
+        )
+    scale, option = getattr(model_config, "cosine_scale", wanted), "head" if "--head" in why else "ldam"
+    if scale != wanted:
+        raise InputError(f"--{option}_scale is {wanted}, but the student's cosine head has the scale {scale}.")
 
 
 def _per_example(kind: str, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ class PublishingTrainer(MeasuringTrainer):
         def save_last(path: str) -> None:
             with replacing(path) as unfinished:
                 type(self.state).save_to_json(self.state, unfinished)
-                mark_complete(folder)
+                self._complete_checkpoint(folder)
 
         self.args.save_total_limit, self.state.save_to_json = None, save_last
         try:
@@ -58,6 +58,9 @@ class PublishingTrainer(MeasuringTrainer):
             del self.state.save_to_json
         if self.args.should_save and limit:
             self._delete_earlier(folder, limit)
+
+    def _complete_checkpoint(self, folder: Path) -> None:
+        mark_complete(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -18,8 +18,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a finite number > 0",
         lambda value: 0 < value < math.inf,
-        "temperature ldam_scale dive_temperature dive_power dkd_temperature num_train_epochs logging_steps save_steps "
-        "eval_steps",
+        "temperature ldam_scale head_scale dive_temperature dive_power dkd_temperature num_train_epochs logging_steps "
+        "save_steps eval_steps",
     ),
     (
         "a finite number ≥ 0",
@@ -30,6 +30,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("a finite number ≥ 1", lambda value: 1 <= value < math.inf, "imbalance_ratio"),
     ("a finite number", math.isfinite, "post_hoc_tau"),
+    ("above 0 and below 1", lambda value: 0 < value < 1, "ema_decay"),
     ("in [0, 1]", lambda value: 0 <= value <= 1, "dive_alpha"),
     (
         "in [0, 1)",

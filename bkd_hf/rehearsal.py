@@ -21,6 +21,7 @@ from .errors import InputError
 from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .models import cifar_resnet_depth, load_config
+from .objective import check_head
 from .options import RunArguments, options_with
 from .ranges import defaults_of, explain
 from .teacher import teacher_label_names
@@ -57,7 +58,9 @@ def check_before_work(arguments: RunArguments) -> None:
     for options in trained:
         name = options.model.model_name_or_path
         if cifar_resnet_depth(name) is None:
-            load_config(name, options.training.cosine_scale, **options.model.from_pretrained_kwargs())
+            config = load_config(name, options.training.cosine_scale, **options.model.from_pretrained_kwargs())
+            if options.training.head == "linear":
+                check_head(options.training, config)
     if arguments.distils and arguments.model.given_teacher is not None:
         teacher_label_names(arguments.model.given_teacher, **arguments.for_teacher().model.from_pretrained_kwargs())
 
@@ -143,8 +146,9 @@ def _rehearse(values: dict[str, Any], folder: str) -> None:
         torch.compile(nn.ReLU(), backend=backend or "inductor", mode=mode)(torch.zeros(2))
     evaluates = str(getattr(values["eval_strategy"], "value", values["eval_strategy"])) != "no"
     quiet = {
-        **method_defaults("ce"), "teacher_cache": "off", "output_dir": folder, "report_to": "none",
-        "push_to_hub": False, "disable_tqdm": True, "max_steps": 1, "per_device_train_batch_size": _NUM_CLASSES,
+        **method_defaults("ce"), "head": None, "head_scale": None, "teacher_cache": "off", "output_dir": folder,
+        "report_to": "none", "push_to_hub": False, "disable_tqdm": True, "max_steps": 1,
+        "per_device_train_batch_size": _NUM_CLASSES,
         "per_device_eval_batch_size": _NUM_CLASSES, "save_strategy": "no", "load_best_model_at_end": False,
         "metric_for_best_model": None, "eval_strategy": "steps" if evaluates else "no", "eval_steps": 1,
         "eval_delay": 0, "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,

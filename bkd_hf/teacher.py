@@ -37,7 +37,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from . import modeling_cifar_resnet  # noqa: F401 (makes the architecture known to the Auto classes)
+from . import modeling_cifar_resnet, modeling_cosine_head  # noqa: F401 (makes them known to the Auto classes)
 from .errors import InputError
 from .models import label_names, why_not_alike
 from .text import normal, one_line

@@ -18,6 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from .averaging_trainer import AveragingTrainer
 from .callbacks import EpochSetter, FiniteGuard, LossMeter, SaveAfterEpoch, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
 from .errors import InputError
@@ -30,7 +31,6 @@ from .metrics import LongTailEvaluation, check_class_counts
 from .models import start_from_teacher
 from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
-from .publishing_trainer import PublishingTrainer
 from .sampling import innermost
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
 from .teacher import (
@@ -52,7 +52,7 @@ logger = logging.get_logger(__name__)
 __all__ = ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"]
 
 
-class BKDTrainer(OptimizingTrainer, PublishingTrainer):
+class BKDTrainer(OptimizingTrainer, AveragingTrainer):
     """Trains a student with Balanced Knowledge Distillation (Zhang et al., 2021, arXiv 2104.10510).
 
         L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + log w) ‖ softmax(z_s / T) )     mean over the global batch
@@ -60,7 +60,8 @@ class BKDTrainer(OptimizingTrainer, PublishingTrainer):
     or by another method of [`BKDConfig`]: λ_c · classification loss + λ_d · distillation loss (`bkd_hf.objective`).
     The loss is one mean over all examples of an optimizer step, however these are cut into accumulation steps and
     processes. In every other respect a [`~transformers.Trainer`]; evaluation (`MeasuringTrainer`), optimizers and
-    schedules (`OptimizingTrainer`) and `push_to_hub()` (`PublishingTrainer`) say what they do differently.
+    schedules (`OptimizingTrainer`), `ema_decay` (`AveragingTrainer`) and `push_to_hub()` (`PublishingTrainer`) say
+    what they do differently.
 
     The trainer does not look into the inputs: those whose names start with `teacher_` go to the teacher (without the
     prefix) and all others to the student; if there are none, both models get the same.

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
-from bkd_hf import BKDConfig, BKDTrainer
+from bkd_hf import BKDConfig, BKDTrainer, load_classifier
 from bkd_hf.machine import leave_process_group
 from tests.tiny_models import tiny_vit
 
@@ -24,6 +24,7 @@ METHODS = {
     "cb-focal": {"method": "focal", "class_weighting": "reweight"},
     "cb-resample": {"method": "resample", "class_weighting": "reweight"},
     "dive": {"method": "dive"},
+    "ema": {"method": "ce", "ema_decay": 0.5},
     "dkd": {"method": "dkd", "dkd_warmup_epochs": 2, "class_weighting": "reweight", "sampler": "class_balanced"},
 }
 #: Model, method, training examples: the last step has 12 examples, or 1.
@@ -38,6 +39,7 @@ CASES = [
     ("vit", "cb-resample", 65),
     ("vit", "dive", 76),
     ("convnext", "dkd", 76),
+    ("vit", "ema", 76),
 ]
 
 
@@ -46,10 +48,12 @@ def has_teacher(method: str) -> bool:
 
 
 def tiny_model(kind: str, seed: int) -> torch.nn.Module:
-    """A model without BatchNorm, which sees micro-batches whatever the trainer does."""
+    """A model without BatchNorm, which sees micro-batches whatever the trainer does; `resnet` has it."""
     if kind == "vit":
         return tiny_vit(seed, NUM_CLASSES)
     torch.manual_seed(seed)
+    if kind == "resnet":
+        return load_classifier("cifar-resnet-8", [str(n) for n in range(NUM_CLASSES)], image_size=8)
     # Takes **kwargs and drops num_items_in_batch.
     return ConvNextForImageClassification(
         ConvNextConfig(
@@ -107,6 +111,29 @@ def train(kind: str, method: str, num_examples: int, cut: tuple[int, int], evalu
     }
 
 
+def check_average_of_processes(folder: Path) -> None:
+    """Every process ends with the same average, statistics of BatchNorm too, also after a resumption."""
+
+    def average(resume_from: Path | None) -> torch.Tensor:
+        args = BKDConfig(
+            str(folder), method="ce", ema_decay=0.9, per_device_train_batch_size=8, num_train_epochs=2, save_steps=3,
+            eval_strategy="epoch", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        data = examples(76)
+        model = tiny_model("resnet", seed=3 if resume_from else 1)
+        trainer = BKDTrainer(model, args=args, train_dataset=data, eval_dataset=data[:NUM_EVAL_EXAMPLES],
+                             class_counts=[30, 20, 10, 5, 2])  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert abs(trainer.evaluate()["eval_loss"] - losses[-1]) < 1e-6
+        state = torch.cat([value.double().flatten() for value in trainer.model.state_dict().values()])
+        gathered = trainer.accelerator.gather(state[None])
+        assert torch.equal(gathered, state.expand_as(gathered))
+        return state
+
+    assert torch.equal(average(None), average(folder / "checkpoint-3"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--expected_processes", type=int)
@@ -118,6 +145,8 @@ def main() -> None:
     outcomes = {
         (*case, cut): train(*case, cut, evaluate_first=cut == (8, 2)) for case in CASES for cut in CUTS[num_processes]
     }
+    if num_processes > 1:
+        check_average_of_processes(options.output.with_suffix(".run"))
     if BKDConfig(output_dir="unused", use_cpu=True).process_index == 0:
         torch.save(outcomes, options.output)
     leave_process_group()

@@ -35,9 +35,10 @@ def model(kind: str, seed: int) -> torch.nn.Module:
     return load_classifier("cifar-resnet-8", [str(n) for n in range(10)], image_size=16)
 
 
-#: The second draws some images several times in an epoch, and weighs them from the third epoch on.
+#: The last draws some images several times in an epoch, and weighs them from the third epoch on.
 METHODS = {
     "resnet": {"method": "bkd", "deferred_reweighting_start": 2},
+    "ema": {"method": "bkd", "ema_decay": 0.9},
     "vit": {"method": "dkd", "sampler": "class_balanced", "class_weighting": "drw", "class_weighting_start": 2},
 }
 

@@ -165,6 +165,13 @@ def test_what_is_done_to_training_images_is_told(results):
     assert "1708.04552" in card
 
 
+def test_an_average_of_weights_is_told(results):
+    assert "EMA" not in str(build(results))
+    results["options"]["training"]["ema_decay"] = 0.999
+    assert ", weights averaged (EMA, decay 0.999)" in str(build(results))
+    assert yaml.safe_load(to_recipe(results))["ema_decay"] == 0.999
+
+
 def test_two_classes():
     card = str(build(results_with([30, 3], [10, 10])))
     assert "top 5" not in card

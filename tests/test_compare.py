@@ -22,7 +22,7 @@ from bkd_hf.comparison import Comparison, load_comparison, resampled
 from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
 from tests.test_plots import make_results
-from tests.tiny_models import tiny_vit
+from tests.tiny_models import tiny_deit_with_two_heads
 
 SCRIPT = REPOSITORY / "scripts" / "compare.py"
 RUN_SCRIPT = REPOSITORY / "scripts" / "run_bkd.py"
@@ -424,14 +424,13 @@ def test_a_teacher_section_is_refused(tmp_path):
 def test_exit_code_and_message_tell_of_a_failure(tmp_path):
     from bkd_hf import load_processor
 
-    model = tiny_vit(0, num_labels=10, image_size=16)
-    model.save_pretrained(tmp_path / "vit")
-    load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "vit")
+    tiny_deit_with_two_heads(num_labels=10, image_size=16).save_pretrained(tmp_path / "deit")
+    load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "deit")
     output = compare(
         "--methods", "ldam", "ce", "--seeds", 0, "--output_dir", tmp_path / "out", "--model_name_or_path",
-        tmp_path / "vit", *SHORT, expected=1,
+        tmp_path / "deit", *SHORT, expected=1,
     )  # fmt: skip
-    assert "ldam seed 0 failed: error: --classification_loss ldam needs a cosine head, which" in output
+    assert "ldam seed 0 failed: error: --head cosine, which --classification_loss ldam needs, cannot be had" in output
     assert "| ce | 1 |" in output
     assert "**Missing**: ldam seed 0" in (tmp_path / "out" / "comparison.md").read_text()
 

@@ -394,7 +394,7 @@ def test_repeated_images_are_augmented_otherwise_each_time():
     ("build", "message"),
     [
         (lambda p: trainer_for(p, method="ce"), "--method ce has no distillation loss: the teacher would not be used"),
-        (lambda p: trainer_for(p, teacher=None, method="ldam"), "cosine_head=True"),
+        (lambda p: trainer_for(p, teacher=None, method="ldam"), "cosine_scale=30"),
         (
             lambda p: trainer_for(
                 p, load_classifier("cifar-resnet-8", NAMES, 8, cosine_scale=16.0), teacher=None, method="ldam"

@@ -22,7 +22,7 @@ def run(*options: object) -> int:
     ).returncode
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vit"])
+@pytest.mark.parametrize("kind", ["resnet", "vit", "ema"])
 def test_bitwise_after_a_kill(tmp_path, kind):
     assert run("--kind", kind, "--workers", 0, 2, "--output_dir", tmp_path / "whole") == 0
     for workers in (0, 2):

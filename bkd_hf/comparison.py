@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .config import METHOD_OPTIONS, BKDConfig
+from .config import METHOD_OPTIONS, BKDConfig, method_defaults
 from .errors import InputError
 from .methods import METHODS
 from .metrics import shot_groups
@@ -227,12 +227,13 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None 
 def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str] = ()) -> dict[str, list[str]]:
     """Return the options that are not the same in all cells, and their values, e.g. {"num_train_epochs": ["3", "30"]}.
 
-    One that is not recorded, because it is not told or was not there yet, has its default.
+    One that is not recorded, because it is not told or was not there yet, has the default of its method.
     """
     fields = [field for kind in (ModelArguments, DataArguments, BKDConfig) for field in dataclasses.fields(kind)]
     defaults = {field.name: getattr(field.default, "value", field.default) for field in fields}
     told = [
-        {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}
+        method_defaults(results["options"]["training"].get("method", "bkd"))
+        | {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}
         | {"method of the teacher": (results.get("teacher") or {}).get("method")}
         | {"images in a step": effective_batch_size(results)}
         for results in cells

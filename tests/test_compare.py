@@ -170,6 +170,8 @@ def test_an_option_that_is_not_recorded_has_its_default():
     old, new = cell("bkd", 0, 0.40), cell("bkd", 1, 0.41)
     new["options"]["training"]["precision"] = "auto"  # which there was not when the other was run
     assert Comparison([old, new]).estimate("bkd", "overall").n == 2
+    new["options"]["training"]["head_bias"] = "learned"  # what the method says, where nothing was said
+    assert Comparison([old, new]).num_seeds("bkd") == 2
     new["options"]["training"]["precision"] = "fp32"
     with pytest.raises(InputError, match="`precision` is auto or fp32"):
         Comparison([old, new])

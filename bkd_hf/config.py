@@ -472,7 +472,8 @@ class BKDConfig(TrainingArguments):
         require(
             tau != "auto" or self.distillation_loss == "bkd" or self.classification_loss != "logit_adjustment",
             "logit_adjustment_tau",
-            "a number: auto is what the targets of --distillation_loss bkd leave",
+            f"a number with --distillation_loss {self.distillation_loss}, or another --method chosen: auto, as "
+            "--method bkd-calibrated has it, is what the targets of bkd leave",
         )
         require(
             not self.label_smoothing_factor or "label_smoothing" in self.loss_arguments("classification_loss"),

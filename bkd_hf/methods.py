@@ -86,7 +86,8 @@ class Loss:
             `class_counts` and `class_weights` (C) and `reduction` by name; all its other arguments are options.
         shared: Options that it has in common with others: argument → name in [`BKDConfig`]. Any other argument is
             the option LOSS_ARGUMENT, where [`BKDConfig`] has it, and can be given by `--…_loss_args`.
-        targets: Of a distillation loss: what the student imitates, the logarithm of a distribution, B×C.
+        targets: Of a distillation loss: what the student imitates, the logarithm of a distribution, B×C; `None` if it
+            imitates none, and there is nothing to look at before training.
         mixture: Of a distillation loss: weights of classification and distillation after some epochs.
         mean_over_examples: Whether its weighted mean divides by the number of examples, not by the sum of weights.
     """

@@ -191,7 +191,8 @@ class Objective:
     @property
     def has_known_targets(self) -> bool:
         """Whether it is known what the student imitates (see [`log_targets`])."""
-        return self.own["distillation_loss"] is None and self.loss("distillation_loss") is not None
+        loss = self.loss("distillation_loss")
+        return self.own["distillation_loss"] is None and loss is not None and loss.targets is not None
 
     @property
     def balances_distillation(self) -> bool:

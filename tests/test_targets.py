@@ -25,6 +25,7 @@ from bkd_hf import (
     post_hoc_logit_adjustment,
 )
 from bkd_hf.losses import balanced_log_targets
+from bkd_hf.methods import DISTILLATION_LOSSES, Loss
 from bkd_hf.targets import describe_targets, prior_in_teacher, strongest_power, target_statistics, why_collapsed
 from tests.test_trainer import COUNTS, config, images, resnet, trainer_for, vit
 
@@ -196,7 +197,9 @@ def test_without_a_teacher_the_labels_alone_are_balanced(tmp_path):
 def test_no_such_tau(tau):
     with pytest.raises(ValueError, match="--logit_adjustment_tau must be a finite number, or auto, got"):
         BKDConfig(output_dir="unused", use_cpu=True, method="logit-adjustment", logit_adjustment_tau=tau)
-    with pytest.raises(ValueError, match="--logit_adjustment_tau must be a number: auto is what the targets"):
+    with pytest.raises(
+        ValueError, match="--logit_adjustment_tau must be a number with --distillation_loss none, or another --method"
+    ):
         BKDConfig(output_dir="unused", use_cpu=True, method="logit-adjustment", logit_adjustment_tau="auto")
 
 
@@ -312,7 +315,10 @@ def trainer_with_own_loss(tmp_path, **options) -> BKDTrainer:
     )
 
 
-def test_nothing_to_look_at(tmp_path):
+def test_nothing_to_look_at(tmp_path, monkeypatch):
+    without_targets = Loss(lambda student_logits, teacher_logits: ((student_logits - teacher_logits) ** 2).sum(1))
+    monkeypatch.setitem(DISTILLATION_LOSSES, "mse", without_targets)
+    assert trainer_for(tmp_path, method="kd", distillation_loss="mse").look_at_targets() is None
     assert trainer_for(tmp_path, teacher=None, method="ce").look_at_targets() is None
     assert trainer_with_own_loss(tmp_path, method="bkd").look_at_targets() is None
 

@@ -26,6 +26,18 @@ REPOSITORY = TESTS.parent
 WORKER_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
+@pytest.fixture(autouse=True)
+def _environment_of_its_own():
+    """Take back what a test leaves in the environment: `TrainingArguments(fsdp=…)` says there what accelerate does."""
+    before = {**os.environ}
+    yield
+    for name in {*os.environ, *before} - {"PYTEST_CURRENT_TEST"}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def golden() -> dict:
     """Numbers of the paper's reference implementation, in float64."""

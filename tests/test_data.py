@@ -24,7 +24,8 @@ from bkd_hf import (
     long_tailed_counts,
     make_long_tailed,
 )
-from bkd_hf.data import PROFILES, fingerprint, limit_examples, load_image_folder, stored_images
+from bkd_hf.data import PROFILES, fingerprint, limit_examples, stored_images
+from bkd_hf.image_folders import load_image_folder
 
 SIZE = (12, 10)
 

@@ -183,7 +183,7 @@ def ltkd_loss(
     groups = _thirds(class_counts, like=student_logits)
     log_p_s, log_p_t = (F.log_softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
     log_b_s, log_b_t = _log_groups(log_p_s, groups), _balanced_log_groups(log_p_t, groups, labels)
-    between = F.kl_div(log_b_s, log_b_t, reduction="none", log_target=True).sum(dim=-1)
+    between = softened_divergence(log_b_t, log_b_s, 1.0)
     within = sum(
         softened_divergence(F.log_softmax(log_p_t[:, group], dim=-1), log_p_s[:, group], 1.0) for group in groups
     )

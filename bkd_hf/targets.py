@@ -247,16 +247,15 @@ def look(
         options, weights, counts = objective.options, objective.final_weights(), objective.known_class_counts().clone()
         if objective.known_classes is not None:
             counts[np.setdiff1d(np.arange(len(counts)), objective.known_classes.cpu())] = 0
-        prior = prior_in_teacher(teacher_logits, labels, counts)
+        # Both numbers are those of the first process: the devices of others may round otherwise.
+        prior = broadcast_object_list([prior_in_teacher(teacher_logits, labels, counts)])[0]
         share = prior if options.distillation_prior == "teacher" else 1.0
         if options.class_balance_power == "measured":
             power = strongest_power(teacher_logits, labels, weights**share, options.temperature)
+            power = broadcast_object_list([power])[0]
         else:
             power = objective.power
-        # One of all processes, whose devices may round otherwise.
-        power, prior = broadcast_object_list([power, prior])
-        found = {"power": power, "prior_in_teacher": prior}
-        exponent = power * (prior if options.distillation_prior == "teacher" else 1.0)
+        found, exponent = {"power": power, "prior_in_teacher": prior}, power * share
     log_targets = objective.log_targets(teacher_logits, exponent)
     statistics = target_statistics(
         log_targets, teacher_logits, labels, evaluation.class_counts, *evaluation.thresholds

@@ -98,6 +98,7 @@ class Comparison:
         names = list(sources or (f"results {number}" for number in range(len(cells))))
         self.cells: dict[str, dict[int, dict[str, Any]]] = {}
         self.data = cells[0]["data"]
+        self._draws: dict[tuple[str, int, str, int], np.ndarray | None] = {}
         found: dict[tuple[str, int], str] = {}
         for results, source in zip(cells, names, strict=True):
             if "method" not in results:
@@ -149,15 +150,19 @@ class Comparison:
         mean = Mean.of([values[seed] - others[seed] for seed in seeds], paired=True)
         if mean is None or len(seeds) > 1:
             return mean
-        a, b = (
-            resampled(self.cells[name][seeds[0]], METRICS[metric], side)
-            for side, name in enumerate((method, baseline))
-        )
+        a, b = (self._resampled(name, seeds[0], metric, side) for side, name in enumerate((method, baseline)))
         if a is None or b is None:
             return mean
         tails = (1 - _CONFIDENCE) / 2
         low, high = np.quantile(100 * (a - b), [tails, 1 - tails]).tolist()
         return dataclasses.replace(mean, low=low, high=high)
+
+    def _resampled(self, method: str, seed: int, metric: str, side: int) -> np.ndarray | None:
+        """What [`resampled`] draws for one side of a difference; kept, as tables and files ask for the same again."""
+        key = method, seed, metric, side
+        if key not in self._draws:
+            self._draws[key] = resampled(self.cells[method][seed], METRICS[metric], side)
+        return self._draws[key]
 
     def shown_metrics(self) -> list[str]:
         """Metrics (keys of `METRICS`) that any cell has: without few-shot classes there is no such column."""

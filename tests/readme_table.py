@@ -7,10 +7,10 @@ from pathlib import Path
 from bkd_hf.comparison import Comparison, load_comparison
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-BUDGETS = {
-    15: CARDS / "over_correction" / "cifar100_lt_15_epochs",
-    40: CARDS / "over_correction" / "cifar100_lt_40_epochs",
-    200: CARDS / "cifar100_lt_200_epochs",
+BUDGETS = {  # epochs, and the folders that are looked into, in this order: those of one folder were run together
+    15: [CARDS / "over_correction" / f"cifar100_lt_15_epochs{which}" for which in ("_default", "")],
+    40: [CARDS / "over_correction" / f"cifar100_lt_40_epochs{which}" for which in ("_default", "")],
+    200: [CARDS / f"cifar100_lt_200_epochs{which}" for which in ("", "_methods")],
 }
 ROWS = {  # how a method is shown; its name, and whether its logits are adjusted afterwards
     "`ce`, the teacher": ("ce", False),
@@ -24,18 +24,21 @@ ROWS = {  # how a method is shown; its name, and whether its logits are adjusted
 
 def to_markdown() -> str:
     """Return the table: methods × lengths, overall and few-shot accuracy."""
-    comparisons = {epochs: load_comparison([folder]) for epochs, folder in BUDGETS.items()}
+    budgets = [[load_comparison([folder]) for folder in folders] for folders in BUDGETS.values()]
     head = "".join(f" {epochs} epochs: overall | few-shot |" for epochs in BUDGETS)
     rows = [
-        " | ".join([title, *(_of(comparison, method, adjusted) for comparison in comparisons.values())])
+        " | ".join([title, *(_of(comparisons, method, adjusted) for comparisons in budgets)])
         for title, (method, adjusted) in ROWS.items()
     ]
     return "\n".join([f"| |{head}", "|---" * (1 + 2 * len(BUDGETS)) + "|", *(f"| {row} |" for row in rows)])
 
 
-def _of(comparison: Comparison, method: str, adjusted: bool) -> str:
-    name = next((name for name in comparison.methods if name.partition(" ")[0] == method), method)
-    return " | ".join(str(comparison.estimate(name, metric, adjusted) or "–") for metric in ("overall", "few"))
+def _of(comparisons: list[Comparison], method: str, adjusted: bool) -> str:
+    for comparison in comparisons:
+        for name in comparison.methods:
+            if name.partition(" ")[0] == method:
+                return " | ".join(str(comparison.estimate(name, metric, adjusted)) for metric in ("overall", "few"))
+    return "– | –"
 
 
 if __name__ == "__main__":

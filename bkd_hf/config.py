@@ -201,11 +201,12 @@ class BKDConfig(TrainingArguments):
         },
     )
     distillation_prior: Annotated[str, "student"] = field(
-        default="counts",
+        default="auto",
         metadata={
             "help": "The class frequencies that bkd takes out of the targets: counts (those of the training images), "
             "or teacher (as far as its answers about training images still hold them: for a teacher whose "
-            "training balanced them already)."
+            "training balanced them already). auto: teacher, if the teacher was trained here, or left its run, by a "
+            "method that balances them; else counts."
         },
     )
     logit_standardization: Annotated[bool, "student"] = field(

@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import InputError
 from .inputs import Inputs, long_tail_evaluation
-from .methods import METHODS
+from .methods import METHODS, corrects
 from .models import prefer_channels_last
 from .options import RunArguments
 from .results import RESULTS_NAME, describe_model, load_results
@@ -108,6 +108,7 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
         warn(f"{option} was trained by {method}; {published}.")
     teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
+    teacher.is_balanced = corrects(origin.get("options", {}).get("training", {}))
     # The class frequencies of this tail are not in the answers of a teacher that was trained on other images.
     tau = arguments.data.post_hoc_tau if fingerprint == data["fingerprint"] else 0.0
     args = copy.copy(arguments.training)  # measured as it will teach, in its own type

@@ -167,8 +167,8 @@ STUDENT_INITS = ("model", "teacher", "auto")
 #: that favours a class, of a teacher that is not so sure of its training images as to bear `class_balance_power` 1.
 HEAD_BIASES = ("learned", "balanced", "auto")
 #: What `--distillation_prior` may be: the teacher holds the class frequencies as the counts are, or as far as its
-#: answers about training images show.
-PRIORS = ("counts", "teacher")
+#: answers about training images show; `auto`: the latter if its run says that its training balanced them.
+PRIORS = ("auto", "counts", "teacher")
 # Choices that correct for the class frequencies.
 _CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "ltkd", "class_balanced"}
 

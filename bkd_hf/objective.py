@@ -219,7 +219,7 @@ class Objective:
     @property
     def prior(self) -> float:
         """κ, how much of the class frequencies the teacher is taken to hold: all, or as much as was measured."""
-        if self.options.distillation_prior == "counts" or not self.balances_distillation:
+        if self.options.distillation_prior != "teacher" or not self.balances_distillation:
             return 1.0
         return self._measured("prior_in_teacher", "distillation_prior teacher")
 

@@ -40,6 +40,7 @@ from .inputs import (
     warn_of_untested_classes,
 )
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
+from .methods import corrects
 from .models import cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
 from .options import RunArguments
 from .plots import save_plots
@@ -256,6 +257,9 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
     args, data, images, say = options.training, inputs.data, inputs.images, inputs.say
     name, clock = options.model.model_name_or_path, _Clock()
     images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
+    if args.distillation_prior == "auto":
+        is_balanced = isinstance(teacher, FrozenTeacher) and teacher.is_balanced
+        args.distillation_prior = "teacher" if is_balanced else "counts"
     trainer = BKDTrainer(
         model=model,
         teacher_model=teacher,
@@ -386,6 +390,7 @@ def _provide_teacher(
     results = _train(options, inputs)
     teacher = load_teacher(options.training.output_dir, **options.model.from_pretrained_kwargs())
     prefer_channels_last(teacher)
+    teacher.is_balanced = corrects(results["options"]["training"])
     return teacher, {**results["student"], "method": results["method"]}
 
 

@@ -60,6 +60,8 @@ class FrozenTeacher(nn.Module):
             if there is none (see [`align_labels`]). Not given: the outputs are those of the data, in the same order.
     """
 
+    #: Whether it is known to have been trained by a method that corrects for the class frequencies.
+    is_balanced = False
     _columns: torch.Tensor | None
     #: The classes of the data that the teacher knows, where these are not all.
     known_classes: torch.Tensor | None

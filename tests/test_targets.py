@@ -368,7 +368,7 @@ def test_only_what_the_teacher_still_holds_is_taken_out(tmp_path):
 
 
 def test_no_such_prior(tmp_path):
-    with pytest.raises(InputError, match="--distillation_prior must be one of counts, teacher, got uniform"):
+    with pytest.raises(InputError, match="--distillation_prior must be one of auto, counts, teacher, got uniform"):
         BKDConfig(output_dir="unused", use_cpu=True, distillation_prior="uniform")
     with pytest.raises(InputError, match="--distillation_prior teacher looks at training images first"):
         trainer_with_own_loss(tmp_path, method="bkd", distillation_prior="teacher").train()

@@ -444,6 +444,7 @@ def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run_her
         "--teacher_model_name_or_path", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "run"),
         "--num_train_epochs", "2", "--teacher_num_train_epochs", "1",
         "--finetune_teacher", "true", "--allow_partial_teacher", "true",
+        "--teacher_classification_loss", "balanced_softmax", "--force_distillation", "true",
     )  # fmt: skip
     assert "is fine-tuned on the data first: --finetune_teacher." in output
     assert "--allow_partial_teacher has no effect: --finetune_teacher gives the teacher a head" in output
@@ -451,3 +452,4 @@ def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run_her
     results = load_results(tmp_path / "run")
     assert results["hardware"]["precision"] == default_precision(use_cpu=True)
     assert results["teacher"]["training"]["epochs"] == 1
+    assert results["options"]["training"]["distillation_prior"] == "teacher"  # it has balanced answers already

@@ -45,7 +45,7 @@ _PARTS: dict[str, Collection[str]] = {
 #: What `teacher_cache_dtype` may be.
 DTYPES = ("float16", "float32")
 #: What `head` may be, and s of a cosine head where nothing is said.
-HEADS, HEAD_SCALE = ("linear", "cosine"), 30.0
+HEADS, HEAD_INITS, HEAD_SCALE = ("linear", "cosine"), ("random", "class_mean"), 30.0
 #: Views of augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
@@ -288,6 +288,13 @@ class BKDConfig(TrainingArguments):
     head_scale: float | None = field(
         default=None, metadata={"help": f"s > 0 of --head cosine. Not given: {HEAD_SCALE:g}, with ldam --ldam_scale."}
     )
+    head_init: str = field(
+        default="random",
+        metadata={
+            "help": "How the head starts: random (as the model is loaded), or class_mean (the vector of a class is "
+            "the normalised mean of the features of its training images; Shi et al., 2024)."
+        },
+    )
     teacher_cache: Annotated[str, "path", "student"] = field(
         default="off",
         metadata={
@@ -499,6 +506,12 @@ class BKDConfig(TrainingArguments):
         is_ldam = self.classification_loss == "ldam"
         heads = HEADS[1:] if is_ldam else HEADS
         require(self.head in (None, *heads), "head", f"{' or '.join(heads)} with {self.classification_loss}")
+        require(self.head_init in HEAD_INITS, "head_init", f"one of {', '.join(HEAD_INITS)}")
+        require(
+            self.head_init == "random" or not (self.deepspeed or self.fsdp or launcher_shards()),
+            "head_init",
+            "random with FSDP and DeepSpeed: no process has all the weights",
+        )
         fits = not is_ldam or self.head_scale in (None, self.cosine_scale)
         require(fits, "head_scale", "left out with ldam, whose --ldam_scale it is")
         require(bool(self.teacher_cache), "teacher_cache", "off, auto or a folder")

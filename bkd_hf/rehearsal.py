@@ -146,7 +146,8 @@ def _rehearse(values: dict[str, Any], folder: str) -> None:
         torch.compile(nn.ReLU(), backend=backend or "inductor", mode=mode)(torch.zeros(2))
     evaluates = str(getattr(values["eval_strategy"], "value", values["eval_strategy"])) != "no"
     quiet = {
-        **method_defaults("ce"), "head": None, "head_scale": None, "teacher_cache": "off", "output_dir": folder,
+        **method_defaults("ce"), "head": None, "head_scale": None, "head_init": "random", "teacher_cache": "off",
+        "output_dir": folder,
         "report_to": "none", "push_to_hub": False, "disable_tqdm": True, "max_steps": 1,
         "per_device_train_batch_size": _NUM_CLASSES,
         "per_device_eval_batch_size": _NUM_CLASSES, "save_strategy": "no", "load_best_model_at_end": False,

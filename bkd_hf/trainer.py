@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +21,8 @@ from .averaging_trainer import AveragingTrainer
 from .callbacks import EpochSetter, FiniteGuard, LossMeter, SaveAfterEpoch, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
 from .errors import InputError
-from .head import balancing_shift, favours_a_class, head_biases, prepare_head, sample_for_bias, shift_logits
+from .head import prepare_head
+from .head_fitting import fit_bias, start_from_class_means
 from .images import ImageDataset, collate_images
 from .loss_inputs import IGNORE_INDEX
 from .losses import cross_entropy_loss, example_weights
@@ -45,7 +45,7 @@ from .teacher import (
     why_not_start_from,
 )
 from .teacher_logits import LogitsFolder, describe_teacher
-from .training_data import TrainingData, count_training_examples, training_labels
+from .training_data import TrainingData, count_training_examples
 
 logger = logging.get_logger(__name__)
 
@@ -414,7 +414,7 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
             self._guard.stop_if_not_finite()
         return super().evaluation_loop(*args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer` does, also after an `evaluate()`."""
         self.set_up_trial(kwargs.get("trial"))
         if self.model is not None and self.model_wrapped is self.model:
@@ -424,26 +424,16 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
         self._guard.reset()
         self._has_new_weights = True
         _ = self.class_weights  # their power may have to be measured first
-        outcome = super().train(*args, **kwargs)
+        if self.args.head_init == "class_mean" and not resume_from_checkpoint:
+            with self.compute_loss_context_manager():
+                start_from_class_means(self.model.eval(), self._new_training_data(), self.args)
+        outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         self._guard.check_weights(self.model, self.state.global_step)
         if self.args.head_bias == "balanced" or (self.args.head_bias == "auto" and self.bkd_objective.is_calibrated):
-            self._balance_head_bias()
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            with self.compute_loss_context_manager():
+                self.head_bias_shift = fit_bias(self.model.eval(), self._new_training_data(), self.args, sharded)
         return outcome
-
-    def _balance_head_bias(self) -> None:
-        """Take out of the student's answers the prior that the training has left in them (see `bkd_hf.head`)."""
-        labels, sharded = training_labels(self.train_dataset), self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if labels is None or sharded or not head_biases(self.model):
-            logger.warning("The head's bias stays as it was learned: it cannot be fitted here (--head_bias).")
-            return
-        student, data = self.model.eval(), self._new_training_data()
-        with self.compute_loss_context_manager():
-            chosen = sample_for_bias(labels, self.args.seed)
-            answers = data.answers(lambda batch: student(**split_inputs(batch)[0]).logits, chosen)
-        if self.args.head_bias == "auto" and not favours_a_class(*answers):
-            return
-        self.head_bias_shift = broadcast_object_list([balancing_shift(*answers)])[0]  # processes may round otherwise
-        shift_logits(student, self.head_bias_shift)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from bkd_hf import BKDConfig, BKDTrainer, InputError
 from bkd_hf.head import balancing_shift, favours_a_class, head_biases, sample_for_bias, shift_logits
+from bkd_hf.head_fitting import class_vectors
+from bkd_hf.models import load_classifier
+from tests.architectures import ARCHITECTURES, IMAGE_SIZES, tiny
 
 COUNTS = [400, 100, 20]
 
@@ -154,3 +161,74 @@ def test_every_head_is_shifted():
     assert len(before) == 2
     for old, new in zip(before, head_biases(model), strict=True):
         assert (new - old).round(decimals=6).tolist() == [1.0, 0.0, -1.0]
+
+
+# ---- Class means at the start
+
+
+class Examples(torch.utils.data.Dataset):
+    def __init__(self, pixel_values: torch.Tensor, labels: list[int]):
+        self.pixel_values, self.labels = pixel_values, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+
+
+def with_class_means(model: nn.Module, data: Examples, folder: Path, **options: Any) -> nn.Module:
+    """The model, just after it has started, at a rate of 0."""
+    args = BKDConfig(
+        folder, method="ce", head_init="class_mean", max_steps=1, learning_rate=0.0, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    BKDTrainer(model, args=args, train_dataset=data).train()
+    return model
+
+
+class Bare(nn.Module):
+    """A classifier whose features are its inputs."""
+
+    def __init__(self, num_labels: int = 2):
+        super().__init__()
+        self.classifier = nn.Linear(2, num_labels)
+
+    def forward(self, pixel_values: torch.Tensor) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.classifier(pixel_values))
+
+
+def test_class_means_by_hand(tmp_path):
+    features = torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, 1.0], [0.0, 3.0], [0.0, 2.0]])  # lengths: 14/5 in the mean
+    model = with_class_means(Bare(), Examples(features, [0, 0, 1, 1, 1]), tmp_path)
+    torch.testing.assert_close(model.classifier.weight, 30 / 2.8 * torch.eye(2))
+    torch.testing.assert_close(model.classifier.bias, torch.zeros(2))
+    with pytest.raises(InputError, match="there is no training image of 2, so no mean"):
+        with_class_means(Bare(num_labels=3), Examples(features, [0, 0, 1, 1, 1]), tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "timm"])
+def test_class_means_for_every_architecture(name, tmp_path):
+    size = IMAGE_SIZES.get(name, 32)
+    images = torch.randn(10, 3, size, size, generator=torch.Generator().manual_seed(0))
+    # Frozen: the statistics of BatchNorm would change in the step.
+    model = with_class_means(tiny(name, 0), Examples(images, [0, 1, 2, 3, 4] * 2), tmp_path, freeze_backbone=True)
+    for layer in class_vectors(model):
+        lengths = layer.weight.norm(dim=1)
+        torch.testing.assert_close(lengths, lengths[:1].expand(5))
+    model.eval()
+    with torch.no_grad():
+        logits = model(pixel_values=images).logits
+    assert (
+        torch.stack([logits[c::5].mean(dim=0) for c in range(5)]).diagonal().min() >= 0
+    )  # some answer 0 with random weights
+    assert logits.abs().max() < 60
+
+
+def test_class_means_of_a_cosine_head(tmp_path):
+    images = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = load_classifier("cifar-resnet-8", list("abcde"), cosine_scale=16.0)
+    with_class_means(model, Examples(images, [0, 1, 2, 3, 4] * 2), tmp_path, head="cosine", head_scale=16.0)
+    with torch.no_grad():
+        logits = model.eval()(pixel_values=images).logits
+    assert (logits.argmax(dim=1) == torch.arange(10) % 5).float().mean() > 0.5

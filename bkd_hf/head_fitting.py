@@ -1,0 +1,116 @@
+"""The head of a classifier, set from training images: class means at the start, a balanced bias at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers.utils import logging
+
+from .config import HEAD_SCALE, BKDConfig
+from .data import choose_per_class
+from .errors import InputError
+from .head import balancing_shift, favours_a_class, head_biases, sample_for_bias, shift_logits, the_head
+from .teacher import split_inputs
+from .training_data import TrainingData, training_labels
+
+logger = logging.get_logger(__name__)
+
+#: Training images of a class, and in all, whose features are averaged.
+IMAGES_PER_CLASS, NUM_IMAGES = 1000, 100_000
+
+
+def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: bool) -> torch.Tensor | None:
+    """Take out of a student's answers the prior that the training has left in them (see [`balancing_shift`]).
+
+    Args:
+        student: In evaluation mode; the bias of its head is changed.
+        data: The training images.
+        args: With `head_bias` `"balanced"`, or `"auto"`: only if a class is favoured.
+        sharded: Whether the weights are spread over processes.
+
+    Returns:
+        The C numbers that were added, or `None` if none were.
+    """
+    labels = training_labels(data.dataset)
+    if labels is None or sharded or not head_biases(student):
+        logger.warning("The head's bias stays as it was learned: it cannot be fitted here (--head_bias).")
+        return None
+    answers = data.answers(lambda batch: student(**split_inputs(batch)[0]).logits, sample_for_bias(labels, args.seed))
+    if args.head_bias == "auto" and not favours_a_class(*answers):
+        return None
+    shift = broadcast_object_list([balancing_shift(*answers)])[0]  # processes may round otherwise
+    shift_logits(student, shift)
+    return shift
+
+
+def start_from_class_means(student: nn.Module, data: TrainingData, args: BKDConfig) -> None:
+    """Set the vector of each class in the head to the mean of its training images' features, normalised.
+
+    So does LIFT (Shi et al., 2024, arXiv 2309.10019): a class of the tail starts where its images are, not at random.
+    A linear head starts with answers as large as those of a cosine head, and without a bias.
+
+    Args:
+        student: In evaluation mode, with C×F weights in its head.
+        data: The training images, as they are in the first epoch; at most `IMAGES_PER_CLASS` of each class are seen.
+        args: Options.
+
+    Raises:
+        InputError: If a class has no training image, or a head has no vectors for the classes.
+        ValueError: If the training set can be read only once.
+    """
+    labels, layers = training_labels(data.dataset), class_vectors(student)
+    if labels is None:
+        raise ValueError("--head_init class_mean needs a training set that can be read more than once.")
+    num_classes = len(layers[0].weight)
+    empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
+    if empty.size:
+        known = getattr(getattr(student, "config", None), "id2label", None) or {}
+        names = ", ".join(repr(known.get(int(number), int(number))) for number in empty[:5])
+        more = f" and {empty.size - 5} more" if empty.size > 5 else ""
+        raise InputError(
+            f"--head_init class_mean: there is no training image of {names}{more}, so no mean. Use --head_init random."
+        )
+    most = max(1, min(IMAGES_PER_CLASS, NUM_IMAGES // num_classes))
+    seen: dict[nn.Module, torch.Tensor] = {}
+    hooks = [layer.register_forward_pre_hook(lambda layer, given: seen.update({layer: given[0]})) for layer in layers]
+
+    def features(batch: dict[str, Any]) -> torch.Tensor:
+        student(**split_inputs(batch)[0])
+        return torch.cat([seen[layer].flatten(1) for layer in layers], dim=1)
+
+    try:
+        found, of_class = data.answers(features, choose_per_class(labels, np.full(num_classes, most), args.seed))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    one_hot = F.one_hot(of_class, num_classes).double()
+    means = broadcast_object_list([one_hot.T @ found.double() / one_hot.sum(dim=0)[:, None]])[0]
+    scale, widths = args.cosine_scale or HEAD_SCALE, [layer.weight.shape[1] for layer in layers]
+    with torch.no_grad():
+        for layer, vectors, inputs in zip(layers, means.split(widths, dim=1), found.split(widths, dim=1), strict=True):
+            layer.weight.copy_(F.normalize(vectors, dim=1) * scale / inputs.norm(dim=1).mean().clamp_min(1e-6))
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.zero_()
+
+
+def class_vectors(model: nn.Module) -> list[Any]:
+    """Return the layers whose C×F weights hold a vector for each class: one for each head.
+
+    Raises:
+        InputError: If a head has none.
+    """
+    found = []
+    for head in the_head(model).values():
+        layers = [layer for layer in head.modules() if getattr(getattr(layer, "weight", None), "ndim", 0) == 2]
+        if not layers:
+            raise InputError(
+                f"--head_init class_mean: the head of {type(model).__name__} has no vector for each class. Use "
+                "--head_init random."
+            )
+        found.append(layers[-1])
+    return found

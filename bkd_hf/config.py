@@ -295,6 +295,14 @@ class BKDConfig(TrainingArguments):
             "the normalised mean of the features of its training images; Shi et al., 2024)."
         },
     )
+    feature_cache: Annotated[str, "path"] = field(
+        default="off",
+        metadata={
+            "help": "With freeze_backbone: compute the features that come into the head once, and train the head on "
+            "them: off, the folder to keep them in, or auto (a folder beside the caches of the Hub). For images that "
+            "are not augmented, or have teacher_cache_views."
+        },
+    )
     teacher_cache: Annotated[str, "path", "student"] = field(
         default="off",
         metadata={
@@ -365,7 +373,8 @@ class BKDConfig(TrainingArguments):
         defaults = method_defaults(self.method)
         unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
         # Where the cache lies has no influence, whether there is one may move the last digits.
-        cache = {"teacher_cache": self.teacher_cache if self.teacher_cache == "off" else "on"}
+        names = ("teacher_cache", "feature_cache")
+        cache = {name: "off" if getattr(self, name) == "off" else "on" for name in names}
         chooses = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         watching = (*_WATCHING, *(() if chooses else _WATCHING_TIMES))
         return {**self.to_dict(), **unused, **cache, **dict.fromkeys(watching)}
@@ -514,7 +523,15 @@ class BKDConfig(TrainingArguments):
         )
         fits = not is_ldam or self.head_scale in (None, self.cosine_scale)
         require(fits, "head_scale", "left out with ldam, whose --ldam_scale it is")
-        require(bool(self.teacher_cache), "teacher_cache", "off, auto or a folder")
+        for name in ("teacher_cache", "feature_cache"):
+            require(bool(getattr(self, name)), name, "off, auto or a folder")
+        features = self.feature_cache != "off"
+        require(not features or self.freeze_backbone, "feature_cache", "off without --freeze_backbone")
+        require(
+            not features or not (self.deepspeed or self.fsdp or launcher_shards()),
+            "feature_cache",
+            "off with FSDP and DeepSpeed, which spread the head",
+        )
         require(self.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
         require(
             self.save_strategy != "best" or self.metric_for_best_model is not None,

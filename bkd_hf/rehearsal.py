@@ -51,6 +51,11 @@ def check_before_work(arguments: RunArguments) -> None:
                 f"--freeze_backbone: {name} starts from fresh weights, so its features would stay random. Give a "
                 "trained model, or leave the option out."
             )
+        if options.training.feature_cache != "off" and (options.distils and options.training.teacher_cache == "off"):
+            raise InputError(
+                "--feature_cache needs --teacher_cache with a teacher, whose answers need the images. Use "
+                "--teacher_cache auto, or --feature_cache off."
+            )
     rehearse(arguments.training)
     if trains_teacher:
         with arguments.naming_teacher_options():
@@ -147,7 +152,7 @@ def _rehearse(values: dict[str, Any], folder: str) -> None:
     evaluates = str(getattr(values["eval_strategy"], "value", values["eval_strategy"])) != "no"
     quiet = {
         **method_defaults("ce"), "head": None, "head_scale": None, "head_init": "random", "teacher_cache": "off",
-        "output_dir": folder,
+        "feature_cache": "off", "output_dir": folder,
         "report_to": "none", "push_to_hub": False, "disable_tqdm": True, "max_steps": 1,
         "per_device_train_batch_size": _NUM_CLASSES,
         "per_device_eval_batch_size": _NUM_CLASSES, "save_strategy": "no", "load_best_model_at_end": False,

@@ -270,7 +270,7 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
         compute_metrics=long_tail_evaluation(data, options.data.post_hoc_tau),
         callbacks=[clock],
     )
-    trainer.add_callback(_TellOfCache(trainer, say))
+    trainer.add_callback(_TellOfCaches(trainer, say))
     length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
     say(f"{name}: {model.num_parameters():,} parameters, {length}")
     about_teacher = {}
@@ -361,16 +361,16 @@ class _Clock(TrainerCallback):
         return summarize_training(state, max(elapsed - evaluating, 1e-9), num_images)
 
 
-class _TellOfCache(TrainerCallback):
-    """Says how large the cache of the teacher's logits is, before it is filled."""
+class _TellOfCaches(TrainerCallback):
+    """Says how large the caches of the teacher's logits and of features are, before they are filled."""
 
     def __init__(self, trainer: BKDTrainer, say: Announcer):
         self.trainer, self.say = trainer, say
 
     def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        cache = self.trainer.teacher_cache
-        if cache is not None:
-            self.say(f"Teacher cache: {cache}.")
+        for name, cache in (("Teacher", self.trainer.teacher_cache), ("Feature", self.trainer.feature_cache)):
+            if cache is not None:
+                self.say(f"{name} cache: {cache}.")
 
 
 def _provide_teacher(

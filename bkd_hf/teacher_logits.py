@@ -5,6 +5,8 @@ the number of views. The logits for one view of all images are one file: N×C nu
 folder that is named by all that the logits depend on: the teacher's weights, configuration and precision, the images,
 what is made of them, the augmentation and its seed.
 
+The features of a frozen backbone are kept in the same way (`bkd_hf.features`).
+
 A file gets its name when it is complete, so runs need not know of each other: two that compute the same view write
 equally good files. A file whose checksum is wrong is computed again, never read.
 """
@@ -30,6 +32,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from huggingface_hub import constants
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedConfig
 from transformers.utils import logging
@@ -40,8 +43,8 @@ from .teacher import TEACHER_LOGITS, FrozenTeacher
 
 logger = logging.get_logger(__name__)
 
-#: Where `--teacher_cache auto` keeps its files.
-DEFAULT_FOLDER = Path(constants.HF_HOME) / "bkd_hf" / "teacher_logits"
+#: Where `--teacher_cache auto` and `--feature_cache auto` keep their files.
+DEFAULT_FOLDERS = {name: Path(constants.HF_HOME) / "bkd_hf" / name for name in ("teacher_logits", "features")}
 
 # Entries of a model's configuration; the type of its weights is known from these.
 _WITHOUT_INFLUENCE = {
@@ -55,13 +58,16 @@ class TeacherLogitsError(NotFiniteError):
 
 
 class LogitsFolder:
-    """Files of a teacher's logits, one for each view. All processes have to make one together.
+    """Files of a teacher's logits, or of other rows of numbers, one for each view. All processes make one together.
 
     Args:
         folder: Where such folders are; this one gets a folder in it, named by `about`.
         about: All that the logits depend on; must be writable as JSON.
         shape: Numbers of views K, examples N and classes C.
         dtype: `"float16"` or `"float32"`, as the logits are stored.
+        what: What they are, in messages.
+        option: That asked for them.
+        unit: What the C numbers of an example are about.
 
     Raises:
         InputError: If the folder cannot be written, or its disk has no room.
@@ -73,7 +79,11 @@ class LogitsFolder:
         about: dict[str, Any],
         shape: tuple[int, int, int],
         dtype: str = "float16",
+        what: str = "The teacher's logits",
+        option: str = "--teacher_cache",
+        unit: str = "classes",
     ):
+        self.what, self.option, self.unit = what, option, unit
         self.num_views, *self.shape = shape
         self.dtype = np.dtype(dtype)
         self._num_bytes = math.prod(self.shape) * self.dtype.itemsize
@@ -88,7 +98,7 @@ class LogitsFolder:
         state = f"{100 * (1 - missing):.0f} % of it is there" if missing else "all of it is there"
         return (
             f"{self.num_views:,} view{'s' if self.num_views > 1 else ''} × {self.shape[0]:,} images × "
-            f"{self.shape[1]:,} classes, {size:,.1f} MB in {self.folder.parent}; {state}"
+            f"{self.shape[1]:,} {self.unit}, {size:,.1f} MB in {self.folder.parent}; {state}"
         )
 
     def path(self, view: int) -> Path:
@@ -104,7 +114,7 @@ class LogitsFolder:
         digest.update(content[: self._num_bytes].data)
         if content[self._num_bytes :].tobytes() == digest.digest():
             return content[: self._num_bytes].view(self.dtype).reshape(self.shape)
-        logger.warning(f"The teacher's logits in {path} are damaged: they are not read.")
+        logger.warning(f"{self.what} in {path} are damaged: they are not read.")
         return None
 
     def write(self, view: int, batches: Iterable[np.ndarray]) -> None:
@@ -133,8 +143,8 @@ class LogitsFolder:
             yield
         except OSError as error:
             raise InputError(
-                f"--teacher_cache {self.folder.parent} cannot be written: {error.strerror or error}. Choose another "
-                "folder, or --teacher_cache off."
+                f"{self.option} {self.folder.parent} cannot be written: {error.strerror or error}. Choose another "
+                f"folder, or {self.option} off."
             ) from error
 
     def _digest(self, view: int) -> hashlib.blake2b:
@@ -158,8 +168,9 @@ class LogitsFolder:
         if size <= free:
             return ""
         return (
-            f"--teacher_cache {self.folder.parent}: the logits take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are "
-            "free there. Choose another folder, fewer --teacher_cache_views, or --teacher_cache off."
+            f"{self.option} {self.folder.parent}: {self.what[0].lower()}{self.what[1:]} take {size / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free there. Choose another folder, fewer --teacher_cache_views, or "
+            f"{self.option} off."
         )
 
 
@@ -174,7 +185,7 @@ def precompute_logits(
     """Write the teacher's logits of a view of all examples, unless they are there. All processes share the work.
 
     Args:
-        teacher: Called with a batch, on the host; returns B×C logits.
+        teacher: Called with a batch, on the host; returns B×C logits, or other numbers for which the folder is.
         dataset: Map-style, N examples, which shows them in this view.
         folder: Where one process of each machine writes them.
         view: Number of the view.
@@ -201,8 +212,8 @@ def precompute_logits(
             logits = gather(teacher(batch)).detach().float().cpu().numpy()[: num_examples - number * per_round]
             if (np.isnan(logits) | np.isposinf(logits)).any():
                 raise TeacherLogitsError(
-                    f"The teacher's logits are not finite (NaN or Inf) for training images, in view {view}. Check the "
-                    "teacher's weights and precision (try without --fp16/--bf16), and the images."
+                    f"{folder.what} are not finite (NaN or Inf) for training images, in view {view}. Check the "
+                    "weights and the precision (try without --fp16/--bf16), and the images."
                 )
             with np.errstate(over="ignore"):
                 stored = logits.astype(folder.dtype)
@@ -221,17 +232,18 @@ def precompute_logits(
     state.wait_for_everyone()
 
 
-class WithTeacherLogits(Subset):
-    """All examples of a map-style data set, each with its C float32 `teacher_logits`.
+class WithColumn(Subset):
+    """All examples of a map-style data set, each with its C float32 `teacher_logits`, or another row of numbers.
 
     Args:
         dataset: N examples.
         folder: Their logits; those of a view have to be there when an example is read.
+        name: Of the column.
     """
 
-    def __init__(self, dataset: Any, folder: LogitsFolder):
+    def __init__(self, dataset: Any, folder: LogitsFolder, name: str = TEACHER_LOGITS):
         super().__init__(dataset, range(len(dataset)))
-        self.folder = folder
+        self.folder, self.name = folder, name
         # Shared with workers. The second number counts: the file of the same view may be a new one.
         self._view = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._opened: dict[tuple[int, ...], np.ndarray | None] = {}
@@ -253,16 +265,27 @@ class WithTeacherLogits(Subset):
             self._opened = {view: self.folder.open(view[0])}
         stored = self._opened[view]
         if stored is None:
-            raise InputError(f"The teacher's logits of view {view[0]} are not in {self.folder.folder}, or damaged.")
-        logits = stored[indices].astype(np.float32)
-        return [{**e, TEACHER_LOGITS: row} for e, row in zip(super().__getitems__(indices), logits, strict=True)]
+            raise InputError(f"{self.folder.what} of view {view[0]} are not in {self.folder.folder}, or damaged.")
+        rows = stored[indices].astype(np.float32)
+        return [{**e, self.name: row} for e, row in zip(super().__getitems__(indices), rows, strict=True)]
 
 
 def describe_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
     """Return what a teacher's logits depend on, beside its inputs: architecture, weights, order of its outputs."""
-    model = teacher.model
-    digest = hashlib.blake2b(digest_size=16)
+    return {**describe_weights(teacher.model), "columns": teacher.columns}
+
+
+def describe_weights(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
+    """Return what a model's answers depend on, beside its inputs: architecture and weights.
+
+    Args:
+        model: The model.
+        without: Names of modules whose weights have no influence.
+    """
+    digest, skipped = hashlib.blake2b(digest_size=16), tuple(f"{name}." for name in without)
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(skipped):
+            continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     config = getattr(model, "config", None)
@@ -274,11 +297,10 @@ def describe_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
             text, object_hook=lambda entries: {k: v for k, v in entries.items() if k not in _WITHOUT_INFLUENCE}
         ),
         "weights": digest.hexdigest(),
-        "columns": teacher.columns,
     }
 
 
-def describe_views(dataset: Any, sampler: str) -> dict[str, Any]:
+def describe_views(dataset: Any, sampler: str, option: str = "--teacher_cache") -> dict[str, Any]:
     """Return what the views of a data set's examples depend on, beside their numbers and the epoch.
 
     Raises:
@@ -286,8 +308,8 @@ def describe_views(dataset: Any, sampler: str) -> dict[str, Any]:
     """
     if sampler != "instance":
         raise InputError(
-            f"--teacher_cache does not go with --sampler {sampler}: how often an image is drawn in an epoch, and so "
-            "how many views it has, differs from epoch to epoch. Use --teacher_cache off."
+            f"{option} does not go with --sampler {sampler}: how often an image is drawn in an epoch, and so "
+            f"how many views it has, differs from epoch to epoch. Use {option} off."
         )
     if hasattr(dataset, "describe_views"):
         return dataset.describe_views()
@@ -298,7 +320,7 @@ def describe_views(dataset: Any, sampler: str) -> dict[str, Any]:
                 digest.update(batch.serialize())
         return {"examples": digest.hexdigest()}
     raise InputError(
-        "--teacher_cache needs training examples that are a function of (seed, epoch, number), as ImageDataset's are "
+        f"{option} needs training examples that are a function of (seed, epoch, number), as ImageDataset's are "
         f"and those of a {type(dataset).__name__} need not be: a cached answer would be about another view. Give it a "
-        "method describe_views() that returns all that they depend on, or use --teacher_cache off."
+        f"method describe_views() that returns all that they depend on, or use {option} off."
     )

@@ -21,7 +21,8 @@ from .averaging_trainer import AveragingTrainer
 from .callbacks import EpochSetter, FiniteGuard, LossMeter, SaveAfterEpoch, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
 from .errors import InputError
-from .head import prepare_head
+from .features import FEATURES, answer_features
+from .head import prepare_head, the_head
 from .head_fitting import fit_bias, start_from_class_means
 from .images import ImageDataset, collate_images
 from .loss_inputs import IGNORE_INDEX
@@ -44,7 +45,7 @@ from .teacher import (
     split_inputs,
     why_not_start_from,
 )
-from .teacher_logits import LogitsFolder, describe_teacher
+from .teacher_logits import LogitsFolder, describe_teacher, describe_weights
 from .training_data import TrainingData, count_training_examples
 
 logger = logging.get_logger(__name__)
@@ -158,6 +159,7 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
             self.long_tail = LongTailEvaluation(self.class_counts)
         self.teacher_model: FrozenTeacher | None = None
         self._about_teacher: dict[str, Any] = {}
+        self._compute_features: Callable[[dict[str, Any]], torch.Tensor] | None = None
         if teacher_model is not None:
             teacher = load_teacher(teacher_model)
             if args.teacher_cache != "off":
@@ -248,7 +250,12 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
     @property
     def teacher_cache(self) -> LogitsFolder | None:
         """Where the teacher's logits are kept; known when training begins."""
-        return self._training_data.logits
+        return self._training_data.computed.get(TEACHER_LOGITS)
+
+    @property
+    def feature_cache(self) -> LogitsFolder | None:
+        """Where the features of the frozen backbone are kept; known when training begins."""
+        return self._training_data.computed.get(FEATURES)
 
     @property
     def class_weights(self) -> torch.Tensor | None:
@@ -363,6 +370,11 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
         data = self._training_data = self._new_training_data()
         if self.teacher_model is not None:
             data.open_logits(self._about_teacher, 0 if self.class_counts is None else len(self.class_counts))
+        if self.args.feature_cache != "off" and self._compute_features is None:
+            self._compute_features = answer_features(self.model)
+            self._about_backbone = describe_weights(self.model, the_head(self.model))
+        if self._compute_features is not None:
+            data.open_features(self._about_backbone, self._compute_features)
         data.check_sampler()
         if data.numbers_examples:
             loader = self.accelerator.prepare(data.loader(self._train_batch_size, self.accelerator))
@@ -382,12 +394,17 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
 
     def _begin_epoch(self, epoch: int) -> None:
         self._training_data.set_epoch(epoch)
-        self._training_data.fill_logits(epoch, self.teacher_model, self._train_batch_size)
+        teacher = self.teacher_model
+        asked = {
+            TEACHER_LOGITS: lambda batch: teacher(**split_inputs(batch)[1]),  # type: ignore[misc]
+            FEATURES: self._compute_features,
+        }
+        self._training_data.fill(epoch, asked, self._train_batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:  # type: ignore[has-type]
             super()._set_signature_columns_if_needed()
-            columns = ["labels", TEACHER_LOGITS, *(self._signature_columns or [])]  # type: ignore[has-type]
+            columns = ["labels", TEACHER_LOGITS, FEATURES, *(self._signature_columns or [])]  # type: ignore[has-type]
             if isinstance(self.model, TeacherAsClassifier):
                 columns += self.model.teacher.input_names
             if self.teacher_model is not None:

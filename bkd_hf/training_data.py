@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import datasets
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DynamoBackend, gather_object, send_to_device
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
 from transformers.trainer_utils import has_length, seed_worker
 from transformers.utils import logging
@@ -20,16 +20,11 @@ from .config import DEFAULT_VIEWS, BKDConfig
 from .data import class_counts as count_classes
 from .data import labels_of
 from .errors import InputError
+from .features import FEATURES
 from .images import ImageDataset, collate_images
 from .sampling import GlobalBatchSampler, SampledExamples, innermost
-from .teacher import FrozenTeacher, split_inputs
-from .teacher_logits import (
-    DEFAULT_FOLDER,
-    LogitsFolder,
-    WithTeacherLogits,
-    describe_views,
-    precompute_logits,
-)
+from .teacher import TEACHER_LOGITS
+from .teacher_logits import DEFAULT_FOLDERS, LogitsFolder, WithColumn, describe_views, precompute_logits
 
 logger = logging.get_logger(__name__)
 
@@ -84,6 +79,17 @@ def _label_column(dataset: datasets.Dataset) -> str | None:
     return next(iter(named or (typed if len(typed) == 1 else [])), None)
 
 
+class _LabelsAlone(Dataset):
+    def __init__(self, labels: Any):
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [{"labels": int(label)} for label in self.labels[indices]]
+
+
 class TrainingData:
     """The training examples of a `BKDTrainer`, epoch after epoch.
 
@@ -96,8 +102,8 @@ class TrainingData:
 
     def __init__(self, dataset: Any, examples: Any, collator: Callable, args: BKDConfig):
         self.dataset, self.examples, self.collator, self.args = dataset, examples, collator, args
-        self.logits: LogitsFolder | None = None  # of the teacher, once they are asked for
-        self._with_logits: WithTeacherLogits | None = None
+        self.computed: dict[str, LogitsFolder] = {}  # columns of a batch that are computed beforehand, by name
+        self._with_columns: list[WithColumn] = []
         self._sampler: GlobalBatchSampler | None = None
         self._generator = torch.Generator()
 
@@ -130,13 +136,17 @@ class TrainingData:
         """
         if self.args.teacher_cache_views is not None:
             return self.args.teacher_cache_views
-        if self.args.teacher_cache == "off" or not self.numbers_examples:
+        if (self.args.teacher_cache == "off" and self.args.feature_cache == "off") or not self.numbers_examples:
             return None
-        varied = (
+        return DEFAULT_VIEWS if self.is_augmented else 1
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether images look different in each epoch."""
+        return any(
             getattr(part, "augmentation", "none") != "none" or getattr(part, "operations", ())
             for part in innermost(self.dataset)
         )
-        return DEFAULT_VIEWS if any(varied) else 1
 
     def _view(self, epoch: int) -> int:
         return epoch % self.num_views if self.num_views else epoch
@@ -148,8 +158,8 @@ class TrainingData:
         """
         self._generator.manual_seed(self.args.seed + epoch)
         view = self._view(epoch)
-        if self._with_logits is not None:
-            self._with_logits.set_epoch(view)
+        for column in self._with_columns:
+            column.set_epoch(view)
         if self._sampler is not None:
             self._sampler.set_epoch(epoch)
         for part in innermost(self.dataset):
@@ -176,7 +186,7 @@ class TrainingData:
                 found.append((ask(batch).float().cpu(), batch["labels"].cpu()))
         return tuple(torch.cat(parts) for parts in zip(*gather_object(found), strict=True))
 
-    # ---- The teacher's logits -------------------------------------------------------------------------------------
+    # ---- The teacher's logits, and features -----------------------------------------------------------------------
 
     def open_logits(self, teacher: dict[str, Any], num_classes: int) -> None:
         """Open the folder of logits that the options ask for, if they do; all processes have to call it.
@@ -191,13 +201,13 @@ class TrainingData:
         args = self.args
         if args.teacher_cache == "off":
             return
-        folder = DEFAULT_FOLDER if args.teacher_cache == "auto" else args.teacher_cache
+        folder = DEFAULT_FOLDERS[TEACHER_LOGITS] if args.teacher_cache == "auto" else args.teacher_cache
         try:
-            self._check_that_batches_come_again()
+            self._check_that_batches_come_again("--teacher_cache")
             images = describe_views(self.dataset, args.sampler or "instance")
             about = {"teacher": teacher, "precision": args.mixed_precision, "images": images}
             shape = self.num_views or 1, len(self.dataset), num_classes
-            self.logits = LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
+            self.computed[TEACHER_LOGITS] = LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
         except InputError as error:
             if args.teacher_cache != "auto":
                 raise
@@ -209,23 +219,55 @@ class TrainingData:
                 )
             logger.warning(f"The teacher's logits are not cached: {error}{again}")
 
-    def fill_logits(self, epoch: int, teacher: FrozenTeacher | None, batch_size: int) -> None:
-        """Have the teacher answer for the view of this epoch, unless its logits are there, or are not wanted.
+    def open_features(self, backbone: dict[str, Any], compute: Callable[[dict[str, Any]], torch.Tensor]) -> None:
+        """Open the folder of features that the options ask for, if they do; all processes have to call it.
+
+        Args:
+            backbone: What they depend on (see `teacher_logits.describe_weights`).
+            compute: Called with a batch, on the device; returns B×F features.
+
+        Raises:
+            InputError: If there can be none.
+        """
+        args, option = self.args, "--feature_cache"
+        if args.feature_cache == "off":
+            return
+        self._check_that_batches_come_again(option)
+        if self.is_augmented and args.teacher_cache_views is None:
+            raise InputError(
+                f"{option}: the training images are augmented, so their features differ from epoch to epoch. Use "
+                "--train_augmentation none (without --train_operations), --teacher_cache_views K for the features of "
+                f"K epochs, or {option} off."
+            )
+        # Drawn how often ever, an image that always looks the same has the same features.
+        sampler = "instance" if self.num_views == 1 else args.sampler or "instance"
+        about = {
+            "backbone": backbone,
+            "precision": args.mixed_precision,
+            "images": describe_views(self.dataset, sampler, option),
+        }
+        self.set_epoch(0)
+        width = compute(send_to_device(self.collator([self.examples[0]]), args.device)).shape[1]
+        folder = DEFAULT_FOLDERS[FEATURES] if args.feature_cache == "auto" else args.feature_cache
+        shape = self.num_views or 1, len(self.dataset), width
+        self.computed[FEATURES] = LogitsFolder(folder, about, shape, "float32", "The features", option, "features")
+
+    def fill(
+        self, epoch: int, asked: Mapping[str, Callable[[dict[str, Any]], torch.Tensor] | None], batch_size: int
+    ) -> None:
+        """Compute the columns for the view of this epoch, unless they are there.
 
         Args:
             epoch: That begins.
-            teacher: On its device.
+            asked: By the name of the column, what is called with a batch on the device.
             batch_size: Examples that a process asks about at a time.
         """
-
-        def ask(batch: dict[str, Any]) -> torch.Tensor:
-            return teacher(**split_inputs(send_to_device(batch, self.args.device))[1])  # type: ignore[misc]
-
-        if self.logits is not None:
+        for name, folder in self.computed.items():
+            ask = asked[name]
             precompute_logits(
-                ask,
+                lambda batch, ask=ask: ask(send_to_device(batch, self.args.device)),  # type: ignore[misc]
                 self.examples,
-                self.logits,
+                folder,
                 self._view(epoch),
                 batch_size,
                 collate_fn=self.collator,
@@ -233,19 +275,18 @@ class TrainingData:
                 multiprocessing_context=self.args.dataloader_multiprocessing_context,
             )
 
-    def _check_that_batches_come_again(self) -> None:
+    def _check_that_batches_come_again(self, option: str) -> None:
         if not self.numbers_examples:
             raise InputError(
-                "--teacher_cache needs a training set with a length and random access, --train_sampling_strategy "
-                "random or sequential, and neither split_batches nor dispatch_batches of accelerate. Use "
-                "--teacher_cache off."
+                f"{option} needs a training set with a length and random access, --train_sampling_strategy random or "
+                f"sequential, and neither split_batches nor dispatch_batches of accelerate. Use {option} off."
             )
         collator = getattr(self.collator, "data_collator", self.collator)  # Trainer's wrapper drops columns alone
         known = isinstance(collator, (DefaultDataCollator, DataCollatorWithPadding))
         if not known and collator not in (default_data_collator, collate_images):
             raise InputError(
-                "--teacher_cache does not go with a data_collator of your own, which may change the examples, or mix "
-                "them, each time in another way. Use --teacher_cache off."
+                f"{option} does not go with a data_collator of your own, which may change the examples, or mix them, "
+                f"each time in another way. Use {option} off."
             )
 
     # ---- Batches --------------------------------------------------------------------------------------------------
@@ -257,10 +298,15 @@ class TrainingData:
             batch_size: Examples per process and micro-batch.
             accelerator: That is to prepare the loader.
         """
-        args, examples = self.args, self.examples
-        if self.logits is not None:
-            alone = examples.for_student_alone() if isinstance(examples, ImageDataset) else examples
-            examples = self._with_logits = WithTeacherLogits(alone, self.logits)
+        args, examples, collator = self.args, self.examples, self.collator
+        if FEATURES in self.computed:
+            examples, collator = _LabelsAlone(training_labels(self.dataset)), default_data_collator
+        elif self.computed and isinstance(examples, ImageDataset):
+            examples = examples.for_student_alone()
+        self._with_columns = []
+        for name, folder in self.computed.items():
+            examples = WithColumn(examples, folder, name)
+            self._with_columns.append(examples)
         self._sampler = GlobalBatchSampler(
             len(examples),
             batch_size=batch_size,
@@ -276,7 +322,7 @@ class TrainingData:
         return DataLoader(
             SampledExamples(examples),
             batch_sampler=self._sampler,
-            collate_fn=self.collator,
+            collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,

@@ -35,7 +35,7 @@ from bkd_hf import (
     load_processor,
     load_teacher,
 )
-from bkd_hf.teacher_logits import LogitsFolder, WithTeacherLogits, describe_teacher, describe_views, precompute_logits
+from bkd_hf.teacher_logits import LogitsFolder, WithColumn, describe_teacher, describe_views, precompute_logits
 from bkd_hf.trainer import TeacherLogitsError
 from tests.conftest import REPOSITORY, launch_two_processes
 
@@ -285,7 +285,7 @@ def compute(folder: Path, view: int = 1, dtype: str = "float32", change=lambda l
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_logits_are_a_column(tmp_path, dtype):
-    data = WithTeacherLogits(Numbers(), compute(tmp_path, dtype=dtype))
+    data = WithColumn(Numbers(), compute(tmp_path, dtype=dtype))
     data.set_epoch(1)
     expected = [{"n": n, "teacher_logits": [n, 10, float("-inf")]} for n in (9, 0, 3)]
     assert [{**e, "teacher_logits": e["teacher_logits"].tolist()} for e in data.__getitems__([9, 0, 3])] == expected

@@ -252,6 +252,8 @@ def options_with(*roles: str) -> set[str]:
 OPTIONS = frozenset(_ROLES)
 #: Options that change nothing in what a run computes; they may differ when it is continued.
 WITHOUT_INFLUENCE = options_with("secret", "machine", "reporting", "publishing", "permission")
+#: Options that say which teacher there is, and how it is used: without one they change nothing.
+ABOUT_TEACHER = options_with("student").intersection(field.name for field in dataclasses.fields(ModelArguments))
 #: Options that cannot be set for the teacher alone.
 NOT_FOR_TEACHER = options_with("student", "shared", "secret", "publishing")
 

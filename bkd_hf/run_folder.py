@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from .errors import InputError
 from .files import LOCK_NAME, UNFINISHED, hash_of, lock, try_json, why_broken
 from .models import cifar_resnet_depth
-from .options import WITHOUT_INFLUENCE, ModelArguments, RunArguments
+from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, ModelArguments, RunArguments
 from .results import RESULTS_NAME, save_json
 
 #: Marks an output folder as ours and records what the run in it was told.
@@ -72,6 +72,8 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
     if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
         return "new"
     there, here = record or {}, _told(arguments, identity)
+    if not arguments.distils:
+        there, here = map(_without_teacher, (there, here))
     unknown = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
     found = differences({**there, **unknown}, {**here, **unknown})
     if found and arguments.is_teacher:
@@ -208,6 +210,12 @@ def _told(arguments: RunArguments, identity: dict[str, str | None] | None = None
         for part, options in told.items()
     }
     return json.loads(json.dumps({**influential, **(identity or {})}))  # as it will be read back
+
+
+def _without_teacher(told: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what is about a teacher only."""
+    model = {name: value for name, value in told.get("model", {}).items() if name not in ABOUT_TEACHER}
+    return {**told, "model": model, "teacher_training": {}}
 
 
 def _delete_run(output_dir: Path) -> None:

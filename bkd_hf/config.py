@@ -46,6 +46,8 @@ _PARTS: dict[str, Collection[str]] = {
 DTYPES = ("float16", "float32")
 #: What `head` may be, and s of a cosine head where nothing is said.
 HEADS, HEAD_SCALE = ("linear", "cosine"), 30.0
+#: What `empty_classes` may be.
+EMPTY_CLASSES = ("error", "clamp")
 #: Views of augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
@@ -189,6 +191,13 @@ class BKDConfig(TrainingArguments):
             "help": "β in [0, 1) of the class weights (1-β)/(1-β^n), wherever there are any: 0 gives uniform weights, "
             "→ 1 the inverse class frequency.",
             "aliases": ["--beta"],
+        },
+    )
+    empty_classes: str = field(
+        default="error",
+        metadata={
+            "help": "A class without a training image, where a loss or its weights need their number: error, or clamp "
+            "(it counts as one)."
         },
     )
     class_balance_power: Annotated[str | None, "student"] = field(
@@ -507,6 +516,7 @@ class BKDConfig(TrainingArguments):
             "save_strategy",
             "no, steps or epoch without --metric_for_best_model",
         )
+        require(self.empty_classes in EMPTY_CLASSES, "empty_classes", f"one of {', '.join(EMPTY_CLASSES)}")
         require(self.distillation_prior in PRIORS, "distillation_prior", f"one of {', '.join(PRIORS)}")
         require(self.teacher_cache_dtype in DTYPES, "teacher_cache_dtype", f"one of {', '.join(DTYPES)}")
         if self.lr_step_epochs is None:

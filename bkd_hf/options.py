@@ -28,7 +28,7 @@ from .machine import (
 )
 from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
-from .models import cifar_resnet_depth
+from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth
 from .operations import OPERATIONS
 from .ranges import check_ranges, defaults_of, explain
 from .text import one_line
@@ -77,7 +77,11 @@ class ModelArguments:
     finetune_teacher: Annotated[bool, "student"] = _option(
         False, "Train the given teacher on the data first, whatever its head is for."
     )
-    image_size: int = _option(32, "Height and width in pixels for cifar-resnet-… models.")
+    image_size: int | None = _option(
+        None,
+        "Height and width in pixels. Not given: 32 for cifar-resnet-… models, for others what their image processor "
+        "says; another size is for models that take any.",
+    )
     cache_dir: Annotated[str | None, "path", "machine", "shared"] = _option(None, "Where downloads are kept.")
     model_revision: str = _option("main", "Revision of the student on the Hub.")
     token: Annotated[str | None, "secret"] = _option(None, "Hub token, if not stored by `hf auth login`.")
@@ -94,6 +98,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         check_ranges(self)
         _check_choice("precision", self.precision, ("auto", *PRECISIONS))
+        if self.image_size is None and cifar_resnet_depth(self.model_name_or_path) is not None:
+            self.image_size = FRESH_IMAGE_SIZE
 
     @property
     def given_teacher(self) -> str | None:
@@ -345,6 +351,8 @@ class RunArguments:
         if self.model.teacher_model_name_or_path is not None:
             options["model_name_or_path"] = self.model.teacher_model_name_or_path
             options["model_revision"] = _DEFAULTS["model_revision"]
+            if self.model.given_teacher is not None:
+                options["image_size"] = _DEFAULTS["image_size"]
         return {
             **options,
             "method": METHODS[self.training.method].teacher,
@@ -374,8 +382,6 @@ class RunArguments:
         add(not self.publishing.push_to_hub, ["push_teacher"], "--push_to_hub is not given")
         tail = "it shapes a tail that is cut by --imbalance_ratio, which is not given"
         add(self.data.imbalance_ratio is None, ["imbalance_profile", "max_class_count"], tail)
-        size = f"the size of {model.model_name_or_path} is fixed by its image processor"
-        add(cifar_resnet_depth(model.model_name_or_path) is None, ["image_size"], size)
         add(self.data.train_augmentation == "none", ["horizontal_flip"], "--train_augmentation is none")
         head = "--finetune_teacher gives the teacher a head for the classes of the data"
         add(model.finetune_teacher, of_given, head)

@@ -40,7 +40,8 @@ from .inputs import (
     warn_of_untested_classes,
 )
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
-from .models import cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
+from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
+from .objective import Objective
 from .options import RunArguments
 from .plots import save_plots
 from .rehearsal import check_before_work
@@ -140,6 +141,9 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     of_teacher = arguments.for_teacher()
     for args in (arguments.training, of_teacher.training):
         check_metric_for_best_model(args, data)
+        Objective(args, counts, has_teacher=args.distillation_loss != "none").check_empty_classes(
+            dict(enumerate(data["class_names"]))
+        )
     say(
         f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
         f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
@@ -239,7 +243,8 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
     is_fresh = cifar_resnet_depth(name) is not None
     torch.manual_seed(args.seed)  # fresh weights, and fresh heads of pretrained models
     kwargs = options.model.from_pretrained_kwargs()
-    model = load_classifier(name, data["class_names"], options.model.image_size, args.cosine_scale, **kwargs)
+    size = options.model.image_size or FRESH_IMAGE_SIZE
+    model = load_classifier(name, data["class_names"], size, args.cosine_scale, **kwargs)
     if args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
     if args.head_learning_rate is not None:

@@ -283,8 +283,8 @@ def check_image_size(name: str, config: PreTrainedConfig, image_size: int) -> No
     if error is not None and why_not(own) is None:
         raise InputError(
             f"--image_size {image_size}: {one_line(name, 80)} ({config.model_type}) takes images of {own}×{own} "
-            f"pixels only, as its position embeddings are not interpolated ({one_line(first_line(error), 100)}). Leave it "
-            "out, or use a model that takes any size, such as a ResNet, ConvNeXt or DINOv2."
+            f"pixels only, as its position embeddings are not interpolated ({one_line(first_line(error), 100)}). "
+            "Leave it out, or use a model that takes any size, such as a ResNet, ConvNeXt or DINOv2."
         )
 
 

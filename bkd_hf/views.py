@@ -187,7 +187,7 @@ def set_image_size(processor: BaseImageProcessor, image_size: int) -> None:
     """
     square, before = {"height": image_size, "width": image_size}, output_size(processor)
     if processor.size and "height" not in processor.size:
-        name, edge = next(iter(processor.size.items()))
+        name, edge = next(iter(dict(processor.size).items()))
         crops = getattr(processor, "do_center_crop", False)
         processor.size = {name: round(edge * image_size / min(before)) if crops else image_size}
     else:

@@ -114,6 +114,21 @@ def test_teacher_has_its_own_options(tmp_path):
     assert (teacher.learning_rate, teacher.num_train_epochs, teacher.weight_decay) == (0.02, 7, 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ("--model_name_or_path facebook/x --image_size 48", (48, 48)),  # a teacher like the student
+        ("--model_name_or_path facebook/x --image_size 48 --teacher_model_name_or_path y", (48, None)),
+        ("--model_name_or_path facebook/x --teacher_model_name_or_path y --teacher_image_size 64", (None, 64)),
+        ("--model_name_or_path cifar-resnet-8 --teacher_model_name_or_path y", (32, None)),
+        ("--model_name_or_path cifar-resnet-8 --image_size 48 --teacher_model_name_or_path cifar-resnet-56", (48, 48)),
+    ],
+)
+def test_sizes_of_images(options, sizes):
+    arguments = parse(f"--dataset_name some/data {options}")
+    assert (arguments.model.image_size, arguments.for_teacher().model.image_size) == sizes
+
+
 def test_any_option_that_makes_sense_for_a_teacher_can_be_given_for_it(tmp_path):
     text = "image_size: 32\ntoken: hf_secret\nteacher:\n  image_size: 48\n  sampler: class_balanced\n"
     arguments = parse("--teacher_trust_remote_code --method dkd --dkd_beta 2 --hub_model_id me/x", tmp_path, text)

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Collection, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar
@@ -42,6 +43,8 @@ _PARTS: dict[str, Collection[str]] = {
     "student_init": STUDENT_INITS,
     "head_bias": HEAD_BIASES,
 }
+#: Options that may have no effect without a word (see `RunArguments.from_recipe`).
+UNTOLD: ContextVar[frozenset[str]] = ContextVar("UNTOLD", default=frozenset())
 #: What `teacher_cache_dtype` may be.
 DTYPES = ("float16", "float32")
 #: What `head` may be, and s of a cosine head where nothing is said.
@@ -344,7 +347,8 @@ class BKDConfig(TrainingArguments):
             fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
             self._require(fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
         for message in self._options_without_effect():
-            warnings.warn(message, UserWarning, stacklevel=3)
+            if " has no effect" not in message or message.split(" ")[0].removeprefix("--") not in UNTOLD.get():
+                warnings.warn(message, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments into every checkpoint, and pushes them: never with the token.
@@ -579,6 +583,12 @@ class BKDConfig(TrainingArguments):
                 messages.append(
                     "--lr_scheduler_type and --warmup_steps have no effect: --lr_step_epochs chooses the step-decay "
                     "schedule."
+                )
+            first = (self.lr_step_epochs or [math.inf])[0]
+            if self.lr_warmup_epochs > 0 and first <= self.lr_warmup_epochs:
+                messages.append(
+                    f"--lr_warmup_epochs {self.lr_warmup_epochs:g} is not below the first of --lr_step_epochs "
+                    f"({first:g}): the warm-up goes before, so steps in it are skipped and the full rate is not held."
                 )
             late = [e for e in self.lr_step_epochs or [] if self.max_steps <= 0 and e >= self.num_train_epochs]
             if late:

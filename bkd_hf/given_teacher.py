@@ -81,8 +81,9 @@ def warn_of_unused_options(arguments: RunArguments) -> None:
     """Name what was said of the training of a teacher that is not trained."""
     of_model = {field.name for field in dataclasses.fields(ModelArguments)}
     for alone in sorted(arguments.teacher_options.keys() - of_model):
-        name = arguments.model.given_teacher
-        warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=3)
+        if f"teacher_{alone}" not in arguments.from_recipe:
+            name = arguments.model.given_teacher
+            warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=3)
 
 
 def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> tuple[FrozenTeacher, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.constants import is_offline_mode
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -299,9 +300,15 @@ def prefer_channels_last(model: nn.Module) -> bool:
     return True
 
 
+def on_the_hub() -> str:
+    """Say where a model was looked for that is no folder."""
+    offline = "HF_HUB_OFFLINE is set, so the Hub was not asked, and it is not among the downloads"
+    return offline if is_offline_mode() else "on the Hub"
+
+
 def not_loadable(name: str, error: Exception) -> InputError:
     """Say in one line why a model's files cannot be used."""
-    where = "a folder here" if os.path.isdir(name) else "no folder here; on the Hub"
+    where = "a folder here" if os.path.isdir(name) else f"no folder here; {on_the_hub()}"
     why = one_line(first_line(error), 300)
     return InputError(
         f"The model {one_line(name, 80)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "

@@ -287,8 +287,8 @@ class Objective:
         options = self.options
         if self.has_teacher and not self.distils:
             raise ValueError(
-                f"--method {options.method} has no distillation loss: the teacher would not be used. Leave it out, or "
-                "choose a --distillation_loss."
+                f"The method {options.method!r} has no distillation loss: the teacher would not be used. Leave "
+                "teacher_model out, or choose a distillation_loss."
             )
         self.check_empty_classes(getattr(model_config, "id2label", None) or {})
         if self.own["classification_loss"] is None:

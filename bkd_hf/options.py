@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
 from .augmentations import AUGMENTATIONS
-from .config import METHOD_OPTIONS, BKDConfig
+from .config import METHOD_OPTIONS, UNTOLD, BKDConfig
 from .data import PROFILES
 from .errors import InputError
 from .images import CACHE_IMAGES
@@ -277,6 +277,8 @@ class RunArguments:
         overwrite: Whether an earlier run in the output folder is deleted.
         command_line: What was parsed.
         is_teacher: Whether this run trains a teacher, within the run of its student.
+        from_recipe: Options that only a file of options gave, those of the teacher with `teacher_`: one recipe serves
+            many runs, so nobody is told which of them have no effect in this one.
         model: Its model.
         data: Its data.
         training: Its training.
@@ -291,6 +293,7 @@ class RunArguments:
     overwrite: bool = False
     command_line: tuple[str, ...] | None = None
     is_teacher: bool = False
+    from_recipe: frozenset[str] = frozenset()
     model: ModelArguments = field(init=False)
     data: DataArguments = field(init=False)
     training: BKDConfig = field(init=False)
@@ -302,7 +305,11 @@ class RunArguments:
                 raise InputError(f"--{name} is empty: give a value, or leave it out.")
         self.model = _build(ModelArguments, self.options)
         self.data = _build(DataArguments, self.options)
-        self.training = _build_training(self.options)
+        before = UNTOLD.set(self.from_recipe)
+        try:
+            self.training = _build_training(self.options)
+        finally:
+            UNTOLD.reset(before)
         self.publishing = _build(PublishingArguments, self.options)
         self.publishing.push_to_hub = self.options["push_to_hub"]
         same = self._options_of_teacher()
@@ -328,7 +335,9 @@ class RunArguments:
         """
         if self._teacher is None:
             with self.naming_teacher_options():
-                self._teacher = RunArguments({**self._options_of_teacher(), **self.teacher_options}, is_teacher=True)
+                options = {**self._options_of_teacher(), **self.teacher_options}
+                from_recipe = self.from_recipe | {name.removeprefix("teacher_") for name in self.from_recipe}
+                self._teacher = RunArguments(options, is_teacher=True, from_recipe=from_recipe)
             if self._teacher.distils:
                 method = self._teacher.training.method
                 raise InputError(f"--teacher_method {method}: a teacher is trained without a teacher.")
@@ -391,7 +400,7 @@ class RunArguments:
             no_teacher = f"--method {method} has no distillation loss"
             add(True, ["teacher_model_name_or_path"], no_teacher)
             found |= {f"teacher_{name}": no_teacher for name in self.teacher_options}
-        return found
+        return {name: why for name, why in found.items() if name not in self.from_recipe}
 
 
 def _build(cls: type, options: dict[str, Any]) -> Any:

@@ -7,7 +7,8 @@ import functools
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,8 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
     torch.manual_seed(args.seed)  # fresh weights, and fresh heads of pretrained models
     kwargs = options.model.from_pretrained_kwargs()
     size = options.model.image_size or FRESH_IMAGE_SIZE
-    model = load_classifier(name, data["class_names"], size, args.cosine_scale, **kwargs)
+    with _without_load_report():  # a table of what is said below in a sentence
+        model = load_classifier(name, data["class_names"], size, args.cosine_scale, **kwargs)
     if args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
     if args.head_learning_rate is not None:
@@ -254,6 +256,17 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
         shown = ", ".join(model.new_parameters[:8]) + (", …" if len(model.new_parameters) > 8 else "")
         say(f"{name}: learned from scratch: {shown}; all else starts from its weights.")
     return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    report = logging.get_logger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        report.setLevel(level)
 
 
 def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher: nn.Module | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from bkd_hf import InputError, load_classifier, load_processor, load_results
 from bkd_hf.cells import CellRunner, plan_cells
 from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison, resampled
+from bkd_hf.comparison_plots import plot_comparison
 from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
 from tests.test_plots import make_results
@@ -226,6 +227,14 @@ def test_files(cells, tmp_path):
     assert len(list(csv.DictReader((tmp_path / "out" / "cells.csv").open()))) == 7
     for name in names[3:]:
         assert Image.open(tmp_path / "out" / name).size[0] >= 600
+
+
+def test_axes_end_where_accuracies_do(cells):
+    for cell in cells:
+        cell["student"]["metrics"]["worst_class_accuracy"] = 0.0
+    for axes in plot_comparison(Comparison(cells)).axes:
+        low, high = axes.get_xlim()
+        assert 0 <= low < high <= 100
 
 
 def test_no_figure_of_teachers_without_teachers(cells, tmp_path):

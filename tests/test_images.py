@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zlib
 
 import datasets
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from bkd_hf import ImageDataset, InputError, default_augmentation, load_image_dataset, load_processor
+from bkd_hf.decoding import upright_rgb
 from bkd_hf.images import channel_statistics, collate_images, default_num_workers
 from bkd_hf.inputs import load_own_processor
 from bkd_hf.models import check_image_size
@@ -49,6 +51,18 @@ def test_another_image_size_stays_with_the_processor(tmp_path, kind, options, si
     assert output_size(load_processor(str(tmp_path / "student"))) == (24, 24)
     assert dict(given.size) == size
     assert output_size(load_own_processor(ModelArguments(str(tmp_path)), photos())) == (16, 16)
+
+
+def test_palettes_with_transparency_keep_their_colours_in_silence():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1])
+    file = io.BytesIO()
+    image.save(file, format="PNG", transparency=b"\x00\x80")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = np.asarray(upright_rgb(Image.open(file)))
+    assert pixels.tolist() == [[[10, 20, 30], [200, 100, 50]]]
 
 
 def test_a_model_of_one_size_refuses_another():

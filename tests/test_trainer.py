@@ -403,6 +403,14 @@ def test_bad_input(tmp_path, arguments, message):
         trainer_for(tmp_path, **arguments)
 
 
+def test_logged_loss_is_the_sum_of_its_parts_though_steps_differ_in_size(tmp_path):
+    trainer = trainer_for(tmp_path, per_device_train_batch_size=36, num_train_epochs=1, logging_strategy="epoch")
+    trainer.train()
+    assert trainer.state.global_step == 2  # of 36 images and of 4
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["ce_loss"] + log["kd_loss"], rel=1e-5)
+
+
 def test_empty_classes_are_named_or_count_as_one_image(tmp_path):
     model = load_classifier("cifar-resnet-8", ["ash", "birch", "cedar", "elm", "fir"], image_size=8)
     with pytest.raises(InputError, match=r"1 of 5 classes have no training image \(cedar\), and --distillation"):

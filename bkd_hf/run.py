@@ -260,13 +260,15 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    report = logging.get_logger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
+    def is_something_else(record: Any) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.get_logger("transformers.modeling_utils")
+    logger.addFilter(is_something_else)
     try:
         yield
     finally:
-        report.setLevel(level)
+        logger.removeFilter(is_something_else)
 
 
 def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher: nn.Module | None) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_a_difference_tells_what_was_given_for_the_teacher(tmp_path):
     folder = tmp_path / "out"
     line = f"--dataset_name some/data --head_learning_rate 3e-3 --output_dir {folder}"
     there, same = (parse(f"{line} --teacher_head_learning_rate {rate}") for rate in ("3e-4", "3e-4"))
+    folder.mkdir()
     record_run(there, {})
     (folder / "teacher").mkdir()
     assert run_state(same) == "interrupted"

@@ -584,7 +584,7 @@ class BKDConfig(TrainingArguments):
                     "--lr_scheduler_type and --warmup_steps have no effect: --lr_step_epochs chooses the step-decay "
                     "schedule."
                 )
-            first = (self.lr_step_epochs or [math.inf])[0]
+            first = min(self.lr_step_epochs or [], default=math.inf)
             if self.lr_warmup_epochs > 0 and first <= self.lr_warmup_epochs:
                 messages.append(
                     f"--lr_warmup_epochs {self.lr_warmup_epochs:g} is not below the first of --lr_step_epochs "

@@ -279,7 +279,7 @@ def check_image_size(name: str, config: PreTrainedConfig, image_size: int) -> No
             return error
         return None
 
-    own = getattr(config, "image_size", None)
+    own: Any = getattr(config, "image_size", None)
     error = why_not(image_size) if isinstance(own, int) and own != image_size else None
     if error is not None and why_not(own) is None:
         raise InputError(

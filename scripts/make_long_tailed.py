@@ -104,7 +104,7 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"--{shape}: it shapes a tail that --imbalance_ratio cuts. Give that, or leave it out.")
         if options.pareto_alpha is not None and options.profile != "pareto":
             raise InputError("--pareto_alpha has no effect without --profile pareto. Leave it out, or add that.")
-        defaults = {"seed": 0} if options.imbalance_ratio is None else {"profile": "exp", "seed": 0}
+        defaults: dict[str, Any] = {"seed": 0} if options.imbalance_ratio is None else {"profile": "exp", "seed": 0}
         defaults |= {"pareto_alpha": PARETO_ALPHA} if options.profile == "pareto" else {}
         vars(options).update({name: value for name, value in defaults.items() if name not in drawn})
         return
@@ -182,7 +182,7 @@ def make(options: argparse.Namespace) -> None:
     if options.dataset_name is not None:
         train = source["train"]
         if options.imbalance_ratio is not None:
-            by_size = np.argsort(-np.array(class_counts(train)), kind="stable")
+            by_size = np.argsort(-np.array(class_counts(train)), kind="stable").tolist()
             order = by_size if how.get("class_order") == "size" else None
             ratio, profile, alpha = options.imbalance_ratio, options.profile, how.get("pareto_alpha", PARETO_ALPHA)
             count, seed = options.max_class_count, options.seed

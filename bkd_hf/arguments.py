@@ -98,9 +98,10 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     if config is None and first_look.dataset_name == "digits":
         config = digits_recipe
     from_file: list[str] = []
+    of_teacher: list[str] = []  # as the file says
     if config is not None:
         from_file, for_teacher_from_file = _split_off_teacher(parser, _read_config(parser, config))
-        for_teacher = [*for_teacher_from_file, *for_teacher]
+        of_teacher = for_teacher_from_file
     elif first_look.optim == parser.get_default("optim") and cifar_resnet_depth(first_look.model_name_or_path):
         parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS)
 
@@ -111,15 +112,25 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         namespace.output_dir = f"outputs/{dataset}_{model}_seed{namespace.seed}"
     not_given = object()
     overlay = argparse.Namespace(**dict.fromkeys(vars(namespace), not_given))
-    parser.parse_args(for_teacher, namespace=overlay)
+    parser.parse_args([*of_teacher, *for_teacher], namespace=overlay)
     arguments = RunArguments(
         vars(namespace),
         {name: value for name, value in vars(overlay).items() if value is not not_given},
         overwrite=namespace.overwrite,
         command_line=tuple(argv),
+        from_recipe=frozenset(
+            _names(parser, from_file) - _names(parser, command_line)
+            | {f"teacher_{name}" for name in _names(parser, of_teacher) - _names(parser, for_teacher)}
+        ),
     )
     arguments.for_teacher()  # so that what is wrong with it is said now
     return arguments
+
+
+def _names(parser: _Parser, tokens: Sequence[str]) -> set[str]:
+    """Return the options that are among tokens."""
+    options = (token.partition("=")[0] for token in tokens)
+    return {parser._option_string_actions[name].dest for name in options if name in parser._option_string_actions}
 
 
 def _choose_precision(namespace: argparse.Namespace, from_file: Sequence[str], command_line: Sequence[str]) -> None:

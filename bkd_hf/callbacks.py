@@ -88,7 +88,7 @@ class FiniteGuard:
 
 
 class LossMeter:
-    """Means of the loss's parts over all examples, in all processes, since the last log.
+    """Means of the loss and of its parts over all examples, in all processes, since the last log.
 
     Args:
         accelerator: Of the trainer.
@@ -105,7 +105,7 @@ class LossMeter:
             losses: B values of each part.
             counted: B truth values: whether an example counts.
         """
-        sums = {name: (values.detach() * counted).sum() for name, values in losses.items() if name != "loss"}
+        sums = {name: (values.detach() * counted).sum() for name, values in losses.items()}
         for name, value in {**sums, "count": counted.sum()}.items():
             value = value.to(_sum_dtype(value.device))
             self.sums[name] = self.sums[name] + value if name in self.sums else value

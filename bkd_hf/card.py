@@ -398,7 +398,7 @@ def _loss(options: dict[str, Any]) -> str:
                 if value is not None and value is not False
             ]
             terms.append(options[part] + (f" ({', '.join(numbers)})" if numbers else ""))
-    about = {"class_weighting": "none", "sampler": "instance"}
+    about = {"class_weighting": "none", "sampler": "instance", "empty_classes": "error"}
     others = [f"{part} {options[part]}" for part, usual in about.items() if options.get(part) not in (None, usual)]
     return " + ".join(terms) + "".join(f", {other}" for other in others)
 

@@ -20,9 +20,12 @@ from typing import Any
 import torch
 
 from .arguments import parse_arguments
+from .comparison import SHARED_TEACHERS
 from .config import BKDConfig
+from .data import LABEL_COLUMN
 from .errors import InputError
 from .files import holder_of, is_open_in_a_run
+from .given_teacher import match_teacher, warn_of_unused_options
 from .inputs import load_splits
 from .machine import available_cores
 from .methods import METHODS
@@ -43,7 +46,7 @@ _NOT_FOR_CELLS = {
     "--max_steps": "use --num_train_epochs",
     "--push_to_hub": "push the cells that you choose by scripts/publish.py",
 }
-_CE_IS_TEACHER = "the teacher of a seed is that seed's ce cell"
+_KINDS = ("plain", "teacher", "distilling")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Cell:
         script: Path of `run_bkd.py`.
         options: Further options of `run_bkd.py`, the same for all cells.
         teacher: The cell whose student is this one's teacher.
+        is_teacher: Whether it only trains a teacher that other cells share, and is no row of the tables.
     """
 
     method: str
@@ -65,15 +69,23 @@ class Cell:
     script: Path
     options: tuple[str, ...]
     teacher: Cell | None = None
+    is_teacher: bool = False
 
     @property
     def name(self) -> str:
         """For messages, e.g. "kd seed 1"."""
-        return f"{self.method} seed {self.seed}"
+        return f"{'teacher ' if self.is_teacher else ''}{self.method} seed {self.seed}"
+
+    @property
+    def kind(self) -> str:
+        """What decides how long it takes: one of `_KINDS`."""
+        return "teacher" if self.is_teacher else "distilling" if _distils(self.method) else "plain"
 
     def arguments(self) -> list[str]:
         """Return the command line for `run_bkd.py`."""
         teacher = ["--teacher_model_name_or_path", str(self.teacher.folder)] if self.teacher else []
+        if self.teacher and self.teacher.is_teacher:
+            teacher += ["--finetune_teacher", "false"]  # that is done
         own = ["--method", self.method, "--seed", str(self.seed), "--output_dir", str(self.folder)]
         return [*self.options, *own, *teacher]
 
@@ -119,23 +131,63 @@ def plan_cells(
             raise InputError(f"--{name} {' '.join(map(str, values))}: each may be given once.")
     for token in options:
         option = token.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        why_not = _CE_IS_TEACHER if option.startswith("--teacher_") else _NOT_FOR_CELLS.get(option)
-        if why_not:
-            raise InputError(f"{option} cannot be set for a comparison: {why_not}.")
+        if option in _NOT_FOR_CELLS:
+            raise InputError(f"{option} cannot be set for a comparison: {_NOT_FOR_CELLS[option]}.")
+        if option.startswith("--teacher_") and not any(map(_distils, methods)):
+            distilling = ", ".join(filter(_distils, METHODS))
+            raise InputError(
+                f"{option}: none of --methods {' '.join(methods)} has a teacher. Leave it out, or add one that has: "
+                f"{distilling}."
+            )
 
     def cell(method: str, seed: int) -> Cell:
-        preset = METHODS[method]
-        teacher = cell(preset.teacher, seed) if preset.distillation_loss != "none" else None
-        return Cell(method, seed, output_dir / method / f"seed{seed}", script, tuple(options), teacher)
+        return Cell(method, seed, output_dir / method / f"seed{seed}", script, tuple(options))
 
-    for method in methods:
-        arguments = replace(cell(method, seeds[0]), teacher=None).parse()
-        if arguments.model.teacher_model_name_or_path is not None or arguments.teacher_options:
-            raise InputError(
-                f"The section `teacher:` of --config cannot be used in a comparison: {_CE_IS_TEACHER}. Take it out."
-            )
-    wanted = [cell(method, seed) for seed in seeds for method in methods]
+    told = {method: cell(method, seeds[0]).parse() for method in methods}
+    source = next((_source_of_teacher(told[method]) for method in methods if _distils(method)), None)
+
+    def with_teacher(method: str, seed: int) -> Cell:
+        found = cell(method, seed)
+        if source is None or not _distils(method):
+            return found
+        teacher = cell(told[method].for_teacher().training.method, seed)
+        if source:
+            folder = output_dir / SHARED_TEACHERS / teacher.method / f"seed{seed}"
+            teacher = replace(teacher, folder=folder, options=(*options, *source), is_teacher=True)
+        return replace(found, teacher=teacher)
+
+    wanted = [with_teacher(method, seed) for seed in seeds for method in methods]
     return list(dict.fromkeys(each for cell in wanted for each in (cell.teacher, cell) if each))
+
+
+def _distils(method: str) -> bool:
+    return METHODS[method].distillation_loss != "none"
+
+
+def _source_of_teacher(arguments: RunArguments) -> tuple[str, ...] | None:
+    """Return the options by which the teacher of a cell is trained, beside those of all cells.
+
+    Empty where nothing is said of it: a cell of its method is the teacher then. `None` where none is trained, as a
+    given one can be used as it is.
+    """
+    name = arguments.model.teacher_model_name_or_path
+    if arguments.model.given_teacher is not None:
+        classes = load_splits(arguments)["train"].features[LABEL_COLUMN]
+        if not match_teacher(arguments, classes.names).why_trained:
+            warn_of_unused_options(arguments)
+            return None
+    alone = dict(arguments.teacher_options)
+    if name is not None:
+        alone = {"model_name_or_path": name, "model_revision": arguments.for_teacher().model.model_revision, **alone}
+    alone.pop("method", None)  # is the cell's
+    return tuple(word for option, value in alone.items() for word in _words(option, value))
+
+
+def _words(option: str, value: Any) -> list[str]:
+    """Return an option as a command line has it."""
+    if isinstance(value, list):
+        return [f"--{option}", *map(str, value)]
+    return [f"--{option}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 @dataclass
@@ -233,26 +285,25 @@ class CellRunner:
             )
 
     def _log(self, cell: Cell) -> Path:
-        return self.logs / f"{cell.method}-seed{cell.seed}.log"
+        return self.logs / f"{cell.name.replace(' seed ', '-seed').replace(' ', '-')}.log"
 
     def estimate(self, cells: Sequence[Cell]) -> dict[str, float]:
-        """Seconds that each unfinished cell will take, from a few steps of one method without and one with a teacher.
+        """Seconds that each unfinished cell will take, from a few steps of one of each kind: without, as, and with a
+        teacher.
 
         Raises:
             InputError: If the timed runs fail.
         """
         todo = [cell for cell in cells if cell.state() != "finished"]
-        timed: dict[bool, float] = {}
+        needed = {each.kind: each for cell in reversed(todo) for each in (cell, cell.teacher) if each}
         with tempfile.TemporaryDirectory() as scratch:
             # What has a teacher is timed after what is its teacher.
-            for distils in sorted({False, *(cell.teacher is not None for cell in todo)} if todo else ()):
-                example = next(cell for cell in cells if (cell.teacher is not None) == distils)
-                timed[distils] = self._time(example, Path(scratch))
-        return {cell.name: timed[cell.teacher is not None] for cell in todo}
+            timed = {kind: self._time(needed[kind], Path(scratch)) for kind in _KINDS if kind in needed}
+        return {cell.name: timed[cell.kind] for cell in todo}
 
     def _time(self, cell: Cell, scratch: Path) -> float:
-        teacher = cell.teacher and replace(cell.teacher, folder=scratch / "teacher")
-        folder, log = scratch / ("student" if teacher else "teacher"), scratch / f"{cell.name}.log"
+        teacher = cell.teacher and replace(cell.teacher, folder=scratch / cell.teacher.kind)
+        folder, log = scratch / cell.kind, scratch / f"{cell.name}.log"
         window = _TIMED_STEPS // 3
         steps = [
             "--max_steps", str(_TIMED_STEPS), "--logging_strategy", "steps", "--logging_steps", str(window),

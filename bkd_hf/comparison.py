@@ -16,7 +16,7 @@ from .config import METHOD_OPTIONS, BKDConfig, method_defaults
 from .errors import InputError
 from .methods import METHODS
 from .metrics import shot_groups
-from .options import WITHOUT_INFLUENCE, DataArguments, ModelArguments
+from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments
 from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
 
 #: Columns of the tables, and their keys in `long_tail_metrics`.
@@ -28,6 +28,8 @@ METRICS = {
     "worst class": "worst_class_accuracy",
     "ECE": "expected_calibration_error",
 }
+#: Folder of the teachers that were trained for cells to share: no cells themselves, so in no table of those around it.
+SHARED_TEACHERS = "shared_teachers"
 #: Methods that the others are compared with, seed by seed.
 BASELINES = ("ce", "kd")
 _CONFIDENCE = 0.95
@@ -225,14 +227,16 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None 
         found = [folder] if folder.is_file() else sorted(folder.rglob(RESULTS_NAME))
         if not found:
             raise InputError(f"There is no {RESULTS_NAME} in {folder} or below it.")
-        paths |= dict.fromkeys(Path(os.path.realpath(path)) for path in found)
+        cells = [path for path in found if SHARED_TEACHERS not in path.relative_to(folder).parts]
+        paths |= dict.fromkeys(Path(os.path.realpath(path)) for path in cells)
     return Comparison([load_results(path) for path in paths], [str(path) for path in paths], sort)
 
 
 def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str] = ()) -> dict[str, list[str]]:
     """Return the options that are not the same in all cells, and their values, e.g. {"num_train_epochs": ["3", "30"]}.
 
-    One that is not recorded, because it is not told or was not there yet, has the default of its method.
+    One that is not recorded, because it is not told or was not there yet, has the default of its method; what is about
+    a teacher, without one, has any value.
     """
     fields = [field for kind in (ModelArguments, DataArguments, BKDConfig) for field in dataclasses.fields(kind)]
     defaults = {field.name: getattr(field.default, "value", field.default) for field in fields}
@@ -241,11 +245,13 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
         | {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}
         | {"method of the teacher": (results.get("teacher") or {}).get("method")}
         | {"images in a step": effective_batch_size(results)}
+        | ({} if results.get("teacher") else dict.fromkeys(ABOUT_TEACHER, ...))
         for results in cells
     ]
     found = {}
     for name in sorted(set().union(*told) - {*may_differ} - _MAY_DIFFER):
-        values = sorted({str(options.get(name, defaults.get(name))) for options in told})
+        given = [options.get(name, defaults.get(name)) for options in told]
+        values = sorted({str(value) for value in given if value is not ...})
         if len(values) > 1:
             found[name] = values
     return found

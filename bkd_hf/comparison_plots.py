@@ -66,6 +66,7 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
     title = f"Methods on {figure_text(comparison.data['name'], 40)}, {number} seed{'s' if seeds[-1] > 1 else ''} each"
     note = "diamond: mean over seeds; bar: its standard deviation; dots: the seeds" if seeds[-1] > 1 else "one seed"
     add_title(figure, title, note)
+    dots: dict[str, Any] = {"color": NEUTRAL, "markersize": 3, "alpha": 0.7, "zorder": 2}
     for metric, axes in panels.items():
         lowest, highest = 100.0, 0.0
         for y, method in enumerate(methods):
@@ -73,14 +74,15 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
             if not values:
                 continue
             if len(values) > 1:
-                axes.plot(values, [y] * len(values), "o", color=NEUTRAL, markersize=3, alpha=0.7, zorder=2)
+                axes.plot(values, [y] * len(values), "o", clip_on=False, **dots)
             estimate, colour = comparison.estimate(method, metric), _colour(method)
             style: dict[str, Any] = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 2, "linewidth": 1.2}
-            axes.errorbar(estimate.mean, y, xerr=estimate.std, **style)
+            axes.errorbar(estimate.mean, y, xerr=estimate.std, clip_on=False, **style)
             lowest, highest = min(lowest, *values), max(highest, *values)
         set_names(axes, "y", range(len(methods)), [figure_text(method, 40) for method in methods])
         room = max(0.15 * (highest - lowest), 2.0)
-        axes.set(xlim=(max(-1.0, lowest - room), min(101.0, highest + room)), ylim=(len(methods) - 0.4, -0.6))
+        # Nothing is below 0 or above 100; markers there may stand over the border.
+        axes.set(xlim=(max(0.0, lowest - room), min(100.0, highest + room)), ylim=(len(methods) - 0.4, -0.6))
         axes.set_title(f"{metric} (%)" + (", lower is better" if metric == "ECE" else ""))
         tidy(axes, grid="both", colour="#dddddd")
     return figure

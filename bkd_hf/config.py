@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Collection, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar
@@ -42,10 +43,14 @@ _PARTS: dict[str, Collection[str]] = {
     "student_init": STUDENT_INITS,
     "head_bias": HEAD_BIASES,
 }
+#: Options that may have no effect without a word (see `RunArguments.from_recipe`).
+UNTOLD: ContextVar[frozenset[str]] = ContextVar("UNTOLD", default=frozenset())
 #: What `teacher_cache_dtype` may be.
 DTYPES = ("float16", "float32")
 #: What `head` may be, and s of a cosine head where nothing is said.
 HEADS, HEAD_INITS, HEAD_SCALE = ("linear", "cosine"), ("random", "class_mean"), 30.0
+#: What `empty_classes` may be.
+EMPTY_CLASSES = ("error", "clamp")
 #: Views of augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
@@ -189,6 +194,13 @@ class BKDConfig(TrainingArguments):
             "help": "β in [0, 1) of the class weights (1-β)/(1-β^n), wherever there are any: 0 gives uniform weights, "
             "→ 1 the inverse class frequency.",
             "aliases": ["--beta"],
+        },
+    )
+    empty_classes: str = field(
+        default="error",
+        metadata={
+            "help": "A class without a training image, where a loss or its weights need their number: error, or clamp "
+            "(it counts as one)."
         },
     )
     class_balance_power: Annotated[str | None, "student"] = field(
@@ -351,7 +363,8 @@ class BKDConfig(TrainingArguments):
             fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
             self._require(fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
         for message in self._options_without_effect():
-            warnings.warn(message, UserWarning, stacklevel=3)
+            if " has no effect" not in message or message.split(" ")[0].removeprefix("--") not in UNTOLD.get():
+                warnings.warn(message, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainer pickles its arguments into every checkpoint, and pushes them: never with the token.
@@ -538,6 +551,7 @@ class BKDConfig(TrainingArguments):
             "save_strategy",
             "no, steps or epoch without --metric_for_best_model",
         )
+        require(self.empty_classes in EMPTY_CLASSES, "empty_classes", f"one of {', '.join(EMPTY_CLASSES)}")
         require(self.distillation_prior in PRIORS, "distillation_prior", f"one of {', '.join(PRIORS)}")
         require(self.teacher_cache_dtype in DTYPES, "teacher_cache_dtype", f"one of {', '.join(DTYPES)}")
         if self.lr_step_epochs is None:
@@ -600,6 +614,12 @@ class BKDConfig(TrainingArguments):
                 messages.append(
                     "--lr_scheduler_type and --warmup_steps have no effect: --lr_step_epochs chooses the step-decay "
                     "schedule."
+                )
+            first = min(self.lr_step_epochs or [], default=math.inf)
+            if self.lr_warmup_epochs > 0 and first <= self.lr_warmup_epochs:
+                messages.append(
+                    f"--lr_warmup_epochs {self.lr_warmup_epochs:g} is not below the first of --lr_step_epochs "
+                    f"({first:g}): the warm-up goes before, so steps in it are skipped and the full rate is not held."
                 )
             late = [e for e in self.lr_step_epochs or [] if self.max_steps <= 0 and e >= self.num_train_epochs]
             if late:

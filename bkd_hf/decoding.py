@@ -123,6 +123,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # what convert() would clip
         image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours; Pillow would ask for it in a warning that names no file
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

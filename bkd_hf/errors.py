@@ -37,20 +37,26 @@ class PublishError(RuntimeError):
         self.is_temporary = is_temporary
 
 
-def run_script(work: Callable[[], int | None], interrupted: str, *failures: type[Exception]) -> int:
+def run_script(
+    work: Callable[[], int | None], interrupted: str | Callable[[], str], *failures: type[Exception]
+) -> int:
     """Do the work of a script; return its exit code: 2 for bad input, 1 for what failed, 130 for Ctrl-C.
 
     What fails to be printed does not stop it: see [`keep_printing`].
 
     Args:
         work: What the script does; what it returns is the exit code, 0 for `None`.
-        interrupted: What to say after Ctrl-C.
+        interrupted: What to say after Ctrl-C, or what finds that out then.
         failures: Further errors that are one line and the exit code 1, as those of the Hub and of the disk are.
     """
     keep_printing()
     warnings.formatwarning = lambda message, category, *_: (
         f"{'warning' if category is UserWarning else category.__name__}: {one_line(message)}\n"
     )
+
+    def told(message: str | Callable[[], str]) -> str:
+        return message if isinstance(message, str) else message()
+
     one_line_each: tuple[type[Exception], ...] = (InputError, PublishError, *failures)
     try:
         return work() or 0
@@ -61,10 +67,10 @@ def run_script(work: Callable[[], int | None], interrupted: str, *failures: type
         reason = why_not_stored(error)
         if reason is None:
             raise
-        print(f"error: {reason}. What was computed before is kept: {interrupted}.", file=sys.stderr)
+        print(f"error: {reason}. What was computed before is kept: {told(interrupted)}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted: {interrupted}", file=sys.stderr)
+        print(f"interrupted: {told(interrupted)}", file=sys.stderr)
         return 130
 
 

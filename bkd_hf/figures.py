@@ -104,3 +104,8 @@ def tidy(axes: Axes, grid: Literal["y", "both"] | None = "y", colour: str = "#cc
     axes.set_axisbelow(True)
     if grid:
         axes.grid(axis=grid, color=colour, linewidth=0.6)
+
+
+def of_the(model: str, results: dict[str, Any], before: str, after: str = "") -> str:
+    """Say which of two models; nothing of one alone, which need be nobody's student."""
+    return f"{before}{model}{after}" if all(results.get(name) for name in COLOURS) else ""

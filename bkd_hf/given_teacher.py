@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from .errors import InputError
 from .inputs import Inputs, long_tail_evaluation
 from .methods import METHODS, corrects
 from .models import prefer_channels_last
-from .options import RunArguments
+from .options import ModelArguments, RunArguments
 from .results import RESULTS_NAME, describe_model, load_results
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
 from .trainer import BKDTrainer
@@ -76,6 +77,15 @@ def match_teacher(arguments: RunArguments, class_names: list[str]) -> Match:
     return match
 
 
+def warn_of_unused_options(arguments: RunArguments) -> None:
+    """Name what was said of the training of a teacher that is not trained."""
+    of_model = {field.name for field in dataclasses.fields(ModelArguments)}
+    for alone in sorted(arguments.teacher_options.keys() - of_model):
+        if f"teacher_{alone}" not in arguments.from_recipe:
+            name = arguments.model.given_teacher
+            warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=3)
+
+
 def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Load a teacher that was trained elsewhere, its outputs in the order of the data's classes; with its results."""
     options, data, name = arguments.for_teacher().model, inputs.data, arguments.model.given_teacher or ""
@@ -91,8 +101,7 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
     def warn(message: str) -> None:
         warnings.warn(message, stacklevel=3)
 
-    for alone in arguments.teacher_options:
-        warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.")
+    warn_of_unused_options(arguments)
     origin: dict[str, Any] = {"data": {"fingerprint": None}, "student": {}}
     if Path(name, RESULTS_NAME).exists():
         try:

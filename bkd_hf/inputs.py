@@ -20,8 +20,9 @@ from .errors import InputError
 from .images import ImageDataset, channel_statistics, default_num_workers
 from .loading import load_image_dataset
 from .metrics import LongTailEvaluation, shot_groups
-from .models import cifar_resnet_depth, load_processor
+from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_processor
 from .options import ModelArguments, RunArguments
+from .views import set_image_size
 
 
 @dataclass(frozen=True)
@@ -49,19 +50,22 @@ def load_own_processor(options: ModelArguments, train: datasets.Dataset) -> Base
     """Load the image processor of a model; that of fresh weights knows the mean and deviation of the data."""
     name = options.model_name_or_path
     if cifar_resnet_depth(name) is not None:
-        return load_processor(name, options.image_size, *channel_statistics(train))
-    return load_processor(name, **options.from_pretrained_kwargs())
+        return load_processor(name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(train))
+    processor = load_processor(name, **options.from_pretrained_kwargs())
+    if options.image_size is not None:
+        set_image_size(processor, options.image_size)
+    return processor
 
 
 def load_teacher_processor(
     arguments: RunArguments, of_student: BaseImageProcessor, train: datasets.Dataset
 ) -> BaseImageProcessor:
     """Load the image processor of a teacher with weights; fresh weights see the student's pixels, unless told else."""
-    options = arguments.for_teacher().model
-    is_fresh = cifar_resnet_depth(options.model_name_or_path) is not None
-    decisive = ["image_size"] if is_fresh else ["model_name_or_path", "model_revision"]
-    is_same = all(getattr(options, name) == getattr(arguments.model, name) for name in decisive)
-    return of_student if is_same else load_own_processor(options, train)
+    of_teacher = arguments.for_teacher()
+    is_fresh = cifar_resnet_depth(of_teacher.model.model_name_or_path) is not None
+    decisive = ["image_size", *([] if is_fresh else ["model_name_or_path", "model_revision"])]
+    is_same = all(of_teacher.options[name] == arguments.options[name] for name in decisive)
+    return of_student if is_same else load_own_processor(of_teacher.model, train)
 
 
 def decode(

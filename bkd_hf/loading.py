@@ -22,9 +22,14 @@ from .text import normal, one_line
 logger = logging.get_logger(__name__)
 
 _LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "category")
-_EVAL_SPLIT_NAMES = ("validation", "valid", "val", "dev", "test", "eval")
+_VALIDATION_SPLIT_NAMES = ("validation", "valid", "val", "dev")
+_EVAL_SPLIT_NAMES = (*_VALIDATION_SPLIT_NAMES, "test", "eval")
 _CARVED_SHARE = 0.2
 _DIGITS_TEST_IMAGES_PER_CLASS = 40
+
+
+class NoTestSplitError(InputError):
+    """There is no split that others measure on too."""
 
 
 def load_image_dataset(
@@ -55,24 +60,32 @@ def load_image_dataset(
         cache_dir: Where `datasets` keeps its files.
         token: Token for private data sets.
         untouched_test: Whether the evaluation split is one that others measure on too: `"test"` before `"validation"`
-            where it is not named, and none is carved out.
+            where it is not named, which then comes along, and none is carved out.
 
     Returns:
-        The splits `"train"` and `"eval"`, each with the columns `"image"` and `"label"` (a `ClassLabel`).
+        The splits `"train"` and `"eval"`, with `untouched_test` maybe `"validation"`, each with the columns `"image"`
+        and `"label"` (a `ClassLabel`).
 
     Raises:
+        NoTestSplitError: With `untouched_test`, if there is no such split.
         InputError: If something is not there, or the labels are not classes.
     """
     data = _load_digits() if name == "digits" else _load_splits(name, config_name, cache_dir, token)
     train_name, eval_name = _find_splits(name, data, train_split, eval_split, untouched_test)
     if untouched_test and eval_name is None:
-        raise InputError(
+        raise NoTestSplitError(
             f"{name} has no test split, which nobody trains on: it has {', '.join(data)}. Name one by "
             "--eval_split_name, or add one to the data set."
         )
+    found = {"train": train_name, "eval": eval_name}
+    if untouched_test:
+        left = [split for split in data if split not in found.values()]
+        found["validation"] = next((split for split in _VALIDATION_SPLIT_NAMES if split in left), None)
+        if left := [f"{split} ({len(data[split]):,} images)" for split in left if split != found["validation"]]:
+            logger.warning(f"{name}: left out: {', '.join(left)}.")
     image_column, label_column = _find_columns(name, data[train_name], image_column, label_column)
     splits = {}
-    for split, split_name in (("train", train_name), ("eval", eval_name)):
+    for split, split_name in found.items():
         if split_name is None:
             continue
         missing = {image_column, label_column} - set(data[split_name].column_names)

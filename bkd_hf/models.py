@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.constants import is_offline_mode
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -29,6 +30,8 @@ from .modeling_cosine_head import CosineHeadConfig, CosineHeadForImageClassifica
 from .text import normal, one_line
 
 _FRESH_NAME = re.compile(r"cifar-resnet-([0-9]{1,9})")
+#: Height and width of images for fresh weights, where nothing is said.
+FRESH_IMAGE_SIZE = 32
 _MAX_DEPTH = 1202  # of the paper
 _MANY_CLASSES = 7919  # a prime that no layer has for another reason
 
@@ -260,6 +263,32 @@ def load_processor(
         raise not_loadable(name, error) from error
 
 
+def check_image_size(name: str, config: PreTrainedConfig, image_size: int) -> None:
+    """Refuse a size of images that a model does not take, found out by one without weights.
+
+    Raises:
+        InputError: If it takes images of its own size, and none of this.
+    """
+
+    def why_not(size: int) -> Exception | None:
+        try:
+            with torch.device("meta"), torch.no_grad():
+                model = AutoModelForImageClassification.from_config(copy.deepcopy(config)).eval()
+                model(pixel_values=torch.zeros(1, 3, size, size))
+        except Exception as error:  # whatever a model raises
+            return error
+        return None
+
+    own: Any = getattr(config, "image_size", None)
+    error = why_not(image_size) if isinstance(own, int) and own != image_size else None
+    if error is not None and why_not(own) is None:
+        raise InputError(
+            f"--image_size {image_size}: {one_line(name, 80)} ({config.model_type}) takes images of {own}×{own} "
+            f"pixels only, as its position embeddings are not interpolated ({one_line(first_line(error), 100)}). "
+            "Leave it out, or use a model that takes any size, such as a ResNet, ConvNeXt or DINOv2."
+        )
+
+
 def prefer_channels_last(model: nn.Module) -> bool:
     """Store the weights of a convolutional model as its kernels like them; whether there were any.
 
@@ -271,9 +300,15 @@ def prefer_channels_last(model: nn.Module) -> bool:
     return True
 
 
+def on_the_hub() -> str:
+    """Say where a model was looked for that is no folder."""
+    offline = "HF_HUB_OFFLINE is set, so the Hub was not asked, and it is not among the downloads"
+    return offline if is_offline_mode() else "on the Hub"
+
+
 def not_loadable(name: str, error: Exception) -> InputError:
     """Say in one line why a model's files cannot be used."""
-    where = "a folder here" if os.path.isdir(name) else "no folder here; on the Hub"
+    where = "a folder here" if os.path.isdir(name) else f"no folder here; {on_the_hub()}"
     why = one_line(first_line(error), 300)
     return InputError(
         f"The model {one_line(name, 80)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "

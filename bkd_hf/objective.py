@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +14,7 @@ from .errors import InputError
 from .loss_inputs import IGNORE_INDEX
 from .losses import class_balanced_weights, deferred_weights, example_weights
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
+from .text import one_line
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,10 @@ class Objective:
         return self._weights_of[beta]
 
     def known_class_counts(self) -> torch.Tensor:
-        """The class counts; raises a `ValueError` if they are not known."""
+        """The class counts, empty classes as `empty_classes` says; raises a `ValueError` if they are not known."""
         if self.class_counts is None:
             raise ValueError("BKDTrainer needs class_counts, or a train_dataset to count them in.")
-        return self.class_counts
+        return self.class_counts.clamp_min(1) if self.options.empty_classes == "clamp" else self.class_counts
 
     # ---- What the options choose ----------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ class Objective:
 
     @cached_property
     def _device_counts(self) -> torch.Tensor | None:
-        return None if self.class_counts is None else self.class_counts.to(self.device)
+        return None if self.class_counts is None else self.known_class_counts().to(self.device)
 
     def try_out(self, part: str) -> None:
         """Call a loss once with a batch of one example, so that it checks the values of its arguments."""
@@ -286,22 +287,37 @@ class Objective:
         options = self.options
         if self.has_teacher and not self.distils:
             raise ValueError(
-                f"--method {options.method} has no distillation loss: the teacher would not be used. Leave it out, or "
-                "choose a --distillation_loss."
+                f"The method {options.method!r} has no distillation loss: the teacher would not be used. Leave "
+                "teacher_model out, or choose a distillation_loss."
             )
-        if options.class_weighting != "none" or (self.has_teacher and self.balances_distillation):
-            self.final_weights()
-        if self.own["classification_loss"] is not None:
-            return
-        check_head(options, model_config)
-        name = options.classification_loss
-        if self.loss("classification_loss").needs("class_counts"):  # type: ignore[union-attr]
-            empty = (self.known_class_counts() == 0).nonzero().flatten().tolist()
-            if empty:
-                raise ValueError(
-                    f"--classification_loss {name} takes the logarithm of the class counts, but {len(empty)} classes "
-                    f"have no training image (first: class {empty[0]}). Remove them."
-                )
+        self.check_empty_classes(getattr(model_config, "id2label", None) or {})
+        if self.own["classification_loss"] is None:
+            check_head(options, model_config)
+
+    def check_empty_classes(self, class_names: Mapping[int, str]) -> None:
+        """Notice a class without a training image where its number is needed.
+
+        Args:
+            class_names: Names by number; a class without one is called by its number.
+
+        Raises:
+            InputError: If there is one, naming it.
+        """
+        options, needing = self.options, []
+        if options.class_weighting != "none":
+            needing.append(f"--class_weighting {options.class_weighting}")
+        if self.own["classification_loss"] is None and self.loss("classification_loss").needs("class_counts"):  # type: ignore[union-attr]
+            needing.append(f"--classification_loss {options.classification_loss}")
+        if self.has_teacher and self.balances_distillation:
+            needing.append(f"--distillation_loss {options.distillation_loss}")
+        counts = self.known_class_counts() if needing else torch.ones(1)
+        if empty := (counts == 0).nonzero().flatten().tolist():
+            shown = ", ".join(str(class_names.get(number, number)) for number in empty[:5])
+            raise InputError(
+                f"{len(empty)} of {len(counts)} classes have no training image ({one_line(shown, 200)}"
+                f"{', …' if len(empty) > 5 else ''}), and {needing[0]} needs their numbers of images. Remove these "
+                "classes, or count each as one image by --empty_classes clamp."
+            )
 
 
 def check_head(options: Any, model_config: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
 from .augmentations import AUGMENTATIONS
-from .config import METHOD_OPTIONS, BKDConfig
+from .config import METHOD_OPTIONS, UNTOLD, BKDConfig
 from .data import PROFILES
 from .errors import InputError
 from .images import CACHE_IMAGES
@@ -28,7 +28,7 @@ from .machine import (
 )
 from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
-from .models import cifar_resnet_depth
+from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth
 from .operations import OPERATIONS
 from .ranges import check_ranges, defaults_of, explain
 from .text import one_line
@@ -77,7 +77,11 @@ class ModelArguments:
     finetune_teacher: Annotated[bool, "student"] = _option(
         False, "Train the given teacher on the data first, whatever its head is for."
     )
-    image_size: int = _option(32, "Height and width in pixels for cifar-resnet-… models.")
+    image_size: int | None = _option(
+        None,
+        "Height and width in pixels. Not given: 32 for cifar-resnet-… models, for others what their image processor "
+        "says; another size is for models that take any.",
+    )
     cache_dir: Annotated[str | None, "path", "machine", "shared"] = _option(None, "Where downloads are kept.")
     model_revision: str = _option("main", "Revision of the student on the Hub.")
     token: Annotated[str | None, "secret"] = _option(None, "Hub token, if not stored by `hf auth login`.")
@@ -94,6 +98,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         check_ranges(self)
         _check_choice("precision", self.precision, ("auto", *PRECISIONS))
+        if self.image_size is None and cifar_resnet_depth(self.model_name_or_path) is not None:
+            self.image_size = FRESH_IMAGE_SIZE
 
     @property
     def given_teacher(self) -> str | None:
@@ -252,6 +258,8 @@ def options_with(*roles: str) -> set[str]:
 OPTIONS = frozenset(_ROLES)
 #: Options that change nothing in what a run computes; they may differ when it is continued.
 WITHOUT_INFLUENCE = options_with("secret", "machine", "reporting", "publishing", "permission")
+#: Options that say which teacher there is, and how it is used: without one they change nothing.
+ABOUT_TEACHER = options_with("student").intersection(field.name for field in dataclasses.fields(ModelArguments))
 #: Options that cannot be set for the teacher alone.
 NOT_FOR_TEACHER = options_with("student", "shared", "secret", "publishing")
 
@@ -269,6 +277,8 @@ class RunArguments:
         overwrite: Whether an earlier run in the output folder is deleted.
         command_line: What was parsed.
         is_teacher: Whether this run trains a teacher, within the run of its student.
+        from_recipe: Options that only a file of options gave, those of the teacher with `teacher_`: one recipe serves
+            many runs, so nobody is told which of them have no effect in this one.
         model: Its model.
         data: Its data.
         training: Its training.
@@ -283,6 +293,7 @@ class RunArguments:
     overwrite: bool = False
     command_line: tuple[str, ...] | None = None
     is_teacher: bool = False
+    from_recipe: frozenset[str] = frozenset()
     model: ModelArguments = field(init=False)
     data: DataArguments = field(init=False)
     training: BKDConfig = field(init=False)
@@ -294,7 +305,11 @@ class RunArguments:
                 raise InputError(f"--{name} is empty: give a value, or leave it out.")
         self.model = _build(ModelArguments, self.options)
         self.data = _build(DataArguments, self.options)
-        self.training = _build_training(self.options)
+        before = UNTOLD.set(self.from_recipe)
+        try:
+            self.training = _build_training(self.options)
+        finally:
+            UNTOLD.reset(before)
         self.publishing = _build(PublishingArguments, self.options)
         self.publishing.push_to_hub = self.options["push_to_hub"]
         same = self._options_of_teacher()
@@ -320,7 +335,9 @@ class RunArguments:
         """
         if self._teacher is None:
             with self.naming_teacher_options():
-                self._teacher = RunArguments({**self._options_of_teacher(), **self.teacher_options}, is_teacher=True)
+                options = {**self._options_of_teacher(), **self.teacher_options}
+                from_recipe = self.from_recipe | {name.removeprefix("teacher_") for name in self.from_recipe}
+                self._teacher = RunArguments(options, is_teacher=True, from_recipe=from_recipe)
             if self._teacher.distils:
                 method = self._teacher.training.method
                 raise InputError(f"--teacher_method {method}: a teacher is trained without a teacher.")
@@ -343,6 +360,8 @@ class RunArguments:
         if self.model.teacher_model_name_or_path is not None:
             options["model_name_or_path"] = self.model.teacher_model_name_or_path
             options["model_revision"] = _DEFAULTS["model_revision"]
+            if self.model.given_teacher is not None:
+                options["image_size"] = _DEFAULTS["image_size"]
         return {
             **options,
             "method": METHODS[self.training.method].teacher,
@@ -372,8 +391,6 @@ class RunArguments:
         add(not self.publishing.push_to_hub, ["push_teacher"], "--push_to_hub is not given")
         tail = "it shapes a tail that is cut by --imbalance_ratio, which is not given"
         add(self.data.imbalance_ratio is None, ["imbalance_profile", "max_class_count"], tail)
-        size = f"the size of {model.model_name_or_path} is fixed by its image processor"
-        add(cifar_resnet_depth(model.model_name_or_path) is None, ["image_size"], size)
         add(self.data.train_augmentation == "none", ["horizontal_flip"], "--train_augmentation is none")
         head = "--finetune_teacher gives the teacher a head for the classes of the data"
         add(model.finetune_teacher, of_given, head)
@@ -383,7 +400,7 @@ class RunArguments:
             no_teacher = f"--method {method} has no distillation loss"
             add(True, ["teacher_model_name_or_path"], no_teacher)
             found |= {f"teacher_{name}": no_teacher for name in self.teacher_options}
-        return found
+        return {name: why for name, why in found.items() if name not in self.from_recipe}
 
 
 def _build(cls: type, options: dict[str, Any]) -> Any:

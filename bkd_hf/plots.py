@@ -34,6 +34,7 @@ from .figures import (
     fit_beside,
     groups_of,
     line_style,
+    of_the,
     percent,
     point_style,
     save_figures,
@@ -80,7 +81,8 @@ def save_plots(results: dict[str, Any], folder: str | os.PathLike[str], only_mis
     """Draw all figures that the results allow into a folder, which is made if it is not there; return their paths.
 
     These are `class_accuracy.png` (see `plot_class_accuracy`), `training_curves.png` (see `plot_training_curves`; only
-    if there is a history), `confusion_student.png` and `confusion_teacher.png` (see `plot_confusion`). With
+    if there is a history), `confusion_student.png` and `confusion_teacher.png` (see `plot_confusion`); of a
+    model without a teacher, which may be one itself, `confusion.png`. With
     `only_missing`, those that are there and load are left as they are.
     """
     return save_figures(_figures(results), folder, only_missing)
@@ -96,7 +98,8 @@ def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
     if _training_panels(results):
         figures["training_curves.png"] = functools.partial(plot_training_curves, results)
     for model in reversed(_models(results)):
-        figures[f"confusion_{model}.png"] = functools.partial(plot_confusion, results, model)
+        name = f"confusion{of_the(model, results, '_')}.png"
+        figures[name] = functools.partial(plot_confusion, results, model)
     return figures
 
 
@@ -363,7 +366,7 @@ def _plot_confusion_matrix(results: dict[str, Any], model: str, names: list[str]
     shares[tested == 0] = np.nan
     shares = shares[np.ix_(order, order)]
 
-    figure = _figure(f"Confusions of the {model}", results, height=7.0)
+    figure = _figure(f"Confusions{of_the(model, results, ' of the ')}", results, height=7.0)
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["Blues"].with_extremes(bad=NOT_TESTED)
     # A root scale: most confusions are a few percent, which a linear one would leave white.
@@ -401,7 +404,9 @@ def _plot_largest_confusions(results: dict[str, Any], model: str, sized: list[st
     confusions.sort(key=lambda c: -c[2] / tested[c[0]])
     shares = [100 * number / tested[true] for true, _, number in confusions]
 
-    figure = _figure(f"Largest confusions of the {model}", results, 1.4 + 0.23 * max(4, len(shares)))
+    figure = _figure(
+        f"Largest confusions{of_the(model, results, ' of the ')}", results, 1.4 + 0.23 * max(4, len(shares))
+    )
     axes = figure.add_subplot()
     bars = axes.barh(range(len(shares)), shares, height=0.7, color=COLOURS[model], zorder=2)
     numbers = [f"{number:,} of {tested[true]:,}" for true, _, number in confusions]
@@ -446,6 +451,7 @@ def _class_names(data: dict[str, Any]) -> list[str]:
 
 def _figure(title: str, results: dict[str, Any], height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    models = "; ".join(f"{model}: {figure_text(results[model]['model'], 45)}" for model in _models(results))
+    names = {model: figure_text(results[model]["model"], 45) for model in _models(results)}
+    models = "; ".join(of_the(model, results, "", ": ") + name for model, name in names.items())
     add_title(figure, f"{title}: {figure_text(results['data']['name'], 40)}", models)
     return figure

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback
+from transformers import PreTrainedConfig, PrinterCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .config import BKDConfig, method_defaults
 from .errors import InputError
 from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
-from .models import cifar_resnet_depth, load_config
+from .models import check_image_size, cifar_resnet_depth, load_config
 from .objective import check_head
 from .options import RunArguments, options_with
 from .ranges import defaults_of, explain
@@ -66,8 +66,18 @@ def check_before_work(arguments: RunArguments) -> None:
             config = load_config(name, options.training.cosine_scale, **options.model.from_pretrained_kwargs())
             if options.training.head == "linear":
                 check_head(options.training, config)
+            _check_image_size(options, config)
     if arguments.distils and arguments.model.given_teacher is not None:
-        teacher_label_names(arguments.model.given_teacher, **arguments.for_teacher().model.from_pretrained_kwargs())
+        of_teacher = arguments.for_teacher()
+        teacher_label_names(arguments.model.given_teacher, **of_teacher.model.from_pretrained_kwargs())
+        if not trains_teacher and of_teacher.model.image_size is not None:
+            config = load_config(of_teacher.model.model_name_or_path, **of_teacher.model.from_pretrained_kwargs())
+            _check_image_size(of_teacher, config)
+
+
+def _check_image_size(options: RunArguments, config: PreTrainedConfig) -> None:
+    if options.model.image_size is not None:
+        check_image_size(options.model.model_name_or_path, config, options.model.image_size)
 
 
 def _check_name(option: str, path: Any) -> None:

@@ -7,7 +7,8 @@ import functools
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from .inputs import (
 )
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
 from .methods import corrects
-from .models import cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
+from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
+from .objective import Objective
 from .options import RunArguments
 from .plots import save_plots
 from .rehearsal import check_before_work
@@ -141,6 +143,9 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     of_teacher = arguments.for_teacher()
     for args in (arguments.training, of_teacher.training):
         check_metric_for_best_model(args, data)
+        Objective(args, counts, has_teacher=args.distillation_loss != "none").check_empty_classes(
+            dict(enumerate(data["class_names"]))
+        )
     say(
         f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
         f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
@@ -240,7 +245,9 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
     is_fresh = cifar_resnet_depth(name) is not None
     torch.manual_seed(args.seed)  # fresh weights, and fresh heads of pretrained models
     kwargs = options.model.from_pretrained_kwargs()
-    model = load_classifier(name, data["class_names"], options.model.image_size, args.cosine_scale, **kwargs)
+    size = options.model.image_size or FRESH_IMAGE_SIZE
+    with _without_load_report():  # a table of what is said below in a sentence
+        model = load_classifier(name, data["class_names"], size, args.cosine_scale, **kwargs)
     if args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
     if args.head_learning_rate is not None:
@@ -250,6 +257,19 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
         shown = ", ".join(model.new_parameters[:8]) + (", …" if len(model.new_parameters) > 8 else "")
         say(f"{name}: learned from scratch: {shown}; all else starts from its weights.")
     return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    def is_something_else(record: Any) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.get_logger("transformers.modeling_utils")
+    logger.addFilter(is_something_else)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_something_else)
 
 
 def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher: nn.Module | None) -> dict[str, Any]:

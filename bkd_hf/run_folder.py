@@ -17,10 +17,12 @@ from typing import Any
 from accelerate import PartialState
 from huggingface_hub import try_to_load_from_cache
 
+from .config import method_defaults
 from .errors import InputError
 from .files import LOCK_NAME, UNFINISHED, hash_of, lock, try_json, why_broken
+from .methods import METHODS
 from .models import cifar_resnet_depth
-from .options import WITHOUT_INFLUENCE, ModelArguments, RunArguments
+from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, ModelArguments, RunArguments
 from .results import RESULTS_NAME, save_json
 
 #: Marks an output folder as ours and records what the run in it was told.
@@ -72,6 +74,8 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
     if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
         return "new"
     there, here = record or {}, _told(arguments, identity)
+    names = {*there.get("teacher_training", {}), *here["teacher_training"]}
+    there, here = (_with_teacher(told, names if arguments.distils else None) for told in (there, here))
     unknown = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
     found = differences({**there, **unknown}, {**here, **unknown})
     if found and arguments.is_teacher:
@@ -80,10 +84,11 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
             "--output_dir, or --teacher_model_name_or_path to use it all the same."
         )
     if found:
+        has_teacher = (output_dir / "teacher" / RESULTS_NAME).exists()
         teacher = f" (and that run's teacher, by --teacher_model_name_or_path {output_dir}/teacher)"
         raise InputError(
             f"--output_dir {output_dir} holds a run with other options: {found}. Use another folder"
-            f"{teacher if 'teacher' in content else ''}, or --overwrite to delete that run and start anew."
+            f"{teacher if has_teacher else ''}, or --overwrite to delete that run and start anew."
         )
     if RESULTS_NAME not in content:
         return "interrupted"
@@ -210,6 +215,17 @@ def _told(arguments: RunArguments, identity: dict[str, str | None] | None = None
     return json.loads(json.dumps({**influential, **(identity or {})}))  # as it will be read back
 
 
+def _with_teacher(told: dict[str, Any], names: set[str] | None) -> dict[str, Any]:
+    """Have what was told say these options of the teacher, given for it or as for the student; `None`: no teacher."""
+    model, training = told.get("model", {}), told.get("training", {})
+    if names is None:
+        model = {name: value for name, value in model.items() if name not in ABOUT_TEACHER}
+        return {**told, "model": model, "teacher_training": {}}
+    method = METHODS[training["method"]].teacher if training.get("method") in METHODS else "ce"
+    values = {**model, **training, **method_defaults(method), **told.get("teacher_training", {})}
+    return {**told, "teacher_training": {name: values.get(name) for name in names}}
+
+
 def _delete_run(output_dir: Path) -> None:
     """Delete what a run leaves, and nothing that somebody put beside it."""
     for pattern in _LEFT_BY_A_RUN:
@@ -266,6 +282,13 @@ def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
     """Raise an `InputError` if a checkpoint is damaged; one that [`mark_complete`] never saw may be anything."""
     if Path(checkpoint, COMPLETE_NAME).exists() and (why := why_not_complete(checkpoint)):
         raise InputError(f"The checkpoint {checkpoint} cannot be used: {why}. Remove it, and run the same again.")
+
+
+def has_checkpoint(output_dir: str | os.PathLike[str]) -> bool:
+    """Whether a run, or its teacher's in it, has a checkpoint that was written to its end, or is finished."""
+    folder = Path(output_dir)
+    left = (f"checkpoint-*/{COMPLETE_NAME}", f"teacher/checkpoint-*/{COMPLETE_NAME}", f"teacher/{RESULTS_NAME}")
+    return any(next(folder.glob(pattern), None) for pattern in (*left, RESULTS_NAME))
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

@@ -252,7 +252,7 @@ def _title(how: Mapping[str, Any]) -> str:
 def _source(how: Mapping[str, Any]) -> str:
     if how.get("source_id"):
         return f"[{markdown(how['source_id'])}](https://huggingface.co/datasets/{quote(how['source_id'])})"
-    if "profile" not in how:
+    if "train_list" in how:
         return "the data set whose lists these are"
     return "the 8×8 digits that come with scikit-learn" if how["name"] == "digits" else code(how["name"])
 

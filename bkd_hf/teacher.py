@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,7 +40,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import modeling_cifar_resnet, modeling_cosine_head  # noqa: F401 (makes them known to the Auto classes)
 from .errors import InputError
-from .models import label_names, why_not_alike
+from .models import label_names, on_the_hub, why_not_alike
 from .text import normal, one_line
 
 #: Inputs with this prefix go to the teacher, without it.
@@ -297,7 +298,10 @@ def load_teacher(
 
 
 def _not_loadable(teacher: str, error: Exception) -> InputError:
-    return InputError(f"The teacher {teacher!r} cannot be loaded as an image classifier: {one_line(error, 300)}")
+    where = "a folder here" if os.path.isdir(teacher) else f"no folder here; {on_the_hub()}"
+    return InputError(
+        f"The teacher {teacher!r} cannot be loaded as an image classifier ({where}): {one_line(error, 300)}"
+    )
 
 
 def check_numbers_of_classes(

@@ -348,7 +348,10 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
     # ---- Logging --------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `ce_loss` and `kd_loss` (with T², without α) to a training log: means over all examples since the last.
+        """Put `loss`, `ce_loss` and `kd_loss` (with T², without α) into a training log.
+
+        All are means over all examples since the last log; those of `Trainer` are means over steps, in which the
+        examples of a short last step of an epoch weigh more: sum and parts would not agree.
 
         Raises:
             TeacherLogitsError, TrainingDivergedError: If something was not finite since then.

@@ -179,6 +179,28 @@ def same_pixels(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
     return True
 
 
+def set_image_size(processor: BaseImageProcessor, image_size: int) -> None:
+    """Have a processor give images of another height and width: one that crops shows the same part of an image.
+
+    Raises:
+        InputError: If it cannot.
+    """
+    square, before = {"height": image_size, "width": image_size}, output_size(processor)
+    if processor.size and "height" not in processor.size:
+        name, edge = next(iter(dict(processor.size).items()))
+        crops = getattr(processor, "do_center_crop", False)
+        processor.size = {name: round(edge * image_size / min(before)) if crops else image_size}
+    else:
+        processor.size = square
+    if getattr(processor, "crop_size", None):
+        processor.crop_size = square
+    if (found := output_size(processor)) != (image_size, image_size):
+        raise InputError(
+            f"--image_size {image_size}: the image processor ({type(processor).__name__}) gives images of "
+            f"{found[0]}×{found[1]} pixels all the same. Set the size in its preprocessor_config.json."
+        )
+
+
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     """Height and width of the images that a processor gives.
 

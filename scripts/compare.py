@@ -25,7 +25,10 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     """Return the options of the comparison, and those that go to every cell."""
     parser = argparse.ArgumentParser(
         description="Run methods × seeds, one process a cell, and tabulate what they reach. An interrupted comparison "
-        "goes on with the same command. All other options (--config, --dataset_name, --bf16, …) go to run_bkd.py.",
+        "goes on with the same command. All other options (--config, --dataset_name, --bf16, …) go to run_bkd.py. "
+        "The teacher of a seed is its ce cell; or the one that --teacher_model_name_or_path gives; or, by "
+        "--teacher_OPTION or a section `teacher:` in the recipe, one that is trained for it and "
+        "shared by all methods that distil.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

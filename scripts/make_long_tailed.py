@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 r"""Write a long-tailed split as a data set of its own, which others can load and cite.
 
-It gets parquet files with the images as they are, the untouched test split, a card with counts and figure, and a
+It gets parquet files with the images as they are, the test split, untouched, and a validation split if there is one
+(without a test split a fifth of each class becomes it), a card with counts and figure, and a
 record of how it was made. The same command makes the same files again, or publishes a split that is finished.
 
   python scripts/make_long_tailed.py --dataset_name uoft-cs/cifar100 --label_column_name fine_label \
       --imbalance_ratio 100 --push_to_hub USER/cifar100-lt
+  python scripts/make_long_tailed.py --dataset_name leaves    # has a tail already, which stays as it is
   python scripts/make_long_tailed.py --train_list ImageNet_LT_train.txt --test_list ImageNet_LT_test.txt \
       --val_list ImageNet_LT_val.txt --image_folder ILSVRC2012
   python scripts/make_long_tailed.py --train_list train2018.json --test_list val2018.json --image_folder inat2018
@@ -14,6 +16,7 @@ record of how it was made. The same command makes the same files again, or publi
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import shlex
 import sys
@@ -22,14 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
-from bkd_hf.data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, make_long_tailed
+from bkd_hf.data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, class_counts, make_long_tailed
 from bkd_hf.errors import InputError, run_script
-from bkd_hf.loading import load_image_dataset
+from bkd_hf.loading import NoTestSplitError, load_image_dataset
 from bkd_hf.results import hub_id, without_folders
 from bkd_hf.splits import SPLIT_NAME, check_output_folder, exact, save_split
 from bkd_hf.text import printable
 
+#: From so many times the images of the smallest class in the largest, data is unbalanced.
+UNBALANCED = 2.0
 _DRAWING = {
     "dataset_name": "A Hub id, a folder of class folders, a saved set, parquet, or digits.",
     "dataset_config_name": "Configuration of a Hub data set.",
@@ -37,12 +43,17 @@ _DRAWING = {
     "label_column_name": "Found by its type or a usual name if not given.",
     "train_split_name": "train, or the only split, if not given.",
     "eval_split_name": "What becomes test: test, or else validation, val, …",
-    "imbalance_ratio": "Images of the largest class per image of the smallest (default: 100).",
+    "imbalance_ratio": "Images of the largest class per image of the smallest. Not given: the images as they are, if "
+    f"the largest class has at least {UNBALANCED:g} times as many as the smallest.",
     "profile": "Shape of the tail: exp, step (half head, half tail) or pareto (default: exp).",
     "pareto_alpha": f"For --profile pareto (default: {PARETO_ALPHA:g}).",
     "max_class_count": "Images of the largest class; by default all it can give.",
-    "seed": "Which images are kept (default: 0).",
+    "class_order": "Which classes become the head: the first by label, or the largest by size (default: size where "
+    "the data is unbalanced already, else label).",
+    "seed": "Which images are kept, or set aside as the test split (default: 0).",
 }
+_SHAPE = ("profile", "pareto_alpha", "max_class_count", "class_order")
+_CHOICES = {"profile": PROFILES, "class_order": ("label", "size")}
 _LISTS = {
     "train_list": "Lines of the form `path label`, or JSON as that of iNaturalist 2018.",
     "test_list": "The same for the test split.",
@@ -60,11 +71,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
         allow_abbrev=False,
     )
-    titles = ("a split drawn from a balanced data set", "a published split, from the lists of its files")
+    titles = ("a split drawn from a data set, or its own tail", "a published split, from the lists of its files")
     for title, table in zip(titles, (_DRAWING, _LISTS), strict=True):
         group = parser.add_argument_group(title)
         for name, text in table.items():
-            kind, choices = _TYPES.get(name, str), PROFILES if name == "profile" else None
+            kind, choices = _TYPES.get(name, str), _CHOICES.get(name)
             group.add_argument(f"--{name}", type=kind, choices=choices, metavar=name.split("_")[-1].upper(), help=text)
     to = parser.add_argument_group("where it goes")
     to.add_argument("--output_dir", type=Path, metavar="DIR", help="Named after the split, in outputs/, if not given.")
@@ -81,16 +92,19 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise an `InputError` if options are missing, or contradict each other; fill in the defaults of drawing."""
+    """Raise an `InputError` if options are missing, or contradict each other; fill in the defaults."""
     drawn, listed = list(given(options, _DRAWING)), list(given(options, _LISTS))
     if options.private and not options.push_to_hub:
         raise InputError("--private: without --push_to_hub nothing is published, so it has no effect. Leave it out.")
     if options.dataset_name is not None:
         if listed:
             raise InputError(f"--{listed[0]}: with --dataset_name no lists are read. Give one or the other.")
+        shape = next((name for name in _SHAPE if name in drawn), None)
+        if options.imbalance_ratio is None and shape is not None:
+            raise InputError(f"--{shape}: it shapes a tail that --imbalance_ratio cuts. Give that, or leave it out.")
         if options.pareto_alpha is not None and options.profile != "pareto":
             raise InputError("--pareto_alpha has no effect without --profile pareto. Leave it out, or add that.")
-        defaults = {"imbalance_ratio": 100.0, "profile": "exp", "seed": 0}
+        defaults: dict[str, Any] = {"seed": 0} if options.imbalance_ratio is None else {"profile": "exp", "seed": 0}
         defaults |= {"pareto_alpha": PARETO_ALPHA} if options.profile == "pareto" else {}
         vars(options).update({name: value for name, value in defaults.items() if name not in drawn})
         return
@@ -118,10 +132,36 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 def default_name(how: dict[str, Any]) -> str:
     """Name the output folder after what is not a default."""
     parts = [Path(how["name"]).name]
+    if "train_list" not in how and "profile" not in how:
+        parts += ["lt"]
     if "profile" in how:
         parts += ["lt", f"{how['imbalance_ratio']:g}", *([] if how["profile"] == "exp" else [how["profile"]])]
         parts += [f"seed{how['seed']}"] if how["seed"] else []
     return "_".join(parts)
+
+
+def load(options: argparse.Namespace, how: dict[str, Any]) -> datasets.DatasetDict:
+    """Load the source; add to `how` what is decided by what it is."""
+    given_splits = options.train_split_name, options.eval_split_name
+    columns = options.dataset_config_name, options.image_column_name, options.label_column_name
+    read = functools.partial(
+        load_image_dataset, options.dataset_name, *columns, *given_splits, split_seed=options.seed, token=options.token
+    )
+    try:
+        source = read(untouched_test=True)
+    except NoTestSplitError:
+        source = read()
+        how["test"] = "carved"
+    counts = class_counts(source["train"])
+    is_unbalanced = max(counts) >= UNBALANCED * min(counts)
+    if options.imbalance_ratio is None and not is_unbalanced:
+        raise InputError(
+            f"{how['name']} is balanced ({max(counts):,} to {min(counts):,} training images in a class): give "
+            "--imbalance_ratio, e.g. 100, to cut a tail."
+        )
+    if options.imbalance_ratio is not None and is_unbalanced:
+        how.setdefault("class_order", "size")
+    return source
 
 
 def make(options: argparse.Namespace) -> None:
@@ -131,6 +171,8 @@ def make(options: argparse.Namespace) -> None:
 
     check(options)
     how = describe(options)
+    if options.dataset_name is not None:
+        source = load(options, how)
     folder = options.output_dir or Path("outputs", default_name(how))
     check_output_folder(folder, how)
     if options.dataset_name is None:  # quick, so that what is missing is named before the Hub is asked
@@ -138,20 +180,15 @@ def make(options: argparse.Namespace) -> None:
     if options.push_to_hub:
         check_repo_access(options.push_to_hub, options.token, "dataset", options.private)
     if options.dataset_name is not None:
-        source = load_image_dataset(
-            options.dataset_name,
-            options.dataset_config_name,
-            options.image_column_name,
-            options.label_column_name,
-            options.train_split_name,
-            options.eval_split_name,
-            token=options.token,
-            untouched_test=True,
-        )
-        ratio, profile, alpha = options.imbalance_ratio, options.profile, how.get("pareto_alpha", PARETO_ALPHA)
-        count, seed = options.max_class_count, options.seed
-        train = make_long_tailed(source["train"], LABEL_COLUMN, ratio, profile, seed, count, pareto_alpha=alpha)
-        splits = datasets.DatasetDict({"train": train, "test": source["eval"]})
+        train = source["train"]
+        if options.imbalance_ratio is not None:
+            by_size = np.argsort(-np.array(class_counts(train)), kind="stable").tolist()
+            order = by_size if how.get("class_order") == "size" else None
+            ratio, profile, alpha = options.imbalance_ratio, options.profile, how.get("pareto_alpha", PARETO_ALPHA)
+            count, seed = options.max_class_count, options.seed
+            train = make_long_tailed(train, LABEL_COLUMN, ratio, profile, seed, count, order, alpha)
+        others = {"validation": source["validation"]} if "validation" in source else {}
+        splits = datasets.DatasetDict({"train": train, "test": source["eval"], **others})
     was_there = (folder / SPLIT_NAME).exists()
     for split, content in save_split(splits, folder, how, options.license)["splits"].items():
         counts = content["class_counts"]

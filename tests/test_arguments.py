@@ -114,6 +114,46 @@ def test_teacher_has_its_own_options(tmp_path):
     assert (teacher.learning_rate, teacher.num_train_epochs, teacher.weight_decay) == (0.02, 7, 1e-3)
 
 
+def test_a_difference_tells_what_was_given_for_the_teacher(tmp_path):
+    folder = tmp_path / "out"
+    line = f"--dataset_name some/data --head_learning_rate 3e-3 --output_dir {folder}"
+    there, same = (parse(f"{line} --teacher_head_learning_rate {rate}") for rate in ("3e-4", "3e-4"))
+    folder.mkdir()
+    record_run(there, {})
+    (folder / "teacher").mkdir()
+    assert run_state(same) == "interrupted"
+    for has_model in (False, True):
+        with pytest.raises(InputError, match=r"--teacher_head_learning_rate is 0\.0003 there, 0\.003 here") as raised:
+            run_state(parse(f"{line} --teacher_head_learning_rate 3e-3"))
+        assert (f"{folder}/teacher" in str(raised.value)) == has_model  # as long as it holds none, it is no way out
+        (folder / "teacher" / "results.json").touch()
+
+
+def test_what_has_no_effect_is_told_of_the_command_line_alone(tmp_path, recwarn):
+    recipe = "dataset_name: some/data\nmomentum: 0.9\nfocal_gamma: 2\npush_teacher: true\nteacher:\n  seed: 3\n"
+    arguments = parse("--method ce", tmp_path, recipe)
+    assert [str(warning.message) for warning in recwarn if "no effect" in str(warning.message)] == []
+    assert arguments.options_without_effect() == {}
+    arguments = parse("--method ce --focal_gamma 2 --push_teacher --teacher_seed 3", tmp_path, recipe)
+    assert [str(w.message)[:13] for w in recwarn if "no effect" in str(w.message)] == ["--focal_gamma"]
+    assert set(arguments.options_without_effect()) == {"push_teacher", "teacher_seed"}
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ("--model_name_or_path facebook/x --image_size 48", (48, 48)),  # a teacher like the student
+        ("--model_name_or_path facebook/x --image_size 48 --teacher_model_name_or_path y", (48, None)),
+        ("--model_name_or_path facebook/x --teacher_model_name_or_path y --teacher_image_size 64", (None, 64)),
+        ("--model_name_or_path cifar-resnet-8 --teacher_model_name_or_path y", (32, None)),
+        ("--model_name_or_path cifar-resnet-8 --image_size 48 --teacher_model_name_or_path cifar-resnet-56", (48, 48)),
+    ],
+)
+def test_sizes_of_images(options, sizes):
+    arguments = parse(f"--dataset_name some/data {options}")
+    assert (arguments.model.image_size, arguments.for_teacher().model.image_size) == sizes
+
+
 def test_any_option_that_makes_sense_for_a_teacher_can_be_given_for_it(tmp_path):
     text = "image_size: 32\ntoken: hf_secret\nteacher:\n  image_size: 48\n  sampler: class_balanced\n"
     arguments = parse("--teacher_trust_remote_code --method dkd --dkd_beta 2 --hub_model_id me/x", tmp_path, text)

@@ -333,7 +333,7 @@ def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path, run_he
     assert (results["method"], results["teacher"]) == ("ldam-drw", None)
     assert results["student"]["post_hoc_metrics"]["tau"] == 1.0
     assert sorted(path.name for path in (tmp_path / "run" / "figures").iterdir()) == [
-        "class_accuracy.png", "confusion_student.png", "training_curves.png"
+        "class_accuracy.png", "confusion.png", "training_curves.png"
     ]  # fmt: skip
     model = load_classifier(str(tmp_path / "run"), [str(number) for number in range(10)]).eval()
     assert (model.config.cosine_head, model.config.cosine_scale) == (True, 30.0)

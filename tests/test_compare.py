@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bkd_hf import InputError, load_results
+from bkd_hf import InputError, load_classifier, load_processor, load_results
 from bkd_hf.cells import CellRunner, plan_cells
 from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison, resampled
+from bkd_hf.comparison_plots import plot_comparison
 from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
 from tests.test_plots import make_results
@@ -228,6 +229,14 @@ def test_files(cells, tmp_path):
         assert Image.open(tmp_path / "out" / name).size[0] >= 600
 
 
+def test_axes_end_where_accuracies_do(cells):
+    for cell in cells:
+        cell["student"]["metrics"]["worst_class_accuracy"] = 0.0
+    for axes in plot_comparison(Comparison(cells)).axes:
+        low, high = axes.get_xlim()
+        assert 0 <= low < high <= 100
+
+
 def test_no_figure_of_teachers_without_teachers(cells, tmp_path):
     paths = save_comparison(Comparison(cells[:3]), tmp_path)
     assert [path.name for path in paths if path.suffix == ".png"] == ["comparison.png", "leaderboard.png"]
@@ -247,6 +256,53 @@ def test_teachers_are_planned_before_their_students(tmp_path):
     arguments = cells[1].parse()
     assert arguments.model.teacher_model_name_or_path == str(tmp_path / "ce" / "seed3")
     assert (arguments.training.method, arguments.training.seed, arguments.training.bf16) == ("bkd", 3, True)
+
+
+@pytest.fixture(scope="module")
+def given_teacher(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("given")
+    load_classifier("cifar-resnet-8", [str(digit) for digit in range(10)], image_size=16).save_pretrained(folder)
+    load_processor("cifar-resnet-8", image_size=16).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "teacher", "told"),
+    [
+        (["--teacher_model_name_or_path", "GIVEN"], None, {}),
+        (["--teacher_model_name_or_path", "GIVEN", "--finetune_teacher"], "teacher ce seed 3", {"model": "GIVEN"}),
+        (["--teacher_model_name_or_path", "cifar-resnet-56"], "teacher ce seed 3", {"model": "cifar-resnet-56"}),
+        (["--teacher_num_train_epochs", "7"], "teacher ce seed 3", {"epochs": 7}),
+        (["--teacher_lr_step_epochs", "1", "4"], "teacher ce seed 3", {"steps": [1, 4]}),
+        (["--teacher_method", "focal"], "focal seed 3", {"method": "focal"}),
+    ],
+)
+def test_teachers_as_they_are_asked_for(tmp_path, given_teacher, options, teacher, told):
+    options = [given_teacher if word == "GIVEN" else word for word in options]
+    cells = plan_cells(["ce", "kd"], [3], tmp_path, RUN_SCRIPT, options)
+    kd = next(cell for cell in cells if cell.method == "kd")
+    assert (kd.teacher.name if kd.teacher else None) == teacher
+    assert kd.parse().model.teacher_model_name_or_path == (str(kd.teacher.folder) if teacher else given_teacher)
+    assert not kd.parse().model.finetune_teacher
+    assert (tmp_path / "ce" / "seed3") in [cell.folder for cell in cells if not cell.is_teacher]
+    if teacher:
+        found, model = kd.teacher.parse().training, kd.teacher.parse().model.model_name_or_path
+        model = "GIVEN" if model == given_teacher else model
+        seen = {
+            "model": model,
+            "epochs": found.num_train_epochs,
+            "steps": found.lr_step_epochs,
+            "method": found.method,
+        }
+        assert {name: seen[name] for name in told} == told
+
+
+def test_a_teacher_for_other_classes_is_trained_once_a_seed(tmp_path):
+    load_classifier("cifar-resnet-8", ["cat", "dog"], image_size=16).save_pretrained(tmp_path / "pets")
+    load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "pets")
+    options = ["--teacher_model_name_or_path", str(tmp_path / "pets")]
+    cells = plan_cells(["kd", "bkd"], [0, 1], tmp_path / "out", RUN_SCRIPT, options)
+    assert [cell.name for cell in cells if cell.is_teacher] == ["teacher ce seed 0", "teacher ce seed 1"]
 
 
 def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
@@ -275,7 +331,13 @@ def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
         (["ce"], [0, 0], [], "--seeds 0 0"),
         (["ce"], [0], ["--seed", "3"], "--seed cannot be set for a comparison: use --seeds"),
         (["ce"], [0], ["--method=kd"], "--method cannot be set"),
-        (["ce"], [0], ["--teacher_learning_rate", "1"], "the teacher of a seed is that seed's ce cell"),
+        (["ce"], [0], ["--teacher_learning_rate", "1"], "--teacher_learning_rate: none of --methods ce has"),
+        (
+            ["ce", "kd"],
+            [0],
+            ["--teacher_method", "bkd"],
+            "--teacher_method bkd: a teacher is trained without a teacher",
+        ),
     ],
 )
 def test_bad_plans(tmp_path, methods, seeds, options, message):
@@ -416,16 +478,26 @@ def test_other_methods_join_the_table_and_unused_options_do_not_matter(compared)
     shutil.rmtree(compared / "kd")
 
 
-def test_a_teacher_section_is_refused(tmp_path):
+def test_methods_share_a_teacher_of_its_own(tmp_path):
     config = tmp_path / "recipe.yaml"
-    config.write_text("dataset_name: digits\nteacher:\n  model_name_or_path: cifar-resnet-14\n")
-    output = compare("--methods", "kd", "--output_dir", tmp_path / "out", "--config", config, expected=2)
-    assert "The section `teacher:` of --config cannot be used in a comparison" in output
+    config.write_text(
+        "dataset_name: digits\nmodel_name_or_path: cifar-resnet-8\nimage_size: 16\nnum_train_epochs: 1\n"
+        "imbalance_ratio: 65\nteacher:\n  model_name_or_path: cifar-resnet-14\n  num_train_epochs: 2\n"
+    )
+    options = ["--seeds", 0, "--config", config, "--force_distillation", "--num_threads", 1]
+    output = compare("--methods", "ce", "kd", "bkd", "--output_dir", tmp_path / "out", *options)
+    assert "| ce | 1 |" in output
+    assert "Not all methods were run with the same options" not in output
+    shared = load_results(tmp_path / "out" / "shared_teachers" / "ce" / "seed0")["student"]
+    assert (shared["model"], shared["training"]["epochs"]) == ("cifar-resnet-14", 2)
+    for method in ("kd", "bkd"):
+        assert load_results(tmp_path / "out" / method / "seed0")["teacher"]["metrics"] == shared["metrics"]
+    assert load_results(tmp_path / "out" / "ce" / "seed0")["student"]["model"] == "cifar-resnet-8"
+    again = compare("--methods", "kd", "--output_dir", tmp_path / "out", *options, "--dry_run")
+    assert [line.split()[0] for line in again.splitlines()[:2]] == ["finished"] * 2
 
 
 def test_exit_code_and_message_tell_of_a_failure(tmp_path):
-    from bkd_hf import load_processor
-
     tiny_deit_with_two_heads(num_labels=10, image_size=16).save_pretrained(tmp_path / "deit")
     load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "deit")
     output = compare(

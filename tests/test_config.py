@@ -59,6 +59,10 @@ def test_fp16_is_refused_where_it_would_be_fp32():
     ("options", "message"),
     [
         ({"momentum": 0.9}, "--momentum 0.9 has no effect"),
+        (
+            {"lr_warmup_epochs": 5, "lr_step_epochs": [5, 8], "lr_step_factors": [0.1, 0.01], "num_train_epochs": 9},
+            r"--lr_warmup_epochs 5 is not below the first of --lr_step_epochs \(5\)",
+        ),
         ({"decay_all_parameters": True}, "--decay_all_parameters has no effect"),
         ({"deferred_reweighting_start": 3}, "is never reached"),
         ({"deferred_reweighting_start": 1, "class_balance_beta": 0.0}, "has no effect"),

@@ -10,6 +10,7 @@ import torch
 
 from bkd_hf import InputError
 from bkd_hf.errors import run_script
+from bkd_hf.run_folder import has_checkpoint
 from tests.conftest import REPOSITORY
 
 WORK = """
@@ -53,6 +54,18 @@ def test_no_print_stops_the_work(tmp_path, shell, environment, fails):
     lines = process.stderr.decode("ascii", "replace").splitlines()
     assert [line.split(":")[0] for line in lines] in ([], ["error"], ["warning"], ["warning", "error"])
     assert not any("\x1b" in line for line in lines)
+
+
+def test_an_interruption_tells_of_what_there_is(tmp_path, capsys):
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    assert run_script(work, lambda: f"checkpoint: {has_checkpoint(tmp_path)}") == 130
+    (tmp_path / "teacher" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "teacher" / "checkpoint-3" / "complete.json").touch()
+    assert run_script(work, lambda: f"checkpoint: {has_checkpoint(tmp_path)}") == 130
+    said = capsys.readouterr().err
+    assert said.splitlines() == ["interrupted: checkpoint: False", "interrupted: checkpoint: True"]
 
 
 @pytest.mark.parametrize("script", ["publish.py", "make_long_tailed.py", "compare.py", "run_bkd.py"])

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 import zlib
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import transformers as T
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -19,10 +21,56 @@ from transformers import (
     default_data_collator,
 )
 
-from bkd_hf import ImageDataset, InputError, default_augmentation, load_image_dataset
+from bkd_hf import ImageDataset, InputError, default_augmentation, load_image_dataset, load_processor
+from bkd_hf.decoding import upright_rgb
 from bkd_hf.images import channel_statistics, collate_images, default_num_workers
+from bkd_hf.inputs import load_own_processor
+from bkd_hf.models import check_image_size
+from bkd_hf.options import ModelArguments
 from bkd_hf.sampling import SampledExamples, hash_uniform
 from bkd_hf.views import PixelBytes, output_size
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "size"),
+    [
+        (ViTImageProcessorPil, {"size": {"height": 16, "width": 16}}, {"height": 24, "width": 24}),
+        (ConvNextImageProcessorPil, {"size": {"shortest_edge": 16}}, {"shortest_edge": 24}),
+        (
+            CLIPImageProcessorPil,
+            {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}},
+            {"shortest_edge": 30},
+        ),
+    ],
+)
+def test_another_image_size_stays_with_the_processor(tmp_path, kind, options, size):
+    kind(**options).save_pretrained(tmp_path)
+    T.ResNetConfig().save_pretrained(tmp_path)
+    given = load_own_processor(ModelArguments(str(tmp_path), image_size=24), photos())
+    given.save_pretrained(tmp_path / "student")
+    assert output_size(load_processor(str(tmp_path / "student"))) == (24, 24)
+    assert dict(given.size) == size
+    assert output_size(load_own_processor(ModelArguments(str(tmp_path)), photos())) == (16, 16)
+
+
+def test_palettes_with_transparency_keep_their_colours_in_silence():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([0, 1])
+    file = io.BytesIO()
+    image.save(file, format="PNG", transparency=b"\x00\x80")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = np.asarray(upright_rgb(Image.open(file)))
+    assert pixels.tolist() == [[[10, 20, 30], [200, 100, 50]]]
+
+
+def test_a_model_of_one_size_refuses_another():
+    about = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    with pytest.raises(InputError, match=r"--image_size 48: x \(vit\) takes images of 32×32 pixels only, as"):
+        check_image_size("x", T.ViTConfig(**about), 48)
+    for config in (T.ViTConfig(**{**about, "image_size": 48}), T.Dinov2Config(**about), T.ResNetConfig()):
+        check_image_size("x", config, 48)
 
 
 def vit_processor(size: int = 16, **kwargs) -> ViTImageProcessorPil:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from bkd_hf import long_tail_metrics, shot_groups
-from bkd_hf.plots import plot_class_accuracy, plot_confusion, plot_training_curves, save_plots
+from bkd_hf.plots import figure_names, plot_class_accuracy, plot_confusion, plot_training_curves, save_plots
 
 ADJECTIVES = ["sweet", "wild", "aquarium", "yellow-crowned", "great", "small", "pickup", "dwarf", "red", "grey"]
 NOUNS = [
@@ -314,6 +314,14 @@ def test_a_weight_of_distillation_is_told(ten):
     ten["options"] = {"training": {"distillation_weight": 0.5}}
     axes = panels(plot_training_curves(ten))["training loss"]
     line(axes, "student: distillation\n(× 0.5 in the total)")
+
+
+def test_a_model_alone_is_nobodys_student(ten):
+    ten["teacher"] = None
+    assert [name for name in figure_names(ten) if "confusion" in name] == ["confusion.png"]
+    title = plot_confusion(ten).get_suptitle()
+    assert title.startswith("Confusions: ")
+    assert "student" not in title + "".join(text.get_text() for text in plot_confusion(ten).texts)
 
 
 # ---- Confusions -----------------------------------------------------------------------------------------------------

@@ -115,12 +115,54 @@ def test_the_test_split_is_a_published_one(make, tmp_path, capsys):
     datasets.DatasetDict(train=data["train"]).save_to_disk(tmp_path / "one")
     for options, expected in (([], test), (["--eval_split_name", "validation"], val)):
         folder = tmp_path / f"split{len(options)}"
+        options = [*options, "--imbalance_ratio", 100]
         assert make("--dataset_name", tmp_path / "three", *options, "--seed", "5", "--output_dir", folder) == 0
         record = json.loads((folder / "split.json").read_text())
         assert record["splits"]["test"]["fingerprint"] == fingerprint(expected)
         assert record["splits"]["train"]["fingerprint"] == fingerprint(make_long_tailed(data["train"], split_seed=5))
-    assert make("--dataset_name", tmp_path / "one", "--output_dir", tmp_path / "none") == 2
-    assert "has no test split, which nobody trains on: it has train" in capsys.readouterr().err
+        kept = record["splits"].get("validation", {}).get("fingerprint")
+        assert kept == (fingerprint(val) if expected is test else None)
+
+
+@pytest.fixture
+def leaves(tmp_path) -> Path:
+    """Class folders without a test split; the largest class is not the first by name."""
+    for name, number in (("ash", 5), ("birch", 20), ("cedar", 10)):
+        (tmp_path / "leaves" / name).mkdir(parents=True)
+        for i in range(number):
+            pixels = np.random.default_rng(100 * number + i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "leaves" / name / f"{i}.png")
+    return tmp_path / "leaves"
+
+
+@pytest.mark.parametrize(
+    ("options", "counts", "told"),
+    [
+        ([], [4, 16, 8], "nothing was cut"),
+        (["--imbalance_ratio", "8"], [2, 16, 5], "in the order of\ntheir sizes in the source, the largest first"),
+        (["--imbalance_ratio", "2", "--class_order", "label"], [4, 2, 2], "in the order of\nthe labels"),
+    ],
+)
+def test_an_unbalanced_source_without_a_test_split(leaves, make, tmp_path, options, counts, told):
+    folder = tmp_path / "split"
+    for _ in range(2):  # the same again is the same
+        assert make("--dataset_name", leaves, *options, "--output_dir", folder) == 0
+    splits = json.loads((folder / "split.json").read_text())["splits"]
+    assert splits["train"]["class_counts"] == counts
+    assert splits["test"]["class_counts"] == [1, 4, 2]
+    assert splits["test"]["fingerprint"] == fingerprint(load_image_dataset(str(leaves))["eval"])  # as a run has it
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert told in text
+    assert "a fifth of each class of the source" in text
+    assert "\n\n\n" not in text
+    assert "untouched" not in text
+
+
+def test_a_balanced_source_needs_a_ratio(make, tmp_path, capsys):
+    assert make("--dataset_name", "digits", "--output_dir", tmp_path / "split") == 2
+    error = capsys.readouterr().err
+    assert "digits is balanced" in error
+    assert "--imbalance_ratio, e.g. 100" in error
 
 
 # ---- The card

@@ -389,7 +389,7 @@ def test_data_set_with_transform(tmp_path):
     ("arguments", "message"),
     [
         ({"class_counts": [1, 2, 3]}, "student: 5, teacher: 5, class counts: 3"),
-        ({"class_counts": [1, 2, 3, 4, 0]}, r"no training image \(first: class 4\)"),
+        ({"class_counts": [1, 2, 3, 4, 0]}, r"1 of 5 classes have no training image \(.*4\).*--empty_classes clamp"),
         ({"data": [{**e, "labels": e["labels"] + 1} for e in images()]}, "has the label 5, outside the range"),
         ({"data": [{**e, "labels": e["labels"] - 1} for e in images()]}, "Label -1 of the training set is negative"),
         ({"teacher": load_classifier("cifar-resnet-8", NAMES[:4])}, "student: 5, teacher: 4"),
@@ -401,6 +401,23 @@ def test_bad_input(tmp_path, arguments, message):
         arguments = {**arguments, "model": arguments["teacher"]}
     with pytest.raises(ValueError, match=message):
         trainer_for(tmp_path, **arguments)
+
+
+def test_logged_loss_is_the_sum_of_its_parts_though_steps_differ_in_size(tmp_path):
+    trainer = trainer_for(tmp_path, per_device_train_batch_size=36, num_train_epochs=1, logging_strategy="epoch")
+    trainer.train()
+    assert trainer.state.global_step == 2  # of 36 images and of 4
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["ce_loss"] + log["kd_loss"], rel=1e-5)
+
+
+def test_empty_classes_are_named_or_count_as_one_image(tmp_path):
+    model = load_classifier("cifar-resnet-8", ["ash", "birch", "cedar", "elm", "fir"], image_size=8)
+    with pytest.raises(InputError, match=r"1 of 5 classes have no training image \(cedar\), and --distillation"):
+        trainer_for(tmp_path, model, class_counts=[9, 4, 0, 2, 1])
+    trainer = trainer_for(tmp_path, model, class_counts=[9, 4, 0, 2, 1], empty_classes="clamp")
+    torch.testing.assert_close(trainer.class_weights, class_balanced_weights([9, 4, 1, 2, 1]).float())
+    assert trainer.class_counts.tolist() == [9, 4, 0, 2, 1]  # the metrics tell what there is
 
 
 def test_args_must_be_a_bkd_config(tmp_path):

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .arguments import SCRIPT_DEFAULTS
-from .config import HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
+from .config import ADAPTER_RANK, HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
@@ -63,6 +63,10 @@ _SOURCES: dict[str, dict[Any, tuple[str, str]]] = {
     },
     "sampler": {"class_balanced": ("class-balanced sampling", "1910.09217")},
     "logit_standardization": {True: ("logit standardization", "2403.01427")},
+    "adapter": {
+        "lora": ("low-rank updates of pretrained weights (LoRA)", "2106.09685"),
+        "bitfit": ("biases and normalisation layers alone (BitFit)", "2106.10199"),
+    },
 }
 _LOSSES: dict[str, Mapping[str, Loss | None]] = {
     "classification_loss": CLASSIFICATION_LOSSES,
@@ -270,7 +274,9 @@ def _losses(options: dict[str, Any]) -> list[Loss]:
 def _sources(options: dict[str, Any]) -> list[tuple[str, str | None]]:
     """Title and number on arXiv of each part of the method."""
     found: list[tuple[str, str | None]] = []
-    for part in ("classification_loss", "class_weighting", "sampler", "distillation_loss", "logit_standardization"):
+    parts = ("classification_loss", "class_weighting", "sampler", "distillation_loss", "logit_standardization",
+             "adapter")  # fmt: skip
+    for part in parts:
         choice = options.get(part, "none")
         if loss := _LOSSES.get(part, {}).get(choice):
             found.append((loss.title, loss.source))
@@ -369,6 +375,10 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
         minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
         scale = options.get("head_scale") or HEAD_SCALE
         head = f", cosine head with scale {scale:g}" if options.get("head") == "cosine" else ""
+        if adapter := options.get("adapter"):
+            trained, rank = results[model].get("num_trained_parameters"), options.get("adapter_rank") or ADAPTER_RANK
+            low_rank = f" of rank {rank}, α {options.get('adapter_alpha') or 2 * rank:g}" if adapter == "lora" else ""
+            head += f", adapter {adapter}{low_rank}" + (f": {trained:,} trained" if trained is not None else "")
         for title, value in {
             "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters){head}",
             "method": f"{method}: {_loss(options)}",

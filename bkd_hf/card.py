@@ -282,6 +282,8 @@ def _sources(options: dict[str, Any]) -> list[tuple[str, str | None]]:
             found.append((loss.title, loss.source))
         elif choice in _SOURCES.get(part, {}):
             found.append(_SOURCES[part][choice])
+    if options.get("layer_decay") not in (None, 1):
+        found.append(("layer-wise learning-rate decay", "2106.08254"))
     return found
 
 
@@ -370,6 +372,7 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
         elif options.get("warmup_steps"):
             schedule += f", warm-up {options['warmup_steps']:g}"
         ema = f", weights averaged (EMA, decay {decay:g})" if (decay := options.get("ema_decay")) else ""
+        layers = f", a layer's rate {decay:g} times that above" if (decay := options.get("layer_decay")) else ""
         momentum = f" with momentum {options['momentum']:g}" if options.get("momentum") else ""
         processes, seconds = results["hardware"]["num_processes"], about["seconds"]
         minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -387,7 +390,7 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
             f" × {options['gradient_accumulation_steps']} accumulated × {processes} "
             f"process{'es' if processes > 1 else ''}",
             "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
-            f"{options['weight_decay']:g}{ema}",
+            f"{options['weight_decay']:g}{layers}{ema}",
             "schedule": schedule,
             "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
             f"{about['images_per_second']:,.0f} images a second",

@@ -301,6 +301,14 @@ class BKDConfig(TrainingArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the head; not given: learning_rate, as for the rest."}
     )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Layer-wise learning-rate decay in (0, 1] (Bao et al., 2021): a block's rate is learning_rate "
+            "times this to the power of 1 + the number of blocks above it, e.g. 0.75; embeddings lie below the first "
+            "block, the head has the full rate, or its own. Not given: one rate for all."
+        },
+    )
     head: str | None = field(
         default=None,
         metadata={
@@ -574,6 +582,8 @@ class BKDConfig(TrainingArguments):
             messages.append("--decay_all_parameters has no effect: --weight_decay is 0.")
         if self.head_scale is not None and self.cosine_scale is None:
             messages.append(f"--head_scale {self.head_scale:g} has no effect: it belongs to --head cosine.")
+        if self.layer_decay is not None and self.freeze_backbone:
+            messages.append("--layer_decay has no effect: --freeze_backbone trains the head alone.")
         for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules"):
             if getattr(self, name) is not None and self.adapter != "lora":
                 messages.append(f"--{name} has no effect: it belongs to --adapter lora.")

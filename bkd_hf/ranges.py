@@ -31,6 +31,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a finite number ≥ 1", lambda value: 1 <= value < math.inf, "imbalance_ratio"),
     ("a finite number", math.isfinite, "post_hoc_tau"),
     ("above 0 and below 1", lambda value: 0 < value < 1, "ema_decay"),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "layer_decay"),
     ("in [0, 1]", lambda value: 0 <= value <= 1, "dive_alpha"),
     (
         "in [0, 1)",

@@ -42,6 +42,7 @@ from .inputs import (
 )
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
 from .models import cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
+from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
 from .rehearsal import check_before_work
@@ -245,6 +246,8 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
     if args.head_learning_rate is not None:
         the_head(model)  # raises, if it cannot be told
+    if args.layer_decay is not None:
+        layer_depths(model)  # likewise
     check_adapter(model, args)
     prefer_channels_last(model)
     if say is not None and model.new_parameters and not is_fresh:

@@ -29,6 +29,7 @@ _READ_OPTIONS = (
     "learning_rate", "weight_decay", "optim", "momentum", "lr_scheduler_type", "warmup_steps", "lr_step_epochs",
     "lr_step_factors", "lr_warmup_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "load_best_model_at_end", "ema_decay", "head", "head_scale", "adapter", "adapter_rank", "adapter_alpha",
+    "layer_decay",
 )  # fmt: skip
 
 Integer = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]

@@ -219,7 +219,11 @@ def nameless() -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nameless(), {}, "--freeze_backbone, --adapter and --head_learning_rate need a model whose head"),
+        (
+            nameless(),
+            {},
+            "--freeze_backbone, --adapter, --layer_decay and --head_learning_rate need a model whose head",
+        ),
         (nn.ModuleDict({"classifier": nn.Linear(2, 5)}), {}, "--adapter lora: ModuleDict has no linear layer, and no"),
         (
             nn.ModuleDict({"classifier": nn.Linear(2, 5)}),

@@ -76,7 +76,7 @@ def layer_depths(model: nn.Module) -> dict[nn.Parameter, int]:
         InputError: If there are no two blocks, or the head cannot be told from the rest.
     """
     heads = the_head(model)
-    lists = [found for found in _lists_of_blocks(model) if found[0] not in heads]
+    lists = [each for each in _lists_of_blocks(model) if each[0] not in heads and "embed" not in each[0]]
     blocks = [block for path, each in lists for block in _blocks(path, each)]
     if len(blocks) < 2:
         raise InputError(

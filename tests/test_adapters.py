@@ -287,6 +287,7 @@ def test_a_run_with_an_adapter_for_the_student_alone(tmp_path, run_here):  # noq
         "--dataset_name", "digits", "--max_train_samples", "150", "--num_threads", "1", "--disable_tqdm", "true",
         "--model_name_or_path", str(folder), "--method", "kd", "--num_train_epochs", "1", "--output_dir",
         str(tmp_path / "run"), "--adapter", "lora", "--adapter_rank", "2", "--teacher_adapter", "bitfit",
+        "--layer_decay", "0.75",
     )  # fmt: skip
     results, found = load_results(tmp_path / "run"), {}
     for model, adapter in (("student", "lora"), ("teacher", "bitfit")):
@@ -298,7 +299,7 @@ def test_a_run_with_an_adapter_for_the_student_alone(tmp_path, run_here):  # noq
     assert found["student"] != found["teacher"]
     card = (tmp_path / "run" / "README.md").read_text()
     for expected in (f"adapter lora of rank 2, α 4: {found['student']:,} trained", "LoRA", "2106.09685",
-                     "adapter: lora", "adapter_rank: 2"):  # fmt: skip
+                     "adapter: lora", "adapter_rank: 2", "a layer's rate 0.75 times", "2106.08254"):  # fmt: skip
         assert expected in card
     saved, info = AutoModelForImageClassification.from_pretrained(tmp_path / "run", output_loading_info=True)
     assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
+from .adapters import AdaptingTrainer
 from .callbacks import WeightAverage
 from .errors import InputError
-from .publishing_trainer import PublishingTrainer
 
 #: In a checkpoint, the weights that training goes on from; its `model.safetensors` holds their average.
 RAW_WEIGHTS_NAME = "raw_weights.pt"
 
 
-class AveragingTrainer(PublishingTrainer):
+class AveragingTrainer(AdaptingTrainer):
     """A `Trainer` whose model is, with `ema_decay`, the average of its weights to all who look ([`WeightAverage`]).
 
     Evaluations, saved models and checkpoints are those of the average, and so is the model when training is over; a

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .arguments import SCRIPT_DEFAULTS
-from .config import HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
+from .config import ADAPTER_RANK, HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
@@ -63,6 +63,10 @@ _SOURCES: dict[str, dict[Any, tuple[str, str]]] = {
     },
     "sampler": {"class_balanced": ("class-balanced sampling", "1910.09217")},
     "logit_standardization": {True: ("logit standardization", "2403.01427")},
+    "adapter": {
+        "lora": ("low-rank updates of pretrained weights (LoRA)", "2106.09685"),
+        "bitfit": ("biases and normalisation layers alone (BitFit)", "2106.10199"),
+    },
 }
 _LOSSES: dict[str, Mapping[str, Loss | None]] = {
     "classification_loss": CLASSIFICATION_LOSSES,
@@ -270,12 +274,16 @@ def _losses(options: dict[str, Any]) -> list[Loss]:
 def _sources(options: dict[str, Any]) -> list[tuple[str, str | None]]:
     """Title and number on arXiv of each part of the method."""
     found: list[tuple[str, str | None]] = []
-    for part in ("classification_loss", "class_weighting", "sampler", "distillation_loss", "logit_standardization"):
+    parts = ("classification_loss", "class_weighting", "sampler", "distillation_loss", "logit_standardization",
+             "adapter")  # fmt: skip
+    for part in parts:
         choice = options.get(part, "none")
         if loss := _LOSSES.get(part, {}).get(choice):
             found.append((loss.title, loss.source))
         elif choice in _SOURCES.get(part, {}):
             found.append(_SOURCES[part][choice])
+    if options.get("layer_decay") not in (None, 1):
+        found.append(("layer-wise learning-rate decay", "2106.08254"))
     return found
 
 
@@ -364,11 +372,16 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
         elif options.get("warmup_steps"):
             schedule += f", warm-up {options['warmup_steps']:g}"
         ema = f", weights averaged (EMA, decay {decay:g})" if (decay := options.get("ema_decay")) else ""
+        layers = f", a layer's rate {decay:g} times that above" if (decay := options.get("layer_decay")) else ""
         momentum = f" with momentum {options['momentum']:g}" if options.get("momentum") else ""
         processes, seconds = results["hardware"]["num_processes"], about["seconds"]
         minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
         scale = options.get("head_scale") or HEAD_SCALE
         head = f", cosine head with scale {scale:g}" if options.get("head") == "cosine" else ""
+        if adapter := options.get("adapter"):
+            trained, rank = results[model].get("num_trained_parameters"), options.get("adapter_rank") or ADAPTER_RANK
+            low_rank = f" of rank {rank}, α {options.get('adapter_alpha') or 2 * rank:g}" if adapter == "lora" else ""
+            head += f", adapter {adapter}{low_rank}" + (f": {trained:,} trained" if trained is not None else "")
         for title, value in {
             "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters){head}",
             "method": f"{method}: {_loss(options)}",
@@ -377,7 +390,7 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
             f" × {options['gradient_accumulation_steps']} accumulated × {processes} "
             f"process{'es' if processes > 1 else ''}",
             "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
-            f"{options['weight_decay']:g}{ema}",
+            f"{options['weight_decay']:g}{layers}{ema}",
             "schedule": schedule,
             "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
             f"{about['images_per_second']:,.0f} images a second",

@@ -51,6 +51,8 @@ DTYPES = ("float16", "float32")
 HEADS, HEAD_INITS, HEAD_SCALE = ("linear", "cosine"), ("random", "class_mean"), 30.0
 #: What `empty_classes` may be.
 EMPTY_CLASSES = ("error", "clamp")
+#: What `adapter` may be, and the rank of LoRA where nothing is said.
+ADAPTERS, ADAPTER_RANK = ("lora", "bitfit"), 8
 #: Views of augmented images where nothing else is said.
 DEFAULT_VIEWS = 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
@@ -287,8 +289,38 @@ class BKDConfig(TrainingArguments):
     freeze_backbone: bool = field(
         default=False, metadata={"help": "Train the head alone; everything below it keeps its weights."}
     )
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train few weights of a pretrained model, and its head: lora (low-rank updates of its layers, Hu "
+            "et al., 2021, which are part of the weights when it is saved; needs peft), bitfit (biases and "
+            "normalisation layers, Ben Zaken et al., 2021), or none. Not given: none, all weights are trained."
+        },
+    )
+    adapter_rank: int | None = field(
+        default=None, metadata={"help": f"Rank r ≥ 1 of the updates of --adapter lora. Not given: {ADAPTER_RANK}."}
+    )
+    adapter_alpha: float | None = field(
+        default=None,
+        metadata={"help": "α > 0 of --adapter lora, whose updates are α/r · B A. Not given: twice the rank."},
+    )
+    adapter_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers that --adapter lora updates, by the ends of their names, e.g. query value. Not given: all "
+            "linear layers, or all convolutions without groups, whichever hold more weights; never the head."
+        },
+    )
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the head; not given: learning_rate, as for the rest."}
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Layer-wise learning-rate decay in (0, 1] (Bao et al., 2021): a block's rate is learning_rate "
+            "times this to the power of 1 + the number of blocks above it, e.g. 0.75; embeddings lie below the first "
+            "block, the head has the full rate, or its own. Not given: one rate for all."
+        },
     )
     head: str | None = field(
         default=None,
@@ -453,6 +485,8 @@ class BKDConfig(TrainingArguments):
                     self._require(False, name, condition)
 
     def _check(self) -> None:
+        if self.adapter == "none":  # so that a command line can take back what a file says
+            self.adapter = None
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and not (name in _MAY_BE_FILES and not value.startswith("{")):
@@ -525,6 +559,17 @@ class BKDConfig(TrainingArguments):
             "ema_decay",
             "left out with FSDP and DeepSpeed: no process has all the weights that it averages",
         )
+        require(self.adapter in (None, *ADAPTERS), "adapter", f"none, {' or '.join(ADAPTERS)}")
+        require(
+            self.adapter is None or not (self.deepspeed or self.fsdp or launcher_shards()),
+            "adapter",
+            "left out with FSDP and DeepSpeed: no process has all the weights that it is merged into",
+        )
+        require(
+            self.adapter is None or not self.freeze_backbone,
+            "adapter",
+            "left out with --freeze_backbone, which trains the head alone",
+        )
         is_ldam = self.classification_loss == "ldam"
         heads = HEADS[1:] if is_ldam else HEADS
         require(self.head in (None, *heads), "head", f"{' or '.join(heads)} with {self.classification_loss}")
@@ -582,6 +627,11 @@ class BKDConfig(TrainingArguments):
             messages.append("--decay_all_parameters has no effect: --weight_decay is 0.")
         if self.head_scale is not None and self.cosine_scale is None:
             messages.append(f"--head_scale {self.head_scale:g} has no effect: it belongs to --head cosine.")
+        if self.layer_decay is not None and self.freeze_backbone:
+            messages.append("--layer_decay has no effect: --freeze_backbone trains the head alone.")
+        for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules"):
+            if getattr(self, name) is not None and self.adapter != "lora":
+                messages.append(f"--{name} has no effect: it belongs to --adapter lora.")
         defaults = method_defaults(self.method)
         for name, used_by in _USED_BY.items():
             value = getattr(self, name)

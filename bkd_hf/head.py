@@ -48,8 +48,8 @@ def the_head(model: nn.Module) -> dict[str, nn.Module]:
     head = head_modules(model)
     if not head:
         raise InputError(
-            f"--freeze_backbone and --head_learning_rate need a model whose head can be told from the rest, which "
-            f"{type(model).__name__} is not: call it `classifier`."
+            "--freeze_backbone, --adapter, --layer_decay and --head_learning_rate need a model whose head can be told "
+            f"from the rest, which {type(model).__name__} is not: call it `classifier`."
         )
     return head
 

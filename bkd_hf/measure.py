@@ -41,6 +41,8 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
         "hub_id": dataset_id,
     }
     student = describe_model(_name(trainer.model), trainer.model, measured)
+    if trainer.num_trained_parameters is not None:
+        student["num_trained_parameters"] = trainer.num_trained_parameters
     seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     if seconds:
         student["training"] = summarize_training(trainer.state, seconds[-1], int(counts.sum()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HPSearchBackend, IntervalStrategy
 
 from .config import BKDConfig
+from .errors import InputError
 from .head import the_head
 from .objective import Objective
 
@@ -52,17 +53,75 @@ class StepDecay:
         return self.step_factors[num_passed - 1] if num_passed else 1.0
 
 
-def with_own_rate(
-    groups: list[dict[str, Any]], parameters: Iterable[nn.Parameter], rate: float
-) -> list[dict[str, Any]]:
-    """Return an optimizer's parameter groups, cut so that some parameters have a learning rate of their own."""
-    chosen = {id(parameter) for parameter in parameters}
+def with_own_rates(groups: list[dict[str, Any]], rates: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
+    """Return an optimizer's parameter groups, cut so that some parameters have learning rates of their own."""
     cut = []
     for group in groups:
-        for is_chosen, lr in ((False, group["lr"]), (True, rate)):
-            kept = [parameter for parameter in group["params"] if (id(parameter) in chosen) == is_chosen]
-            cut += [{**group, "params": kept, "lr": lr}] if kept else []
+        of_rate: dict[float, list[nn.Parameter]] = {group["lr"]: []}
+        for parameter in group["params"]:
+            of_rate.setdefault(rates.get(parameter, group["lr"]), []).append(parameter)
+        cut += [{**group, "params": params, "lr": rate} for rate, params in of_rate.items() if params]
     return cut
+
+
+def layer_depths(model: nn.Module) -> dict[nn.Parameter, int]:
+    """Tell how deep each parameter lies, by blocks: 0 below the first of n, i in block i, n + 1 above the last.
+
+    As BEiT counts for its layer-wise learning-rate decay (Bao et al., 2021, arXiv 2106.08254), whose n + 1 holds the
+    last normalisation and the head. Blocks are the elements of a model's outermost list of blocks; where an element,
+    a stage, has such lists itself, their elements. What lies between blocks, as the merging of patches, goes with the
+    block that is defined before it.
+
+    Raises:
+        InputError: If there are no two blocks, or the head cannot be told from the rest.
+    """
+    heads = the_head(model)
+    lists = [each for each in _lists_of_blocks(model) if each[0] not in heads and "embed" not in each[0]]
+    blocks = [block for path, each in lists for block in _blocks(path, each)]
+    if len(blocks) < 2:
+        raise InputError(
+            f"--layer_decay: {type(model).__name__} has no list of blocks that would tell how deep a layer lies. "
+            "Leave the option out; --head_learning_rate works with any head."
+        )
+    depths, depth, top = {}, 0, len(blocks) + 1
+    for name, parameter in model.named_parameters():
+        of_block = [i for i, block in enumerate(blocks, start=1) if name.startswith(f"{block}.")]
+        depth = max(depth, *of_block) if of_block else depth
+        is_in_list = any(name.startswith(f"{path}.") for path, _ in lists)
+        is_above = not is_in_list and depth == len(blocks)
+        is_of_head = any(name.startswith(f"{head}.") for head in heads)
+        depths[parameter] = of_block[0] if of_block else top if is_above or is_of_head else depth
+    return depths
+
+
+def _parts(module: nn.Module) -> dict[str, nn.Module]:
+    """The children that have parameters, by name."""
+    return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def _lists_of_blocks(module: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
+    """The outermost lists whose elements have parts themselves, by name."""
+    found = []
+    for name, child in _parts(module).items():
+        if _is_list(child) and all(map(_parts, _parts(child).values())):
+            found.append((prefix + name, child))
+        else:
+            found += _lists_of_blocks(child, f"{prefix}{name}.")
+    return found
+
+
+def _blocks(path: str, elements: nn.Module) -> list[str]:
+    """Names of the blocks in a list of them, or of stages."""
+    found = []
+    for name, element in _parts(elements).items():
+        stage = f"{path}.{name}"
+        lists = [(stage, element)] if _is_list(element) else _lists_of_blocks(element, f"{stage}.")
+        found += [f"{inner}.{i}" for inner, each in lists for i in _parts(each)] or [stage]
+    return found
 
 
 class OptimizingTrainer(Trainer):
@@ -81,13 +140,21 @@ class OptimizingTrainer(Trainer):
         return optimizer_cls, kwargs
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer as `Trainer`; the head gets its own learning rate, if one is given."""
-        is_new = self.optimizer is None
+        """Create the optimizer as `Trainer`; layers and the head get their own learning rates, if these are given."""
+        is_new, args, rates = self.optimizer is None, self.args, {}
         optimizer = super().create_optimizer(model)
-        rate = self.args.head_learning_rate
-        if is_new and rate is not None:
+        if args.layer_decay is not None:
+            depths = layer_depths(self.model)
+            top = max(depths.values())
+            rates = {each: args.learning_rate * args.layer_decay ** (top - depth) for each, depth in depths.items()}
+        if args.head_learning_rate is not None:
             head = [parameter for module in the_head(self.model).values() for parameter in module.parameters()]
-            optimizer.param_groups = with_own_rate(optimizer.param_groups, head, rate)
+            rates |= dict.fromkeys(head, args.head_learning_rate)
+        if is_new and rates:
+            groups = with_own_rates(optimizer.param_groups, rates)
+            if args.layer_decay is not None:  # the rate of the first is logged
+                groups.sort(key=lambda group: abs(group["lr"] - args.learning_rate))
+            optimizer.param_groups = groups
         return optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

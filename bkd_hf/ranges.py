@@ -18,8 +18,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a finite number > 0",
         lambda value: 0 < value < math.inf,
-        "temperature ldam_scale head_scale dive_temperature dive_power dkd_temperature num_train_epochs logging_steps "
-        "save_steps eval_steps",
+        "temperature ldam_scale head_scale adapter_alpha dive_temperature dive_power dkd_temperature num_train_epochs "
+        "logging_steps save_steps eval_steps",
     ),
     (
         "a finite number ≥ 0",
@@ -31,6 +31,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a finite number ≥ 1", lambda value: 1 <= value < math.inf, "imbalance_ratio"),
     ("a finite number", math.isfinite, "post_hoc_tau"),
     ("above 0 and below 1", lambda value: 0 < value < 1, "ema_decay"),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "layer_decay"),
     ("in [0, 1]", lambda value: 0 <= value <= 1, "dive_alpha"),
     (
         "in [0, 1)",
@@ -42,7 +43,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value >= 1,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
         "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout save_total_limit teacher_cache_views num_threads "
-        "max_train_samples max_eval_samples max_class_count",
+        "max_train_samples max_eval_samples max_class_count adapter_rank",
     ),
     ("at least 8", lambda value: value >= 8, "image_size"),
     ("-1 (no limit) or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PrinterCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
+from .adapters import import_peft
 from .config import BKDConfig, method_defaults
 from .errors import InputError
 from .metrics import LongTailEvaluation, NotFiniteError
@@ -46,16 +47,20 @@ def check_before_work(arguments: RunArguments) -> None:
     arguments.model.read_teacher_label_map()
     for options in trained:
         name = options.model.model_name_or_path
-        if options.training.freeze_backbone and cifar_resnet_depth(name) is not None:
+        adapter = options.training.adapter
+        if (options.training.freeze_backbone or adapter) and cifar_resnet_depth(name) is not None:
+            option = f"--adapter {adapter}" if adapter else "--freeze_backbone"
             raise InputError(
-                f"--freeze_backbone: {name} starts from fresh weights, so its features would stay random. Give a "
-                "trained model, or leave the option out."
+                f"{option}: {name} starts from fresh weights, so its features would stay random. Give a trained "
+                "model, or leave the option out."
             )
         if options.training.feature_cache != "off" and (options.distils and options.training.teacher_cache == "off"):
             raise InputError(
                 "--feature_cache needs --teacher_cache with a teacher, whose answers need the images. Use "
                 "--teacher_cache auto, or --feature_cache off."
             )
+        if adapter == "lora":
+            import_peft()
     rehearse(arguments.training)
     if trains_teacher:
         with arguments.naming_teacher_options():
@@ -161,9 +166,9 @@ def _rehearse(values: dict[str, Any], folder: str) -> None:
         torch.compile(nn.ReLU(), backend=backend or "inductor", mode=mode)(torch.zeros(2))
     evaluates = str(getattr(values["eval_strategy"], "value", values["eval_strategy"])) != "no"
     quiet = {
-        **method_defaults("ce"), "head": None, "head_scale": None, "head_init": "random", "teacher_cache": "off",
-        "feature_cache": "off", "output_dir": folder,
-        "report_to": "none", "push_to_hub": False, "disable_tqdm": True, "max_steps": 1,
+        **method_defaults("ce"), "head": None, "head_scale": None, "head_init": "random", "adapter": None,
+        "teacher_cache": "off", "feature_cache": "off",
+        "output_dir": folder, "report_to": "none", "push_to_hub": False, "disable_tqdm": True, "max_steps": 1,
         "per_device_train_batch_size": _NUM_CLASSES,
         "per_device_eval_batch_size": _NUM_CLASSES, "save_strategy": "no", "load_best_model_at_end": False,
         "metric_for_best_model": None, "eval_strategy": "steps" if evaluates else "no", "eval_steps": 1,

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
+from .adapters import check_adapter
 from .announcer import Announcer
 from .card import build as build_card
 from .card import check_repo_id
@@ -44,6 +45,7 @@ from .machine import keep_freed_memory, options_alone, precision_of, set_num_thr
 from .methods import corrects
 from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
 from .objective import Objective
+from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
 from .rehearsal import check_before_work
@@ -252,6 +254,9 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
     if args.head_learning_rate is not None:
         the_head(model)  # raises, if it cannot be told
+    if args.layer_decay is not None:
+        layer_depths(model)  # likewise
+    check_adapter(model, args)
     prefer_channels_last(model)
     if say is not None and model.new_parameters and not is_fresh:
         shown = ", ".join(model.new_parameters[:8]) + (", …" if len(model.new_parameters) > 8 else "")
@@ -275,7 +280,7 @@ def _without_load_report() -> Iterator[None]:
 def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher: nn.Module | None) -> dict[str, Any]:
     """Train (from the last checkpoint if there is one), save and evaluate a model; return its section of results."""
     args, data, images, say = options.training, inputs.data, inputs.images, inputs.say
-    name, clock = options.model.model_name_or_path, _Clock()
+    name, clock, size = options.model.model_name_or_path, _Clock(), model.num_parameters()
     images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
     if args.distillation_prior == "auto":
         is_balanced = isinstance(teacher, FrozenTeacher) and teacher.is_balanced
@@ -292,7 +297,11 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
     )
     trainer.add_callback(_TellOfCaches(trainer, say))
     length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
-    say(f"{name}: {model.num_parameters():,} parameters, {length}")
+    about_adapter, trained = {}, trainer.num_trained_parameters
+    if trained is not None:
+        about_adapter["num_trained_parameters"] = trained
+    with_adapter = f" (--adapter {args.adapter} trains {trained:,}, {trained / size:.2%} of that)" if trained else ""
+    say(f"{name}: {size:,} parameters{with_adapter}, {length}")
     about_teacher = {}
     if teacher is not None:
         about_teacher = {
@@ -319,6 +328,7 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
     trainer.save_metrics("eval", metrics)
     return {
         **describe_model(name, model, measured),
+        **about_adapter,
         **about_teacher,
         **about_head,
         "training": clock.summary(trainer, len(images["train"])),

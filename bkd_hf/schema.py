@@ -28,7 +28,8 @@ _LARGEST = 2**53  # what every reader of JSON keeps
 _READ_OPTIONS = (
     "learning_rate", "weight_decay", "optim", "momentum", "lr_scheduler_type", "warmup_steps", "lr_step_epochs",
     "lr_step_factors", "lr_warmup_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "load_best_model_at_end", "ema_decay", "head", "head_scale",
+    "load_best_model_at_end", "ema_decay", "head", "head_scale", "adapter", "adapter_rank", "adapter_alpha",
+    "layer_decay",
 )  # fmt: skip
 
 Integer = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
@@ -110,6 +111,7 @@ class Model(TypedDict):
     hub_id: NotRequired[HubId | None]  # `null` if it is not from the Hub
     architecture: NotRequired[str]
     num_parameters: Count
+    num_trained_parameters: NotRequired[Count]  # of adapter and head, where there is an adapter
     metrics: Metrics
     post_hoc_metrics: NotRequired[PostHocMetrics | None]
     num_eval_images: NotRequired[Count]  # that were answered: all that the data tell of

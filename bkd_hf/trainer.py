@@ -61,8 +61,8 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
     or by another method of [`BKDConfig`]: λ_c · classification loss + λ_d · distillation loss (`bkd_hf.objective`).
     The loss is one mean over all examples of an optimizer step, however these are cut into accumulation steps and
     processes. In every other respect a [`~transformers.Trainer`]; evaluation (`MeasuringTrainer`), optimizers and
-    schedules (`OptimizingTrainer`), `ema_decay` (`AveragingTrainer`) and `push_to_hub()` (`PublishingTrainer`) say
-    what they do differently.
+    schedules (`OptimizingTrainer`), `ema_decay` (`AveragingTrainer`), `adapter` (`AdaptingTrainer`) and
+    `push_to_hub()` (`PublishingTrainer`) say what they do differently.
 
     The trainer does not look into the inputs: those whose names start with `teacher_` go to the teacher (without the
     prefix) and all others to the student; if there are none, both models get the same.
@@ -184,6 +184,7 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
         self.student_started_from_teacher = False
         self.head_bias_shift: torch.Tensor | None = None  # C numbers, where `--head_bias` asked for some
         self._initialise_student(self.model)
+        self._add_adapter(self.model)
 
     # ---- The loss -------------------------------------------------------------------------------------------------
 
@@ -331,13 +332,8 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
             return None
-        chosen = (
-            "temperature",
-            "class_balance_beta",
-            "class_balance_power",
-            "distillation_prior",
-            "logit_standardization",
-        )
+        chosen = ("temperature", "class_balance_beta", "class_balance_power", "distillation_prior",
+                  "logit_standardization")  # fmt: skip
         seen = num_images, args.distillation_loss, *(getattr(args, name) for name in chosen)
         if seen not in self._looks:
             data = self._new_training_data()
@@ -425,6 +421,7 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
         model = super().call_model_init(trial)
         if hasattr(self, "student_started_from_teacher"):  # not while the trainer itself is made
             self._initialise_student(model)
+            self._add_adapter(model)
         prepare_head(model, self.args)
         return model
 

@@ -25,6 +25,7 @@ METHODS = {
     "cb-resample": {"method": "resample", "class_weighting": "reweight"},
     "dive": {"method": "dive"},
     "ema": {"method": "ce", "ema_decay": 0.5},
+    "lora": {"method": "ce", "adapter": "lora", "head_learning_rate": 0.02},
     "dkd": {"method": "dkd", "dkd_warmup_epochs": 2, "class_weighting": "reweight", "sampler": "class_balanced"},
 }
 #: Model, method, training examples: the last step has 12 examples, or 1.
@@ -40,6 +41,7 @@ CASES = [
     ("vit", "dive", 76),
     ("convnext", "dkd", 76),
     ("vit", "ema", 76),
+    ("vit", "lora", 76),
 ]
 
 

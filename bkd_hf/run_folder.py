@@ -23,6 +23,7 @@ from .files import LOCK_NAME, UNFINISHED, hash_of, lock, try_json, why_broken
 from .methods import METHODS
 from .models import cifar_resnet_depth
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, ModelArguments, RunArguments
+from .ranges import defaults_of
 from .results import RESULTS_NAME, save_json
 
 #: Marks an output folder as ours and records what the run in it was told.
@@ -73,7 +74,8 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
         )
     if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
         return "new"
-    there, here = record or {}, _told(arguments, identity)
+    here = _told(arguments, identity)
+    there = _with_later_options(record or {}, here, arguments)
     names = {*there.get("teacher_training", {}), *here["teacher_training"]}
     there, here = (_with_teacher(told, names if arguments.distils else None) for told in (there, here))
     unknown = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
@@ -213,6 +215,16 @@ def _told(arguments: RunArguments, identity: dict[str, str | None] | None = None
         for part, options in told.items()
     }
     return json.loads(json.dumps({**influential, **(identity or {})}))  # as it will be read back
+
+
+def _with_later_options(there: dict[str, Any], here: dict[str, Any], arguments: RunArguments) -> dict[str, Any]:
+    """Have what an older version wrote down say the options that it did not know, where they are as by default."""
+    filled = dict(there)
+    for section in ("model", "data", "training"):
+        defaults, known = defaults_of(type(getattr(arguments, section))), there.get(section, {})
+        new = {name: value for name, value in here[section].items() if name not in known}
+        filled[section] = {**{n: value for n, value in new.items() if value in (defaults.get(n), False)}, **known}
+    return filled
 
 
 def _with_teacher(told: dict[str, Any], names: set[str] | None) -> dict[str, Any]:

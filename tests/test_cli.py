@@ -252,6 +252,17 @@ def test_other_images_under_an_interrupted_run_are_refused(copy):
     assert "holds a run with other options: fingerprint is other there" in refused(*QUICK, "--output_dir", str(copy))
 
 
+def test_options_of_later_versions_are_as_by_default(copy, run_here):
+    record = json.loads((copy / "bkd_run.json").read_text())
+    training = {
+        name: value for name, value in record["training"].items() if name not in ("empty_classes", "head_init")
+    }
+    (copy / "bkd_run.json").write_text(json.dumps({**record, "training": training}))
+    assert "This run is finished" in run_here(*QUICK, "--output_dir", str(copy))
+    message = refused(*QUICK, "--output_dir", str(copy), "--empty_classes", "clamp")
+    assert "--empty_classes is None there, clamp here" in message
+
+
 def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
     output = run_here(
         *QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(finished / "teacher"),

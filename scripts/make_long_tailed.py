@@ -34,8 +34,8 @@ from bkd_hf.results import hub_id, without_folders
 from bkd_hf.splits import SPLIT_NAME, check_output_folder, exact, save_split
 from bkd_hf.text import printable
 
-#: From so many times the images of the smallest class in the largest, data is unbalanced.
-UNBALANCED = 2.0
+#: From so many times the images of the smallest class in the largest, data is unbalanced; the tail cut out of other.
+UNBALANCED, RATIO = 2.0, 100.0
 _DRAWING = {
     "dataset_name": "A Hub id, a folder of class folders, a saved set, parquet, or digits.",
     "dataset_config_name": "Configuration of a Hub data set.",
@@ -43,8 +43,8 @@ _DRAWING = {
     "label_column_name": "Found by its type or a usual name if not given.",
     "train_split_name": "train, or the only split, if not given.",
     "eval_split_name": "What becomes test: test, or else validation, val, …",
-    "imbalance_ratio": "Images of the largest class per image of the smallest. Not given: the images as they are, if "
-    f"the largest class has at least {UNBALANCED:g} times as many as the smallest.",
+    "imbalance_ratio": f"Images of the largest class per image of the smallest. Not given: {RATIO:g}, or the images "
+    f"as they are, if the largest class has at least {UNBALANCED:g} times as many as the smallest.",
     "profile": "Shape of the tail: exp, step (half head, half tail) or pareto (default: exp).",
     "pareto_alpha": f"For --profile pareto (default: {PARETO_ALPHA:g}).",
     "max_class_count": "Images of the largest class; by default all it can give.",
@@ -92,21 +92,16 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raise an `InputError` if options are missing, or contradict each other; fill in the defaults."""
+    """Raise an `InputError` if options are missing, or contradict each other."""
     drawn, listed = list(given(options, _DRAWING)), list(given(options, _LISTS))
     if options.private and not options.push_to_hub:
         raise InputError("--private: without --push_to_hub nothing is published, so it has no effect. Leave it out.")
     if options.dataset_name is not None:
         if listed:
             raise InputError(f"--{listed[0]}: with --dataset_name no lists are read. Give one or the other.")
-        shape = next((name for name in _SHAPE if name in drawn), None)
-        if options.imbalance_ratio is None and shape is not None:
-            raise InputError(f"--{shape}: it shapes a tail that --imbalance_ratio cuts. Give that, or leave it out.")
         if options.pareto_alpha is not None and options.profile != "pareto":
             raise InputError("--pareto_alpha has no effect without --profile pareto. Leave it out, or add that.")
-        defaults: dict[str, Any] = {"seed": 0} if options.imbalance_ratio is None else {"profile": "exp", "seed": 0}
-        defaults |= {"pareto_alpha": PARETO_ALPHA} if options.profile == "pareto" else {}
-        vars(options).update({name: value for name, value in defaults.items() if name not in drawn})
+        options.seed = options.seed or 0
         return
     if not listed:
         raise InputError("Give --dataset_name, or --train_list, --test_list and --image_folder (--help).")
@@ -140,28 +135,30 @@ def default_name(how: dict[str, Any]) -> str:
     return "_".join(parts)
 
 
-def load(options: argparse.Namespace, how: dict[str, Any]) -> datasets.DatasetDict:
-    """Load the source; add to `how` what is decided by what it is."""
+def load(options: argparse.Namespace) -> tuple[datasets.DatasetDict, dict[str, Any]]:
+    """Load the source, and fill in the options that depend on what it is; return also what has to be told of it."""
     given_splits = options.train_split_name, options.eval_split_name
     columns = options.dataset_config_name, options.image_column_name, options.label_column_name
     read = functools.partial(
         load_image_dataset, options.dataset_name, *columns, *given_splits, split_seed=options.seed, token=options.token
     )
+    about: dict[str, Any] = {}
     try:
         source = read(untouched_test=True)
     except NoTestSplitError:
         source = read()
-        how["test"] = "carved"
+        about["test"] = "carved"
     counts = class_counts(source["train"])
     is_unbalanced = max(counts) >= UNBALANCED * min(counts)
-    if options.imbalance_ratio is None and not is_unbalanced:
-        raise InputError(
-            f"{how['name']} is balanced ({max(counts):,} to {min(counts):,} training images in a class): give "
-            "--imbalance_ratio, e.g. 100, to cut a tail."
-        )
-    if options.imbalance_ratio is not None and is_unbalanced:
-        how.setdefault("class_order", "size")
-    return source
+    if options.imbalance_ratio is None and is_unbalanced:
+        if shape := next(iter(given(options, _SHAPE)), None):
+            raise InputError(f"--{shape}: it shapes a tail that --imbalance_ratio cuts. Give that, or leave it out.")
+        return source, about
+    defaults: dict[str, Any] = {"imbalance_ratio": RATIO, "profile": "exp"}
+    defaults |= {"class_order": "size"} if is_unbalanced else {}
+    defaults |= {"pareto_alpha": PARETO_ALPHA} if options.profile == "pareto" else {}
+    vars(options).update({name: value for name, value in defaults.items() if name not in given(options, defaults)})
+    return source, about
 
 
 def make(options: argparse.Namespace) -> None:
@@ -170,9 +167,10 @@ def make(options: argparse.Namespace) -> None:
     from bkd_hf.hub import check_repo_access, publish_folder
 
     check(options)
-    how = describe(options)
+    about: dict[str, Any] = {}
     if options.dataset_name is not None:
-        source = load(options, how)
+        source, about = load(options)
+    how = describe(options) | about
     folder = options.output_dir or Path("outputs", default_name(how))
     check_output_folder(folder, how)
     if options.dataset_name is None:  # quick, so that what is missing is named before the Hub is asked

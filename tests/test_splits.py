@@ -158,11 +158,10 @@ def test_an_unbalanced_source_without_a_test_split(leaves, make, tmp_path, optio
     assert "untouched" not in text
 
 
-def test_a_balanced_source_needs_a_ratio(make, tmp_path, capsys):
-    assert make("--dataset_name", "digits", "--output_dir", tmp_path / "split") == 2
-    error = capsys.readouterr().err
-    assert "digits is balanced" in error
-    assert "--imbalance_ratio, e.g. 100" in error
+def test_a_tail_is_cut_out_of_a_balanced_source(make, tmp_path):
+    assert make("--dataset_name", "digits", "--output_dir", tmp_path / "split") == 0
+    counts = json.loads((tmp_path / "split" / "split.json").read_text())["splits"]["train"]["class_counts"]
+    assert (max(counts), min(counts)) == (138, 1)
 
 
 # ---- The card

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.training_args import ParallelMode
@@ -21,8 +20,7 @@ from .averaging_trainer import AveragingTrainer
 from .callbacks import EpochSetter, FiniteGuard, LossMeter, SaveAfterEpoch, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
 from .errors import InputError
-from .features import FEATURES, answer_features
-from .head import prepare_head, the_head
+from .head import prepare_head
 from .head_fitting import fit_bias, start_from_class_means
 from .images import ImageDataset, collate_images
 from .loss_inputs import IGNORE_INDEX
@@ -32,37 +30,36 @@ from .metrics import LongTailEvaluation, check_class_counts
 from .models import start_from_teacher
 from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
+from .reading_trainer import ReadingTrainer
 from .sampling import innermost
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
 from .teacher import (
     TEACHER_LOGITS,
-    TEACHER_PREFIX,
     FrozenTeacher,
-    TeacherAsClassifier,
     check_numbers_of_classes,
     load_teacher,
     num_labels,
     split_inputs,
     why_not_start_from,
 )
-from .teacher_logits import LogitsFolder, describe_teacher, describe_weights
-from .training_data import TrainingData, count_training_examples
+from .teacher_logits import describe_teacher
+from .training_data import count_training_examples
 
 logger = logging.get_logger(__name__)
 
 __all__ = ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"]
 
 
-class BKDTrainer(OptimizingTrainer, AveragingTrainer):
+class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     """Trains a student with Balanced Knowledge Distillation (Zhang et al., 2021, arXiv 2104.10510).
 
         L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + log w) ‖ softmax(z_s / T) )     mean over the global batch
 
     or by another method of [`BKDConfig`]: λ_c · classification loss + λ_d · distillation loss (`bkd_hf.objective`).
     The loss is one mean over all examples of an optimizer step, however these are cut into accumulation steps and
-    processes. In every other respect a [`~transformers.Trainer`]; evaluation (`MeasuringTrainer`), optimizers and
-    schedules (`OptimizingTrainer`), `ema_decay` (`AveragingTrainer`), `adapter` (`AdaptingTrainer`) and
-    `push_to_hub()` (`PublishingTrainer`) say what they do differently.
+    processes. In every other respect a [`~transformers.Trainer`]; reading (`ReadingTrainer`), evaluation
+    (`MeasuringTrainer`), optimizers and schedules (`OptimizingTrainer`), `ema_decay` (`AveragingTrainer`), `adapter`
+    (`AdaptingTrainer`) and `push_to_hub()` (`PublishingTrainer`) say what they do differently.
 
     The trainer does not look into the inputs: those whose names start with `teacher_` go to the teacher (without the
     prefix) and all others to the student; if there are none, both models get the same.
@@ -159,7 +156,6 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
             self.long_tail = LongTailEvaluation(self.class_counts)
         self.teacher_model: FrozenTeacher | None = None
         self._about_teacher: dict[str, Any] = {}
-        self._compute_features: Callable[[dict[str, Any]], torch.Tensor] | None = None
         if teacher_model is not None:
             teacher = load_teacher(teacher_model)
             if args.teacher_cache != "off":
@@ -247,16 +243,6 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
         epoch = self.state.global_step / per_epoch if per_epoch else self.state.epoch or 0.0
         num_epochs = args.max_steps / per_epoch if args.max_steps > 0 and per_epoch else args.num_train_epochs
         return Progress(epoch, num_epochs, None if num_items_in_batch is None else self._mean_weight_of_step)
-
-    @property
-    def teacher_cache(self) -> LogitsFolder | None:
-        """Where the teacher's logits are kept; known when training begins."""
-        return self._training_data.computed.get(TEACHER_LOGITS)
-
-    @property
-    def feature_cache(self) -> LogitsFolder | None:
-        """Where the features of the frozen backbone are kept; known when training begins."""
-        return self._training_data.computed.get(FEATURES)
 
     @property
     def class_weights(self) -> torch.Tensor | None:
@@ -357,62 +343,6 @@ class BKDTrainer(OptimizingTrainer, AveragingTrainer):
         if "loss" in logs:
             logs.update(self._meter.pop())
         super().log(logs, start_time)
-
-    # ---- Training data --------------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the training data, cut into global batches (see [`GlobalBatchSampler`]).
-
-        Iterable data sets, other sampling strategies than random and sequential, and accelerate's `split_batches` and
-        `dispatch_batches` take `Trainer`'s own path, without the guarantee for the last step of an epoch.
-        """
-        data = self._training_data = self._new_training_data()
-        if self.teacher_model is not None:
-            data.open_logits(self._about_teacher, 0 if self.class_counts is None else len(self.class_counts))
-        if self.args.feature_cache != "off" and self._compute_features is None:
-            self._compute_features = answer_features(self.model)
-            self._about_backbone = describe_weights(self.model, the_head(self.model))
-        if self._compute_features is not None:
-            data.open_features(self._about_backbone, self._compute_features)
-        data.check_sampler()
-        if data.numbers_examples:
-            loader = self.accelerator.prepare(data.loader(self._train_batch_size, self.accelerator))
-        else:
-            loader = super().get_train_dataloader()
-        if has_length(loader):
-            self._update_steps_per_epoch = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
-        return loader
-
-    def _new_training_data(self) -> TrainingData:
-        dataset, examples, collator = self.train_dataset, self.train_dataset, self.data_collator
-        if isinstance(dataset, datasets.Dataset):
-            examples = self._remove_unused_columns(dataset, description="training")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="training")
-        return TrainingData(dataset, examples, collator, self.args)
-
-    def _begin_epoch(self, epoch: int) -> None:
-        self._training_data.set_epoch(epoch)
-        teacher = self.teacher_model
-        asked = {
-            TEACHER_LOGITS: lambda batch: teacher(**split_inputs(batch)[1]),  # type: ignore[misc]
-            FEATURES: self._compute_features,
-        }
-        self._training_data.fill(epoch, asked, self._train_batch_size)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:  # type: ignore[has-type]
-            super()._set_signature_columns_if_needed()
-            columns = ["labels", TEACHER_LOGITS, FEATURES, *(self._signature_columns or [])]  # type: ignore[has-type]
-            if isinstance(self.model, TeacherAsClassifier):
-                columns += self.model.teacher.input_names
-            if self.teacher_model is not None:
-                columns += [f"{TEACHER_PREFIX}{name}" for name in self.teacher_model.input_names]
-            self._signature_columns = columns
-
-    def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:
-        # What `with_transform` makes of the columns is not known; removing them first would take away the images.
-        return dataset if dataset.format["type"] == "custom" else super()._remove_unused_columns(dataset, description)
 
     # ---- The course of a training ----------------------------------------------------------------------------------
 

@@ -430,6 +430,26 @@ def test_fresh_backbone_cannot_be_frozen(tmp_path):
     assert "starts from fresh weights" in message
 
 
+def test_recipe_for_foundation_models_runs_with_random_weights(tmp_path, run_here):  # noqa: F811
+    for name, folder in (("DINOv2", "teacher"), ("ResNet", "student")):
+        tiny(name, seed=0).save_pretrained(tmp_path / folder)
+        processor(32).save_pretrained(tmp_path / folder)
+    output = run_here(
+        "--config", str(RECIPE.with_name("foundation.yaml")), "--dataset_name", "digits", "--max_train_samples", "150",
+        "--model_name_or_path", str(tmp_path / "student"), "--teacher_model_name_or_path", str(tmp_path / "teacher"),
+        "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1", "--teacher_num_train_epochs", "1",
+        "--num_threads", "1", "--dataloader_num_workers", "0", "--disable_tqdm", "true",
+        "--force_distillation", "true",
+    )  # fmt: skip
+    assert "--adapter lora trains" in output
+    results, of_teacher = load_results(tmp_path / "run"), load_results(tmp_path / "run" / "teacher")
+    assert results["options"]["training"]["distillation_prior"] == "teacher"
+    told = of_teacher["options"]["training"]
+    assert (told["adapter"], told["head"], told["head_init"]) == ("lora", "cosine", "class_mean")
+    again = load_teacher(str(tmp_path / "run" / "teacher"))  # as any other model: without peft
+    assert not [name for name, _ in again.named_parameters() if "lora" in name]
+
+
 def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run_here):  # noqa: F811
     recipe = RECIPE.with_name("finetune.yaml")
     told = parse_arguments(["--config", str(recipe), "--dataset_name", "user/birds"])

@@ -106,6 +106,9 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS)
 
     namespace = parser.parse_args([*from_file, *command_line])
+    is_pretrained = cifar_resnet_depth(namespace.model_name_or_path) is None
+    if is_pretrained and first_look.config is None and first_look.image_size is None:
+        namespace.image_size = None  # of the recipe that nobody named; a model with weights has a size of its own
     _choose_precision(namespace, from_file, command_line)
     if namespace.output_dir is None:
         model, dataset = (Path(name).name for name in (namespace.model_name_or_path, namespace.dataset_name))

@@ -282,9 +282,8 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
     args, data, images, say = options.training, inputs.data, inputs.images, inputs.say
     name, clock, size = options.model.model_name_or_path, _Clock(), model.num_parameters()
     images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
-    if args.distillation_prior == "auto":
-        is_balanced = isinstance(teacher, FrozenTeacher) and teacher.is_balanced
-        args.distillation_prior = "teacher" if is_balanced else "counts"
+    if args.distillation_prior == "auto" and isinstance(teacher, FrozenTeacher) and teacher.is_balanced:
+        args.distillation_prior = "teacher"
     trainer = BKDTrainer(
         model=model,
         teacher_model=teacher,
@@ -347,7 +346,7 @@ def _look_at_targets(
         return None
     say(describe_targets(statistics, class_names))
     prior = statistics.get("prior_in_teacher", 1.0)
-    if prior < 0.5 and options.training.distillation_prior == "counts":
+    if prior < 0.5 and options.training.distillation_prior != "teacher":
         say(
             f"WARNING: The teacher's answers leave the class frequencies out already (of 1, {prior:.2f} is left): "
             "--distillation_prior teacher takes out only that."

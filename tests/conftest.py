@@ -26,6 +26,33 @@ REPOSITORY = TESTS.parent
 WORKER_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
+#: Longest first, so that no process is left alone with one of them in the end.
+_LONGEST = (
+    "compare",
+    "cli",
+    "teachers",
+    "equivalence",
+    "resume",
+    "teacher_logits",
+    "hub",
+    "faults",
+    "benchmark",
+    "trainer",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist hand out the files in our order, not by their numbers of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    order = {f"test_{name}": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def _environment_of_its_own():
     """Take back what a test leaves in the environment: `TrainingArguments(fsdp=…)` says there what accelerate does."""

@@ -157,9 +157,8 @@ def _add_low_rank_updates(model: nn.Module, args: BKDConfig) -> None:
     alpha = 2 * rank if args.adapter_alpha is None else args.adapter_alpha
     targets = _find_targets(model, args)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            args.seed
-        )  # the same in all processes, and again for a training that goes on
+        # The same in all processes, and again for a training that goes on.
+        torch.default_generator.manual_seed(args.seed)
         peft.inject_adapter_in_model(
             peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model, adapter_name=_NAME
         )

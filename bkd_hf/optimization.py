@@ -57,10 +57,11 @@ def with_own_rates(groups: list[dict[str, Any]], rates: Mapping[nn.Parameter, fl
     """Return an optimizer's parameter groups, cut so that some parameters have learning rates of their own."""
     cut = []
     for group in groups:
-        of_rate: dict[float, list[nn.Parameter]] = {group["lr"]: []}
+        # Those without a rate of their own stay apart from others that happen to have the same.
+        of_rate: dict[tuple[bool, float], list[nn.Parameter]] = {(False, group["lr"]): []}
         for parameter in group["params"]:
-            of_rate.setdefault(rates.get(parameter, group["lr"]), []).append(parameter)
-        cut += [{**group, "params": params, "lr": rate} for rate, params in of_rate.items() if params]
+            of_rate.setdefault((parameter in rates, rates.get(parameter, group["lr"])), []).append(parameter)
+        cut += [{**group, "params": params, "lr": rate} for (_, rate), params in of_rate.items() if params]
     return cut
 
 

@@ -32,6 +32,7 @@ from .methods import METHODS
 from .options import RunArguments
 from .results import describe_data, load_results, told_arguments
 from .run_folder import identity_of, run_state
+from .text import duration
 
 _TIMED_STEPS = 24
 # Seconds that a cell gets to end itself.
@@ -348,14 +349,6 @@ def _seen_from_here(path: str) -> str:
         return path
     inside = os.path.relpath(path)
     return f"…/{os.path.basename(path)}" if inside.startswith(os.pardir) else inside
-
-
-def duration(seconds: float) -> str:
-    """E.g. "3 h 5 min", "12 min", "40 s"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _summary(cell: Cell) -> str:

@@ -16,7 +16,7 @@ import datasets
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -48,6 +48,7 @@ from .objective import Objective
 from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
+from .progress import Clock, TellOfCaches, TellOfTime
 from .rehearsal import check_before_work
 from .results import (
     RESULTS_NAME,
@@ -57,7 +58,6 @@ from .results import (
     history_of,
     load_results,
     save_json,
-    summarize_training,
 )
 from .run_folder import claim_output_dir, identity_of, last_complete_checkpoint, record_run
 from .targets import describe_targets, why_collapsed
@@ -280,7 +280,7 @@ def _without_load_report() -> Iterator[None]:
 def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher: nn.Module | None) -> dict[str, Any]:
     """Train (from the last checkpoint if there is one), save and evaluate a model; return its section of results."""
     args, data, images, say = options.training, inputs.data, inputs.images, inputs.say
-    name, clock, size = options.model.model_name_or_path, _Clock(), model.num_parameters()
+    name, clock, size = options.model.model_name_or_path, Clock(), model.num_parameters()
     images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
     if args.distillation_prior == "auto" and isinstance(teacher, FrozenTeacher) and teacher.is_balanced:
         args.distillation_prior = "teacher"
@@ -294,13 +294,16 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
         compute_metrics=long_tail_evaluation(data, options.data.post_hoc_tau),
         callbacks=[clock],
     )
-    trainer.add_callback(_TellOfCaches(trainer, say))
+    trainer.add_callback(TellOfCaches(trainer, say))
+    trainer.add_callback(TellOfTime(say))
     length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
-    about_adapter, trained = {}, trainer.num_trained_parameters
+    about_adapter, trained, why = {}, trainer.num_trained_parameters, f"adapter {args.adapter}"
     if trained is not None:
         about_adapter["num_trained_parameters"] = trained
-    with_adapter = f" (--adapter {args.adapter} trains {trained:,}, {trained / size:.2%} of that)" if trained else ""
-    say(f"{name}: {size:,} parameters{with_adapter}, {length}")
+    elif args.freeze_backbone:
+        trained, why = sum(p.numel() for p in model.parameters() if p.requires_grad), "freeze_backbone"
+    some = f" (--{why} trains {trained:,}, {trained / size:.2%} of that)" if trained else ""
+    say(f"{name}: {size:,} parameters{some}, {length}")
     about_teacher = {}
     if teacher is not None:
         about_teacher = {
@@ -365,41 +368,6 @@ def _look_at_targets(
             "(--teacher_num_train_epochs)."
         )
     return statistics
-
-
-class _Clock(TrainerCallback):
-    """Measures training time over all sessions of a run that was interrupted: each log carries what has passed."""
-
-    def __init__(self) -> None:
-        self.before = 0.0
-        self.started = 0.0
-
-    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
-        self.started = time.perf_counter()
-
-    def on_log(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.log_history and self.started:
-            state.log_history[-1]["elapsed_seconds"] = round(self.before + time.perf_counter() - self.started, 3)
-
-    def summary(self, trainer: BKDTrainer, num_images: int) -> dict[str, float]:
-        """Time and speed of the training itself; evaluations in between are taken off."""
-        history, state = trainer.state.log_history, trainer.state
-        elapsed = next(e["elapsed_seconds"] for e in reversed(history) if "train_runtime" in e)
-        evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history if "train_runtime" not in entry)
-        return summarize_training(state, max(elapsed - evaluating, 1e-9), num_images)
-
-
-class _TellOfCaches(TrainerCallback):
-    """Says how large the caches of the teacher's logits and of features are, before they are filled."""
-
-    def __init__(self, trainer: BKDTrainer, say: Announcer):
-        self.trainer, self.say = trainer, say
-
-    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        for name, cache in (("Teacher", self.trainer.teacher_cache), ("Feature", self.trainer.feature_cache)):
-            if cache is not None:
-                self.say(f"{name} cache: {cache}.")
 
 
 def _provide_teacher(

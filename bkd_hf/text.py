@@ -73,3 +73,11 @@ def _drawable() -> frozenset[int]:
 
     fonts = (get_font(findfont(FontProperties(weight=weight))) for weight in ("normal", "bold"))
     return frozenset.intersection(*(frozenset(font.get_charmap()) for font in fonts))
+
+
+def duration(seconds: float) -> str:
+    """E.g. "3 h 5 min", "12 min", "40 s"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

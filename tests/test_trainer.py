@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification, TrainerCallback, TrainerState
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HyperParamSearchBackendBase
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.trainer_utils import HPSearchBackend
@@ -31,6 +31,7 @@ from bkd_hf import (
     load_teacher,
     long_tail_metrics,
 )
+from bkd_hf.progress import TellOfTime
 from tests.tiny_models import tiny_vit
 
 COUNTS = [20, 10, 5, 3, 2]
@@ -828,3 +829,14 @@ def test_search_for_hyperparameters_varies_them(tmp_path, monkeypatch, evaluates
         backend="wandb", n_trials=5, compute_objective=lambda metrics: metrics["eval_loss"]
     )
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_long_training_tells_how_long(monkeypatch):
+    told, now = [], iter([100.0, 120.0])
+    monkeypatch.setattr("bkd_hf.progress.time.perf_counter", lambda: next(now))
+    teller, state = TellOfTime(told.append), TrainerState(max_steps=600, num_train_epochs=3)
+    teller.on_train_begin(None, state, None)
+    for step in range(1, 20):
+        state.global_step = step
+        teller.on_step_end(None, state, None)
+    assert told == ["An epoch takes about 7 min, all of the training 20 min more."]  # 2 s a step

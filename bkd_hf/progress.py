@@ -1,0 +1,80 @@
+"""What a run says, and measures, while it trains: how long it takes, and what it keeps on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+
+from .announcer import Announcer
+from .config import BKDConfig
+from .results import summarize_training
+from .text import duration
+from .trainer import BKDTrainer
+
+
+class Clock(TrainerCallback):
+    """Measures training time over all sessions of a run that was interrupted: each log carries what has passed."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.started = 0.0
+
+    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.started = time.perf_counter()
+
+    def on_log(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.log_history and self.started:
+            state.log_history[-1]["elapsed_seconds"] = round(self.before + time.perf_counter() - self.started, 3)
+
+    def summary(self, trainer: BKDTrainer, num_images: int) -> dict[str, float]:
+        """Time and speed of the training itself; evaluations in between are taken off."""
+        history, state = trainer.state.log_history, trainer.state
+        elapsed = next(e["elapsed_seconds"] for e in reversed(history) if "train_runtime" in e)
+        evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history if "train_runtime" not in entry)
+        return summarize_training(state, max(elapsed - evaluating, 1e-9), num_images)
+
+
+class TellOfCaches(TrainerCallback):
+    """Says how large the caches of the teacher's logits and of features are, before they are filled."""
+
+    def __init__(self, trainer: BKDTrainer, say: Announcer):
+        self.trainer, self.say = trainer, say
+
+    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, cache in (("Teacher", self.trainer.teacher_cache), ("Feature", self.trainer.feature_cache)):
+            if cache is not None:
+                self.say(f"{name} cache: {cache}.")
+
+
+class TellOfTime(TrainerCallback):
+    """Says how long a training takes, after its first steps, if that is more than a minute.
+
+    Args:
+        say: Called with a sentence.
+    """
+
+    FIRST, LAST = 3, 13  # steps between which time is taken: the first ones also load and compile
+
+    def __init__(self, say: Callable[[str], Any]):
+        self.say = say
+        self.num_steps, self.started = 0, 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Start anew."""
+        self.num_steps = 0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Take the time."""
+        self.num_steps += 1
+        if self.num_steps == self.FIRST:
+            self.started = time.perf_counter()
+        if self.num_steps == self.LAST:
+            of_step = (time.perf_counter() - self.started) / (self.LAST - self.FIRST)
+            of_epoch = of_step * state.max_steps / max(1, state.num_train_epochs)
+            left = of_step * (state.max_steps - state.global_step)
+            if left > 60:
+                self.say(f"An epoch takes about {duration(of_epoch)}, all of the training {duration(left)} more.")

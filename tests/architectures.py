@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as T
 from torch import nn
+from transformers import TrainerCallback
 
-from bkd_hf import load_classifier
+from bkd_hf import BKDConfig, BKDTrainer, load_classifier
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 _LABELS: dict[str, Any] = {
@@ -112,6 +114,27 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 }
 #: Height and width, where it is not 32.
 IMAGE_SIZES = {"LeViT": 64}
+
+
+def examples(number: int = 16, size: int = 32) -> list[dict]:
+    """Images of noise, of five classes in turn."""
+    images = torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return [{"pixel_values": image, "labels": i % 5} for i, image in enumerate(images)]
+
+
+def watched_trainer(folder: Path, name: str, seed: int, watcher: TrainerCallback, **options: Any) -> BKDTrainer:
+    """A trainer of a tiny model on 16 examples; its `watcher` is a callback of it."""
+    settings = {
+        "method": "ce", "per_device_train_batch_size": 4, "num_train_epochs": 2, "eval_strategy": "epoch",
+        "use_cpu": True, "disable_tqdm": True, **options,
+    }  # fmt: skip
+    data = examples()
+    trainer = BKDTrainer(
+        tiny(name, seed), args=BKDConfig(str(folder), **settings), train_dataset=data, eval_dataset=data[:10],
+        class_counts=[4, 3, 3, 3, 3], callbacks=[watcher],
+    )  # fmt: skip
+    trainer.watcher = watcher
+    return trainer
 
 
 def tiny(name: str, seed: int) -> nn.Module:

@@ -17,17 +17,12 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.head import head_modules
 from bkd_hf.rehearsal import check_before_work
 from bkd_hf.results import load_results
-from tests.architectures import IMAGE_SIZES, NAMES, tiny
+from tests.architectures import IMAGE_SIZES, NAMES, examples, tiny, watched_trainer
 from tests.test_architectures import EVERY
 from tests.test_cli import RECIPE, run_here  # noqa: F401
 from tests.test_teachers import processor
 
 pytest.importorskip("peft")
-
-
-def examples(number: int = 16, size: int = 32) -> list[dict]:
-    images = torch.randn(number, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return [{"pixel_values": image, "labels": i % 5} for i, image in enumerate(images)]
 
 
 class LastAnswers(TrainerCallback):
@@ -44,18 +39,8 @@ def answers(model: nn.Module) -> torch.Tensor:
 
 
 def trainer_for(folder: Path, name: str = "ViT", seed: int = 1, **options) -> BKDTrainer:
-    settings = {
-        "method": "ce", "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.01,
-        "save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch", "use_cpu": True, "disable_tqdm": True,
-        **options,
-    }  # fmt: skip
-    data, watcher = examples(), LastAnswers()
-    trainer = BKDTrainer(
-        tiny(name, seed), args=BKDConfig(str(folder), **settings), train_dataset=data, eval_dataset=data[:10],
-        class_counts=[4, 3, 3, 3, 3], callbacks=[watcher],
-    )  # fmt: skip
-    trainer.watcher = watcher
-    return trainer
+    settings = {"learning_rate": 0.01, "save_strategy": "steps", "save_steps": 3}
+    return watched_trainer(folder, name, seed, LastAnswers(), **settings | options)
 
 
 def differing(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:

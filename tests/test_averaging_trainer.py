@@ -13,15 +13,10 @@ from bkd_hf import BKDConfig, BKDTrainer, InputError, TrainingDivergedError
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.averaging_trainer import RAW_WEIGHTS_NAME
 from bkd_hf.models import load_weights_strictly
-from tests.architectures import tiny
+from tests.architectures import examples, tiny, watched_trainer
 from tests.faults import CHEAP, interrupt, run, same_outcome
 
 DECAY = 0.4  # reached after 5 steps, of 8
-
-
-def examples(number: int = 16) -> list[dict]:
-    images = torch.randn(number, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return [{"pixel_values": image, "labels": i % 5} for i, image in enumerate(images)]
 
 
 class Watcher(TrainerCallback):
@@ -35,17 +30,8 @@ class Watcher(TrainerCallback):
 
 
 def trainer_for(folder: Path, name: str = "CIFAR ResNet", seed: int = 1, **options) -> BKDTrainer:
-    settings = {
-        "method": "ce", "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 0.05, "optim": "sgd",
-        "save_strategy": "epoch", "eval_strategy": "epoch", "use_cpu": True, "disable_tqdm": True, **options,
-    }  # fmt: skip
-    data, watcher = examples(), Watcher()
-    trainer = BKDTrainer(
-        tiny(name, seed), args=BKDConfig(str(folder), **settings), train_dataset=data, eval_dataset=data[:10],
-        class_counts=[4, 3, 3, 3, 3], callbacks=[watcher],
-    )  # fmt: skip
-    trainer.watcher = watcher
-    return trainer
+    settings = {"learning_rate": 0.05, "optim": "sgd", "save_strategy": "epoch"}
+    return watched_trainer(folder, name, seed, Watcher(), **settings | options)
 
 
 def averages(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

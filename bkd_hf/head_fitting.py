@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .data import choose_per_class
 from .errors import InputError
 from .head import balancing_shift, favours_a_class, head_biases, sample_for_bias, shift_logits, the_head
 from .teacher import split_inputs
+from .text import names_of
 from .training_data import TrainingData, training_labels
 
 logger = logging.get_logger(__name__)
@@ -67,14 +69,8 @@ def start_from_class_means(student: nn.Module, data: TrainingData, args: BKDConf
     if labels is None:
         raise ValueError("--head_init class_mean needs a training set that can be read more than once.")
     num_classes = len(layers[0].weight)
-    empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
-    if empty.size:
-        known = getattr(getattr(student, "config", None), "id2label", None) or {}
-        names = ", ".join(repr(known.get(int(number), int(number))) for number in empty[:5])
-        more = f" and {empty.size - 5} more" if empty.size > 5 else ""
-        raise InputError(
-            f"--head_init class_mean: there is no training image of {names}{more}, so no mean. Use --head_init random."
-        )
+    names = getattr(getattr(student, "config", None), "id2label", None) or {}
+    check_means(np.bincount(labels, minlength=num_classes), names)
     most = max(1, min(IMAGES_PER_CLASS, NUM_IMAGES // num_classes))
     seen: dict[nn.Module, torch.Tensor] = {}
     hooks = [layer.register_forward_pre_hook(lambda layer, given: seen.update({layer: given[0]})) for layer in layers]
@@ -96,6 +92,15 @@ def start_from_class_means(student: nn.Module, data: TrainingData, args: BKDConf
             layer.weight.copy_(F.normalize(vectors, dim=1) * scale / inputs.norm(dim=1).mean().clamp_min(1e-6))
             if getattr(layer, "bias", None) is not None:
                 layer.bias.zero_()
+
+
+def check_means(class_counts: Sequence[int] | np.ndarray, class_names: Mapping[int, str]) -> None:
+    """Raise an `InputError` that names the classes without a training image, which have no mean."""
+    if empty := np.flatnonzero(np.asarray(class_counts) == 0).tolist():
+        raise InputError(
+            f"--head_init class_mean: there is no training image of {names_of(empty, class_names)}, so no mean. Use "
+            "--head_init random."
+        )
 
 
 def class_vectors(model: nn.Module) -> list[Any]:

@@ -14,7 +14,7 @@ from .errors import InputError
 from .loss_inputs import IGNORE_INDEX
 from .losses import class_balanced_weights, deferred_weights, example_weights
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
-from .text import one_line
+from .text import names_of
 
 
 @dataclass(frozen=True)
@@ -312,11 +312,10 @@ class Objective:
             needing.append(f"--distillation_loss {options.distillation_loss}")
         counts = self.known_class_counts() if needing else torch.ones(1)
         if empty := (counts == 0).nonzero().flatten().tolist():
-            shown = ", ".join(str(class_names.get(number, number)) for number in empty[:5])
             raise InputError(
-                f"{len(empty)} of {len(counts)} classes have no training image ({one_line(shown, 200)}"
-                f"{', …' if len(empty) > 5 else ''}), and {needing[0]} needs their numbers of images. Remove these "
-                "classes, or count each as one image by --empty_classes clamp."
+                f"{len(empty)} of {len(counts)} classes have no training image ({names_of(empty, class_names)}), and "
+                f"{needing[0]} needs their numbers of images. Remove these classes, or count each as one image by "
+                "--empty_classes clamp."
             )
 
 

@@ -29,6 +29,7 @@ from .errors import InputError
 from .files import unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
 from .head import the_head
+from .head_fitting import check_means, class_vectors
 from .hub import CARD_NAME, check_repo_access, publish_run
 from .inputs import (
     Inputs,
@@ -63,6 +64,7 @@ from .run_folder import claim_output_dir, identity_of, last_complete_checkpoint,
 from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
+from .training_data import check_features
 from .views import same_pixels
 
 
@@ -143,11 +145,12 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     counts = data["class_counts"]
     warn_of_untested_classes(data)
     of_teacher = arguments.for_teacher()
+    names = dict(enumerate(data["class_names"]))
     for args in (arguments.training, of_teacher.training):
         check_metric_for_best_model(args, data)
-        Objective(args, counts, has_teacher=args.distillation_loss != "none").check_empty_classes(
-            dict(enumerate(data["class_names"]))
-        )
+        Objective(args, counts, has_teacher=args.distillation_loss != "none").check_empty_classes(names)
+        if args.head_init == "class_mean":
+            check_means(counts, names)
     say(
         f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
         f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
@@ -186,6 +189,7 @@ def _train(
         workers = args.dataloader_num_workers
         why = "" if inputs.images["train"].in_memory else ": they do not stay in memory"
         say(f"Images are prepared by {workers} worker{'s' if workers > 1 else ''} a process{why}.")
+    check_features(inputs.images["train"], args)
     identity = identity_of(options, data, with_teacher=False)
     if _claim(options, identity):
         say(f"Using the teacher in {folder}, trained on the same data with the same options.")
@@ -256,6 +260,8 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
         the_head(model)  # raises, if it cannot be told
     if args.layer_decay is not None:
         layer_depths(model)  # likewise
+    if args.head_init == "class_mean":
+        class_vectors(model)
     check_adapter(model, args)
     prefer_channels_last(model)
     if say is not None and model.new_parameters and not is_fresh:

@@ -10,6 +10,7 @@ import functools
 import html
 import re
 import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Control characters (with those that begin a terminal's commands), marks that turn the direction of the text around
@@ -81,3 +82,9 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def names_of(numbers: Sequence[int], class_names: Mapping[int, str], most: int = 5) -> str:
+    """Name the first few of some classes; one without a name is called by its number."""
+    shown = ", ".join(str(class_names.get(number, number)) for number in numbers[:most])
+    return one_line(shown, 200) + (", …" if len(numbers) > most else "")

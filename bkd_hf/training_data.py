@@ -79,6 +79,24 @@ def _label_column(dataset: datasets.Dataset) -> str | None:
     return next(iter(named or (typed if len(typed) == 1 else [])), None)
 
 
+def is_augmented(dataset: Any) -> bool:
+    """Whether training images look different in each epoch."""
+    return any(
+        getattr(part, "augmentation", "none") != "none" or getattr(part, "operations", ())
+        for part in innermost(dataset)
+    )
+
+
+def check_features(dataset: Any, args: BKDConfig) -> None:
+    """Raise an `InputError` if features are to be kept of images that look different in each epoch."""
+    if args.feature_cache != "off" and args.teacher_cache_views is None and is_augmented(dataset):
+        raise InputError(
+            "--feature_cache: the training images are augmented, so their features differ from epoch to epoch. Use "
+            "--train_augmentation none (without --train_operations), --teacher_cache_views K for the features of K "
+            "epochs, or --feature_cache off."
+        )
+
+
 class _LabelsAlone(Dataset):
     def __init__(self, labels: Any):
         self.labels = labels
@@ -138,15 +156,7 @@ class TrainingData:
             return self.args.teacher_cache_views
         if (self.args.teacher_cache == "off" and self.args.feature_cache == "off") or not self.numbers_examples:
             return None
-        return DEFAULT_VIEWS if self.is_augmented else 1
-
-    @property
-    def is_augmented(self) -> bool:
-        """Whether images look different in each epoch."""
-        return any(
-            getattr(part, "augmentation", "none") != "none" or getattr(part, "operations", ())
-            for part in innermost(self.dataset)
-        )
+        return DEFAULT_VIEWS if is_augmented(self.dataset) else 1
 
     def _view(self, epoch: int) -> int:
         return epoch % self.num_views if self.num_views else epoch
@@ -233,12 +243,7 @@ class TrainingData:
         if args.feature_cache == "off":
             return
         self._check_that_batches_come_again(option)
-        if self.is_augmented and args.teacher_cache_views is None:
-            raise InputError(
-                f"{option}: the training images are augmented, so their features differ from epoch to epoch. Use "
-                "--train_augmentation none (without --train_operations), --teacher_cache_views K for the features of "
-                f"K epochs, or {option} off."
-            )
+        check_features(self.dataset, args)
         # Drawn how often ever, an image that always looks the same has the same features.
         sampler = "instance" if self.num_views == 1 else args.sampler or "instance"
         about = {

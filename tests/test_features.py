@@ -20,6 +20,7 @@ from bkd_hf import (
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.features import answer_features
 from bkd_hf.rehearsal import check_before_work
+from bkd_hf.run import run
 from tests.architectures import ARCHITECTURES, IMAGE_SIZES, tiny
 from tests.test_head import Examples
 from tests.tiny_models import tiny_deit_with_two_heads
@@ -130,3 +131,16 @@ def test_bad_input(tmp_path):
                  "--feature_cache", "auto", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"]
             )
         )  # fmt: skip
+
+
+def test_augmented_images_are_refused_before_a_teacher_is_trained(tmp_path):
+    tiny("ResNet", seed=0).save_pretrained(tmp_path / "student")
+    load_processor("cifar-resnet-8", 32).save_pretrained(tmp_path / "student")
+    arguments = parse_arguments(
+        ["--dataset_name", "digits", "--model_name_or_path", str(tmp_path / "student"), "--freeze_backbone", "true",
+         "--feature_cache", "auto", "--teacher_cache", "auto", "--output_dir", str(tmp_path / "run"),
+         "--teacher_freeze_backbone", "false", "--teacher_feature_cache", "off", "--use_cpu", "true"]
+    )  # fmt: skip
+    with pytest.raises(InputError, match="--feature_cache: the training images are augmented"):
+        run(arguments)
+    assert not (tmp_path / "run").exists() or not (tmp_path / "run" / "teacher").exists()

@@ -245,6 +245,7 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
         | {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}
         | {"method of the teacher": (results.get("teacher") or {}).get("method")}
         | {"images in a step": effective_batch_size(results)}
+        | _settled_prior(results["options"]["training"])
         | ({} if results.get("teacher") else dict.fromkeys(ABOUT_TEACHER, ...))
         for results in cells
     ]
@@ -255,3 +256,8 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
         if len(values) > 1:
             found[name] = values
     return found
+
+
+def _settled_prior(training: dict[str, Any]) -> dict[str, str]:
+    """Return what `auto` was: a run that measures the teacher's prior records `teacher`, any other takes the counts."""
+    return {"distillation_prior": "counts"} if training.get("distillation_prior") == "auto" else {}

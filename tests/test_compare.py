@@ -173,6 +173,9 @@ def test_an_option_that_is_not_recorded_has_its_default():
     assert Comparison([old, new]).estimate("bkd", "overall").n == 2
     new["options"]["training"]["head_bias"] = "learned"  # what the method says, where nothing was said
     assert Comparison([old, new]).num_seeds("bkd") == 2
+    # `auto` is recorded where it took the class counts; where it measured, `teacher` is.
+    old["options"]["training"]["distillation_prior"], new["options"]["training"]["distillation_prior"] = "counts", "auto"
+    assert Comparison([old, new]).num_seeds("bkd") == 2
     new["options"]["training"]["precision"] = "fp32"
     with pytest.raises(InputError, match="`precision` is auto or fp32"):
         Comparison([old, new])

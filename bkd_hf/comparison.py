@@ -259,5 +259,5 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
 
 
 def _settled_prior(training: dict[str, Any]) -> dict[str, str]:
-    """Return what `auto` was: a run that measures the teacher's prior records `teacher`, any other takes the counts."""
+    """Return what `auto` was: a run that measured the teacher's prior records `teacher`, any other took the counts."""
     return {"distillation_prior": "counts"} if training.get("distillation_prior") == "auto" else {}

@@ -6,7 +6,6 @@ import copy
 import csv
 import importlib.util
 import shutil
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from bkd_hf.comparison import Comparison, load_comparison, resampled
 from bkd_hf.comparison_plots import plot_comparison
 from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
+from tests.faults import run
 from tests.test_plots import make_results
 from tests.tiny_models import tiny_deit_with_two_heads
 
@@ -174,7 +174,8 @@ def test_an_option_that_is_not_recorded_has_its_default():
     new["options"]["training"]["head_bias"] = "learned"  # what the method says, where nothing was said
     assert Comparison([old, new]).num_seeds("bkd") == 2
     # `auto` is recorded where it took the class counts; where it measured, `teacher` is.
-    old["options"]["training"]["distillation_prior"], new["options"]["training"]["distillation_prior"] = "counts", "auto"
+    old["options"]["training"]["distillation_prior"] = "counts"
+    new["options"]["training"]["distillation_prior"] = "auto"
     assert Comparison([old, new]).num_seeds("bkd") == 2
     new["options"]["training"]["precision"] = "fp32"
     with pytest.raises(InputError, match="`precision` is auto or fp32"):
@@ -401,11 +402,8 @@ def test_jobs_run_at_the_same_time_and_after_their_teachers(tmp_path, stand_in):
 
 
 def compare(*options: object, expected: int = 0) -> str:
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True, timeout=400
-    )
-    output = process.stdout + process.stderr
-    assert process.returncode == expected, output
+    code, output = run(*options, script="compare.py")
+    assert code == expected, output
     return output
 
 
@@ -461,7 +459,7 @@ def test_tables_from_results_alone(compared, tmp_path):
 
 def test_dry_run_tells_what_will_run_and_how_long(compared):
     output = compare("--methods", "ce", "kd", "--seeds", 0, "--output_dir", compared, "--dry_run", *SHORT)
-    lines = output.splitlines()
+    lines = [line for line in output.splitlines() if not line.startswith("warning: ")]
     assert lines[0].startswith("finished")
     assert "--method ce --seed 0" in lines[0]
     assert lines[1].startswith("new")

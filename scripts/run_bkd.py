@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 # For `uv run scripts/run_bkd.py`: bkd_hf is this checkout, and brings what setup.cfg asks for.
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["bkd_hf"]
 #
 # [tool.uv.sources]

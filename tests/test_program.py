@@ -19,8 +19,9 @@ import pytest
 
 import bkd_hf
 from bkd_hf.__main__ import main
+from bkd_hf.cells import plan_cells
 from bkd_hf.machine import launcher_accumulation
-from bkd_hf.program import PROGRAM, SCRIPTS, program
+from bkd_hf.program import PROGRAM, SCRIPTS, program, script_of
 from tests.conftest import REPOSITORY
 
 ELSEWHERE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -45,13 +46,15 @@ def test_listing_them_imports_no_library():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_commands_are_told_as_they_were_called(monkeypatch):
+def test_commands_are_told_as_they_were_called(monkeypatch, tmp_path):
     launcher = ["accelerate", "launch"]
     assert program("split") == ["python", "scripts/make_long_tailed.py"]
     assert program("run", launcher) == [*launcher, "scripts/run_bkd.py"]
     monkeypatch.setattr(sys, "argv", [f"{PROGRAM} split"])
     assert program("split") == ["bkd-hf", "split"]
     assert program("run", launcher) == [*launcher, "-m", "bkd_hf", "run"]
+    (cell,) = plan_cells(["ce"], [0], tmp_path, script_of("run"))
+    assert cell.command(launcher).startswith("accelerate launch -m bkd_hf run --method ce --seed 0 ")
 
 
 def test_launchers_are_read_up_to_the_module_too(monkeypatch):

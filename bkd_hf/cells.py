@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .arguments import parse_arguments
+from .arguments import DIGITS_RECIPE, parse_arguments
 from .comparison import SHARED_TEACHERS
 from .config import BKDConfig
 from .data import LABEL_COLUMN
@@ -30,6 +30,7 @@ from .inputs import load_splits
 from .machine import available_cores
 from .methods import METHODS
 from .options import RunArguments
+from .program import program
 from .results import describe_data, load_results, told_arguments
 from .run_folder import identity_of, run_state
 from .text import duration
@@ -45,7 +46,7 @@ _NOT_FOR_CELLS = {
     "--overwrite": "delete the folders of the cells that are to run anew",
     "--resume_from_checkpoint": "an interrupted cell resumes by itself",
     "--max_steps": "use --num_train_epochs",
-    "--push_to_hub": "push the cells that you choose by scripts/publish.py",
+    "--push_to_hub": f"push the cells that you choose by {' '.join(program('publish'))}",
 }
 _KINDS = ("plain", "teacher", "distilling")
 
@@ -58,8 +59,8 @@ class Cell:
         method: A preset.
         seed: Seed of its training.
         folder: Its output folder.
-        script: Path of `run_bkd.py`.
-        options: Further options of `run_bkd.py`, the same for all cells.
+        script: Path of the script of a run; `None`: the command `run` of the package.
+        options: Further options of a run, the same for all cells.
         teacher: The cell whose student is this one's teacher.
         is_teacher: Whether it only trains a teacher that other cells share, and is no row of the tables.
     """
@@ -67,7 +68,7 @@ class Cell:
     method: str
     seed: int
     folder: Path
-    script: Path
+    script: Path | None
     options: tuple[str, ...]
     teacher: Cell | None = None
     is_teacher: bool = False
@@ -83,21 +84,25 @@ class Cell:
         return "teacher" if self.is_teacher else "distilling" if _distils(self.method) else "plain"
 
     def arguments(self) -> list[str]:
-        """Return the command line for `run_bkd.py`."""
+        """Return the options of the run."""
         teacher = ["--teacher_model_name_or_path", str(self.teacher.folder)] if self.teacher else []
         if self.teacher and self.teacher.is_teacher:
             teacher += ["--finetune_teacher", "false"]  # that is done
         own = ["--method", self.method, "--seed", str(self.seed), "--output_dir", str(self.folder)]
         return [*self.options, *own, *teacher]
 
+    def started_by(self, launcher: Sequence[str]) -> list[str]:
+        """Return what comes before its options."""
+        return [*launcher, *(["-m", "bkd_hf", "run"] if self.script is None else [str(self.script)])]
+
     def command(self, launcher: Sequence[str] = ()) -> str:
         """Return the command: without secrets, and of places outside of the current folder the names alone."""
-        words = [str(self.script), *told_arguments(self.arguments(), lambda value, _: value)]
-        return shlex.join([*(launcher or ["python"]), *map(_seen_from_here, words)])
+        words = [*self.started_by(launcher or ["python"]), *told_arguments(self.arguments(), lambda value, _: value)]
+        return shlex.join(map(_seen_from_here, words))
 
     def parse(self) -> RunArguments:
         """Parse the command line; raises an `InputError` if it cannot work."""
-        return parse_arguments(self.arguments(), digits_recipe=self.script.with_name("recipes") / "digits.yaml")
+        return parse_arguments(self.arguments(), digits_recipe=DIGITS_RECIPE)
 
     def state(self, data: dict[str, Any] | None = None) -> str:
         """Return `"new"`, `"interrupted"` or `"finished"`; raises an `InputError` if the folder holds another run.
@@ -110,7 +115,7 @@ class Cell:
 
 
 def plan_cells(
-    methods: Sequence[str], seeds: Sequence[int], output_dir: Path, script: Path, options: Sequence[str] = ()
+    methods: Sequence[str], seeds: Sequence[int], output_dir: Path, script: Path | None, options: Sequence[str] = ()
 ) -> list[Cell]:
     """List the cells, seed by seed, with those that are needed as teachers, each teacher before its students.
 
@@ -118,8 +123,8 @@ def plan_cells(
         methods: Presets.
         seeds: Seeds of the training; the data split is the same for all.
         output_dir: Where the cells' folders go: METHOD/seedSEED.
-        script: Path of `run_bkd.py`.
-        options: Options of `run_bkd.py` for all cells.
+        script: Path of the script of a run; `None`: the command `run` of the package.
+        options: Options of a run, for all cells.
 
     Raises:
         InputError: If a method is unknown, something comes twice, or an option is not for all cells.
@@ -273,7 +278,7 @@ class CellRunner:
             return None
 
     def _start(self, cell: Cell, log: Path, slot: int = 0, options: Sequence[str] = ()) -> subprocess.Popen:
-        words = [*(self.launcher or [sys.executable]), str(cell.script), *cell.arguments(), *options]
+        words = [*cell.started_by(self.launcher or [sys.executable]), *cell.arguments(), *options]
         words += ["--disable_tqdm", "true"]
         if self.jobs > 1 and not self.launcher and not any(word.startswith("--num_threads") for word in cell.options):
             words += ["--num_threads", str(max(1, available_cores() // self.jobs))]

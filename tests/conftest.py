@@ -37,6 +37,7 @@ _LONGEST = (
     "hub",
     "faults",
     "benchmark",
+    "program",
     "trainer",
 )
 

@@ -72,6 +72,15 @@ def test_strong_recipe_is_a_modern_one():
     assert parse(f"{recipe} --train_operations none").data.train_operations is None
 
 
+def test_recipes_go_by_name_but_a_file_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # a data set, maybe: no file
+    by_name, by_path = parse("--config digits"), parse(f"--config {DIGITS}")
+    assert (by_name.training, by_name.data, by_name.model) == (by_path.training, by_path.data, by_path.model)
+    (tmp_path / "cifar10_lt").write_text("temperature: 3\n")
+    assert parse("--config cifar10_lt").training.temperature == 3
+
+
 @pytest.mark.parametrize("name", ["cifar100_lt", "cifar10_lt"])
 def test_recipes_are_the_papers(name):
     arguments = parse(f"--config {RECIPES / name}.yaml")
@@ -215,7 +224,11 @@ def test_bad_yaml(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--config nowhere.yaml", "--config nowhere.yaml cannot be read"),
+        (
+            "--config nowhere.yaml",
+            "--config nowhere.yaml cannot be read: .* no such recipe among cifar100_lt, .*, foundation",
+        ),
+        ("--config elsewhere/cifar100-lt.yaml", "Did you mean cifar100_lt?"),
         ("--temprature 3", "unrecognized arguments: --temprature 3 .* Did you mean --temperature"),
         ("--temperature 0", "--temperature must be"),
         ("--alpha -1", "--distillation_weight must be"),

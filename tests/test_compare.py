@@ -320,7 +320,7 @@ def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
     assert main_of(SCRIPT)() == 0
     page = (tmp_path / "tables" / "comparison.md").read_text(encoding="utf-8")
     assert "Made by `python scripts/compare.py --from results --output_dir=tables`." in page
-    command = describe_command([*words, *options], script="scripts/compare.py", launcher="python")
+    command = describe_command([*words, *options], called_by=["python", "scripts/compare.py"])
     for told in (cell.command(), command, page):
         assert secret not in told
         assert str(tmp_path) not in told

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from .methods import METHODS
 from .options import RunArguments
 from .results import describe_data, load_results, told_arguments
 from .run_folder import identity_of, run_state
+from .stopping import STOPPED, TrainingStopped
 from .text import duration
 
 _TIMED_STEPS = 24
-# Seconds that a cell gets to end itself.
-_PATIENCE = 15.0
+# Seconds that a cell gets to finish its step, and to save a checkpoint.
+_PATIENCE = 60.0
 # A comparison decides about these itself.
 _NOT_FOR_CELLS = {
     "--method": "use --methods",
@@ -206,12 +207,16 @@ class CellRunner:
     launcher: Sequence[str] = ()
     jobs: int = 1
     say: Callable[[str], None] = print
+    _log_begins: dict[Cell, int] = field(default_factory=dict, init=False)  # of the last start of a cell
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
         """Run what is not finished yet; a cell that fails does not stop the others.
 
         Returns:
             A line for each cell that failed, or could not run because its teacher failed.
+
+        Raises:
+            TrainingStopped: If a cell was stopped, by the SIGTERM that this process got or its own: all are, then.
         """
         data = self._data(cells) if any(cell.folder.exists() for cell in cells) else None
         states = {cell: cell.state(data) for cell in cells}  # raises before anything has run
@@ -244,7 +249,10 @@ class CellRunner:
                         slots[cell] = min({*range(self.jobs)} - {slots[other] for other in running})
                         running[cell] = self._start(cell, log, slots[cell])
                 time.sleep(0.05)
-                for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+                ended = [cell for cell, process in running.items() if process.poll() is not None]
+                if any(self._was_stopped(cell, running[cell]) for cell in ended):
+                    raise TrainingStopped
+                for cell in ended:
                     code, log = running.pop(cell).returncode, self._log(cell)
                     if code == 0:
                         outcome = f"finished. {_summary(cell)}"
@@ -256,9 +264,26 @@ class CellRunner:
                     left = (time.monotonic() - started) / max(1, num_todo - num_left) * num_left
                     remaining = f"; {num_left} to go, about {duration(left)}" if num_left else ""
                     self.say(f"[{num_todo - num_left}/{num_todo}] {cell.name} {outcome}{remaining}")
+        except SystemExit:
+            _end(running.values())
+            stopped = [cell.name for cell, process in running.items() if self._was_stopped(cell, process)]
+            if not stopped:
+                raise
+            open_ones = {*todo, *failures, *(cell for cell, process in running.items() if process.returncode)}
+            finished = [cell.name for cell in cells if cell not in open_ones]
+            done = f"{len(finished)} of {len(cells)} cells are finished"
+            self.say(f"Stopped: {', '.join(stopped)}. {done}{': ' if finished else ''}{', '.join(finished)}.")
+            raise TrainingStopped from None
         finally:
             _end(running.values())  # if this was interrupted
         return list(failures.values())
+
+    def _was_stopped(self, cell: Cell, process: subprocess.Popen) -> bool:
+        """Whether SIGTERM ended a cell so that it can go on; launchers have exit codes of their own."""
+        if not process.returncode or not self.launcher:
+            return process.returncode == STOPPED
+        lines = self._log(cell).read_bytes()[self._log_begins[cell] :].splitlines()
+        return any(line.startswith(b"stopped: ") for line in lines)
 
     def _data(self, cells: Sequence[Cell]) -> dict[str, Any] | None:
         """The `data` section of the results, which all cells share."""
@@ -280,6 +305,7 @@ class CellRunner:
         environment = {**os.environ, **({} if self.launcher else _one_gpu(slot))}
         with log.open("a", encoding="utf-8") as file:
             is_open_in_a_run(file)  # from here on, as long as the cell, or its launcher, lives
+            self._log_begins[cell] = file.tell()
             # A group of its own, which can be ended with all that a launcher has started.
             return subprocess.Popen(
                 words, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -61,7 +61,7 @@ _WATCHING = (
     "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
     "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
     "batch_eval_metrics", "include_for_metrics", "include_num_input_tokens_seen", "torch_empty_cache_steps",
-    "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
+    "save_only_model", "save_on_each_node",
 )  # fmt: skip
 _WATCHING_TIMES = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",

@@ -30,7 +30,7 @@ from .inputs import load_splits
 from .machine import available_cores
 from .methods import METHODS
 from .options import RunArguments
-from .results import describe_data, load_results, told_arguments
+from .results import describe_data, effective_batch_size, load_results, told_arguments
 from .run_folder import identity_of, run_state
 from .stopping import STOPPED, TrainingStopped
 from .text import duration
@@ -107,7 +107,8 @@ class Cell:
             data: The `data` section of the results of all cells, where it is known.
         """
         arguments = self.parse()
-        return run_state(arguments, None if data is None else identity_of(arguments, data))
+        identity = None if data is None else identity_of(arguments, data)
+        return run_state(arguments, identity, is_to_train=False)  # by a launcher's processes, however many
 
 
 def plan_cells(
@@ -347,11 +348,11 @@ class CellRunner:
             raise InputError(f"--dry_run: {_TIMED_STEPS} steps of {cell.method} failed: {_last_error(log)}")
         wall = time.monotonic() - started
         results, args = load_results(folder), cell.parse().training
-        student, num_processes = results["student"], results["hardware"]["num_processes"]
+        student = results["student"]
         times = [entry["elapsed_seconds"] for entry in student["history"] if "loss" in entry]
         per_step = (times[-1] - times[0]) / (_TIMED_STEPS - window)
-        images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-        num_steps = args.num_train_epochs * math.ceil(results["data"]["num_train_images"] / images_per_step)
+        steps_per_epoch = math.ceil(results["data"]["num_train_images"] / effective_batch_size(results))
+        num_steps = args.num_train_epochs * steps_per_epoch
         evaluated = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
         evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args)
         return wall - student["training"]["seconds"] + evaluating + per_step * num_steps

@@ -191,6 +191,17 @@ def test_a_stopped_run_goes_on_with_the_same_command(tmp_path):
         same_outcome(folder / part, tmp_path / "whole" / part)
 
 
+def test_a_comparison_ends_its_cells_and_says_what_is_done(tmp_path):
+    argv = ("--methods", "ce", "--seeds", 0, "--output_dir", tmp_path / "out", *CHEAP[2:])
+    comparison = Run(*argv, script="compare.py")
+    wait_for(tmp_path / "out" / "ce" / "seed0" / "checkpoint-4")
+    comparison.kill(signal.SIGTERM)
+    assert comparison.wait() == 75, comparison.output
+    assert "Stopped: ce seed 0. 0 of 1 cells are finished." in comparison.output
+    assert "stopped: the same command goes on with the cells that are not finished" in comparison.output
+    assert not (tmp_path / "out" / "ce" / "seed0" / "results.json").exists()
+
+
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory) -> tuple:
     """Options for a model without BatchNorm and dropout."""

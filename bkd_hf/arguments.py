@@ -65,8 +65,9 @@ _OWN_HELP = {
     "hub_token": "Token with write access, if not stored by `hf auth login` or in HF_TOKEN.",
     "hub_revision": "Branch to push to.",
     "hub_private_repo": "Make the repository private.",
-    "enable_jit_checkpoint": "At SIGTERM save a checkpoint after the step, and end with exit code 75, for the same "
-    "command to continue. From Python it is off by default: it ends the process.",
+    "enable_jit_checkpoint": "At SIGTERM (SLURM: --signal=TERM@120; Kubernetes: terminationGracePeriodSeconds) save a "
+    "checkpoint after the step, or at once where there is none, and end with exit code 75 (accelerate launch and "
+    "torchrun then: 1): the same command continues. From Python it is off by default, as it ends the process.",
     "dataloader_num_workers": "Processes that prepare the batches; 0: none, -1: as many as pay.",
     "use_cpu": "Use the CPU even if there is a GPU; set where there is none.",
 }

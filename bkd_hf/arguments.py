@@ -46,8 +46,8 @@ _COMMON_TRAINING_OPTIONS = {
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
     "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "torch_compile", "activation_checkpointing", "seed",
     "data_seed", "logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
-    "save_total_limit", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu", "push_to_hub",
-    "hub_model_id", "hub_private_repo", "hub_token", "hub_revision",
+    "save_total_limit", "enable_jit_checkpoint", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_revision",
 }  # fmt: skip
 #: transformers' defaults are made for fine-tuning; from fresh weights they learn next to nothing.
 _FRESH_WEIGHTS_DEFAULTS = {
@@ -61,6 +61,7 @@ CHOOSE_WORKERS = -1
 SCRIPT_DEFAULTS = {
     "logging_strategy": "epoch", "logging_nan_inf_filter": False, "save_strategy": "epoch", "save_total_limit": 1,
     "hub_strategy": "end", "dataloader_persistent_workers": True, "method": RECOMMENDED,
+    "enable_jit_checkpoint": True,
 }  # fmt: skip
 _OWN_HELP = {
     "output_dir": "Where everything is written; outputs/DATASET_MODEL_seedSEED if not given.",
@@ -69,6 +70,9 @@ _OWN_HELP = {
     "hub_token": "Token with write access, if not stored by `hf auth login` or in HF_TOKEN.",
     "hub_revision": "Branch to push to.",
     "hub_private_repo": "Make the repository private.",
+    "enable_jit_checkpoint": "At SIGTERM (SLURM: --signal=TERM@120; Kubernetes: terminationGracePeriodSeconds) save a "
+    "checkpoint after the step, or at once where there is none, and end with exit code 75 (accelerate launch and "
+    "torchrun then: 1): the same command continues. From Python it is off by default, as it ends the process.",
     "dataloader_num_workers": "Processes that prepare the batches; 0: none, -1: as many as pay.",
     "use_cpu": "Use the CPU even if there is a GPU; set where there is none.",
 }

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,14 @@ from .machine import available_cores
 from .methods import METHODS
 from .options import RunArguments
 from .program import program
-from .results import describe_data, load_results, told_arguments
+from .results import describe_data, effective_batch_size, load_results, told_arguments
 from .run_folder import identity_of, run_state
+from .stopping import STOPPED, TrainingStopped
 from .text import duration
 
 _TIMED_STEPS = 24
-# Seconds that a cell gets to end itself.
-_PATIENCE = 15.0
+# Seconds that a cell gets to finish its step, and to save a checkpoint.
+_PATIENCE = 60.0
 # A comparison decides about these itself.
 _NOT_FOR_CELLS = {
     "--method": "use --methods",
@@ -111,7 +112,8 @@ class Cell:
             data: The `data` section of the results of all cells, where it is known.
         """
         arguments = self.parse()
-        return run_state(arguments, None if data is None else identity_of(arguments, data))
+        identity = None if data is None else identity_of(arguments, data)
+        return run_state(arguments, identity, is_to_train=False)  # by a launcher's processes, however many
 
 
 def plan_cells(
@@ -211,12 +213,16 @@ class CellRunner:
     launcher: Sequence[str] = ()
     jobs: int = 1
     say: Callable[[str], None] = print
+    _log_begins: dict[Cell, int] = field(default_factory=dict, init=False)  # of the last start of a cell
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
         """Run what is not finished yet; a cell that fails does not stop the others.
 
         Returns:
             A line for each cell that failed, or could not run because its teacher failed.
+
+        Raises:
+            TrainingStopped: If a cell was stopped, by the SIGTERM that this process got or its own: all are, then.
         """
         data = self._data(cells) if any(cell.folder.exists() for cell in cells) else None
         states = {cell: cell.state(data) for cell in cells}  # raises before anything has run
@@ -249,7 +255,10 @@ class CellRunner:
                         slots[cell] = min({*range(self.jobs)} - {slots[other] for other in running})
                         running[cell] = self._start(cell, log, slots[cell])
                 time.sleep(0.05)
-                for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+                ended = [cell for cell, process in running.items() if process.poll() is not None]
+                if any(self._was_stopped(cell, running[cell]) for cell in ended):
+                    raise TrainingStopped
+                for cell in ended:
                     code, log = running.pop(cell).returncode, self._log(cell)
                     if code == 0:
                         outcome = f"finished. {_summary(cell)}"
@@ -261,9 +270,26 @@ class CellRunner:
                     left = (time.monotonic() - started) / max(1, num_todo - num_left) * num_left
                     remaining = f"; {num_left} to go, about {duration(left)}" if num_left else ""
                     self.say(f"[{num_todo - num_left}/{num_todo}] {cell.name} {outcome}{remaining}")
+        except SystemExit:
+            _end(running.values())
+            stopped = [cell.name for cell, process in running.items() if self._was_stopped(cell, process)]
+            if not stopped:
+                raise
+            open_ones = {*todo, *failures, *(cell for cell, process in running.items() if process.returncode)}
+            finished = [cell.name for cell in cells if cell not in open_ones]
+            done = f"{len(finished)} of {len(cells)} cells are finished"
+            self.say(f"Stopped: {', '.join(stopped)}. {done}{': ' if finished else ''}{', '.join(finished)}.")
+            raise TrainingStopped from None
         finally:
             _end(running.values())  # if this was interrupted
         return list(failures.values())
+
+    def _was_stopped(self, cell: Cell, process: subprocess.Popen) -> bool:
+        """Whether SIGTERM ended a cell so that it can go on; launchers have exit codes of their own."""
+        if not process.returncode or not self.launcher:
+            return process.returncode == STOPPED
+        lines = self._log(cell).read_bytes()[self._log_begins[cell] :].splitlines()
+        return any(line.startswith(b"stopped: ") for line in lines)
 
     def _data(self, cells: Sequence[Cell]) -> dict[str, Any] | None:
         """The `data` section of the results, which all cells share."""
@@ -285,6 +311,7 @@ class CellRunner:
         environment = {**os.environ, **({} if self.launcher else _one_gpu(slot))}
         with log.open("a", encoding="utf-8") as file:
             is_open_in_a_run(file)  # from here on, as long as the cell, or its launcher, lives
+            self._log_begins[cell] = file.tell()
             # A group of its own, which can be ended with all that a launcher has started.
             return subprocess.Popen(
                 words, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -326,11 +353,11 @@ class CellRunner:
             raise InputError(f"--dry_run: {_TIMED_STEPS} steps of {cell.method} failed: {_last_error(log)}")
         wall = time.monotonic() - started
         results, args = load_results(folder), cell.parse().training
-        student, num_processes = results["student"], results["hardware"]["num_processes"]
+        student = results["student"]
         times = [entry["elapsed_seconds"] for entry in student["history"] if "loss" in entry]
         per_step = (times[-1] - times[0]) / (_TIMED_STEPS - window)
-        images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-        num_steps = args.num_train_epochs * math.ceil(results["data"]["num_train_images"] / images_per_step)
+        steps_per_epoch = math.ceil(results["data"]["num_train_images"] / effective_batch_size(results))
+        num_steps = args.num_train_epochs * steps_per_epoch
         evaluated = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
         evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args)
         return wall - student["training"]["seconds"] + evaluating + per_step * num_steps

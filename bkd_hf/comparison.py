@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .config import METHOD_OPTIONS, BKDConfig, method_defaults
+from .config import BATCH_CUT, METHOD_OPTIONS, BKDConfig, method_defaults
 from .errors import InputError
 from .methods import METHODS
 from .metrics import shot_groups
@@ -33,7 +33,8 @@ SHARED_TEACHERS = "shared_teachers"
 #: Methods that the others are compared with, seed by seed.
 BASELINES = ("ce", "kd")
 _CONFIDENCE = 0.95
-_MAY_DIFFER = {*WITHOUT_INFLUENCE, "seed", "data_seed", "teacher_model_name_or_path"}
+# Of batches there are "images in a step".
+_MAY_DIFFER = {*WITHOUT_INFLUENCE, *BATCH_CUT, "global_batch_size", "seed", "data_seed", "teacher_model_name_or_path"}
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,35 @@ def _check_schedule(options: Any, check: Any) -> None:
     check(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")
 
 
+def find_accumulation(options: Any) -> int:
+    """Return the `gradient_accumulation_steps` that make up the `global_batch_size` of a `BKDConfig`.
+
+    Raises:
+        InputError: If there are none, or others are given, or something else chooses the batches.
+    """
+    wanted, given = options.global_batch_size, options.gradient_accumulation_steps
+    others = {"--auto_find_batch_size": options.auto_find_batch_size, "DeepSpeed": options.deepspeed_plugin}
+    for name, holds in others.items():
+        require(options, not holds, "global_batch_size", f"left out with {name}, which chooses batches itself")
+    per_device, processes = options.per_device_train_batch_size, options.world_size
+    steps, rest = divmod(wanted, per_round := per_device * processes)
+    shown = f"{per_device} (--per_device_train_batch_size) × {processes} process{'es' if processes > 1 else ''}"
+    if rest or not steps:
+        near = {max(steps, 1) * per_round, (steps + 1) * per_round}
+        ways = [f"--global_batch_size {number}" for number in sorted(near)]
+        fitting = [n for n in range(1, min(per_device, 4096)) if wanted % (n * processes) == 0]
+        ways += [f"--per_device_train_batch_size {number}" for number in fitting[-1:]]
+        raise InputError(
+            f"--global_batch_size {wanted} is no multiple of {shown} = {per_round}. Use {' or '.join(ways)}."
+        )
+    if given not in (1, steps):
+        raise InputError(
+            f"--gradient_accumulation_steps {given} does not go with --global_batch_size {wanted}, which needs "
+            f"{steps} with {shown}. Leave one of them out."
+        )
+    return steps
+
+
 def options_without_effect(
     options: Any, defaults: Mapping[str, Any], users: Mapping[str, Mapping[str, tuple[str, ...]]]
 ) -> list[str]:

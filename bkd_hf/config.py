@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from transformers import TrainingArguments
 
-from .compatibility import DTYPES, check_together, options_without_effect, require
+from .compatibility import DTYPES, check_together, find_accumulation, options_without_effect, require
 from .errors import InputError
 from .methods import (
     CLASS_WEIGHTINGS,
@@ -48,12 +48,14 @@ _WATCHING = (
     "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
     "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
     "batch_eval_metrics", "include_for_metrics", "include_num_input_tokens_seen", "torch_empty_cache_steps",
-    "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
+    "save_only_model", "save_on_each_node",
 )  # fmt: skip
 _WATCHING_TIMES = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
     "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
+#: How a global batch is cut: what counts is its size.
+BATCH_CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 #: Of the options that hold dictionaries, those that may name a JSON file instead.
 _MAY_BE_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
@@ -104,6 +106,10 @@ class BKDConfig(TrainingArguments):
                         learning_rate                                   otherwise
 
     with whole epochs e counted from 0. Each field is described by its help text.
+
+    `enable_jit_checkpoint`, off if it is not given (in scripts it is on), has `train()` end the process at SIGTERM,
+    after its step and a checkpoint, by `TrainingStopped` (exit code 75). That of `transformers` would return, as if
+    the training were finished.
 
     Raises:
         InputError: If a value is out of its range; the message names the option.
@@ -258,6 +264,14 @@ class BKDConfig(TrainingArguments):
     dkd_warmup_epochs: Annotated[int, "student"] = field(
         default=20, metadata={"help": "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."}
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images in an optimizer step: per_device_train_batch_size × processes × "
+            "gradient_accumulation_steps, of which the last is chosen to fit. A run continues with another number of "
+            "processes if this stays as it was. Not given: the product of the three."
+        },
+    )
     momentum: float = field(default=0.0, metadata={"help": "Momentum of --optim sgd (without Nesterov), in [0, 1)."})
     decay_all_parameters: bool = field(
         default=False,
@@ -373,6 +387,8 @@ class BKDConfig(TrainingArguments):
         self._apply_method()
         self._check()
         super().__post_init__()
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = find_accumulation(self)
         if self.mixed_precision == "fp16" and self.device.type == "cpu":
             raise InputError(
                 "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision "
@@ -400,16 +416,28 @@ class BKDConfig(TrainingArguments):
         ]
         return f"{self.method} ({', '.join(changed)})" if changed else self.method
 
-    def options_in_use(self) -> dict[str, Any]:
-        """All options, with those that the method does not look at as if they were not given; `None`: no influence."""
+    def images_in_step(self, num_processes: int) -> int:
+        """The global batch size that this makes with a number of processes."""
+        per_process = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.global_batch_size or per_process * num_processes
+
+    def options_in_use(self, num_processes: int | None = None) -> dict[str, Any]:
+        """All options, with those that the method does not look at as if they were not given; `None`: no influence.
+
+        Of the global batch its size counts, not how it is cut.
+
+        Args:
+            num_processes: As many as there are, if not given.
+        """
         defaults = method_defaults(self.method)
         unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
         # Where the cache lies has no influence, whether there is one may move the last digits.
         names = ("teacher_cache", "feature_cache")
         cache = {name: "off" if getattr(self, name) == "off" else "on" for name in names}
         chooses = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        watching = (*_WATCHING, *(() if chooses else _WATCHING_TIMES))
-        return {**self.to_dict(), **unused, **cache, **dict.fromkeys(watching)}
+        without = (*_WATCHING, *(() if chooses else _WATCHING_TIMES), *BATCH_CUT)
+        batch = {"global_batch_size": self.images_in_step(num_processes or self.world_size)}
+        return {**self.to_dict(), **unused, **cache, **dict.fromkeys(without), **batch}
 
     def loss_arguments(self, part: str) -> dict[str, Any]:
         """Values of the arguments of the chosen loss that are options, some still `auto` or `measured`.

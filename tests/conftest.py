@@ -31,6 +31,7 @@ _LONGEST = (
     "compare",
     "cli",
     "teachers",
+    "stopping",
     "equivalence",
     "resume",
     "teacher_logits",

@@ -20,6 +20,7 @@ from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison, resampled
 from bkd_hf.comparison_plots import plot_comparison
 from bkd_hf.results import describe_command, save_json
+from bkd_hf.stopping import TrainingStopped
 from tests.conftest import REPOSITORY
 from tests.faults import run
 from tests.test_plots import make_results
@@ -354,7 +355,7 @@ def test_bad_plans(tmp_path, methods, seeds, options, message):
 
 @pytest.fixture
 def stand_in(tmp_path) -> Path:
-    """Fails for methods in FAIL; notes when it ran."""
+    """Fails for some methods, is stopped for another; notes when it ran."""
     script = tmp_path / "script" / "run.py"
     shutil.copytree(REPOSITORY / "scripts" / "recipes", script.with_name("recipes"))
     script.write_text(
@@ -366,6 +367,9 @@ def stand_in(tmp_path) -> Path:
         if option("--method") in {{"focal", "balanced-softmax"}}:
             print("error: no such luck")
             sys.exit(3)
+        if option("--method") == "wsl":
+            print("stopped: the same command continues", file=sys.stderr)
+            sys.exit(75)
         started = time.time()
         time.sleep(1.5)
         folder.mkdir(parents=True)
@@ -396,6 +400,21 @@ def test_jobs_run_at_the_same_time_and_after_their_teachers(tmp_path, stand_in):
     students = [times[method] for method in ("kd", "bkd", "dkd")]
     assert all(start >= times["ce"][1] for start, _ in students)
     assert max(start for start, _ in students) < min(end for _, end in students)
+
+
+@pytest.mark.parametrize("launcher", [(), ("sh", "-c", '"$@" || exit 1', "sh", sys.executable)], ids=["75", "1"])
+def test_a_stopped_cell_stops_the_comparison(tmp_path, stand_in, launcher):
+    """Launchers have exit codes of their own."""
+    said: list[str] = []
+    cells = plan_cells(["ce", "wsl", "kd"], [0], tmp_path / "out", stand_in)
+    with pytest.raises(TrainingStopped):
+        CellRunner(tmp_path / "logs", launcher, say=said.append).run(cells)
+    assert said[-1] == "Stopped: wsl seed 0. 1 of 3 cells are finished: ce seed 0."
+    assert not (tmp_path / "out" / "kd").exists()
+    # What a cell said when it was begun the last time is not said now.
+    failing = plan_cells(["focal"], [0], tmp_path / "out", stand_in)
+    (tmp_path / "logs" / "focal-seed0.log").write_text("stopped: then\n")
+    assert len(CellRunner(tmp_path / "logs", launcher, say=said.append).run(failing)) == 1
 
 
 # ---- The script, with real cells

@@ -76,7 +76,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
 
 
 def main() -> int:
-    """Compare; exit code 1 if a cell failed, 2 for bad input."""
+    """Compare; exit code 1 if a cell failed, 2 for bad input, 75 if SIGTERM stopped one."""
 
     def work() -> int:
         options, rest = parse()

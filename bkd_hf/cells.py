@@ -23,7 +23,7 @@ from .arguments import DIGITS_RECIPE, parse_arguments
 from .comparison import SHARED_TEACHERS
 from .config import BKDConfig
 from .data import LABEL_COLUMN
-from .errors import InputError
+from .errors import STOPPED, InputError, TrainingStopped
 from .files import holder_of, is_open_in_a_run
 from .given_teacher import match_teacher, warn_of_unused_options
 from .inputs import load_splits
@@ -33,7 +33,6 @@ from .options import RunArguments
 from .program import program
 from .results import describe_data, effective_batch_size, load_results, told_arguments
 from .run_folder import identity_of, run_state
-from .stopping import STOPPED, TrainingStopped
 from .text import duration
 
 _TIMED_STEPS = 24

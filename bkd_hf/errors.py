@@ -11,8 +11,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from .stopping import STOPPED, TrainingStopped
 from .text import one_line, printable
+
+#: Exit code of what was stopped and can be continued: EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
+STOPPED = 75
 
 
 class InputError(ValueError):
@@ -37,6 +39,13 @@ class PublishError(RuntimeError):
     def __init__(self, message: str, is_temporary: bool):
         super().__init__(message)
         self.is_temporary = is_temporary
+
+
+class TrainingStopped(SystemExit):
+    """SIGTERM ended a training, or what goes with it, early; if nobody catches it, the process ends with code 75."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
 
 
 def run_script(

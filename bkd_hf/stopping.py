@@ -15,15 +15,7 @@ from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-#: Exit code of what was stopped and can be continued: EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
-STOPPED = 75
-
-
-class TrainingStopped(SystemExit):
-    """SIGTERM ended a training, or what goes with it, early; if nobody catches it, the process ends with code 75."""
-
-    def __init__(self) -> None:
-        super().__init__(STOPPED)
+from .errors import TrainingStopped
 
 
 @contextmanager

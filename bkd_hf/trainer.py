@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .averaging_trainer import AveragingTrainer
 from .callbacks import EpochSetter, FiniteGuard, LossMeter, SaveAfterEpoch, TeacherLogitsError, TrainingDivergedError
 from .config import BKDConfig
-from .errors import InputError
+from .errors import InputError, TrainingStopped
 from .head import prepare_head
 from .head_fitting import fit_bias, start_from_class_means
 from .images import ImageDataset, collate_images
@@ -33,7 +33,7 @@ from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
 from .sampling import innermost
-from .stopping import StopAtSigterm, TrainingStopped
+from .stopping import StopAtSigterm
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
 from .teacher import (
     TEACHER_LOGITS,

@@ -19,8 +19,8 @@ from bkd_hf.cells import CellRunner, plan_cells
 from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison, resampled
 from bkd_hf.comparison_plots import plot_comparison
+from bkd_hf.errors import TrainingStopped
 from bkd_hf.results import describe_command, save_json
-from bkd_hf.stopping import TrainingStopped
 from tests.conftest import REPOSITORY
 from tests.faults import run
 from tests.test_plots import make_results

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
+from bkd_hf.errors import TrainingStopped
 from bkd_hf.run_folder import has_checkpoint, last_complete_checkpoint
-from bkd_hf.stopping import TrainingStopped, outlive_sigterm
+from bkd_hf.stopping import outlive_sigterm
 from tests.conftest import REPOSITORY, WORKER_ENVIRONMENT, launch_two_processes
 from tests.faults import CHEAP, Run, refused_in_one_line, run, same_outcome, start_two
 from tests.tiny_models import tiny_vit

@@ -38,7 +38,7 @@ _LEFT_BY_A_RUN = (
     "trainer_state.json", "*_results.json", "README.md", ".tmp??????", RUN_NAME,
 )  # fmt: skip
 _WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
-_IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights")
+_IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights", "precision_rates")
 
 
 def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> str:
@@ -133,6 +133,13 @@ def record_run(arguments: RunArguments, identity: dict[str, str | None]) -> None
         save_json({**told, **known}, output_dir / RUN_NAME)
 
 
+def precision_begun_in(output_dir: str | os.PathLike[str]) -> tuple[str | None, dict[str, float] | None]:
+    """Return the precision of the run that a folder holds, `None` if there is none; and the rates that it measured."""
+    record = try_json(Path(output_dir) / RUN_NAME) or {}
+    is_bf16 = record.get("training", {}).get("bf16")
+    return None if is_bf16 is None else ("bf16" if is_bf16 else "fp32"), record.get("precision_rates")
+
+
 def _state(arguments: RunArguments, identity: dict[str, str | None] | None) -> str:
     output_dir = Path(arguments.training.output_dir)
     with _usable(output_dir):
@@ -214,7 +221,8 @@ def _told(arguments: RunArguments, identity: dict[str, str | None] | None = None
         part: {name: value for name, value in options.items() if name not in WITHOUT_INFLUENCE}
         for part, options in told.items()
     }
-    return json.loads(json.dumps({**influential, **(identity or {})}))  # as it will be read back
+    measured = {"precision_rates": arguments.precision_rates} if arguments.precision_rates else {}
+    return json.loads(json.dumps({**influential, **(identity or {}), **measured}))  # as it will be read back
 
 
 def _with_later_options(there: dict[str, Any], here: dict[str, Any], arguments: RunArguments) -> dict[str, Any]:

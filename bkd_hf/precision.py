@@ -113,7 +113,7 @@ def settle_precision(options: RunArguments, model: nn.Module, inputs: Inputs) ->
     rates = options.precision_rates = broadcast_object_list(found)[0]
     precision = faster_precision(rates)
     _set_precision(options, precision)
-    shown = ", ".join(f"{rate:.3g} in {name}" for name, rate in rates.items())
+    shown = ", ".join(f"{rate:,.1f} in {name}" for name, rate in rates.items())
     inputs.say(f"Precision: {precision}. Images a second of a training step, measured on this machine: {shown}.")
 
 

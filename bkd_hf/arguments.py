@@ -19,7 +19,7 @@ from transformers.hf_argparser import string_to_bool
 
 from .config import BKDConfig
 from .errors import InputError
-from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision
+from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision, launcher_shards
 from .methods import RECOMMENDED
 from .models import cifar_resnet_depth
 from .options import (
@@ -170,8 +170,8 @@ def _choose_precision(
             precision, rates = precision_begun_in(namespace.output_dir)
         if precision is None:
             precision = default_precision(namespace.use_cpu)
-            prepared_once = namespace.bf16_full_eval or namespace.deepspeed or namespace.fsdp
-            is_measured = is_on_cpu and precision == "bf16" and not prepared_once
+            needs_it = namespace.bf16_full_eval or namespace.deepspeed or namespace.fsdp or launcher_shards()
+            is_measured = is_on_cpu and precision == "bf16" and not needs_it
         if precision not in PRECISIONS:
             raise InputError(f"The launcher asks for mixed_precision {precision}: give --precision, which wins.")
     for name in given:

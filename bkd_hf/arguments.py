@@ -19,7 +19,7 @@ from transformers.hf_argparser import string_to_bool
 
 from .config import BKDConfig
 from .errors import InputError
-from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision
+from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision, launcher_shards
 from .methods import RECOMMENDED
 from .models import cifar_resnet_depth
 from .options import (
@@ -32,6 +32,7 @@ from .options import (
     read_text,
 )
 from .program import program
+from .run_folder import precision_begun_in
 from .text import one_line, suggestion
 
 #: The recipes that come with the package, by the names that --config knows them by.
@@ -118,10 +119,10 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     is_pretrained = cifar_resnet_depth(namespace.model_name_or_path) is None
     if is_pretrained and first_look.config is None and first_look.image_size is None:
         namespace.image_size = None  # of the recipe that nobody named; a model with weights has a size of its own
-    _choose_precision(namespace, from_file, command_line)
     if namespace.output_dir is None:
         model, dataset = (Path(name).name for name in (namespace.model_name_or_path, namespace.dataset_name))
         namespace.output_dir = f"outputs/{dataset}_{model}_seed{namespace.seed}"
+    measures_precision, precision_rates = _choose_precision(namespace, from_file, command_line)
     not_given = object()
     overlay = argparse.Namespace(**dict.fromkeys(vars(namespace), not_given))
     parser.parse_args([*of_teacher, *for_teacher], namespace=overlay)
@@ -130,6 +131,8 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         {name: value for name, value in vars(overlay).items() if value is not not_given},
         overwrite=namespace.overwrite,
         command_line=tuple(argv),
+        measures_precision=measures_precision,
+        precision_rates=precision_rates,
         from_recipe=frozenset(
             _names(parser, from_file) - _names(parser, command_line)
             | {f"teacher_{name}" for name in _names(parser, of_teacher) - _names(parser, for_teacher)}
@@ -145,10 +148,16 @@ def _names(parser: _Parser, tokens: Sequence[str]) -> set[str]:
     return {parser._option_string_actions[name].dest for name in options if name in parser._option_string_actions}
 
 
-def _choose_precision(namespace: argparse.Namespace, from_file: Sequence[str], command_line: Sequence[str]) -> None:
+def _choose_precision(
+    namespace: argparse.Namespace, from_file: Sequence[str], command_line: Sequence[str]
+) -> tuple[bool, dict[str, float] | None]:
     """Set bf16 and fp16 as --precision says; given themselves, they win over auto and over a file's precision.
 
-    What the launcher says holds where the options say nothing: its precision, and its compiler.
+    What the launcher says holds where the options say nothing: its precision, and its compiler. On a CPU a run goes on
+    in the precision that it began with.
+
+    Returns:
+        Whether a measurement is to tell if bf16 is kept, and what one told when the run began.
     """
 
     def told(names: Sequence[str], tokens: Sequence[str]) -> list[str]:
@@ -162,16 +171,23 @@ def _choose_precision(namespace: argparse.Namespace, from_file: Sequence[str], c
     overrides_file = told(flags, command_line) and not told(["precision"], command_line)
     given = told(flags, tokens)
     if overrides_file or (given and namespace.precision == "auto"):
-        return
-    precision = namespace.precision
+        return False, None
+    precision, is_measured, rates = namespace.precision, False, None
     if precision == "auto":
-        precision = launcher_precision() or default_precision(namespace.use_cpu)
+        precision, is_on_cpu = launcher_precision(), namespace.use_cpu or not torch.accelerator.is_available()
+        if precision is None and is_on_cpu and not namespace.overwrite:
+            precision, rates = precision_begun_in(namespace.output_dir)
+        if precision is None:
+            precision = default_precision(namespace.use_cpu)
+            needs_it = namespace.bf16_full_eval or namespace.deepspeed or namespace.fsdp or launcher_shards()
+            is_measured = is_on_cpu and precision == "bf16" and not needs_it
         if precision not in PRECISIONS:
             raise InputError(f"The launcher asks for mixed_precision {precision}: give --precision, which wins.")
     for name in given:
         if getattr(namespace, name) != (name == precision):
             raise InputError(f"--precision {precision} and --{name} contradict each other: leave one out.")
     namespace.bf16, namespace.fp16 = precision == "bf16", precision == "fp16"
+    return is_measured, rates
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -24,7 +24,6 @@ from .adapters import check_adapter
 from .announcer import Announcer
 from .card import build as build_card
 from .card import check_repo_id
-from .config import BKDConfig
 from .errors import InputError
 from .files import unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
@@ -49,6 +48,7 @@ from .objective import Objective
 from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
+from .precision import settle_precision
 from .progress import Clock, TellOfCaches, TellOfTime
 from .rehearsal import check_before_work
 from .results import (
@@ -154,7 +154,7 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     say(
         f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
         f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
-        f"{_device_name(arguments.training, threads)}"
+        f"{_device_name(arguments, threads)}"
     )
 
     processor = load_own_processor(arguments.model, splits["train"])
@@ -202,6 +202,7 @@ def _train(
         why_not = why_not_alike(model, _load_model(options.for_teacher(), data))
         if why_not is not None:
             raise InputError(f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like it.")
+    settle_precision(options, model, inputs)
     _record(options, identity)
     if provide_teacher is not None:
         say.stage("Teacher")
@@ -221,6 +222,7 @@ def _train(
         model_options=dataclasses.asdict(options.model),
         data_options=dataclasses.asdict(options.data),
         command=options.command_line,
+        precision_rates=options.precision_rates,
     )
     if PartialState().is_main_process:
         try:
@@ -412,11 +414,13 @@ def _record(options: RunArguments, identity: dict[str, str | None]) -> None:
     options.overwrite = False  # that is done
 
 
-def _device_name(args: BKDConfig, threads: int) -> str:
+def _device_name(options: RunArguments, threads: int) -> str:
     """E.g. "2 processes, 1 CPU thread each, fp32."."""
+    args = options.training
+    precision = "fp32 or bf16" if options.measures_precision else precision_of(args)
     device = f"{threads} CPU thread{'s' if threads > 1 else ''}" if args.device.type == "cpu" else str(args.device)
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}, {device}"
-    return f"{processes}{' each' if args.world_size > 1 else ''}, {precision_of(args)}."
+    return f"{processes}{' each' if args.world_size > 1 else ''}, {precision}."
 
 
 def _check_publishing(arguments: RunArguments) -> None:

@@ -41,7 +41,7 @@ _LEFT_BY_A_RUN = (
 )  # fmt: skip
 _WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
 _PROCESSES = "num_processes"  # that were at work when a run was begun, or last continued
-_IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights")
+_IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights", "precision_rates")
 
 
 def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = None, is_to_train: bool = True) -> str:
@@ -135,6 +135,13 @@ def record_run(arguments: RunArguments, identity: dict[str, str | None]) -> None
         told = _told(arguments, identity)
         known = {name: old[name] for name in _IDENTITY if told.get(name) is None and name in old}
         save_json({**told, **known, _PROCESSES: arguments.training.world_size}, output_dir / RUN_NAME)
+
+
+def precision_begun_in(output_dir: str | os.PathLike[str]) -> tuple[str | None, dict[str, float] | None]:
+    """Return the precision of the run that a folder holds, `None` if there is none; and the rates that it measured."""
+    record = try_json(Path(output_dir) / RUN_NAME) or {}
+    is_bf16 = record.get("training", {}).get("bf16")
+    return None if is_bf16 is None else ("bf16" if is_bf16 else "fp32"), record.get("precision_rates")
 
 
 def _state(arguments: RunArguments, identity: dict[str, str | None] | None) -> str:
@@ -233,7 +240,8 @@ def _told(
         part: {name: value for name, value in options.items() if name not in WITHOUT_INFLUENCE}
         for part, options in told.items()
     }
-    return json.loads(json.dumps({**influential, **(identity or {})}))  # as it will be read back
+    measured = {"precision_rates": arguments.precision_rates} if arguments.precision_rates else {}
+    return json.loads(json.dumps({**influential, **(identity or {}), **measured}))  # as it will be read back
 
 
 def _compared_as(option: str) -> str:

@@ -151,6 +151,7 @@ class Hardware(TypedDict):
     cpu_threads: Positive
     num_processes: Positive
     precision: str
+    precision_rates: NotRequired[dict[str, Amount]]  # images a second, where the faster precision was measured
 
 
 class Versions(TypedDict):

@@ -111,6 +111,36 @@ def test_what_is_saved_is_plain_and_answers_the_same(tmp_path, name, options, mo
         assert all(".bias" in key or "norm" in key or key.startswith("classifier") for key in changed)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_with_class_means_and_layer_decay_for_every_architecture(tmp_path, name):
+    data, model = examples(10, IMAGE_SIZES.get(name, 32)), tiny(name, 1)
+    pixels = torch.stack([example["pixel_values"] for example in data])
+    for module in model.modules():  # statistics that fit weights of some size, as a pretrained model has
+        module.momentum = 1.0
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    with torch.no_grad():
+        model.train()(pixel_values=pixels)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    args = BKDConfig(
+        str(tmp_path), method="ce", adapter="lora", head_init="class_mean", layer_decay=0.5, max_steps=2,
+        learning_rate=0.01, per_device_train_batch_size=5, save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = BKDTrainer(model, args=args, train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    rates = {group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert max(rates) == 0.01
+    assert min(rates) <= 0.005
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path, trust_remote_code=True)
+    head = next(iter(head_modules(saved)))
+    assert {key.startswith(f"{head}.") for key in differing(before, saved.state_dict())} == {True, False}
+    with torch.no_grad():
+        expected, found = (each.eval()(pixel_values=pixels).logits for each in (trainer.model, saved))
+    assert expected.std(dim=0).min() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["ViT", "ResNet"])
 @pytest.mark.parametrize(
     "options", [{"adapter": "lora"}, {"adapter": "lora", "ema_decay": 0.5}, {"adapter": "bitfit"}]

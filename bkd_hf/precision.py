@@ -1,0 +1,157 @@
+"""`--precision auto` on a CPU with bf16 instructions: the faster of fp32 and bf16, as measured on the student.
+
+That a processor multiplies bf16 does not say that a model gains by it: large products do, depthwise convolutions and
+tiny layers lose. So training steps are timed, once for a model, its batch and a machine, and the answer is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import constants
+from huggingface_hub.utils import WeakFileLock
+from torch import nn
+
+from .adapters import add_adapter
+from .files import try_json, write_text
+from .head import prepare_head
+from .inputs import Inputs
+from .options import RunArguments
+from .results import cpu_name
+from .views import output_size
+
+#: How many times as fast as fp32 bf16 must be: less is noise, for which nobody should lose digits.
+LEAST_GAIN = 1.1
+#: File of the rates that were measured, by what they depend on.
+CACHE = Path(constants.HF_HOME) / "bkd_hf" / "precision.json"
+
+_MEASURED = ("fp32", "bf16")
+_LONG_ENOUGH = 0.2  # seconds of a step whose time can be trusted
+_BUDGET = 1.5  # seconds for steps of that length
+_MAX_ROUNDS = 5
+
+
+def seconds_of_step(model: nn.Module, pixels: torch.Tensor, precision: str) -> float:
+    """Time of one forward and backward pass of a classifier, in seconds.
+
+    Args:
+        model: Gives B×C logits; its gradients are deleted.
+        pixels: B×3×H×W images.
+        precision: `"fp32"` or `"bf16"` (mixed precision, by autocast).
+    """
+    started = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        logits = model(pixel_values=pixels).logits
+    logits.float().logsumexp(-1).mean().backward()  # as expensive as any loss
+    elapsed = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return elapsed
+
+
+def measure_rates(step: Callable[[str, int], float], batch_size: int) -> dict[str, float]:
+    """Return how many images a second each precision trains, measured in about three seconds at most.
+
+    The steps have the whole batch, or as many of its images as take a fifth of a second. In slow machines' noise the
+    fastest step counts, and the two precisions take turns. A slow model has fewer steps, of two images at least.
+
+    Args:
+        step: Takes a precision and a number of images; returns the seconds of a step.
+        batch_size: Of the training, on one device.
+    """
+
+    def both(num_images: int) -> dict[str, float]:
+        return {precision: step(precision, num_images) for precision in _MEASURED}
+
+    def slower(num_images: int) -> float:
+        seconds = max(both(num_images).values())
+        loads = _LONG_ENOUGH <= seconds < 5 * _LONG_ENOUGH  # perhaps: the first step of a shape also makes its kernels
+        return max(both(num_images).values()) if loads else seconds
+
+    num_images = min(2, batch_size)  # one alone is too few for BatchNorm
+    while (seconds := slower(num_images)) < _LONG_ENOUGH and num_images < batch_size:
+        num_images = min(2 * num_images, batch_size)
+    num_rounds = max(1, min(_MAX_ROUNDS, int(_BUDGET / max(2 * seconds, 1e-9))))
+    rounds = [both(num_images) for _ in range(num_rounds)]
+    return {precision: num_images / min(each[precision] for each in rounds) for precision in _MEASURED}
+
+
+def faster_precision(rates: dict[str, float]) -> str:
+    """Return `"bf16"` where it is faster than fp32 by more than noise, else `"fp32"`."""
+    return "bf16" if rates["bf16"] >= LEAST_GAIN * rates["fp32"] else "fp32"
+
+
+def settle_precision(options: RunArguments, model: nn.Module, inputs: Inputs) -> None:
+    """Choose the precision of a run where its options leave that to a measurement; all processes have to call it.
+
+    The main process measures, or finds what was measured before, and all do as it says. Teacher and student share it.
+
+    Args:
+        options: Of the run; its precision, and that of its teacher's run, is set.
+        model: Its student, before adapter and frozen backbone; it is left as it is.
+        inputs: Of the run.
+    """
+    if not options.measures_precision:
+        return
+    image_size = output_size(inputs.processor)
+    with torch.random.fork_rng(devices=[]):
+        args, twin = options.training, copy.deepcopy(model)
+        if args.adapter is not None:
+            add_adapter(twin, args)
+        prepare_head(twin, args)
+        batch_size, is_main = args.per_device_train_batch_size, args.process_index == 0
+        found = [_rates(twin.train(), image_size, batch_size) if is_main else {}]
+    rates = options.precision_rates = broadcast_object_list(found)[0]
+    precision = faster_precision(rates)
+    _set_precision(options, precision)
+    shown = ", ".join(f"{rate:,.1f} in {name}" for name, rate in rates.items())
+    inputs.say(f"Precision: {precision}. Images a second of a training step, measured on this machine: {shown}.")
+
+
+def _set_precision(options: RunArguments, precision: str) -> None:
+    options.measures_precision = False
+    for told in (options, options.for_teacher()):
+        told.options["bf16"] = told.training.bf16 = precision == "bf16"
+        told.training.mixed_precision = "bf16" if told.training.bf16 else "no"
+    AcceleratorState._reset_state()  # accelerate holds a process to the precision of its first model, the rehearsal's
+
+
+def _rates(model: nn.Module, image_size: tuple[int, int], batch_size: int) -> dict[str, float]:
+    """Return the rates that were measured before, or measure them, one process of a machine at a time."""
+
+    def step(precision: str, num_images: int) -> float:
+        return seconds_of_step(model, pixels[:num_images], precision)
+
+    pixels = torch.randn(batch_size, 3, *image_size)
+    key = _key(model, image_size, batch_size)
+    try:
+        CACHE.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(CACHE.with_suffix(".lock")):
+            known = try_json(CACHE) or {}
+            if not _is_whole(known.get(key)):
+                known[key] = measure_rates(step, batch_size)
+                write_text(CACHE, json.dumps(known, indent=1))
+            return known[key]
+    except OSError:  # a folder that cannot be written: then each run measures
+        return measure_rates(step, batch_size)
+
+
+def _is_whole(rates: Any) -> bool:
+    values = [rates.get(precision) for precision in _MEASURED] if isinstance(rates, dict) else [None]
+    return all(isinstance(value, float) and 0 < value < math.inf for value in values)
+
+
+def _key(model: nn.Module, image_size: tuple[int, int], batch_size: int) -> str:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # The text of a module lists its layers with their sizes and strides.
+    told = repr(model), trained, image_size, batch_size, cpu_name(), torch.get_num_threads(), torch.__version__
+    return blake2b(repr(told).encode(), digest_size=16).hexdigest()

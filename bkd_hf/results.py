@@ -46,6 +46,8 @@ from .text import one_line
 
 RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
+#: The exported student (see `bkd_hf.onnx_export`), by what it is.
+ONNX_FILES = {"onnx": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.
@@ -332,7 +334,7 @@ def _shown(value: str, option: str) -> str:
 
 def describe_hardware(args: BKDConfig) -> dict[str, Any]:
     """Return the `hardware` section."""
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else _cpu_name()
+    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else cpu_name()
     return {
         "device": device,
         "cpu_cores": os.cpu_count(),
@@ -404,7 +406,8 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return what the processor is called."""
     path = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(encoding="utf-8"), re.M) if path.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()

@@ -1,10 +1,11 @@
-"""What is told of an export, from the section `export` of `results.json`: a line, a table, a figure."""
+"""What is told of an export, from the section `export` of `results.json`: lines, a table, a figure."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from .figures import COLOURS, DPI, GREEN, ORANGE, SMALL, WIDTH, add_title, tidy
 from .text import figure as figure_text
@@ -38,13 +39,15 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def summary(results: dict[str, Any]) -> str:
-    """Return a line for the terminal."""
+def lines(results: dict[str, Any]) -> list[str]:
+    """Return the same for the terminal, with the largest difference of a logit."""
     header, *rows = table(results)
-    about = (f"{row[0]}: {', '.join(f'{value} {name}' for name, value in zip(header[1:], row[1:], strict=True))}"
-             for row in rows)  # fmt: skip
     difference = results["export"]["largest_logit_difference"]
-    return f"Logits differ from torch's by {difference:.1g} at most. {'; '.join(about)}."
+    told = [f"ONNX: logits as torch's, to {difference:.1g}. Accuracies in %, times on this CPU:"]
+    for title, size, one, many, *accuracies in rows:
+        groups = ", ".join(f"{name} {value}" for name, value in zip(header[4:], accuracies, strict=True))
+        told.append(f"{title}: {size} MB, {one} ms for 1 image, {many} for 32; {groups}")
+    return told
 
 
 def plot_latency(results: dict[str, Any]) -> Figure:
@@ -68,10 +71,12 @@ def plot_latency(results: dict[str, Any]) -> Figure:
     axes.set_xscale("log")
     axes.margins(x=0.15, y=0.25)
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, (low + high) / 2 - 2), max(high, (low + high) / 2 + 2))
+    axes.set_ylim(max(-4, min(low, (low + high) / 2 - 2)), min(104, max(high, (low + high) / 2 + 2)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("milliseconds for one image")
     axes.set_ylabel("few-shot accuracy (%)" if key != "accuracy" else "test accuracy (%)")
-    axes.tick_params(which="minor", labelsize=SMALL)
-    figure.legend(loc="outside right upper", fontsize=SMALL, frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=SMALL, frameon=False)
     tidy(axes, "both")
     return figure

@@ -21,7 +21,7 @@ from .announcer import Announcer
 from .card import build, choices_of_card
 from .data import fingerprint, labels_of
 from .errors import InputError
-from .export_report import FIGURE_NAME, summary
+from .export_report import FIGURE_NAME, lines
 from .files import lock, replacing, try_json, write_text
 from .hub import CARD_NAME, TEACHER_FOLDER
 from .images import ImageDataset, collate_images
@@ -83,7 +83,8 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
     save_plots(results, folder / "figures", only_missing=True)
     card = build(results, arguments.repo_id, **choices_of_card(folder / CARD_NAME))
     write_text(folder / CARD_NAME, str(card))
-    say(summary(results))
+    for line in lines(results):
+        say(line)
     return results
 
 

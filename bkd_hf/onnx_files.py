@@ -159,7 +159,8 @@ def _finish(path: Path, metadata: Mapping[str, str]) -> None:
     import onnx
 
     model = onnx.load(path)
-    for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     onnx.helper.set_model_props(model, dict(metadata))

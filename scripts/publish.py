@@ -60,10 +60,13 @@ def _publish(options: argparse.Namespace) -> None:
 
 
 def _export(folder: Path) -> None:
+    from transformers.utils import logging
+
     from bkd_hf.announcer import Announcer
     from bkd_hf.machine import set_num_threads
     from bkd_hf.onnx_export import export_run, recorded_arguments
 
+    logging.disable_progress_bar()
     set_num_threads()
     export_run(recorded_arguments(folder), Announcer())
 

@@ -203,7 +203,7 @@ class DataArguments:
 
 @dataclass
 class PublishingArguments:
-    """What goes to the Hub beside the student, and what its page says; where to is said by `--hub_model_id`."""
+    """What others get beside the student, and what its page says; where on the Hub is said by `--hub_model_id`."""
 
     _argument_group_name: ClassVar[str] = "publishing"
     _roles_of_all: ClassVar = ("publishing",)

@@ -34,6 +34,7 @@ _LONGEST = (
     "equivalence",
     "resume",
     "teacher_logits",
+    "onnx_export",
     "hub",
     "faults",
     "benchmark",

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from .figures import COLOURS, DPI, GREEN, ORANGE, SMALL, WIDTH, add_title, tidy
+from .results import ONNX_FILES
 from .text import figure as figure_text
 
 FIGURE_NAME = "latency.png"
@@ -17,6 +18,11 @@ _TITLES = {"teacher": "teacher (torch)", "student": "student (torch)", "onnx": "
 _LOOKS = {"teacher": (COLOURS["teacher"], "o"), "student": (COLOURS["student"], "D"), "onnx": (GREEN, "s"),
           "int8": (ORANGE, "^")}  # fmt: skip
 _GROUPS = ("accuracy", "many_shot_accuracy", "medium_shot_accuracy", "few_shot_accuracy")
+_MUCH_LOST = 2.0  # points of accuracy
+
+
+def _name(key: str) -> str:
+    return "overall" if key == "accuracy" else key.removesuffix("_accuracy").replace("_", "-")
 
 
 def _models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -30,8 +36,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     """Return size, time and accuracy of each model as rows for the card, the first of which is the header."""
     models = _models(results)
     known = [key for key in _GROUPS if key in models["student"]["metrics"]]
-    names = [key.removesuffix("_accuracy").replace("_", "-").replace("accuracy", "overall") for key in known]
-    rows = [["", "MB", "ms for 1 image", "for 32", *names]]
+    rows = [["", "MB", "ms for 1 image", "for 32", *map(_name, known)]]
     for name, model in models.items():
         times = [f"{1000 * model['seconds'][batch]:.3g}" for batch in ("1", "32")]
         accuracies = [f"{100 * model['metrics'][key]:.1f}" if key in model["metrics"] else "–" for key in known]
@@ -47,6 +52,10 @@ def lines(results: dict[str, Any]) -> list[str]:
     for title, size, one, many, *accuracies in rows:
         groups = ", ".join(f"{name} {value}" for name, value in zip(header[4:], accuracies, strict=True))
         told.append(f"{title}: {size} MB, {one} ms for 1 image, {many} for 32; {groups}")
+    exact, rounded = (results["export"]["models"][name]["metrics"] for name in ("onnx", "int8"))
+    lost = {key: 100 * (exact[key] - rounded.get(key, 0.0)) for key in _GROUPS if key in exact}
+    if worse := [f"{points:.1f} points {_name(key)}" for key, points in lost.items() if points >= _MUCH_LOST]:
+        told.append(f"WARNING: int8 loses {', '.join(worse)}: use {ONNX_FILES['onnx']} where that matters.")
     return told
 
 

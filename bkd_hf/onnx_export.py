@@ -117,7 +117,9 @@ def _export(arguments: RunArguments, results: dict[str, Any], say: Announcer) ->
     calibration, evaluation = _images(arguments, results, processor)
     student = load_classifier(str(folder), names, **kwargs).eval()
     metadata, size = describe(processor, names), output_size(processor)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp") as place:  # on the same disk, and never left behind
+    for name in ONNX_FILES.values():
+        (folder / name).parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=(folder / ONNX_FILES["onnx"]).parent) as place:  # nothing unchecked stays
         paths = {name: Path(place, f"{name}.onnx") for name in ONNX_FILES}
         to_onnx(student, size, paths["onnx"], metadata)
         quantize(paths["onnx"], paths["int8"], (pixels for pixels, _ in _batches(calibration)), metadata)
@@ -135,7 +137,6 @@ def _export(arguments: RunArguments, results: dict[str, Any], say: Announcer) ->
             sizes["teacher"] = teacher[1]
         seconds = latencies(answers, sizes)
         for name, path in paths.items():
-            (folder / ONNX_FILES[name]).parent.mkdir(exist_ok=True)
             with replacing(folder / ONNX_FILES[name]) as unfinished:
                 shutil.move(path, unfinished)
     models = {name: {"bytes": num_bytes[name], "seconds": seconds[name]} for name in answers}

@@ -20,7 +20,7 @@ from torch import nn
 from bkd_hf import InputError, load_classifier, load_processor, load_results, onnx_export, onnx_files
 from bkd_hf.announcer import Announcer
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.export_report import plot_latency
+from bkd_hf.export_report import lines, plot_latency
 from bkd_hf.files import unlock
 from bkd_hf.hub import prepare
 from bkd_hf.onnx_export import export_run, recorded_arguments
@@ -141,7 +141,7 @@ def exported(plain) -> Path:
     """The same command again, with --export."""
     folder = Path(shutil.copytree(plain, plain.with_name("exported")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_files, "WINDOW_SECONDS", 0.001)
+        patch.setattr(onnx_files, "WINDOWS", 1)
         run(arguments(folder, "--export", "onnx", "--hub_model_id", "user/digits"))
     return folder
 
@@ -154,7 +154,7 @@ def copy(plain, exported, tmp_path, monkeypatch) -> Path:
         shutil.copy(exported / "onnx" / "model.onnx", path)
 
     monkeypatch.setattr(onnx_export, "to_onnx", write)
-    monkeypatch.setattr(onnx_files, "WINDOW_SECONDS", 0.001)
+    monkeypatch.setattr(onnx_files, "WINDOWS", 1)
     yield Path(shutil.copytree(plain, tmp_path / "run"))
     unlock()
 
@@ -255,6 +255,15 @@ def test_missing_libraries_are_named_before_any_work(library, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(InputError, match=rf'{library}, which --export onnx needs, .* pip install "bkd_hf\[export\]"'):
         check_before_work(arguments(tmp_path / "run", "--export", "onnx"))
+
+
+def test_a_loss_by_rounding_is_told(exported):
+    results = load_results(exported)
+    exact, rounded = (results["export"]["models"][name]["metrics"] for name in ("onnx", "int8"))
+    rounded |= exact
+    assert not any("WARNING" in line for line in lines(results))
+    rounded["few_shot_accuracy"] = exact["few_shot_accuracy"] - 0.03
+    assert "WARNING: int8 loses 3.0 points few-shot: use onnx/model.onnx where that matters." in lines(results)
 
 
 def test_a_malformed_section_is_refused_and_a_figure_needs_no_few_shot_class(exported):

@@ -77,6 +77,8 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
     lock(folder)
     for name in ONNX_FILES.values():
         (folder / name).unlink(missing_ok=True)
+    if results.pop("export", None):  # nothing tells of what is not there
+        save_json(results, folder / RESULTS_NAME)
     results["export"] = _export(arguments, results, say)
     save_json(results, folder / RESULTS_NAME)
     (folder / "figures" / FIGURE_NAME).unlink(missing_ok=True)  # of an earlier export

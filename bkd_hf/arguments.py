@@ -1,11 +1,11 @@
-"""The command line of `scripts/run_bkd.py`: groups of options, and a YAML file below them."""
+"""The command line of `bkd-hf run`: groups of options, and a YAML file below them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -31,7 +31,12 @@ from .options import (
     RunArguments,
     read_text,
 )
-from .text import one_line
+from .program import program
+from .text import one_line, suggestion
+
+#: The recipes that come with the package, by the names that --config knows them by.
+RECIPES = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
+DIGITS_RECIPE = RECIPES["digits"]
 
 _TEACHER_PREFIX = "--teacher_"
 _NULL = "tag:yaml.org,2002:null"
@@ -41,8 +46,8 @@ _COMMON_TRAINING_OPTIONS = {
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
     "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "torch_compile", "activation_checkpointing", "seed",
     "data_seed", "logging_strategy", "logging_steps", "eval_strategy", "eval_steps", "save_strategy", "save_steps",
-    "save_total_limit", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu", "push_to_hub",
-    "hub_model_id", "hub_private_repo", "hub_token", "hub_revision",
+    "save_total_limit", "enable_jit_checkpoint", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu",
+    "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_revision",
 }  # fmt: skip
 #: transformers' defaults are made for fine-tuning; from fresh weights they learn next to nothing.
 _FRESH_WEIGHTS_DEFAULTS = {
@@ -56,6 +61,7 @@ CHOOSE_WORKERS = -1
 SCRIPT_DEFAULTS = {
     "logging_strategy": "epoch", "logging_nan_inf_filter": False, "save_strategy": "epoch", "save_total_limit": 1,
     "hub_strategy": "end", "dataloader_persistent_workers": True, "method": RECOMMENDED,
+    "enable_jit_checkpoint": True,
 }  # fmt: skip
 _OWN_HELP = {
     "output_dir": "Where everything is written; outputs/DATASET_MODEL_seedSEED if not given.",
@@ -64,6 +70,9 @@ _OWN_HELP = {
     "hub_token": "Token with write access, if not stored by `hf auth login` or in HF_TOKEN.",
     "hub_revision": "Branch to push to.",
     "hub_private_repo": "Make the repository private.",
+    "enable_jit_checkpoint": "At SIGTERM (SLURM: --signal=TERM@120; Kubernetes: terminationGracePeriodSeconds) save a "
+    "checkpoint after the step, or at once where there is none, and end with exit code 75 (accelerate launch and "
+    "torchrun then: 1): the same command continues. From Python it is off by default, as it ends the process.",
     "dataloader_num_workers": "Processes that prepare the batches; 0: none, -1: as many as pay.",
     "use_cpu": "Use the CPU even if there is a GPU; set where there is none.",
 }
@@ -94,7 +103,7 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         raise SystemExit(0)
     command_line, for_teacher = _split_off_teacher(parser, argv)
     first_look = parser.parse_known_args(command_line)[0]
-    config = first_look.config
+    config = first_look.config and _find_recipe(first_look.config)
     if config is None and first_look.dataset_name == "digits":
         config = digits_recipe
     from_file: list[str] = []
@@ -188,11 +197,11 @@ def _type_name(action: argparse.Action) -> str:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> Any:
-        message, suggestion = re.sub(r"(\S{60})\S{20,}", r"\1…", " ".join(message.split())), ""
+        message, hint = re.sub(r"(\S{60})\S{20,}", r"\1…", " ".join(message.split())), ""
         if match := re.search(r"unrecognized arguments: --(\w+)", message):
             known = [option.removeprefix("--") for option in self._option_string_actions]
-            suggestion = _suggestion(match[1], known).replace("mean ", "mean --")
-        raise InputError(f"{message} (--help lists the options).{suggestion}")
+            hint = suggestion(match[1], known).replace("mean ", "mean --")
+        raise InputError(f"{message} (--help lists the options).{hint}")
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -232,13 +241,13 @@ def _build_parser(show_all: bool = False) -> _Parser:
         [ModelArguments, DataArguments, PublishingArguments, BKDConfig],
         description="Train a balanced student on long-tailed images by Balanced Knowledge Distillation.",
         epilog=_EPILOG,
-        usage="accelerate launch scripts/run_bkd.py [--config FILE] [--OPTION VALUE …]",
+        usage=f"{' '.join(program('run', ['accelerate', 'launch']))} [--config RECIPE] [--OPTION VALUE …]",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--config", help="YAML file with options.")
+    run.add_argument("--config", metavar="RECIPE", help=f"YAML file with options, or one of {', '.join(RECIPES)}.")
     run.add_argument("--overwrite", action="store_true", help="Delete an earlier run in OUTPUT_DIR and start anew.")
     run.add_argument("-h", "--help", action="help", help="Show the usual options.")
     run.add_argument("--help_all", action="store_true", help="Show all options of TrainingArguments too.")
@@ -287,9 +296,21 @@ def _check_teacher_option(parser: _Parser, name: str, shown: str) -> None:
     action = parser._option_string_actions.get(f"--{name}")
     if action is None or action.dest not in OPTIONS:
         known = sorted(OPTIONS - NOT_FOR_TEACHER)
-        raise InputError(f"{shown}: there is no training option --{name}.{_suggestion(name, known)}")
+        raise InputError(f"{shown}: there is no training option --{name}.{suggestion(name, known)}")
     if action.dest in NOT_FOR_TEACHER:
         raise InputError(f"{shown}: --{name} cannot be set for the teacher alone.")
+
+
+def _find_recipe(config: str) -> str | Path:
+    """Return the file that --config tells: a path, or the name of a recipe of the package."""
+    if os.path.isfile(config) or (config not in RECIPES and os.path.exists(config)):
+        return config
+    if config in RECIPES:
+        return RECIPES[config]
+    raise InputError(
+        f"--config {one_line(config, 80)} cannot be read: there is no such file, and no such recipe among "
+        f"{', '.join(RECIPES)}.{suggestion(Path(config).stem, list(RECIPES))}"
+    )
 
 
 def _read_config(parser: _Parser, path: str | Path) -> list[str]:
@@ -330,7 +351,7 @@ def _tokens(parser: _Parser, path: str | Path, name: str, node: yaml.Node) -> li
     action = parser._option_string_actions.get(f"--{name}")
     if action is None or name in ("config", "help", "help_all", "overwrite"):
         known = [option.removeprefix("--") for option in parser._option_string_actions]
-        raise InputError(f"--config {path}: unknown option {name!r}.{_suggestion(name, known)}")
+        raise InputError(f"--config {path}: unknown option {name!r}.{suggestion(name, known)}")
     if node.tag == _NULL:
         return []
     is_list_option = action.nargs in ("+", "*")
@@ -352,8 +373,3 @@ def _tokens(parser: _Parser, path: str | Path, name: str, node: yaml.Node) -> li
     except InputError as error:
         raise InputError(f"--config {path}: {name}: {shown} is not valid there: {error}") from error
     return words
-
-
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]}?" if close else ""

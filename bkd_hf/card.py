@@ -28,7 +28,7 @@ from .operations import OPERATIONS
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
 from .reading import read_card
-from .results import check_schema, effective_batch_size, load_results, training_options
+from .results import check_schema, describe_command, effective_batch_size, load_results, training_options
 from .targets import describe_targets
 from .text import code, code_block, markdown, one_line
 from .verdict import free_alternatives, judge
@@ -160,6 +160,7 @@ def build(
         is_best_checkpoint=options["load_best_model_at_end"],
         limits=_limits(results),
         trainings=_training_rows(results),
+        command=results.get("command") or describe_command(["--config", "recipe.yaml"]),
         recipe=to_recipe(results, dataset_id),
         exported=export_table(results) if "export" in results else None,
     )

@@ -13,13 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .arguments import parse_arguments
+from .arguments import DIGITS_RECIPE, parse_arguments
 from .comparison import SHARED_TEACHERS
 from .config import BKDConfig
 from .data import LABEL_COLUMN
@@ -30,13 +30,15 @@ from .inputs import load_splits
 from .machine import available_cores
 from .methods import METHODS
 from .options import RunArguments
-from .results import describe_data, load_results, told_arguments
+from .program import program
+from .results import describe_data, effective_batch_size, load_results, told_arguments
 from .run_folder import identity_of, run_state
+from .stopping import STOPPED, TrainingStopped
 from .text import duration
 
 _TIMED_STEPS = 24
-# Seconds that a cell gets to end itself.
-_PATIENCE = 15.0
+# Seconds that a cell gets to finish its step, and to save a checkpoint.
+_PATIENCE = 60.0
 # A comparison decides about these itself.
 _NOT_FOR_CELLS = {
     "--method": "use --methods",
@@ -45,7 +47,7 @@ _NOT_FOR_CELLS = {
     "--overwrite": "delete the folders of the cells that are to run anew",
     "--resume_from_checkpoint": "an interrupted cell resumes by itself",
     "--max_steps": "use --num_train_epochs",
-    "--push_to_hub": "push the cells that you choose by scripts/publish.py",
+    "--push_to_hub": f"push the cells that you choose by {' '.join(program('publish'))}",
 }
 _KINDS = ("plain", "teacher", "distilling")
 
@@ -58,8 +60,8 @@ class Cell:
         method: A preset.
         seed: Seed of its training.
         folder: Its output folder.
-        script: Path of `run_bkd.py`.
-        options: Further options of `run_bkd.py`, the same for all cells.
+        script: Path of the script of a run; `None`: the command `run` of the package.
+        options: Further options of a run, the same for all cells.
         teacher: The cell whose student is this one's teacher.
         is_teacher: Whether it only trains a teacher that other cells share, and is no row of the tables.
     """
@@ -67,7 +69,7 @@ class Cell:
     method: str
     seed: int
     folder: Path
-    script: Path
+    script: Path | None
     options: tuple[str, ...]
     teacher: Cell | None = None
     is_teacher: bool = False
@@ -83,21 +85,25 @@ class Cell:
         return "teacher" if self.is_teacher else "distilling" if _distils(self.method) else "plain"
 
     def arguments(self) -> list[str]:
-        """Return the command line for `run_bkd.py`."""
+        """Return the options of the run."""
         teacher = ["--teacher_model_name_or_path", str(self.teacher.folder)] if self.teacher else []
         if self.teacher and self.teacher.is_teacher:
             teacher += ["--finetune_teacher", "false"]  # that is done
         own = ["--method", self.method, "--seed", str(self.seed), "--output_dir", str(self.folder)]
         return [*self.options, *own, *teacher]
 
+    def started_by(self, launcher: Sequence[str]) -> list[str]:
+        """Return what comes before its options."""
+        return [*launcher, *(["-m", "bkd_hf", "run"] if self.script is None else [str(self.script)])]
+
     def command(self, launcher: Sequence[str] = ()) -> str:
         """Return the command: without secrets, and of places outside of the current folder the names alone."""
-        words = [str(self.script), *told_arguments(self.arguments(), lambda value, _: value)]
-        return shlex.join([*(launcher or ["python"]), *map(_seen_from_here, words)])
+        words = [*self.started_by(launcher or ["python"]), *told_arguments(self.arguments(), lambda value, _: value)]
+        return shlex.join(map(_seen_from_here, words))
 
     def parse(self) -> RunArguments:
         """Parse the command line; raises an `InputError` if it cannot work."""
-        return parse_arguments(self.arguments(), digits_recipe=self.script.with_name("recipes") / "digits.yaml")
+        return parse_arguments(self.arguments(), digits_recipe=DIGITS_RECIPE)
 
     def state(self, data: dict[str, Any] | None = None) -> str:
         """Return `"new"`, `"interrupted"` or `"finished"`; raises an `InputError` if the folder holds another run.
@@ -106,11 +112,12 @@ class Cell:
             data: The `data` section of the results of all cells, where it is known.
         """
         arguments = self.parse()
-        return run_state(arguments, None if data is None else identity_of(arguments, data))
+        identity = None if data is None else identity_of(arguments, data)
+        return run_state(arguments, identity, is_to_train=False)  # by a launcher's processes, however many
 
 
 def plan_cells(
-    methods: Sequence[str], seeds: Sequence[int], output_dir: Path, script: Path, options: Sequence[str] = ()
+    methods: Sequence[str], seeds: Sequence[int], output_dir: Path, script: Path | None, options: Sequence[str] = ()
 ) -> list[Cell]:
     """List the cells, seed by seed, with those that are needed as teachers, each teacher before its students.
 
@@ -118,8 +125,8 @@ def plan_cells(
         methods: Presets.
         seeds: Seeds of the training; the data split is the same for all.
         output_dir: Where the cells' folders go: METHOD/seedSEED.
-        script: Path of `run_bkd.py`.
-        options: Options of `run_bkd.py` for all cells.
+        script: Path of the script of a run; `None`: the command `run` of the package.
+        options: Options of a run, for all cells.
 
     Raises:
         InputError: If a method is unknown, something comes twice, or an option is not for all cells.
@@ -206,12 +213,16 @@ class CellRunner:
     launcher: Sequence[str] = ()
     jobs: int = 1
     say: Callable[[str], None] = print
+    _log_begins: dict[Cell, int] = field(default_factory=dict, init=False)  # of the last start of a cell
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
         """Run what is not finished yet; a cell that fails does not stop the others.
 
         Returns:
             A line for each cell that failed, or could not run because its teacher failed.
+
+        Raises:
+            TrainingStopped: If a cell was stopped, by the SIGTERM that this process got or its own: all are, then.
         """
         data = self._data(cells) if any(cell.folder.exists() for cell in cells) else None
         states = {cell: cell.state(data) for cell in cells}  # raises before anything has run
@@ -244,7 +255,10 @@ class CellRunner:
                         slots[cell] = min({*range(self.jobs)} - {slots[other] for other in running})
                         running[cell] = self._start(cell, log, slots[cell])
                 time.sleep(0.05)
-                for cell in [cell for cell, process in running.items() if process.poll() is not None]:
+                ended = [cell for cell, process in running.items() if process.poll() is not None]
+                if any(self._was_stopped(cell, running[cell]) for cell in ended):
+                    raise TrainingStopped
+                for cell in ended:
                     code, log = running.pop(cell).returncode, self._log(cell)
                     if code == 0:
                         outcome = f"finished. {_summary(cell)}"
@@ -256,9 +270,26 @@ class CellRunner:
                     left = (time.monotonic() - started) / max(1, num_todo - num_left) * num_left
                     remaining = f"; {num_left} to go, about {duration(left)}" if num_left else ""
                     self.say(f"[{num_todo - num_left}/{num_todo}] {cell.name} {outcome}{remaining}")
+        except SystemExit:
+            _end(running.values())
+            stopped = [cell.name for cell, process in running.items() if self._was_stopped(cell, process)]
+            if not stopped:
+                raise
+            open_ones = {*todo, *failures, *(cell for cell, process in running.items() if process.returncode)}
+            finished = [cell.name for cell in cells if cell not in open_ones]
+            done = f"{len(finished)} of {len(cells)} cells are finished"
+            self.say(f"Stopped: {', '.join(stopped)}. {done}{': ' if finished else ''}{', '.join(finished)}.")
+            raise TrainingStopped from None
         finally:
             _end(running.values())  # if this was interrupted
         return list(failures.values())
+
+    def _was_stopped(self, cell: Cell, process: subprocess.Popen) -> bool:
+        """Whether SIGTERM ended a cell so that it can go on; launchers have exit codes of their own."""
+        if not process.returncode or not self.launcher:
+            return process.returncode == STOPPED
+        lines = self._log(cell).read_bytes()[self._log_begins[cell] :].splitlines()
+        return any(line.startswith(b"stopped: ") for line in lines)
 
     def _data(self, cells: Sequence[Cell]) -> dict[str, Any] | None:
         """The `data` section of the results, which all cells share."""
@@ -273,13 +304,14 @@ class CellRunner:
             return None
 
     def _start(self, cell: Cell, log: Path, slot: int = 0, options: Sequence[str] = ()) -> subprocess.Popen:
-        words = [*(self.launcher or [sys.executable]), str(cell.script), *cell.arguments(), *options]
+        words = [*cell.started_by(self.launcher or [sys.executable]), *cell.arguments(), *options]
         words += ["--disable_tqdm", "true"]
         if self.jobs > 1 and not self.launcher and not any(word.startswith("--num_threads") for word in cell.options):
             words += ["--num_threads", str(max(1, available_cores() // self.jobs))]
         environment = {**os.environ, **({} if self.launcher else _one_gpu(slot))}
         with log.open("a", encoding="utf-8") as file:
             is_open_in_a_run(file)  # from here on, as long as the cell, or its launcher, lives
+            self._log_begins[cell] = file.tell()
             # A group of its own, which can be ended with all that a launcher has started.
             return subprocess.Popen(
                 words, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -321,11 +353,11 @@ class CellRunner:
             raise InputError(f"--dry_run: {_TIMED_STEPS} steps of {cell.method} failed: {_last_error(log)}")
         wall = time.monotonic() - started
         results, args = load_results(folder), cell.parse().training
-        student, num_processes = results["student"], results["hardware"]["num_processes"]
+        student = results["student"]
         times = [entry["elapsed_seconds"] for entry in student["history"] if "loss" in entry]
         per_step = (times[-1] - times[0]) / (_TIMED_STEPS - window)
-        images_per_step = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-        num_steps = args.num_train_epochs * math.ceil(results["data"]["num_train_images"] / images_per_step)
+        steps_per_epoch = math.ceil(results["data"]["num_train_images"] / effective_batch_size(results))
+        num_steps = args.num_train_epochs * steps_per_epoch
         evaluated = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
         evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args)
         return wall - student["training"]["seconds"] + evaluating + per_step * num_steps

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .config import METHOD_OPTIONS, BKDConfig, method_defaults
+from .config import BATCH_CUT, METHOD_OPTIONS, BKDConfig, method_defaults
 from .errors import InputError
 from .methods import METHODS
 from .metrics import shot_groups
@@ -33,7 +33,8 @@ SHARED_TEACHERS = "shared_teachers"
 #: Methods that the others are compared with, seed by seed.
 BASELINES = ("ce", "kd")
 _CONFIDENCE = 0.95
-_MAY_DIFFER = {*WITHOUT_INFLUENCE, "seed", "data_seed", "teacher_model_name_or_path"}
+# Of batches there are "images in a step".
+_MAY_DIFFER = {*WITHOUT_INFLUENCE, *BATCH_CUT, "global_batch_size", "seed", "data_seed", "teacher_model_name_or_path"}
 
 
 @dataclass(frozen=True)
@@ -259,5 +260,5 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
 
 
 def _settled_prior(training: dict[str, Any]) -> dict[str, str]:
-    """Return what `auto` was: a run that measures the teacher's prior records `teacher`, any other takes the counts."""
+    """Return what `auto` was: a run that measured the teacher's prior records `teacher`, any other took the counts."""
     return {"distillation_prior": "counts"} if training.get("distillation_prior") == "auto" else {}

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Collection, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
 from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
+from .compatibility import DTYPES, check_together, find_accumulation, options_without_effect, require
 from .errors import InputError
-from .machine import launcher_shards
 from .methods import (
     CLASS_WEIGHTINGS,
     CLASSIFICATION_LOSSES,
     DISTILLATION_LOSSES,
     HEAD_BIASES,
     METHODS,
-    PRIORS,
     SAMPLERS,
     STUDENT_INITS,
     Loss,
 )
 from .objective import Objective
-from .ranges import check_ranges
 from .text import one_line
 
 _REGISTRIES: dict[str, Mapping[str, Loss | None]] = {
@@ -45,28 +40,22 @@ _PARTS: dict[str, Collection[str]] = {
 }
 #: Options that may have no effect without a word (see `RunArguments.from_recipe`).
 UNTOLD: ContextVar[frozenset[str]] = ContextVar("UNTOLD", default=frozenset())
-#: What `teacher_cache_dtype` may be.
-DTYPES = ("float16", "float32")
-#: What `head` may be, and s of a cosine head where nothing is said.
-HEADS, HEAD_INITS, HEAD_SCALE = ("linear", "cosine"), ("random", "class_mean"), 30.0
-#: What `empty_classes` may be.
-EMPTY_CLASSES = ("error", "clamp")
-#: What `adapter` may be, and the rank of LoRA where nothing is said.
-ADAPTERS, ADAPTER_RANK = ("lora", "bitfit"), 8
-#: Views of augmented images where nothing else is said.
-DEFAULT_VIEWS = 16
+#: s of a cosine head, rank of LoRA and views of augmented images where nothing is said.
+HEAD_SCALE, ADAPTER_RANK, DEFAULT_VIEWS = 30.0, 8, 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
 # How a training is looked at and kept, which changes nothing in it; and when, unless something is chosen by that.
 _WATCHING = (
     "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
     "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
     "batch_eval_metrics", "include_for_metrics", "include_num_input_tokens_seen", "torch_empty_cache_steps",
-    "save_only_model", "save_on_each_node", "enable_jit_checkpoint",
+    "save_only_model", "save_on_each_node",
 )  # fmt: skip
 _WATCHING_TIMES = (
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
     "metric_for_best_model", "greater_is_better",
 )  # fmt: skip
+#: How a global batch is cut: what counts is its size.
+BATCH_CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 #: Of the options that hold dictionaries, those that may name a JSON file instead.
 _MAY_BE_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
@@ -117,6 +106,10 @@ class BKDConfig(TrainingArguments):
                         learning_rate                                   otherwise
 
     with whole epochs e counted from 0. Each field is described by its help text.
+
+    `enable_jit_checkpoint`, off if it is not given (in scripts it is on), has `train()` end the process at SIGTERM,
+    after its step and a checkpoint, by `TrainingStopped` (exit code 75). That of `transformers` would return, as if
+    the training were finished.
 
     Raises:
         InputError: If a value is out of its range; the message names the option.
@@ -271,6 +264,14 @@ class BKDConfig(TrainingArguments):
     dkd_warmup_epochs: Annotated[int, "student"] = field(
         default=20, metadata={"help": "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."}
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images in an optimizer step: per_device_train_batch_size × processes × "
+            "gradient_accumulation_steps, of which the last is chosen to fit. A run continues with another number of "
+            "processes if this stays as it was. Not given: the product of the three."
+        },
+    )
     momentum: float = field(default=0.0, metadata={"help": "Momentum of --optim sgd (without Nesterov), in [0, 1)."})
     decay_all_parameters: bool = field(
         default=False,
@@ -386,6 +387,8 @@ class BKDConfig(TrainingArguments):
         self._apply_method()
         self._check()
         super().__post_init__()
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = find_accumulation(self)
         if self.mixed_precision == "fp16" and self.device.type == "cpu":
             raise InputError(
                 "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision "
@@ -393,8 +396,8 @@ class BKDConfig(TrainingArguments):
             )
         for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
             fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
-            self._require(fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
-        for message in self._options_without_effect():
+            require(self, fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
+        for message in options_without_effect(self, method_defaults(self.method), _USED_BY):
             if " has no effect" not in message or message.split(" ")[0].removeprefix("--") not in UNTOLD.get():
                 warnings.warn(message, UserWarning, stacklevel=3)
 
@@ -413,16 +416,28 @@ class BKDConfig(TrainingArguments):
         ]
         return f"{self.method} ({', '.join(changed)})" if changed else self.method
 
-    def options_in_use(self) -> dict[str, Any]:
-        """All options, with those that the method does not look at as if they were not given; `None`: no influence."""
+    def images_in_step(self, num_processes: int) -> int:
+        """The global batch size that this makes with a number of processes."""
+        per_process = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.global_batch_size or per_process * num_processes
+
+    def options_in_use(self, num_processes: int | None = None) -> dict[str, Any]:
+        """All options, with those that the method does not look at as if they were not given; `None`: no influence.
+
+        Of the global batch its size counts, not how it is cut.
+
+        Args:
+            num_processes: As many as there are, if not given.
+        """
         defaults = method_defaults(self.method)
         unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
         # Where the cache lies has no influence, whether there is one may move the last digits.
         names = ("teacher_cache", "feature_cache")
         cache = {name: "off" if getattr(self, name) == "off" else "on" for name in names}
         chooses = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        watching = (*_WATCHING, *(() if chooses else _WATCHING_TIMES))
-        return {**self.to_dict(), **unused, **cache, **dict.fromkeys(watching)}
+        without = (*_WATCHING, *(() if chooses else _WATCHING_TIMES), *BATCH_CUT)
+        batch = {"global_batch_size": self.images_in_step(num_processes or self.world_size)}
+        return {**self.to_dict(), **unused, **cache, **dict.fromkeys(without), **batch}
 
     def loss_arguments(self, part: str) -> dict[str, Any]:
         """Values of the arguments of the chosen loss that are options, some still `auto` or `measured`.
@@ -461,19 +476,15 @@ class BKDConfig(TrainingArguments):
         self._apply_method()
         self._check()
 
-    def _require(self, holds: bool, name: str, condition: str) -> None:
-        if not holds:
-            raise InputError(f"--{name} must be {condition}, got {one_line(getattr(self, name), 80)}.")
-
     def _apply_method(self) -> None:
         """Fill in what the preset says, where nothing was said explicitly."""
-        self._require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
+        require(self, self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         preset = METHODS[self.method].options()
         self._left_to_method = [name for name in preset if getattr(self, name) is None]
         for name in self._left_to_method:
             setattr(self, name, preset[name])
         for name, choices in _PARTS.items():
-            self._require(getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
+            require(self, getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
         for name, words, condition in (
             ("class_balance_power", ("auto", "measured"), "a finite number ≥ 0, auto or measured"),
             ("logit_adjustment_tau", ("auto",), "a finite number, or auto"),
@@ -482,7 +493,7 @@ class BKDConfig(TrainingArguments):
                 try:
                     setattr(self, name, float(getattr(self, name)))
                 except ValueError:
-                    self._require(False, name, condition)
+                    require(self, False, name, condition)
 
     def _check(self) -> None:
         if self.adapter == "none":  # so that a command line can take back what a file says
@@ -494,18 +505,18 @@ class BKDConfig(TrainingArguments):
                     found = json.loads(value)
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"--{name} {one_line(value, 80)} is no JSON: {one_line(error, 80)}.") from error
-                self._require(isinstance(found, dict), name, "a JSON object")
+                require(self, isinstance(found, dict), name, "a JSON object")
                 # transformers reads its own by itself, where numbers may be in quotes.
                 setattr(self, name, value.strip() if name in TrainingArguments._VALID_DICT_FIELDS else found)
         self._check_loss_arguments()
-        self._check_ranges()
+        check_together(self, method_defaults(self.method))
 
     def _check_loss_arguments(self) -> None:
         """Check `…_loss_args` against the signature of the loss, which checks the values itself."""
         for part, registry in _REGISTRIES.items():
             option, name = f"{part}_args", getattr(self, part)
             given, loss = getattr(self, option), registry[name]
-            self._require(given is None or isinstance(given, dict), option, "a JSON object")
+            require(self, given is None or isinstance(given, dict), option, "a JSON object")
             if not given:
                 continue
             for argument in given:
@@ -520,164 +531,8 @@ class BKDConfig(TrainingArguments):
             except (TypeError, ValueError) as error:
                 raise InputError(f"--{option} {json.dumps(given)}: {error}") from error
 
-    def _check_ranges(self) -> None:
-        check_ranges(self)
-        require = self._require
-        power: Any = self.class_balance_power
-        is_number = isinstance(power, float)
-        require(not is_number or 0 <= power < math.inf, "class_balance_power", "a finite number ≥ 0, auto or measured")
-        require(
-            self.distillation_loss == "bkd" or power == method_defaults(self.method)["class_balance_power"],
-            "class_balance_power",
-            f"left out: --distillation_loss {self.distillation_loss} has no class weights that it could be a power of",
-        )
-        tau: Any = self.logit_adjustment_tau
-        require(tau == "auto" or math.isfinite(tau), "logit_adjustment_tau", "a finite number, or auto")
-        require(
-            tau != "auto" or self.distillation_loss == "bkd" or self.classification_loss != "logit_adjustment",
-            "logit_adjustment_tau",
-            f"a number with --distillation_loss {self.distillation_loss}, or another --method chosen: auto, as "
-            "--method bkd-calibrated has it, is what the targets of bkd leave",
-        )
-        require(
-            not self.label_smoothing_factor or "label_smoothing" in self.loss_arguments("classification_loss"),
-            "label_smoothing_factor",
-            f"0 with --classification_loss {self.classification_loss}, which knows no label smoothing",
-        )
-        require(
-            self.sampler != "class_balanced" or self.train_sampling_strategy == "random",
-            "train_sampling_strategy",
-            "random with --sampler class_balanced, which draws by itself",
-        )
-        require(
-            HubStrategy(self.hub_strategy) in (HubStrategy.END, HubStrategy.EVERY_SAVE),
-            "hub_strategy",
-            "end: checkpoints with their optimizer states are not for others",
-        )
-        require(
-            self.ema_decay is None or not (self.deepspeed or self.fsdp or launcher_shards()),
-            "ema_decay",
-            "left out with FSDP and DeepSpeed: no process has all the weights that it averages",
-        )
-        require(self.adapter in (None, *ADAPTERS), "adapter", f"none, {' or '.join(ADAPTERS)}")
-        require(
-            self.adapter is None or not (self.deepspeed or self.fsdp or launcher_shards()),
-            "adapter",
-            "left out with FSDP and DeepSpeed: no process has all the weights that it is merged into",
-        )
-        require(
-            self.adapter is None or not self.freeze_backbone,
-            "adapter",
-            "left out with --freeze_backbone, which trains the head alone",
-        )
-        is_ldam = self.classification_loss == "ldam"
-        heads = HEADS[1:] if is_ldam else HEADS
-        require(self.head in (None, *heads), "head", f"{' or '.join(heads)} with {self.classification_loss}")
-        require(self.head_init in HEAD_INITS, "head_init", f"one of {', '.join(HEAD_INITS)}")
-        require(
-            self.head_init == "random" or not (self.deepspeed or self.fsdp or launcher_shards()),
-            "head_init",
-            "random with FSDP and DeepSpeed: no process has all the weights",
-        )
-        fits = not is_ldam or self.head_scale in (None, self.cosine_scale)
-        require(fits, "head_scale", "left out with ldam, whose --ldam_scale it is")
-        for name in ("teacher_cache", "feature_cache"):
-            require(bool(getattr(self, name)), name, "off, auto or a folder")
-        features = self.feature_cache != "off"
-        require(not features or self.freeze_backbone, "feature_cache", "off without --freeze_backbone")
-        require(
-            not features or not (self.deepspeed or self.fsdp or launcher_shards()),
-            "feature_cache",
-            "off with FSDP and DeepSpeed, which spread the head",
-        )
-        require(self.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
-        require(
-            self.save_strategy != "best" or self.metric_for_best_model is not None,
-            "save_strategy",
-            "no, steps or epoch without --metric_for_best_model",
-        )
-        require(self.empty_classes in EMPTY_CLASSES, "empty_classes", f"one of {', '.join(EMPTY_CLASSES)}")
-        require(self.distillation_prior in PRIORS, "distillation_prior", f"one of {', '.join(PRIORS)}")
-        require(self.teacher_cache_dtype in DTYPES, "teacher_cache_dtype", f"one of {', '.join(DTYPES)}")
-        if self.lr_step_epochs is None:
-            require(self.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")
-            require(self.lr_warmup_epochs == 0, "lr_warmup_epochs", "given together with --lr_step_epochs")
-        else:
-            epochs, factors = self.lr_step_epochs, self.lr_step_factors or []
-            increasing = all(a < b for a, b in pairwise(epochs))
-            require(increasing and all(e >= 0 for e in epochs), "lr_step_epochs", "increasing numbers ≥ 0")
-            require(len(factors) == len(epochs), "lr_step_factors", f"{len(epochs)} numbers, as lr_step_epochs has")
-            require(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")
-
     def _is_used(self, name: str) -> bool:
         return option_is_used(name, vars(self))
-
-    def _deferred_starts(self) -> dict[str, float]:
-        starts = {
-            "deferred_reweighting_start": self.deferred_reweighting_start if self.distillation_loss == "bkd" else None,
-            "class_weighting_start": self.class_weighting_start if self.class_weighting == "drw" else None,
-        }
-        return {name: start for name, start in starts.items() if start is not None}
-
-    def _options_without_effect(self) -> list[str]:
-        messages = []
-        if self.momentum and str(self.optim.value) != "sgd":
-            messages.append(f"--momentum {self.momentum} has no effect: it belongs to --optim sgd, not {self.optim}.")
-        if self.decay_all_parameters and self.weight_decay == 0:
-            messages.append("--decay_all_parameters has no effect: --weight_decay is 0.")
-        if self.head_scale is not None and self.cosine_scale is None:
-            messages.append(f"--head_scale {self.head_scale:g} has no effect: it belongs to --head cosine.")
-        if self.layer_decay is not None and self.freeze_backbone:
-            messages.append("--layer_decay has no effect: --freeze_backbone trains the head alone.")
-        for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules"):
-            if getattr(self, name) is not None and self.adapter != "lora":
-                messages.append(f"--{name} has no effect: it belongs to --adapter lora.")
-        defaults = method_defaults(self.method)
-        for name, used_by in _USED_BY.items():
-            value = getattr(self, name)
-            if value != defaults[name] and not any(
-                getattr(self, part) in choices for part, choices in used_by.items()
-            ):
-                belongs_to = " or ".join(f"--{part} {'|'.join(choices)}" for part, choices in used_by.items())
-                shown = value if isinstance(value, (str, bool)) else f"{value:g}"
-                messages.append(f"--{name} {shown} has no effect: it belongs to {belongs_to}.")
-        for name, start in self._deferred_starts().items():
-            if self.class_balance_beta == 0:
-                messages.append(
-                    f"--{name} {start:g} has no effect: with --class_balance_beta 0 the weights are uniform all the "
-                    "time."
-                )
-            elif self.max_steps <= 0 and start >= max(1, self.num_train_epochs):
-                messages.append(
-                    f"--{name} {start:g} is never reached: training ends after {self.num_train_epochs:g} epochs, with "
-                    "uniform weights throughout."
-                )
-        if self.distillation_loss == "dkd" and self.max_steps <= 0 and self.dkd_warmup_epochs > self.num_train_epochs:
-            messages.append(
-                f"--dkd_warmup_epochs {self.dkd_warmup_epochs} is longer than the training: dkd never gets its full "
-                f"weight in {self.num_train_epochs:g} epochs."
-            )
-        if self.teacher_cache == "off" and self.teacher_cache_dtype != "float16":
-            messages.append(f"--teacher_cache_dtype {self.teacher_cache_dtype} has no effect: --teacher_cache is off.")
-        if self.uses_step_decay:
-            if str(self.lr_scheduler_type.value) != "linear" or self.warmup_steps:
-                messages.append(
-                    "--lr_scheduler_type and --warmup_steps have no effect: --lr_step_epochs chooses the step-decay "
-                    "schedule."
-                )
-            first = min(self.lr_step_epochs or [], default=math.inf)
-            if self.lr_warmup_epochs > 0 and first <= self.lr_warmup_epochs:
-                messages.append(
-                    f"--lr_warmup_epochs {self.lr_warmup_epochs:g} is not below the first of --lr_step_epochs "
-                    f"({first:g}): the warm-up goes before, so steps in it are skipped and the full rate is not held."
-                )
-            late = [e for e in self.lr_step_epochs or [] if self.max_steps <= 0 and e >= self.num_train_epochs]
-            if late:
-                messages.append(
-                    f"--lr_step_epochs {' '.join(map(str, late))} are never reached: training ends after "
-                    f"{self.num_train_epochs:g} epochs."
-                )
-        return messages
 
 
 _USED_BY = _find_users()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+from .stopping import STOPPED, TrainingStopped
 from .text import one_line, printable
 
 
@@ -40,13 +42,13 @@ class PublishError(RuntimeError):
 def run_script(
     work: Callable[[], int | None], interrupted: str | Callable[[], str], *failures: type[Exception]
 ) -> int:
-    """Do the work of a script; return its exit code: 2 for bad input, 1 for what failed, 130 for Ctrl-C.
+    """Do the work of a script; return its exit code: 2 for bad input, 1 for failures, 130 for Ctrl-C, 75 for SIGTERM.
 
     What fails to be printed does not stop it: see [`keep_printing`].
 
     Args:
         work: What the script does; what it returns is the exit code, 0 for `None`.
-        interrupted: What to say after Ctrl-C, or what finds that out then.
+        interrupted: What to say after Ctrl-C or SIGTERM, or what finds that out then.
         failures: Further errors that are one line and the exit code 1, as those of the Hub and of the disk are.
     """
     keep_printing()
@@ -72,6 +74,11 @@ def run_script(
     except KeyboardInterrupt:
         print(f"interrupted: {told(interrupted)}", file=sys.stderr)
         return 130
+    except TrainingStopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher, whose other process has ended first
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {told(interrupted)}", file=sys.stderr)
+        return STOPPED
 
 
 def why_not_stored(error: BaseException) -> str | None:

@@ -28,6 +28,7 @@ from .card import build, check_repo_id, choices_of_card
 from .errors import InputError, PublishError, first_line
 from .files import try_json, why_broken, write_text
 from .plots import figure_names, save_plots
+from .program import program
 from .reading import read_text
 from .results import ONNX_FILES, RESULTS_NAME, load_results
 from .splits import PLACEHOLDER, SPLIT_NAME
@@ -106,7 +107,7 @@ def publish_folder(
     20 seconds.
 
     Args:
-        folder: Output folder of a finished run, of `make_long_tailed.py`, or the folder of the metric.
+        folder: Output folder of a finished run, a split, or the folder of the metric.
         repo_id: `USER/NAME`, or `NAME` for the token's own user. Made if it is not there.
         private: Whether a new repository is private.
         token: With write access; the stored one if not given.
@@ -128,7 +129,7 @@ def publish_folder(
     card_options |= {"license": license, "dataset_id": dataset_id}
     publication = prepare(folder, repo_id, token, **card_options)
     _check_token(token)
-    retry = f"python scripts/publish.py {shlex.quote(str(folder))} --repo_id {shlex.quote(repo_id)}"
+    retry = shlex.join([*program("publish"), str(folder), "--repo_id", repo_id])
     retry += " --private" if private else ""
     retry += " --token …" if token and token != get_token() else ""
     retry += retry_options

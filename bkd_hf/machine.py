@@ -87,7 +87,8 @@ def launcher_accumulation() -> str | None:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return None
-    words = words[: words.index(sys.argv[0])] if sys.argv[0] in words else []
+    script = next((number for number, word in enumerate(words) if word in (sys.argv[0], "bkd_hf")), 0)
+    words = words[:script]
     for number, word in enumerate(words):
         name, _, value = word.partition("=")
         if "launch" in words[:number] and name.replace("-", "_") == "__gradient_accumulation_steps":

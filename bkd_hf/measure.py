@@ -1,4 +1,4 @@
-"""Results of a trainer that was used from Python: what `scripts/run_bkd.py` finds out along the way."""
+"""Results of a trainer that was used from Python: what `bkd-hf run` finds out along the way."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from .errors import InputError
 from .loss_inputs import IGNORE_INDEX
 from .losses import cross_entropy_loss
 from .metrics import LongTailAccumulator, LongTailEvaluation
+from .stopping import outlive_sigterm
 
 
 class EvaluationMeter:
@@ -92,7 +93,8 @@ class MeasuringTrainer(Trainer):
         of_training = told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches
         told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches = False, "sequential", True
         try:
-            return super()._get_dataloader(*args, **kwargs)
+            loader = super()._get_dataloader(*args, **kwargs)
+            return outlive_sigterm(loader) if told.enable_jit_checkpoint else loader
         finally:
             told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches = of_training
 

@@ -233,7 +233,7 @@ METHODS = {
     "dist": Method(distillation_loss="dist"),
     "ltkd": Method(distillation_loss="ltkd"),
 }
-#: The preset for data and budgets of people's own, and the default of `scripts/run_bkd.py`.
+#: The preset for data and budgets of people's own, and the default of `bkd-hf run`.
 RECOMMENDED = "bkd-calibrated"
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from .config import BKDConfig
 from .features import FEATURES, answer_features
 from .head import the_head
+from .stopping import outlive_sigterm
 from .teacher import TEACHER_LOGITS, TEACHER_PREFIX, FrozenTeacher, TeacherAsClassifier, split_inputs
 from .teacher_logits import LogitsFolder, describe_weights
 from .training_data import TrainingData
@@ -64,7 +65,7 @@ class ReadingTrainer(Trainer):
             loader = super().get_train_dataloader()
         if has_length(loader):
             self._update_steps_per_epoch = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
-        return loader
+        return outlive_sigterm(loader) if self.args.enable_jit_checkpoint else loader
 
     def _new_training_data(self) -> TrainingData:
         dataset, examples, collator = self.train_dataset, self.train_dataset, self.data_collator

@@ -178,7 +178,8 @@ def _rehearse(values: dict[str, Any], folder: str) -> None:
         "eval_delay": 0, "torch_compile": False, "torch_compile_backend": None, "torch_compile_mode": None,
         "dataloader_num_workers": 0, "dataloader_prefetch_factor": None, "dataloader_persistent_workers": False,
         "activation_checkpointing": None, "gradient_checkpointing": None, "auto_find_batch_size": False,
-        "gradient_accumulation_steps": 1, "enable_jit_checkpoint": False, "resume_from_checkpoint": None,
+        "gradient_accumulation_steps": 1, "global_batch_size": None, "resume_from_checkpoint": None,
+        "enable_jit_checkpoint": False,
     }  # fmt: skip
     config = CifarResNetConfig(depth=8, image_size=_SIZE, num_labels=_NUM_CLASSES)
     counts = [_NUM_IMAGES // _NUM_CLASSES] * _NUM_CLASSES

@@ -39,6 +39,7 @@ from .metrics import (
 )
 from .models import cifar_resnet_depth
 from .options import OPTIONS, WITHOUT_INFLUENCE, options_with
+from .program import program
 from .reading import read_json
 from .schema import HUB_ID, find_fault
 from .teacher import FrozenTeacher
@@ -183,7 +184,7 @@ def describe_run(
         teacher_training: Options of the teacher's training, where it was trained in the same run.
         model_options: Options about models.
         data_options: Options about data.
-        command: What followed `run_bkd.py` on the command line.
+        command: The options on its command line.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -288,20 +289,17 @@ def describe_versions() -> dict[str, str | None]:
     return versions | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
-def describe_command(
-    arguments: Sequence[str], num_processes: int = 1, script: str = "scripts/run_bkd.py", launcher: str | None = None
-) -> str:
+def describe_command(arguments: Sequence[str], num_processes: int = 1, called_by: Sequence[str] | None = None) -> str:
     """Return a command line as others can use it: without secrets, publishing, and folders of this machine.
 
     Args:
-        arguments: What follows the script.
+        arguments: The options.
         num_processes: Of the launcher.
-        script: Path of the script in this repository.
-        launcher: What comes before it; `accelerate launch` if not given.
+        called_by: What comes before them; if not given, what launches a run.
     """
     processes = ["--num_processes", str(num_processes)] if num_processes > 1 else []
-    words = [launcher] if launcher else ["accelerate", "launch", *processes]
-    return shlex.join([*words, script, *told_arguments(arguments, _shown, _OF_PUBLISHING)])
+    words = called_by or program("run", ["accelerate", "launch", *processes])
+    return shlex.join([*words, *told_arguments(arguments, _shown, _OF_PUBLISHING)])
 
 
 def told_arguments(
@@ -327,7 +325,7 @@ def told_arguments(
 
 
 def _shown(value: str, option: str) -> str:
-    if value.startswith("scripts/"):  # the recipes of bkd_hf are where they are for everybody
+    if value.startswith("scripts/"):  # the recipes in a checkout are where they are for everybody
         return value
     return Path(value).name if option in _FOLDER_OPTIONS else without_folders(value)
 

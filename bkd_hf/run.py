@@ -61,7 +61,7 @@ from .results import (
     load_results,
     save_json,
 )
-from .run_folder import claim_output_dir, identity_of, last_complete_checkpoint, record_run
+from .run_folder import claim_output_dir, identity_of, is_cut_otherwise, last_complete_checkpoint, record_run
 from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
@@ -321,7 +321,7 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
         }
     checkpoint = last_complete_checkpoint(args.output_dir)
     if checkpoint is not None:
-        say(f"Continuing from {Path(checkpoint).name}.")
+        say(f"Continuing from {Path(checkpoint).name}.{is_cut_otherwise(checkpoint, args)}")
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     about_head = {}
     if trainer.head_bias_shift is not None:

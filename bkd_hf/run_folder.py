@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from typing import Any
 from accelerate import PartialState
 from huggingface_hub import try_to_load_from_cache
 
-from .config import method_defaults
+from .config import BATCH_CUT, BKDConfig, method_defaults
 from .errors import InputError
 from .files import LOCK_NAME, UNFINISHED, hash_of, lock, try_json, why_broken
 from .methods import METHODS
@@ -38,15 +40,17 @@ _LEFT_BY_A_RUN = (
     "trainer_state.json", "*_results.json", "README.md", ".tmp??????", RUN_NAME,
 )  # fmt: skip
 _WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
+_PROCESSES = "num_processes"  # that were at work when a run was begun, or last continued
 _IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights")
 
 
-def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> str:
+def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = None, is_to_train: bool = True) -> str:
     """Return what the output folder holds of this very run: `"new"` (nothing), `"interrupted"` or `"finished"`.
 
     Args:
         arguments: What the run is told.
         identity: Of its images and weights (see [`identity_of`]), as far as it is known.
+        is_to_train: Whether these processes are those that would train it; else as many as began it are thought of.
 
     Raises:
         InputError: If it holds something else, or a run with other options, on other images or from other weights.
@@ -74,30 +78,30 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
         )
     if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
         return "new"
-    here = _told(arguments, identity)
-    there = _with_later_options(record or {}, here, arguments)
-    names = {*there.get("teacher_training", {}), *here["teacher_training"]}
-    there, here = (_with_teacher(told, names if arguments.distils else None) for told in (there, here))
-    unknown = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
-    found = differences({**there, **unknown}, {**here, **unknown})
+    has_results = RESULTS_NAME in content
+    damage = _damage(output_dir, arguments.is_teacher) if has_results else ""
+    now: int = arguments.training.world_size
+    then: int = (record or {}).get(_PROCESSES, now)
+    found = _why_other(record or {}, arguments, identity, now)
+    if found and then != now and (not is_to_train or (has_results and not damage)):
+        found = _why_other(record or {}, arguments, identity, then)
+    batches = re.findall(r"(--\w*global_batch_size) is (\d+) there", found)
+    keep = f"; {' '.join(map(' '.join, batches))} keeps the images of a step" if batches else ""
     if found and arguments.is_teacher:
         raise InputError(
-            f"The teacher in {output_dir} was trained otherwise: {found}. Use --overwrite to train it anew, another "
-            "--output_dir, or --teacher_model_name_or_path to use it all the same."
+            f"The teacher in {output_dir} was trained otherwise: {found}{keep}. Use --overwrite to train it anew, "
+            "another --output_dir, or --teacher_model_name_or_path to use it all the same."
         )
     if found:
         has_teacher = (output_dir / "teacher" / RESULTS_NAME).exists()
         teacher = f" (and that run's teacher, by --teacher_model_name_or_path {output_dir}/teacher)"
         raise InputError(
-            f"--output_dir {output_dir} holds a run with other options: {found}. Use another folder"
+            f"--output_dir {output_dir} holds a run with other options: {found}{keep}. Use another folder"
             f"{teacher if has_teacher else ''}, or --overwrite to delete that run and start anew."
         )
-    if RESULTS_NAME not in content:
-        return "interrupted"
-    if damage := _damage(output_dir, arguments.is_teacher):
+    if damage:
         warnings.warn(f"{output_dir} was finished, but {damage}: the run goes on, and makes it again.", stacklevel=2)
-        return "interrupted"
-    return "finished"
+    return "finished" if has_results and not damage else "interrupted"
 
 
 def claim_output_dir(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> bool:
@@ -130,7 +134,7 @@ def record_run(arguments: RunArguments, identity: dict[str, str | None]) -> None
         old = {} if found == "new" else try_json(output_dir / RUN_NAME) or {}
         told = _told(arguments, identity)
         known = {name: old[name] for name in _IDENTITY if told.get(name) is None and name in old}
-        save_json({**told, **known}, output_dir / RUN_NAME)
+        save_json({**told, **known, _PROCESSES: arguments.training.world_size}, output_dir / RUN_NAME)
 
 
 def _state(arguments: RunArguments, identity: dict[str, str | None] | None) -> str:
@@ -198,16 +202,31 @@ def _usable(output_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _told(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> dict[str, Any]:
+def _why_other(
+    record: dict[str, Any], arguments: RunArguments, identity: dict[str, str | None] | None, num_processes: int
+) -> str:
+    """Say in what a recorded run differs from one that so many processes would do; empty if in nothing."""
+    here = _told(arguments, identity, num_processes)
+    there = {name: value for name, value in record.items() if name != _PROCESSES}
+    there = _with_later_options(_with_global_batches(there, num_processes), here, arguments)
+    names = {*there.get("teacher_training", {}), *here["teacher_training"]}
+    there, here = (_with_teacher(told, names if arguments.distils else None) for told in (there, here))
+    unknown = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
+    return differences({**there, **unknown}, {**here, **unknown})
+
+
+def _told(
+    arguments: RunArguments, identity: dict[str, str | None] | None = None, num_processes: int | None = None
+) -> dict[str, Any]:
     of_teacher = {}
     if arguments.teacher_options:
         teacher = arguments.for_teacher()
-        used = {**dataclasses.asdict(teacher.model), **teacher.training.options_in_use()}
-        of_teacher = {name: used[name] for name in arguments.teacher_options}
+        used = {**dataclasses.asdict(teacher.model), **teacher.training.options_in_use(num_processes)}
+        of_teacher = {name: used[name] for name in map(_compared_as, arguments.teacher_options)}
     told = {
         "model": dataclasses.asdict(arguments.model),
         "data": dataclasses.asdict(arguments.data),
-        "training": arguments.training.options_in_use(),
+        "training": arguments.training.options_in_use(num_processes),
         "teacher_training": of_teacher,
     }
     influential = {
@@ -215,6 +234,26 @@ def _told(arguments: RunArguments, identity: dict[str, str | None] | None = None
         for part, options in told.items()
     }
     return json.loads(json.dumps({**influential, **(identity or {})}))  # as it will be read back
+
+
+def _compared_as(option: str) -> str:
+    return "global_batch_size" if option in BATCH_CUT else option
+
+
+def _with_global_batches(there: dict[str, Any], num_processes: int) -> dict[str, Any]:
+    """Have what an older version wrote down, how batches are cut, say how large they are with so many processes."""
+    training, alone = there.get("training", {}), there.get("teacher_training", {})
+    if "global_batch_size" in training or not training.keys() >= {*BATCH_CUT}:
+        return there
+
+    def batch(options: dict[str, Any]) -> dict[str, int]:
+        return {"global_batch_size": math.prod(options[name] for name in BATCH_CUT) * num_processes}
+
+    of_teacher = {name: value for name, value in alone.items() if name not in BATCH_CUT}
+    if of_teacher != alone:
+        of_teacher |= batch({**training, **alone})
+    training = {**training, **dict.fromkeys(BATCH_CUT), **batch(training)}
+    return {**there, "training": training, "teacher_training": of_teacher}
 
 
 def _with_later_options(there: dict[str, Any], here: dict[str, Any], arguments: RunArguments) -> dict[str, Any]:
@@ -314,3 +353,18 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     if folders:
         warnings.warn(f"{output_dir} has no whole checkpoint: its training begins anew.", stacklevel=2)
     return None
+
+
+def is_cut_otherwise(checkpoint: str | os.PathLike[str], args: BKDConfig) -> str:
+    """Say what changes if batches were cut otherwise when a checkpoint was saved; empty if they were not."""
+    size = (try_json(Path(checkpoint, "trainer_state.json")) or {}).get("train_batch_size")
+    processes = len(list(Path(checkpoint).glob("rng_state*.pth")))
+    is_known = size and processes and not args.auto_find_batch_size
+    if not is_known or (size, processes) == (args.per_device_train_batch_size, args.world_size):
+        return ""
+    return (
+        f" It was saved by {processes} process{'es' if processes > 1 else ''} with {size} images at a time, now there "
+        f"are {args.world_size} with {args.per_device_train_batch_size}: each step has the same images in the same "
+        "views, and the weights agree up to rounding, unless there is BatchNorm (it sees other parts of a batch) or "
+        "dropout (it draws other numbers)."
+    )

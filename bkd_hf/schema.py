@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from .config import METHOD_OPTIONS, BKDConfig
 from .methods import METHODS

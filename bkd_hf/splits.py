@@ -29,7 +29,7 @@ from .files import write_text
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 from .plots import plot_class_counts
 from .reading import read_json
-from .results import save_json
+from .results import describe_command, save_json
 from .text import code, code_block, markdown, one_line
 
 SPLIT_NAME = "split.json"
@@ -234,6 +234,7 @@ def _write_card(folder: Path, record: dict[str, Any], license: str) -> None:
         class_lists=_class_lists(record["class_names"], list(counts.values())),
         source=_source(how),
         where=PLACEHOLDER,
+        run=describe_command([]),
         exact=exact,
     )
     write_text(folder / "README.md", str(card))

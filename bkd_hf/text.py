@@ -6,6 +6,7 @@ Metadata in YAML needs [`one_line`] alone, as its writer quotes.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import html
 import re
@@ -88,3 +89,9 @@ def names_of(numbers: Sequence[int], class_names: Mapping[int, str], most: int =
     """Name the first few of some classes; one without a name is called by its number."""
     shown = ", ".join(str(class_names.get(number, number)) for number in numbers[:most])
     return one_line(shown, 200) + (", …" if len(numbers) > most else "")
+
+
+def suggestion(name: str, known: Sequence[str]) -> str:
+    """Return a sentence, after a blank, that names the known name most like one that is not known; else nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import datasets
@@ -32,6 +33,7 @@ from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
 from .sampling import innermost
+from .stopping import StopAtSigterm, TrainingStopped
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
 from .teacher import (
     TEACHER_LOGITS,
@@ -122,25 +124,32 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         any_dataset = eval_dataset if train_dataset is None else train_dataset
         if data_collator is None and all(isinstance(part, ImageDataset) for part in innermost(any_dataset)):
             data_collator = collate_images
+        self._stop = StopAtSigterm()
         # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
         adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_metrics=None if adds_up else compute_metrics,
-            callbacks=[
-                EpochSetter(lambda: self._meter.restore(self), self._begin_epoch),
-                SaveAfterEpoch(),
-                *(callbacks or []),
-            ],
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        # In place of Trainer's callback for that, which would listen from now on.
+        args.enable_jit_checkpoint, stops_at_sigterm = False, args.enable_jit_checkpoint
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                model_init=model_init,
+                compute_metrics=None if adds_up else compute_metrics,
+                callbacks=[
+                    EpochSetter(lambda: self._meter.restore(self), self._begin_epoch),
+                    self._stop,
+                    SaveAfterEpoch(),
+                    *(callbacks or []),
+                ],
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            )
+        finally:
+            args.enable_jit_checkpoint = stops_at_sigterm
         # Has Trainer count the examples of each optimizer step, over its micro-batches and processes.
         self.model_accepts_loss_kwargs = True
         # The loss is computed here: a model need not take labels itself.
@@ -362,7 +371,11 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer` does, also after an `evaluate()`."""
+        """Train as `Trainer` does, also after an `evaluate()`.
+
+        Raises:
+            TrainingStopped: With `enable_jit_checkpoint`, after SIGTERM: the end of the process, if it is not caught.
+        """
         self.set_up_trial(kwargs.get("trial"))
         if self.model is not None and self.model_wrapped is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
@@ -374,13 +387,29 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         if self.args.head_init == "class_mean" and not resume_from_checkpoint:
             with self.compute_loss_context_manager():
                 start_from_class_means(self.model.eval(), self._new_training_data(), self.args)
-        outcome = super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._stop.listening() if self.args.enable_jit_checkpoint else nullcontext():
+            outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         self._guard.check_weights(self.model, self.state.global_step)
         if self.args.head_bias == "balanced" or (self.args.head_bias == "auto" and self.bkd_objective.is_calibrated):
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             with self.compute_loss_context_manager():
                 self.head_bias_shift = fit_bias(self.model.eval(), self._new_training_data(), self.args, sharded)
         return outcome
+
+    def _begin_epoch(self, epoch: int) -> None:
+        with self._stop.at_once() if self._training_data.computed else nullcontext():  # what is computed is kept
+            super()._begin_epoch(epoch)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> Any:
+        if not self._stop.has_stopped:
+            return super()._finalize_training(trial, *args)
+        # As if it had been killed, but for the checkpoint: nothing is the best, the last or the result of it.
+        if self._stop.saved_step != self.state.global_step:
+            self._save_checkpoint(self.model, trial)
+        self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        self.accelerator.wait_for_everyone()  # a launcher ends all processes when one has ended
+        raise TrainingStopped
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)

@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if str(error) else 130
     bf16 = machine.default_precision(options.use_cpu) == "bf16"
     args = bkd_hf.BKDConfig(str(options.output_dir), use_cpu=options.use_cpu, bf16=bf16)
-    found["command"] = results.describe_command(argv or sys.argv[1:], 1, "scripts/benchmark.py", "python")
+    found["command"] = results.describe_command(argv or sys.argv[1:], called_by=["python", "scripts/benchmark.py"])
     found |= {"versions": results.describe_versions(), "hardware": results.describe_hardware(args)}
     (options.output_dir / "benchmark.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     (options.output_dir / "benchmark.md").write_text(to_markdown(found), encoding="utf-8")

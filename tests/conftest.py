@@ -31,6 +31,7 @@ _LONGEST = (
     "compare",
     "cli",
     "teachers",
+    "stopping",
     "equivalence",
     "resume",
     "teacher_logits",
@@ -38,6 +39,7 @@ _LONGEST = (
     "hub",
     "faults",
     "benchmark",
+    "program",
     "trainer",
 )
 

@@ -23,7 +23,7 @@ import time
 import traceback
 import urllib.request
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ class Repository:
     def commit(self, branch: str, title: str, files: dict[str, File]) -> Commit:
         history = self.branches[branch]
         content = history[-1].oid if history else self.path, title, sorted((p, f.oid) for p, f in files.items())
-        date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
         history.append(Commit(hashlib.sha1(repr(content).encode()).hexdigest(), title, files, date))
         return history[-1]
 

@@ -1,8 +1,7 @@
-"""Trains a few epochs, perhaps until it is killed or from where it was killed; run by test_resume.py."""
+"""Trains a few epochs, perhaps until it is killed or from where it was killed; for test_resume.py."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 from pathlib import Path
@@ -77,20 +76,3 @@ def train(kind: str, workers: int, output_dir: Path, kill_at: int | None, resume
     trainer.save_model()
     torch.save(trainer.model.state_dict(), output_dir / "weights.pt")
     trainer.save_state()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kind")
-    parser.add_argument("--workers", type=int, nargs="+")
-    parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--kill_at", type=int)
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    for workers in options.workers:
-        train(options.kind, workers, options.output_dir / str(workers), options.kill_at, options.resume)
-
-
-if __name__ == "__main__":
-    main()

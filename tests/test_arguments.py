@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -72,6 +73,15 @@ def test_strong_recipe_is_a_modern_one():
     assert parse(f"{recipe} --train_operations none").data.train_operations is None
 
 
+def test_recipes_go_by_name_but_a_file_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # a data set, maybe: no file
+    by_name, by_path = parse("--config digits"), parse(f"--config {DIGITS}")
+    assert (by_name.training, by_name.data, by_name.model) == (by_path.training, by_path.data, by_path.model)
+    (tmp_path / "cifar10_lt").write_text("temperature: 3\n")
+    assert parse("--config cifar10_lt").training.temperature == 3
+
+
 @pytest.mark.parametrize("name", ["cifar100_lt", "cifar10_lt"])
 def test_recipes_are_the_papers(name):
     arguments = parse(f"--config {RECIPES / name}.yaml")
@@ -112,6 +122,60 @@ def test_teacher_has_its_own_options(tmp_path):
     assert (arguments.training.learning_rate, arguments.training.num_train_epochs) == (0.1, 3)
     teacher = arguments.for_teacher().training
     assert (teacher.learning_rate, teacher.num_train_epochs, teacher.weight_decay) == (0.02, 7, 1e-3)
+
+
+_BATCHES = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2 --teacher_per_device_train_batch_size 4"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (_BATCHES, None),
+        ("--per_device_train_batch_size 32 --teacher_per_device_train_batch_size 8", None),
+        ("--per_device_train_batch_size 8 --global_batch_size 32 --teacher_global_batch_size 8", None),
+        (_BATCHES.replace("16", "8"), "--global_batch_size is 32 there, 16 here; --global_batch_size 32 keeps the im"),
+        (
+            _BATCHES.replace(" 4", " 2"),
+            "--teacher_global_batch_size is 8 there, 4 here; --teacher_global_",
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_old", [False, True], ids=["new record", "record of the parts"])
+def test_global_batches_are_compared_not_how_they_are_cut(tmp_path, options, message, is_old):
+    line = f"--dataset_name some/data --output_dir {tmp_path / 'out'}"
+    claim_output_dir(there := parse(f"{line} {_BATCHES}"))
+    record_run(there, {})
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    path = tmp_path / "out" / "bkd_run.json"
+    record = json.loads(path.read_text())
+    assert (record["training"]["global_batch_size"], record["num_processes"]) == (32, 1)
+    if is_old:
+        del record["num_processes"], record["training"]["global_batch_size"]
+        record["training"] |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
+        record["teacher_training"] = {"per_device_train_batch_size": 4}
+        path.write_text(json.dumps(record))
+    if message is None:
+        assert run_state(parse(f"{line} {options}")) == "interrupted"
+    else:
+        with pytest.raises(InputError, match=message):
+            run_state(parse(f"{line} {options}"))
+
+
+def test_a_finished_run_of_more_processes_is_reported_by_one(tmp_path):
+    line = f"--dataset_name some/data --output_dir {tmp_path / 'out'} --per_device_train_batch_size 16"
+    claim_output_dir(there := parse(line))
+    record_run(there, {})
+    path = tmp_path / "out" / "bkd_run.json"
+    record = json.loads(path.read_text())
+    record["training"]["global_batch_size"], record["num_processes"] = 32, 2
+    path.write_text(json.dumps(record))
+    (tmp_path / "out" / "results.json").write_text("{}")
+    assert run_state(there) == "finished"
+    (tmp_path / "out" / "results.json").write_text("")  # damaged: these processes would train it
+    with pytest.raises(InputError, match="--global_batch_size is 32 there, 16 here"):
+        run_state(there)
+    assert run_state(there, is_to_train=False) == "interrupted"
 
 
 def test_a_difference_tells_what_was_given_for_the_teacher(tmp_path):
@@ -215,7 +279,11 @@ def test_bad_yaml(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--config nowhere.yaml", "--config nowhere.yaml cannot be read"),
+        (
+            "--config nowhere.yaml",
+            "--config nowhere.yaml cannot be read: .* no such recipe among cifar100_lt, .*, foundation",
+        ),
+        ("--config elsewhere/cifar100-lt.yaml", "Did you mean cifar100_lt?"),
         ("--temprature 3", "unrecognized arguments: --temprature 3 .* Did you mean --temperature"),
         ("--temperature 0", "--temperature must be"),
         ("--alpha -1", "--distillation_weight must be"),

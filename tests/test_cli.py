@@ -23,6 +23,7 @@ from bkd_hf import InputError, load_classifier, load_processor, load_results
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.card import to_recipe
 from bkd_hf.run import run as run_bkd
+from tests import faults
 from tests.conftest import REPOSITORY, launch_two_processes
 
 SCRIPT = str(REPOSITORY / "scripts" / "run_bkd.py")
@@ -32,12 +33,18 @@ QUICK = [*SHORT, "--num_threads", "1"]
 ENVIRONMENT = {**os.environ, "COLUMNS": "120"}
 
 
-def run(*options: str, launcher: tuple[str, ...] = (sys.executable,)) -> str:
-    process = subprocess.run(
-        [*launcher, SCRIPT, *options], capture_output=True, text=True, env=ENVIRONMENT, timeout=280
-    )
-    output = process.stdout + process.stderr
-    assert process.returncode == 0, output
+def run(*options: str, launcher: tuple[str, ...] = ()) -> str:
+    """Run the script to its end; without a launcher in a process forked from this one, with a single thread.
+
+    The threads that this one has computed with are not there after a fork, and would be waited for.
+    """
+    if launcher:
+        words = [*launcher, SCRIPT, *options]
+        process = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
+        code, output = process.returncode, process.stdout + process.stderr
+    else:
+        code, output = faults.run(*options, "--num_threads", "1")
+    assert code == 0, output
     return output
 
 
@@ -184,16 +191,14 @@ def test_folder_of_somebody_else_is_refused(tmp_path):
 
 
 def kill_when(condition, *options: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-    )
+    run = faults.Run(*options)
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, "it ended before it could be killed"
+        assert run.process.is_alive(), "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
 
 
 def test_killed_run_continues_in_either_stage(tmp_path):
@@ -410,7 +415,7 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     output = run(
         "--dataset_name", str(tmp_path / "data"), "--model_name_or_path", "cifar-resnet-8", "--output_dir",
         str(tmp_path / "run"), "--cache_images", "none", "--num_train_epochs", "1", "--disable_tqdm", "true",
-        "--max_class_count", "5",
+        "--max_class_count", "5", launcher=(sys.executable,),
     )  # fmt: skip
     assert "--max_class_count has no effect" in output
     assert "has no evaluation split" in output

@@ -6,7 +6,6 @@ import copy
 import csv
 import importlib.util
 import shutil
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -21,7 +20,9 @@ from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison, resampled
 from bkd_hf.comparison_plots import plot_comparison
 from bkd_hf.results import describe_command, save_json
+from bkd_hf.stopping import TrainingStopped
 from tests.conftest import REPOSITORY
+from tests.faults import run
 from tests.test_plots import make_results
 from tests.tiny_models import tiny_deit_with_two_heads
 
@@ -174,7 +175,8 @@ def test_an_option_that_is_not_recorded_has_its_default():
     new["options"]["training"]["head_bias"] = "learned"  # what the method says, where nothing was said
     assert Comparison([old, new]).num_seeds("bkd") == 2
     # `auto` is recorded where it took the class counts; where it measured, `teacher` is.
-    old["options"]["training"]["distillation_prior"], new["options"]["training"]["distillation_prior"] = "counts", "auto"
+    old["options"]["training"]["distillation_prior"] = "counts"
+    new["options"]["training"]["distillation_prior"] = "auto"
     assert Comparison([old, new]).num_seeds("bkd") == 2
     new["options"]["training"]["precision"] = "fp32"
     with pytest.raises(InputError, match="`precision` is auto or fp32"):
@@ -319,7 +321,7 @@ def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
     assert main_of(SCRIPT)() == 0
     page = (tmp_path / "tables" / "comparison.md").read_text(encoding="utf-8")
     assert "Made by `python scripts/compare.py --from results --output_dir=tables`." in page
-    command = describe_command([*words, *options], script="scripts/compare.py", launcher="python")
+    command = describe_command([*words, *options], called_by=["python", "scripts/compare.py"])
     for told in (cell.command(), command, page):
         assert secret not in told
         assert str(tmp_path) not in told
@@ -353,7 +355,7 @@ def test_bad_plans(tmp_path, methods, seeds, options, message):
 
 @pytest.fixture
 def stand_in(tmp_path) -> Path:
-    """Fails for methods in FAIL; notes when it ran."""
+    """Fails for some methods, is stopped for another; notes when it ran."""
     script = tmp_path / "script" / "run.py"
     shutil.copytree(REPOSITORY / "scripts" / "recipes", script.with_name("recipes"))
     script.write_text(
@@ -365,6 +367,9 @@ def stand_in(tmp_path) -> Path:
         if option("--method") in {{"focal", "balanced-softmax"}}:
             print("error: no such luck")
             sys.exit(3)
+        if option("--method") == "wsl":
+            print("stopped: the same command continues", file=sys.stderr)
+            sys.exit(75)
         started = time.time()
         time.sleep(1.5)
         folder.mkdir(parents=True)
@@ -397,15 +402,27 @@ def test_jobs_run_at_the_same_time_and_after_their_teachers(tmp_path, stand_in):
     assert max(start for start, _ in students) < min(end for _, end in students)
 
 
+@pytest.mark.parametrize("launcher", [(), ("sh", "-c", '"$@" || exit 1', "sh", sys.executable)], ids=["75", "1"])
+def test_a_stopped_cell_stops_the_comparison(tmp_path, stand_in, launcher):
+    """Launchers have exit codes of their own."""
+    said: list[str] = []
+    cells = plan_cells(["ce", "wsl", "kd"], [0], tmp_path / "out", stand_in)
+    with pytest.raises(TrainingStopped):
+        CellRunner(tmp_path / "logs", launcher, say=said.append).run(cells)
+    assert said[-1] == "Stopped: wsl seed 0. 1 of 3 cells are finished: ce seed 0."
+    assert not (tmp_path / "out" / "kd").exists()
+    # What a cell said when it was begun the last time is not said now.
+    failing = plan_cells(["focal"], [0], tmp_path / "out", stand_in)
+    (tmp_path / "logs" / "focal-seed0.log").write_text("stopped: then\n")
+    assert len(CellRunner(tmp_path / "logs", launcher, say=said.append).run(failing)) == 1
+
+
 # ---- The script, with real cells
 
 
 def compare(*options: object, expected: int = 0) -> str:
-    process = subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, options)], capture_output=True, text=True, timeout=400
-    )
-    output = process.stdout + process.stderr
-    assert process.returncode == expected, output
+    code, output = run(*options, script="compare.py")
+    assert code == expected, output
     return output
 
 
@@ -461,7 +478,7 @@ def test_tables_from_results_alone(compared, tmp_path):
 
 def test_dry_run_tells_what_will_run_and_how_long(compared):
     output = compare("--methods", "ce", "kd", "--seeds", 0, "--output_dir", compared, "--dry_run", *SHORT)
-    lines = output.splitlines()
+    lines = [line for line in output.splitlines() if not line.startswith("warning: ")]
     assert lines[0].startswith("finished")
     assert "--method ce --seed 0" in lines[0]
     assert lines[1].startswith("new")

@@ -49,6 +49,29 @@ def test_out_of_range(options, message):
         make(**options)
 
 
+@pytest.mark.parametrize(
+    ("given", "accumulation"),
+    [
+        ({}, 1),
+        ({"global_batch_size": 64}, 4),
+        ({"global_batch_size": 64, "gradient_accumulation_steps": 4}, 4),
+        ({"global_batch_size": 64, "gradient_accumulation_steps": 2}, "needs 4 with 16 .* Leave one of them out"),
+        ({"global_batch_size": 40}, r"40 is no multiple of 16 \(.*\) × 1 process = 16\. Use --global_batch_size 32 or "
+         "--global_batch_size 48 or --per_device_train_batch_size 10"),
+        ({"global_batch_size": 8}, "Use --global_batch_size 16 or --per_device_train_batch_size 8"),
+        ({"global_batch_size": 0}, "--global_batch_size must be at least 1"),
+        ({"global_batch_size": 64, "auto_find_batch_size": True}, "left out with --auto_find_batch_size"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_accumulation_makes_up_the_global_batch(given, accumulation):
+    if isinstance(accumulation, int):
+        assert make(per_device_train_batch_size=16, **given).gradient_accumulation_steps == accumulation
+    else:
+        with pytest.raises(ValueError, match=accumulation):
+            make(per_device_train_batch_size=16, **given)
+
+
 def test_fp16_is_refused_where_it_would_be_fp32():
     with pytest.raises(ValueError, match=r"--fp16 .* needs a GPU.* Use --precision bf16 or fp32"):
         make(fp16=True)

@@ -51,7 +51,7 @@ def test_two_commands_do_all_the_set_up():
 
 
 def test_every_option_in_it_exists():
-    scripts = [path.read_text() for path in (REPOSITORY / "scripts").glob("*.py")]
+    scripts = [path.read_text() for path in (REPOSITORY / "bkd_hf" / "commands").glob("*.py")]
     of_scripts = {option for script in scripts for option in re.findall(r'add_argument\(\s*"(--\w+)"', script)}
     known = set(_build_parser()._option_string_actions) | of_scripts | {"--num_processes"}
     named = set(re.findall(r"(?<![\w-])--[a-z_]+(?:_[a-z]+)*\b", README)) - {"--index-url", "--index", "--dist"}

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import TESTS, WORKER_ENVIRONMENT
-from tests.resume_worker import STEPS_PER_EPOCH
+from tests.resume_worker import STEPS_PER_EPOCH, train
 
 KILLED_AT = 10 + 3  # in the middle of the third epoch; the last checkpoint, at 12, is within it too
 
 
-def run(*options: object) -> int:
-    return subprocess.run(
-        [sys.executable, str(TESTS / "resume_worker.py"), *map(str, options)], env=WORKER_ENVIRONMENT
-    ).returncode
+def run(
+    kind: str, workers: tuple[int, ...], output_dir: Path, kill_at: int | None = None, resume: bool = False
+) -> int:
+    """Train in a process of its own; return its exit code."""
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: [train(kind, number, output_dir / str(number), kill_at, resume) for number in workers]
+    )
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit", "ema"])
 def test_bitwise_after_a_kill(tmp_path, kind):
-    assert run("--kind", kind, "--workers", 0, 2, "--output_dir", tmp_path / "whole") == 0
+    assert run(kind, (0, 2), tmp_path / "whole") == 0
     for workers in (0, 2):
-        options = ("--kind", kind, "--workers", workers, "--output_dir", tmp_path / "killed", "--kill_at", KILLED_AT)
-        assert run(*options) == -signal.SIGKILL
+        assert run(kind, (workers,), tmp_path / "killed", kill_at=KILLED_AT) == -signal.SIGKILL
         state = json.loads((tmp_path / "killed" / str(workers) / "checkpoint-12/trainer_state.json").read_text())
         assert state["global_step"] % STEPS_PER_EPOCH  # in the middle of an epoch
     # Half a checkpoint, as a kill while saving leaves it, is not taken for one.
     (tmp_path / "killed" / "0" / "checkpoint-16").mkdir()
-    assert run("--kind", kind, "--workers", 0, 2, "--output_dir", tmp_path / "killed", "--resume") == 0
+    assert run(kind, (0, 2), tmp_path / "killed", resume=True) == 0
 
     weights = [
         torch.load(tmp_path / folder / str(workers) / "weights.pt")

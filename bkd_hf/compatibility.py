@@ -1,0 +1,250 @@
+"""Which options of the trainer go together, and which have no effect: checked before any work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from itertools import pairwise
+from typing import Any
+
+from transformers.trainer_utils import HubStrategy
+
+from .errors import InputError
+from .machine import launcher_shards
+from .methods import PRIORS
+from .ranges import check_ranges
+from .text import one_line
+
+#: What `head` may be.
+HEADS = ("linear", "cosine")
+#: What `adapter` may be, beside `none`.
+ADAPTERS = ("lora", "bitfit")
+#: What `teacher_cache_dtype` may be.
+DTYPES = ("float16", "float32")
+_CHOICES: dict[str, Collection[str]] = {
+    "head_init": ("random", "class_mean"),
+    "empty_classes": ("error", "clamp"),
+    "distillation_prior": PRIORS,
+    "teacher_cache_dtype": DTYPES,
+}
+#: What needs a model that is whole on each process: the value that does without, and why the others do not.
+_WHOLE_MODEL = {
+    "ema_decay": (None, "left out with FSDP and DeepSpeed: no process has all the weights that it averages"),
+    "adapter": (None, "left out with FSDP and DeepSpeed: no process has all the weights that it is merged into"),
+    "head_init": ("random", "random with FSDP and DeepSpeed: no process has all the weights"),
+    "feature_cache": ("off", "off with FSDP and DeepSpeed, which spread the head"),
+}
+
+
+def require(options: Any, holds: bool, name: str, condition: str) -> None:
+    """Raise an `InputError` that names an option and its value, unless a condition holds."""
+    if not holds:
+        raise InputError(f"--{name} must be {condition}, got {one_line(getattr(options, name), 80)}.")
+
+
+def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
+    """Check the ranges of a `BKDConfig`, and that its options go together.
+
+    Args:
+        options: The `BKDConfig`.
+        defaults: What its method says of the options that choose a method and its losses.
+
+    Raises:
+        InputError: For the first that is out of its range, or does not go with another.
+    """
+    check_ranges(options)
+
+    def check(holds: bool, name: str, condition: str) -> None:
+        require(options, holds, name, condition)
+
+    for name, choices in _CHOICES.items():
+        check(getattr(options, name) in choices, name, f"one of {', '.join(choices)}")
+    check(options.adapter in (None, *ADAPTERS), "adapter", f"none, {' or '.join(ADAPTERS)}")
+    for name in ("teacher_cache", "feature_cache"):
+        check(bool(getattr(options, name)), name, "off, auto or a folder")
+    if options.deepspeed or options.fsdp or launcher_shards():
+        for name, (without, condition) in _WHOLE_MODEL.items():
+            check(getattr(options, name) == without, name, condition)
+    _check_losses(options, check, defaults)
+    _check_schedule(options, check)
+    check(
+        options.sampler != "class_balanced" or options.train_sampling_strategy == "random",
+        "train_sampling_strategy",
+        "random with --sampler class_balanced, which draws by itself",
+    )
+    check(
+        HubStrategy(options.hub_strategy) in (HubStrategy.END, HubStrategy.EVERY_SAVE),
+        "hub_strategy",
+        "end: checkpoints with their optimizer states are not for others",
+    )
+    check(
+        options.adapter is None or not options.freeze_backbone,
+        "adapter",
+        "left out with --freeze_backbone, which trains the head alone",
+    )
+    check(options.feature_cache == "off" or options.freeze_backbone, "feature_cache", "off without --freeze_backbone")
+    check(options.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
+    check(
+        options.save_strategy != "best" or options.metric_for_best_model is not None,
+        "save_strategy",
+        "no, steps or epoch without --metric_for_best_model",
+    )
+
+
+def _check_losses(options: Any, check: Any, defaults: Mapping[str, Any]) -> None:
+    power, tau = options.class_balance_power, options.logit_adjustment_tau
+    is_power = not isinstance(power, float) or 0 <= power < math.inf
+    check(is_power, "class_balance_power", "a finite number ≥ 0, auto or measured")
+    check(
+        options.distillation_loss == "bkd" or power == defaults["class_balance_power"],
+        "class_balance_power",
+        f"left out: --distillation_loss {options.distillation_loss} has no class weights that it could be a power of",
+    )
+    check(tau == "auto" or math.isfinite(tau), "logit_adjustment_tau", "a finite number, or auto")
+    check(
+        tau != "auto" or options.distillation_loss == "bkd" or options.classification_loss != "logit_adjustment",
+        "logit_adjustment_tau",
+        f"a number with --distillation_loss {options.distillation_loss}, or another --method chosen: auto, as "
+        "--method bkd-calibrated has it, is what the targets of bkd leave",
+    )
+    check(
+        not options.label_smoothing_factor or "label_smoothing" in options.loss_arguments("classification_loss"),
+        "label_smoothing_factor",
+        f"0 with --classification_loss {options.classification_loss}, which knows no label smoothing",
+    )
+    is_ldam = options.classification_loss == "ldam"
+    heads = HEADS[1:] if is_ldam else HEADS
+    check(options.head in (None, *heads), "head", f"{' or '.join(heads)} with {options.classification_loss}")
+    fits = not is_ldam or options.head_scale in (None, options.cosine_scale)
+    check(fits, "head_scale", "left out with ldam, whose --ldam_scale it is")
+
+
+def _check_schedule(options: Any, check: Any) -> None:
+    if options.lr_step_epochs is None:
+        check(options.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")
+        check(options.lr_warmup_epochs == 0, "lr_warmup_epochs", "given together with --lr_step_epochs")
+        return
+    epochs, factors = options.lr_step_epochs, options.lr_step_factors or []
+    increasing = all(a < b for a, b in pairwise(epochs))
+    check(increasing and all(e >= 0 for e in epochs), "lr_step_epochs", "increasing numbers ≥ 0")
+    check(len(factors) == len(epochs), "lr_step_factors", f"{len(epochs)} numbers, as lr_step_epochs has")
+    check(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")
+
+
+def find_accumulation(options: Any) -> int:
+    """Return the `gradient_accumulation_steps` that make up the `global_batch_size` of a `BKDConfig`.
+
+    Raises:
+        InputError: If there are none, or others are given, or something else chooses the batches.
+    """
+    wanted, given = options.global_batch_size, options.gradient_accumulation_steps
+    others = {"--auto_find_batch_size": options.auto_find_batch_size, "DeepSpeed": options.deepspeed_plugin}
+    for name, holds in others.items():
+        require(options, not holds, "global_batch_size", f"left out with {name}, which chooses batches itself")
+    per_device, processes = options.per_device_train_batch_size, options.world_size
+    steps, rest = divmod(wanted, per_round := per_device * processes)
+    shown = f"{per_device} (--per_device_train_batch_size) × {processes} process{'es' if processes > 1 else ''}"
+    if rest or not steps:
+        near = {max(steps, 1) * per_round, (steps + 1) * per_round}
+        ways = [f"--global_batch_size {number}" for number in sorted(near)]
+        fitting = [n for n in range(1, min(per_device, 4096)) if wanted % (n * processes) == 0]
+        ways += [f"--per_device_train_batch_size {number}" for number in fitting[-1:]]
+        raise InputError(
+            f"--global_batch_size {wanted} is no multiple of {shown} = {per_round}. Use {' or '.join(ways)}."
+        )
+    if given not in (1, steps):
+        raise InputError(
+            f"--gradient_accumulation_steps {given} does not go with --global_batch_size {wanted}, which needs "
+            f"{steps} with {shown}. Leave one of them out."
+        )
+    return steps
+
+
+def options_without_effect(
+    options: Any, defaults: Mapping[str, Any], users: Mapping[str, Mapping[str, tuple[str, ...]]]
+) -> list[str]:
+    """Return a line for each option of a `BKDConfig` that was given for nothing.
+
+    Args:
+        options: The `BKDConfig`.
+        defaults: What its method says of the options that choose a method and its losses.
+        users: Which choices of which part of the method look at an option, for options that not all look at.
+    """
+    found: list[tuple[str, bool, str]] = [  # an option as given, whether it is so for nothing, and why
+        (
+            f"momentum {options.momentum}",
+            bool(options.momentum) and str(options.optim.value) != "sgd",
+            f"it belongs to --optim sgd, not {options.optim}",
+        ),
+        ("decay_all_parameters", options.decay_all_parameters and options.weight_decay == 0, "--weight_decay is 0"),
+        (
+            f"head_scale {options.head_scale or 0:g}",
+            options.head_scale is not None and options.cosine_scale is None,
+            "it belongs to --head cosine",
+        ),
+        (
+            "layer_decay",
+            options.layer_decay is not None and options.freeze_backbone,
+            "--freeze_backbone trains the head alone",
+        ),
+        *(
+            (name, getattr(options, name) is not None and options.adapter != "lora", "it belongs to --adapter lora")
+            for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules")
+        ),
+        (
+            f"teacher_cache_dtype {options.teacher_cache_dtype}",
+            options.teacher_cache == "off" and options.teacher_cache_dtype != DTYPES[0],
+            "--teacher_cache is off",
+        ),
+    ]
+    for name, used_by in users.items():
+        value = getattr(options, name)
+        is_used = any(getattr(options, part) in choices for part, choices in used_by.items())
+        belongs_to = " or ".join(f"--{part} {'|'.join(choices)}" for part, choices in used_by.items())
+        shown = value if value is None or isinstance(value, (str, bool)) else f"{value:g}"
+        found.append((f"{name} {shown}", value != defaults[name] and not is_used, f"it belongs to {belongs_to}"))
+    messages = [f"--{given} has no effect: {why}." for given, is_so, why in found if is_so]
+    return [*messages, *_never_reached(options)]
+
+
+def _never_reached(options: Any) -> list[str]:
+    """What is to begin after the end of the training, or is overtaken by something else."""
+    messages, epochs = [], math.inf if options.max_steps > 0 else options.num_train_epochs
+    starts = {
+        "deferred_reweighting_start": options.deferred_reweighting_start
+        if options.distillation_loss == "bkd"
+        else None,
+        "class_weighting_start": options.class_weighting_start if options.class_weighting == "drw" else None,
+    }
+    for name, start in starts.items():
+        if start is not None and options.class_balance_beta == 0:
+            messages.append(
+                f"--{name} {start:g} has no effect: with --class_balance_beta 0 the weights are uniform all the time."
+            )
+        elif start is not None and start >= max(1, epochs):
+            messages.append(
+                f"--{name} {start:g} is never reached: training ends after {epochs:g} epochs, with uniform weights "
+                "throughout."
+            )
+    if options.distillation_loss == "dkd" and options.dkd_warmup_epochs > epochs:
+        messages.append(
+            f"--dkd_warmup_epochs {options.dkd_warmup_epochs} is longer than the training: dkd never gets its full "
+            f"weight in {epochs:g} epochs."
+        )
+    if not options.uses_step_decay:
+        return messages
+    if str(options.lr_scheduler_type.value) != "linear" or options.warmup_steps:
+        messages.append(
+            "--lr_scheduler_type and --warmup_steps have no effect: --lr_step_epochs chooses the step-decay schedule."
+        )
+    first = min(options.lr_step_epochs or [], default=math.inf)
+    if options.lr_warmup_epochs > 0 and first <= options.lr_warmup_epochs:
+        messages.append(
+            f"--lr_warmup_epochs {options.lr_warmup_epochs:g} is not below the first of --lr_step_epochs ({first:g}): "
+            "the warm-up goes before, so steps in it are skipped and the full rate is not held."
+        )
+    if late := [epoch for epoch in options.lr_step_epochs if epoch >= epochs]:
+        messages.append(
+            f"--lr_step_epochs {' '.join(map(str, late))} are never reached: training ends after {epochs:g} epochs."
+        )
+    return messages

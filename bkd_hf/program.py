@@ -1,0 +1,31 @@
+"""How a command is called: by `bkd-hf`, which each installation has, or by its script, which a checkout has."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PROGRAM = "bkd-hf"
+#: The scripts of a checkout that do the same, by command.
+SCRIPTS = {"run": "run_bkd.py", "compare": "compare.py", "split": "make_long_tailed.py", "publish": "publish.py"}
+
+_FOLDER = Path(__file__).parent.parent / "scripts"
+
+
+def script_of(command: str) -> Path | None:
+    """Return the script to call for a command; `None` outside of a checkout, and where `bkd-hf` was called itself."""
+    path = _FOLDER / SCRIPTS[command]
+    return path if path.is_file() and not sys.argv[0].startswith(f"{PROGRAM} ") else None
+
+
+def program(command: str, launcher: Sequence[str] = ()) -> list[str]:
+    """Return the words that call a command, as others can use them.
+
+    Args:
+        command: One of `SCRIPTS`.
+        launcher: What starts it, e.g. `accelerate launch`; plain Python if empty.
+    """
+    if script_of(command):
+        return [*(launcher or ["python"]), f"scripts/{SCRIPTS[command]}"]
+    return [*launcher, "-m", "bkd_hf", command] if launcher else [PROGRAM, command]

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from .arguments import SCRIPT_DEFAULTS
 from .config import ADAPTER_RANK, HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
 from .errors import InputError
+from .export_report import table as export_table
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
@@ -161,6 +162,7 @@ def build(
         trainings=_training_rows(results),
         command=results.get("command") or describe_command(["--config", "recipe.yaml"]),
         recipe=to_recipe(results, dataset_id),
+        exported=export_table(results) if "export" in results else None,
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 

@@ -30,14 +30,14 @@ from .files import try_json, why_broken, write_text
 from .plots import figure_names, save_plots
 from .program import program
 from .reading import read_text
-from .results import RESULTS_NAME, load_results
+from .results import ONNX_FILES, RESULTS_NAME, load_results
 from .splits import PLACEHOLDER, SPLIT_NAME
 
 _T = TypeVar("_T")
 
 CARD_NAME = "README.md"
 TEACHER_FOLDER = "teacher"
-#: What is pushed, by the type of the repository; of a run also its figures and the code of a model of its own.
+#: What is pushed, by the type of the repository; of a run also figures, export, and the code of a model of its own.
 _ALLOWED = {
     "model": (
         "config.json", "preprocessor_config.json", "model.safetensors", "model-*-of-*.safetensors",
@@ -211,7 +211,8 @@ def prepare(
     files = _existing(folder, _ALLOWED[repo_type])
     if repo_type == "model":
         results, figures = _finished_run(folder, files)
-        files |= _existing(folder, [*_own_code(folder), *figures])
+        exported = ONNX_FILES.values() if "export" in results else ()  # else of an earlier student
+        files |= _existing(folder, [*_own_code(folder), *figures, *exported])
         told = {name: value for name, value in card_options.items() if value not in (None, [], ())}
         card = str(build(results, repo_id, **{**choices_of_card(folder / CARD_NAME), **told}))
     elif any(card_options.values()):
@@ -310,6 +311,10 @@ def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any],
             stacklevel=4,
         )
     results = load_results(folder)
+    if "export" in results and (missing := [name for name in ONNX_FILES.values() if not (folder / name).is_file()]):
+        raise InputError(
+            f"{folder} has no {missing[0]}, which its results tell of: have it made again (--export onnx)."
+        )
     figures = [f"figures/{name}" for name in figure_names(results)]
     save_plots(results, folder / "figures", only_missing=True)
     return results, figures

@@ -203,7 +203,7 @@ class DataArguments:
 
 @dataclass
 class PublishingArguments:
-    """What goes to the Hub beside the student, and what its page says; where to is said by `--hub_model_id`."""
+    """What others get beside the student, and what its page says; where on the Hub is said by `--hub_model_id`."""
 
     _argument_group_name: ClassVar[str] = "publishing"
     _roles_of_all: ClassVar = ("publishing",)
@@ -211,7 +211,13 @@ class PublishingArguments:
     hub_license: str = _option(UNKNOWN_LICENSE, "License of the student, as the Hub calls it: apache-2.0, mit, …")
     hub_dataset_id: str | None = _option(None, "Id on the Hub of the training data, where it was read from a folder.")
     push_teacher: bool = _option(False, "Also push a teacher that was trained here, to HUB_MODEL_ID-teacher.")
+    export: str = _option(
+        "none", "onnx: the student without torch, in OUTPUT_DIR/onnx, in fp32 and int8, checked and timed on this CPU."
+    )
     push_to_hub: bool = field(init=False, default=False)  # the option of TrainingArguments
+
+    def __post_init__(self) -> None:
+        _check_choice("export", self.export, ("none", "onnx"))
 
 
 # ---- Their roles --------------------------------------------------------------------------------------------------
@@ -320,6 +326,13 @@ class RunArguments:
         self.teacher_options = {name: value for name, value in self.teacher_options.items() if value != same[name]}
         self._teacher: RunArguments | None = None
         self._of_launcher = launcher_precision(), launcher_compiler(), launcher_accumulation()
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], output_dir: str) -> RunArguments:
+        """Return what a run was told about models and data, from the record in its folder (`bkd_run.json`)."""
+        told = {**record.get("model", {}), **record.get("data", {}), "output_dir": output_dir, "use_cpu": True}
+        of_teacher = {name: value for name, value in record.get("teacher_training", {}).items() if name in told}
+        return cls({**_DEFAULTS, **{name: value for name, value in told.items() if name in _DEFAULTS}}, of_teacher)
 
     @property
     def distils(self) -> bool:

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from .export_report import FIGURE_NAME, plot_latency
 from .figures import (
     COLOURS,
     DPI,
@@ -82,7 +83,7 @@ def save_plots(results: dict[str, Any], folder: str | os.PathLike[str], only_mis
 
     These are `class_accuracy.png` (see `plot_class_accuracy`), `training_curves.png` (see `plot_training_curves`; only
     if there is a history), `confusion_student.png` and `confusion_teacher.png` (see `plot_confusion`); of a
-    model without a teacher, which may be one itself, `confusion.png`. With
+    model without a teacher, which may be one itself, `confusion.png`; of one that was exported `latency.png`. With
     `only_missing`, those that are there and load are left as they are.
     """
     return save_figures(_figures(results), folder, only_missing)
@@ -100,6 +101,8 @@ def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
     for model in reversed(_models(results)):
         name = f"confusion{of_the(model, results, '_')}.png"
         figures[name] = functools.partial(plot_confusion, results, model)
+    if "export" in results:
+        figures[FIGURE_NAME] = functools.partial(plot_latency, results)
     return figures
 
 

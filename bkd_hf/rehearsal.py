@@ -23,6 +23,7 @@ from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .models import check_image_size, cifar_resnet_depth, load_config
 from .objective import check_head
+from .onnx_files import import_onnx
 from .options import RunArguments, options_with
 from .ranges import defaults_of, explain
 from .teacher import teacher_label_names
@@ -45,6 +46,8 @@ def check_before_work(arguments: RunArguments) -> None:
     if arguments.distils and arguments.training.teacher_cache not in ("off", "auto"):
         _check_cache(arguments.training)
     arguments.model.read_teacher_label_map()
+    if arguments.publishing.export == "onnx":
+        import_onnx()
     for options in trained:
         name = options.model.model_name_or_path
         adapter = options.training.adapter

@@ -47,6 +47,8 @@ from .text import one_line
 
 RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
+#: The exported student (see `bkd_hf.onnx_export`), by what it is.
+ONNX_FILES = {"onnx": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
 # Folders in the text of an option, such as JSON.

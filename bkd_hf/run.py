@@ -45,6 +45,7 @@ from .machine import keep_freed_memory, options_alone, precision_of, set_num_thr
 from .methods import corrects
 from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
 from .objective import Objective
+from .onnx_export import export_run
 from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
@@ -106,6 +107,8 @@ def run(arguments: RunArguments) -> dict[str, Any]:
                 f"Student, {RESULTS_NAME}, {figures} figures and a model card ({CARD_NAME}): {output_dir}  "
                 f"({time.perf_counter() - started:.0f} s)"
             )
+        if arguments.publishing.export == "onnx" and PartialState().is_main_process:
+            results = export_run(arguments, say)
         _publish(arguments, say)
     finally:
         unlock()

@@ -35,7 +35,7 @@ COMPLETE_NAME = "complete.json"
 
 # In the order in which it is deleted: first what says that the run is finished, last what says that it is ours.
 _LEFT_BY_A_RUN = (
-    RESULTS_NAME, "figures", "teacher", "checkpoint-[0-9]*", "model*.safetensors*", "config.json",
+    RESULTS_NAME, "figures", "onnx", "teacher", "checkpoint-[0-9]*", "model*.safetensors*", "config.json",
     "preprocessor_config.json", "modeling_cifar_resnet.py", "modeling_cosine_head.py", "training_args.bin",
     "trainer_state.json", "*_results.json", "README.md", ".tmp??????", RUN_NAME,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from typing import Annotated, Any, NotRequired, get_type_hints
+from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -164,6 +164,46 @@ class Versions(TypedDict):
     commit: NotRequired[str | None]
 
 
+class GroupAccuracies(TypedDict):
+    """Of [`Metrics`], what is told of an exported model."""
+
+    accuracy: Fraction
+    balanced_accuracy: Fraction
+    many_shot_accuracy: NotRequired[Fraction]
+    medium_shot_accuracy: NotRequired[Fraction]
+    few_shot_accuracy: NotRequired[Fraction]
+
+
+class AnsweringModel(TypedDict):
+    """A model as it is run to answer, on a CPU in single precision, or in int8."""
+
+    bytes: Count  # of its file; of a model in torch of its weights
+    seconds: dict[Literal["1", "32"], Amount]  # for so many images at once: a median
+    metrics: NotRequired[GroupAccuracies]  # on the evaluation images; a teacher's are in its own section
+
+
+class ExportedModels(TypedDict):
+    """All that are compared."""
+
+    teacher: NotRequired[AnsweringModel]
+    student: AnsweringModel  # in torch
+    onnx: AnsweringModel
+    int8: AnsweringModel
+
+
+class Export(TypedDict):
+    """The student without torch; see `bkd_hf.onnx_export`."""
+
+    opset: Positive
+    onnxruntime: str
+    largest_logit_difference: Amount  # between ONNX and torch, on the evaluation images
+    tolerance: Amount
+    num_calibration_images: Count  # of the training, for int8
+    device: str
+    cpu_threads: Positive
+    models: ExportedModels
+
+
 def _training_options() -> type:
     """Options of a training that are read again: by their own types, but for words that may be numbers."""
     names = {name for name in (*METHOD_OPTIONS, *_READ_OPTIONS) if not name.endswith("_args")}
@@ -206,6 +246,7 @@ class Results(TypedDict):
     student: Model
     versions: Versions
     hardware: Hardware
+    export: NotRequired[Export]
 
 
 def find_fault(results: Any, adds_up: bool = True) -> str | None:
@@ -252,6 +293,11 @@ def _misfits(results: dict[str, Any]) -> Iterator[str]:
         check_shot_thresholds(data["many_shot_threshold"], data["few_shot_threshold"])
     except ValueError as error:
         yield f"data: {error}"
+    for name, model in results.get("export", {}).get("models", {}).items():
+        if len(model["seconds"]) != 2:
+            yield f"export.models.{name}.seconds: not one for 1 and one for 32 images"
+        if name != "teacher" and "metrics" not in model:
+            yield f"export.models.{name}: it has no metrics"
     images = data["eval_class_counts"]
     for name in ("class_counts", "eval_class_counts"):
         if len(data[name]) != len(data["class_names"]) or not any(data[name]):

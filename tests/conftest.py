@@ -35,6 +35,7 @@ _LONGEST = (
     "equivalence",
     "resume",
     "teacher_logits",
+    "onnx_export",
     "hub",
     "faults",
     "benchmark",

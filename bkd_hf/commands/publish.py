@@ -16,7 +16,8 @@ from ..errors import run_script
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="The folder.")
-    parser.add_argument("--repo_id", required=True, help="USER/NAME; made if it is not there.")
+    parser.add_argument("--repo_id", help="USER/NAME; made if it is not there. Needed, unless there is --export.")
+    parser.add_argument("--export", choices=("none", "onnx"), default="none", help="onnx: first export the student.")
     parser.add_argument("--private", action="store_true", default=None, help="Make a new repository private.")
     parser.add_argument("--license", help="License of a student, as the Hub calls it: apache-2.0, mit, …")
     parser.add_argument("--dataset_id", help="Id on the Hub of the training data, where it was read from a folder.")
@@ -24,7 +25,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--revision", help="Branch to push to.")
     parser.add_argument("--token", help="Token with write access, if not stored by `hf auth login` or in HF_TOKEN.")
     parser.add_argument("--dry_run", action="store_true", help="Write the card and list the files; push nothing.")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.repo_id is None and options.export == "none":
+        parser.error("the following arguments are required: --repo_id")
+    return options
 
 
 def _publish(options: argparse.Namespace) -> None:
@@ -32,6 +36,10 @@ def _publish(options: argparse.Namespace) -> None:
     from ..text import printable
 
     folder, repo_id, with_teacher = options.folder, options.repo_id, options.push_teacher
+    if options.export == "onnx":
+        _export(folder)
+    if repo_id is None:
+        return
     about = {"license": options.license, "dataset_id": options.dataset_id}
     if not options.dry_run:
         access = {"private": options.private, "token": options.token, "revision": options.revision}
@@ -45,6 +53,18 @@ def _publish(options: argparse.Namespace) -> None:
             print(f"  {size:>13,}  {file}")
         if card := write_card(publication, part):
             print(printable(f"The card is in {card}."))
+
+
+def _export(folder: Path) -> None:
+    from transformers.utils import logging
+
+    from ..announcer import Announcer
+    from ..machine import set_num_threads
+    from ..onnx_export import export_run, recorded_arguments
+
+    logging.disable_progress_bar()
+    set_num_threads()
+    export_run(recorded_arguments(folder), Announcer())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

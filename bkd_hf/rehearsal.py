@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig, PrinterCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .adapters import import_peft
+from .card import check_repo_id
 from .config import BKDConfig, method_defaults
 from .errors import InputError
+from .hub import check_repo_access
 from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .models import check_image_size, cifar_resnet_depth, load_config
@@ -81,11 +84,21 @@ def check_before_work(arguments: RunArguments) -> None:
         if not trains_teacher and of_teacher.model.image_size is not None:
             config = load_config(of_teacher.model.model_name_or_path, **of_teacher.model.from_pretrained_kwargs())
             _check_image_size(of_teacher, config)
+    _check_publishing(arguments)
 
 
 def _check_image_size(options: RunArguments, config: PreTrainedConfig) -> None:
     if options.model.image_size is not None:
         check_image_size(options.model.model_name_or_path, config, options.model.image_size)
+
+
+def _check_publishing(arguments: RunArguments) -> None:
+    """Notice a wrong name or token."""
+    if arguments.publishing.hub_dataset_id is not None:
+        check_repo_id(arguments.publishing.hub_dataset_id)
+    if arguments.publishing.push_to_hub and PartialState().is_main_process:
+        token, private = arguments.training.hub_token or arguments.model.token, arguments.training.hub_private_repo
+        check_repo_access(arguments.repo_id, token, private=private)
 
 
 def _check_name(option: str, path: Any) -> None:

@@ -23,13 +23,12 @@ from transformers.utils import logging
 from .adapters import check_adapter
 from .announcer import Announcer
 from .card import build as build_card
-from .card import check_repo_id
 from .errors import InputError
 from .files import unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
 from .head import the_head
 from .head_fitting import check_means, class_vectors
-from .hub import CARD_NAME, check_repo_access, publish_run
+from .hub import CARD_NAME, publish_run
 from .inputs import (
     Inputs,
     check_metric_for_best_model,
@@ -92,7 +91,6 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     for name, reason in arguments.options_without_effect().items():
         warnings.warn(f"--{name} has no effect: {reason}.", stacklevel=2)
     check_before_work(arguments)
-    _check_publishing(arguments)
     try:
         if _claim(arguments) and _is_still_the_same(arguments, say):
             results = load_results(output_dir)
@@ -424,15 +422,6 @@ def _device_name(options: RunArguments, threads: int) -> str:
     device = f"{threads} CPU thread{'s' if threads > 1 else ''}" if args.device.type == "cpu" else str(args.device)
     processes = f"{args.world_size} process{'es' if args.world_size > 1 else ''}, {device}"
     return f"{processes}{' each' if args.world_size > 1 else ''}, {precision}."
-
-
-def _check_publishing(arguments: RunArguments) -> None:
-    """Notice a wrong name or token before any work."""
-    if arguments.publishing.hub_dataset_id is not None:
-        check_repo_id(arguments.publishing.hub_dataset_id)
-    if arguments.publishing.push_to_hub and PartialState().is_main_process:
-        token, private = arguments.training.hub_token or arguments.model.token, arguments.training.hub_private_repo
-        check_repo_access(arguments.repo_id, token, private=private)
 
 
 def _publish(arguments: RunArguments, say: Announcer) -> None:

@@ -58,8 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _environment_of_its_own():
-    """Take back what a test leaves in the environment: `TrainingArguments(fsdp=…)` says there what accelerate does."""
+    """Take back what a test leaves in the environment, and the threads that a run has chosen.
+
+    `TrainingArguments(fsdp=…)` says in the environment what accelerate does. A process that is forked after its parent
+    has computed with several threads has none of them, and would wait for them.
+    """
     before = {**os.environ}
+    torch.set_num_threads(1)
     yield
     for name in {*os.environ, *before} - {"PYTEST_CURRENT_TEST"}:
         if name in before:

@@ -43,6 +43,7 @@ METHODS = {
 
 
 def train(kind: str, workers: int, output_dir: Path, kill_at: int | None, resume: bool) -> None:
+    torch.set_num_threads(1)  # a forked process has no others
     images = load_image_dataset("digits")["train"].select(range(70))
     processor = load_processor("cifar-resnet-8", image_size=16)
     trainer = BKDTrainer(

@@ -89,7 +89,7 @@ class ModelArguments:
     precision: Annotated[str, "shared"] = _option(
         "auto",
         "fp32, bf16, fp16 (mixed precision), or auto: bf16 where a GPU computes in it, or a CPU that does is at least "
-        "10 % faster in it in a short measurement on the student, else fp32. --bf16 and --fp16 win over auto.",
+        "a tenth faster in it in a short measurement on the student, else fp32. --bf16 and --fp16 win over auto.",
     )
     num_threads: Annotated[int | None, "machine", "shared"] = _option(
         None, "CPU threads per process; by default the machine's cores divided among local processes."

@@ -34,7 +34,7 @@ from bkd_hf.machine import default_precision
 from bkd_hf.teacher import align_labels, beats_guessing
 from bkd_hf.views import Rendering, same_pixels
 from tests.architectures import tiny
-from tests.test_cli import QUICK, RECIPE, finished, refused, run_here  # noqa: F401 (fixtures)
+from tests.test_cli import QUICK, RECIPE, refused, run, run_here  # noqa: F401 (a fixture)
 from tests.test_images import photos, pixels_of
 from tests.test_trainer import COUNTS, config, images, resnet, trainer_for, vit
 
@@ -261,6 +261,14 @@ def changed(folder: Path, target: Path, order: list[int] | None = None, names: l
 
 def options_for(tmp_path: Path, teacher: Path) -> list[str]:
     return [*QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(teacher)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run, whose teacher is given to others."""
+    folder = tmp_path_factory.mktemp("teachers") / "run"
+    run(*QUICK, "--output_dir", str(folder))
+    return folder
 
 
 def test_permuted_and_larger_heads_answer_the_same(finished, tmp_path, run_here):  # noqa: F811

@@ -72,7 +72,7 @@ def run_here(capsys):
 def finished(tmp_path_factory) -> Path:
     """A finished run; tests that change it work on a copy."""
     folder = tmp_path_factory.mktemp("cli") / "run"
-    output = run(*SHORT, "--output_dir", str(folder))
+    output = run(*SHORT, "--output_dir", str(folder), launcher=("accelerate", "launch", "--num_processes", "1"))
     for expected in ("Data", "Teacher", "Student", "Results", "few-shot", "worst class"):
         assert expected in output
     return folder

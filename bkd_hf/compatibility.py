@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,8 @@ from .machine import launcher_shards
 from .methods import PRIORS
 from .ranges import check_ranges
 from .text import one_line
+
+_Check = Callable[[bool, str, str], None]  # `require` of certain options
 
 #: What `head` may be.
 HEADS = ("linear", "cosine")
@@ -91,7 +93,7 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     )
 
 
-def _check_losses(options: Any, check: Any, defaults: Mapping[str, Any]) -> None:
+def _check_losses(options: Any, check: _Check, defaults: Mapping[str, Any]) -> None:
     power, tau = options.class_balance_power, options.logit_adjustment_tau
     is_power = not isinstance(power, float) or 0 <= power < math.inf
     check(is_power, "class_balance_power", "a finite number ≥ 0, auto or measured")
@@ -119,7 +121,7 @@ def _check_losses(options: Any, check: Any, defaults: Mapping[str, Any]) -> None
     check(fits, "head_scale", "left out with ldam, whose --ldam_scale it is")
 
 
-def _check_schedule(options: Any, check: Any) -> None:
+def _check_schedule(options: Any, check: _Check) -> None:
     if options.lr_step_epochs is None:
         check(options.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")
         check(options.lr_warmup_epochs == 0, "lr_warmup_epochs", "given together with --lr_step_epochs")

@@ -94,6 +94,7 @@ def to_onnx(model: nn.Module, size: tuple[int, int], path: Path, metadata: Mappi
 
     Raises:
         InputError: If it cannot be exported.
+        OSError: If the file cannot be written.
     """
     try:
         with _quiet(), torch.no_grad():
@@ -109,6 +110,8 @@ def to_onnx(model: nn.Module, size: tuple[int, int], path: Path, metadata: Mappi
             )
             program.save(path, external_data=False)
             _finish(path, metadata)
+    except OSError:  # of the disk, not of the model
+        raise
     except Exception as error:  # whatever the exporter raises
         why = one_line(first_line(error.__cause__ or error), 300)
         raise InputError(

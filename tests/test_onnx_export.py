@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -82,6 +83,15 @@ def test_a_model_that_decides_by_its_input_is_not_exportable(tmp_path):
         onnx_files.to_onnx(Choosy(), (2, 2), tmp_path / "model.onnx", {})
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_no_file_says_nothing_of_the_model(tmp_path):
+    class Flat(nn.Module):
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=pixel_values.flatten(1))
+
+    with pytest.raises(FileNotFoundError):
+        onnx_files.to_onnx(Flat(), (2, 2), tmp_path / "nowhere" / "model.onnx", {})
 
 
 def test_calibration_images_are_of_all_classes_alike():

@@ -7,6 +7,7 @@ import gc
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from .adapters import import_peft
 from .card import check_repo_id
 from .config import BKDConfig, method_defaults
-from .errors import InputError
+from .errors import InputError, first_line
 from .hub import check_repo_access
 from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
@@ -172,14 +173,30 @@ def rehearse(args: BKDConfig) -> None:
         raise explain(error, values, defaults_of(BKDConfig), attempt) from error
     finally:
         gc.unfreeze()
+    if args.torch_compile:
+        _check_compiler(args)
+
+
+def _compiled(backend: str | None, mode: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.compile(nn.ReLU(), backend=backend or "inductor", mode=mode)
+
+
+def _check_compiler(args: BKDConfig) -> None:
+    """Compile something tiny, which takes what may be missing here, such as a C++ compiler."""
+    try:
+        _compiled(args.torch_compile_backend, args.torch_compile_mode)(torch.zeros(2))
+    except Exception as error:  # of a compiler: there is no end of kinds
+        raise InputError(
+            f"--torch_compile cannot work on this machine: {one_line(first_line(error), 300)}. Install what is "
+            "missing, or leave it out."
+        ) from error
 
 
 def _rehearse(values: dict[str, Any], folder: str) -> None:
     for callback in get_reporting_integration_callbacks(BKDConfig(folder, report_to=values["report_to"]).report_to):
         callback()
-    if values["torch_compile"]:
-        backend, mode = values["torch_compile_backend"], values["torch_compile_mode"]
-        torch.compile(nn.ReLU(), backend=backend or "inductor", mode=mode)(torch.zeros(2))
+    if values["torch_compile"]:  # unknown names are refused before anything is compiled
+        _compiled(values["torch_compile_backend"], values["torch_compile_mode"])
     evaluates = str(getattr(values["eval_strategy"], "value", values["eval_strategy"])) != "no"
     quiet = {
         **method_defaults("ce"), "head": None, "head_scale": None, "head_init": "random", "adapter": None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch._inductor.config
 
 from bkd_hf import InputError, load_processor
 from bkd_hf.arguments import parse_arguments
@@ -151,3 +152,14 @@ def test_rehearsal_leaves_no_trace(tmp_path):
     rehearse(arguments.training)
     assert json.dumps(arguments.training.to_dict(), default=str) == before
     assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_without_a_compiler_is_named(tmp_path):
+    arguments = parse_arguments(
+        ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--torch_compile", "true"], digits_recipe=DIGITS
+    )
+    with (
+        torch._inductor.config.patch({"cpp.cxx": ("nonesuch",), "force_disable_caches": True}),
+        pytest.raises(InputError, match=r"--torch_compile cannot work on this machine: .*nonesuch"),
+    ):
+        rehearse(arguments.training)

@@ -19,12 +19,13 @@ import torch
 import yaml
 from PIL import Image
 
+import bkd_hf
 from bkd_hf import InputError, load_classifier, load_processor, load_results
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.card import to_recipe
 from bkd_hf.run import run as run_bkd
 from tests import faults
-from tests.conftest import REPOSITORY, launch_two_processes
+from tests.conftest import REPOSITORY
 
 SCRIPT = str(REPOSITORY / "scripts" / "run_bkd.py")
 RECIPE = REPOSITORY / "scripts" / "recipes" / "digits.yaml"
@@ -387,12 +388,9 @@ def test_bad_methods_are_refused(tmp_path):
 
 
 def test_two_processes(finished, tmp_path, run_here):
-    launcher = launch_two_processes()
-    output = run(
-        *QUICK, "--output_dir", str(tmp_path / "run"), "--use_cpu", "--per_device_train_batch_size", "16",
-        launcher=launcher,
-    )  # fmt: skip
-    assert output.count("│ worst class") == 1  # the main process speaks
+    both = faults.start_two(*QUICK, "--output_dir", tmp_path / "run", "--per_device_train_batch_size", 16)
+    assert [process.wait() for process in both] == [0, 0], [process.output for process in both]
+    assert ["│ worst class" in process.output for process in both] == [True, False]  # the main process speaks
     results, alone = load_results(tmp_path / "run"), load_results(finished)
     assert results["hardware"]["num_processes"] == 2
     assert results["student"]["training"]["steps"] == alone["student"]["training"]["steps"]
@@ -454,26 +452,17 @@ def test_bad_input_is_refused_before_training(tmp_path, options, message):
 
 
 def test_bad_input_is_one_line_without_a_traceback(tmp_path):
-    process = subprocess.run(
-        [sys.executable, SCRIPT, "--temperature", "0", "--output_dir", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 2
-    assert process.stderr == "error: --temperature must be a finite number > 0, got 0.0.\n"
+    code, output = faults.run("--temperature", 0, "--output_dir", tmp_path / "run")
+    assert (code, output) == (2, "error: --temperature must be a finite number > 0, got 0.0.\n")
     assert not (tmp_path / "run").exists()
 
 
 def test_diverged_training_is_one_line_and_no_result(tmp_path):
     options = [*QUICK, "--method", "ce", "--max_train_samples", "100", "--learning_rate", "1e30"]
-    process = subprocess.run(
-        [sys.executable, SCRIPT, *options, "--output_dir", str(tmp_path / "run")],
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 1
-    assert "error: The training diverged: loss or weights are not finite (NaN or Inf) at step" in process.stderr
-    assert "Traceback" not in process.stderr
+    code, output = faults.run(*options, "--output_dir", tmp_path / "run")
+    assert code == 1
+    assert "error: The training diverged: loss or weights are not finite (NaN or Inf) at step" in output
+    assert "Traceback" not in output
     assert not (tmp_path / "run" / "results.json").exists()
 
 
@@ -505,5 +494,5 @@ def test_help_is_readable(capsys):
 def test_importing_the_package_is_light():
     code = "import sys, bkd_hf; assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-    code = "import bkd_hf; [getattr(bkd_hf, name) for name in bkd_hf.__all__]"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in bkd_hf.__all__:
+        getattr(bkd_hf, name)

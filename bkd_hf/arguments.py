@@ -19,9 +19,10 @@ from transformers.hf_argparser import string_to_bool
 
 from .config import BKDConfig
 from .errors import InputError
+from .loading import DEMOS
 from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision, launcher_shards
 from .methods import RECOMMENDED
-from .models import cifar_resnet_depth
+from .models import cifar_resnet_depth, fresh_task
 from .options import (
     NOT_FOR_TEACHER,
     OPTIONS,
@@ -82,8 +83,9 @@ Options for the teacher's training alone are written --teacher_OPTION, for any t
 --teacher_num_train_epochs 100 --teacher_learning_rate 0.05; not given, the teacher is trained as the student.
 
 A YAML file given by --config holds the same options, one `name: value` a line, and those of the teacher in a section
-`teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs. Without
---config and --optim, cifar-resnet-… models are trained by SGD (rate 0.1, cosine, 200 epochs, batch 128).
+`teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs, or with
+--task text the text recipe, on docstrings. Without --config and --optim, cifar-resnet-… models are trained by SGD
+(rate 0.1, cosine, 200 epochs, batch 128).
 """
 
 
@@ -105,8 +107,10 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     command_line, for_teacher = _split_off_teacher(parser, argv)
     first_look = parser.parse_known_args(command_line)[0]
     config = first_look.config and _find_recipe(first_look.config)
-    if config is None and first_look.dataset_name == "digits":
-        config = digits_recipe
+    if config is None and "dataset_name" not in _names(parser, command_line) and first_look.task == "text":
+        config = RECIPES["text"]
+    elif config is None and first_look.dataset_name in DEMOS:
+        config = {"digits": digits_recipe, "docstrings": RECIPES["text"]}[first_look.dataset_name]
     from_file: list[str] = []
     of_teacher: list[str] = []  # as the file says
     if config is not None:
@@ -116,7 +120,7 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS)
 
     namespace = parser.parse_args([*from_file, *command_line])
-    is_pretrained = cifar_resnet_depth(namespace.model_name_or_path) is None
+    is_pretrained = fresh_task(namespace.model_name_or_path) is None
     if is_pretrained and first_look.config is None and first_look.image_size is None:
         namespace.image_size = None  # of the recipe that nobody named; a model with weights has a size of its own
     if namespace.output_dir is None:

@@ -30,6 +30,7 @@ from .plots import figure_names
 from .reading import read_card
 from .results import check_schema, describe_command, effective_batch_size, load_results, training_options
 from .targets import describe_targets
+from .tasks import DEFAULT_TASK, TASKS, worded
 from .text import code, code_block, markdown, one_line
 from .verdict import free_alternatives, judge
 
@@ -94,7 +95,7 @@ def build(
         dataset_id: Id on the Hub of the training data, where it was read from a folder.
         base_model: Id on the Hub of the model that the student started from, where that was a folder.
         tags: Further tags.
-        language: For the metadata; images have none.
+        language: For the metadata, of texts; images have none.
         title: Headline; made of model, method and data if not given.
 
     Raises:
@@ -108,6 +109,7 @@ def build(
         check_repo_id(dataset_id)
     license = license or UNKNOWN_LICENSE
     data, student, teacher = results["data"], results["student"], results["teacher"]
+    task = data.get("task", DEFAULT_TASK)
     dataset_id = dataset_id or data.get("hub_id")
     name, method = one_line(student["model"].rpartition("/")[2]), one_line(results.get("method") or "bkd")
     distillation_tags = ["knowledge-distillation"] if teacher else []
@@ -115,7 +117,7 @@ def build(
         language=one_line(language) if isinstance(language, str) else language,
         license=one_line(license),
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=TASKS[task].tag,
         tags=list(
             dict.fromkeys(
                 ["long-tailed", "imbalanced-data", *distillation_tags, method.partition(" ")[0], "bkd_hf"]
@@ -137,14 +139,17 @@ def build(
     environment.filters |= {"literal": literal, "percent": _percent, "number": "{:,}".format}
     options = training_options(results)
     sources = [*_sources(options), *_sources_of_operations(results["options"]["data"])]
-    body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    body = environment.from_string(worded(_TEMPLATE.read_text(encoding="utf-8"), task)).render(
+        task=TASKS[task],
         title=title or f"{name}, trained by {method} on {data['name'].rpartition('/')[2]}",
         repo_id=repo_id or name,
         license=None if license == UNKNOWN_LICENSE else license,
         results=results,
         verdict=judge(results),
         alternatives={name: found for name, found in free_alternatives(results).items() if "tau" in found},
-        targets=describe_targets(student["targets"], data["class_names"]) if student.get("targets") else None,
+        targets=worded(describe_targets(student["targets"], data["class_names"]), task)
+        if student.get("targets")
+        else None,
         data=data,
         eval_split=data.get("eval_split"),
         dataset_id=dataset_id,
@@ -215,11 +220,12 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
         }
 
     options = results["options"]
+    task = results["data"].get("task", DEFAULT_TASK)
     # What is recorded differs from transformers' defaults; these have others on the command line.
     told = training_options(results)
     training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
     method = training.get("method", "bkd")
-    of_machine = WITHOUT_INFLUENCE | options_with("place")
+    of_machine = WITHOUT_INFLUENCE | options_with("place", *TASKS.keys() - {task})
     if told.get("distillation_loss", METHODS[method].distillation_loss) == "none":
         of_machine |= options_with("student")  # they are about a teacher that there is not
     recipe = {
@@ -244,13 +250,14 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
 def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list[EvalResult]:
     data, metrics = results["data"], results["student"]["metrics"]
     counts, name = data["class_counts"], one_line(data["name"])
+    task = TASKS[data.get("task", DEFAULT_TASK)]
     split = data.get("eval_split") or results["options"]["data"].get("eval_split_name")
     return [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type=task.tag,
+            task_name=task.title,
             dataset_type=dataset_id or name,
-            dataset_name=f"{name} (training images per class: {max(counts):,} to {min(counts):,})",
+            dataset_name=f"{name} (training {task.name}s per class: {max(counts):,} to {min(counts):,})",
             dataset_split=split and one_line(split),
             metric_type=metric_type,
             metric_name=f"Accuracy, {title}",
@@ -307,7 +314,7 @@ def _citations(sources: Iterable[str]) -> list[str]:
 
 def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
     data, student, teacher = results["data"], results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
-    many, few = data["many_shot_threshold"], data["few_shot_threshold"]
+    many, few, task = data["many_shot_threshold"], data["few_shot_threshold"], data.get("task", DEFAULT_TASK)
     groups = shot_groups(data["class_counts"], many, few)
     bounds = {"many_shot": f"> {many}", "medium_shot": f"{few} to {many}", "few_shot": f"< {few}"}
     rows = []
@@ -315,7 +322,7 @@ def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
         if student.get(key) is None:
             continue
         if (group := key.removesuffix("_accuracy")) in groups:
-            title += f" ({bounds[group]} training images; classes: {groups[group].sum():,})"
+            title += f" ({bounds[group]} training {task}s; classes: {groups[group].sum():,})"
         row = [title, f"**{_percent(student[key])}**"]
         if teacher is not None:
             row.insert(1, _percent(teacher.get(key)))
@@ -338,7 +345,8 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
         cells += [_percent(values[index]) for values in accuracies.values()]
         return [*cells, f"{100 * low[index]:.0f} – {100 * high[index]:.0f}" if tested[index] else "–"]
 
-    header = ["class", "training images", "test images", *accuracies, "95 % interval"]
+    task = data.get("task", DEFAULT_TASK)
+    header = ["class", f"training {task}s", f"test {task}s", *accuracies, "95 % interval"]
     if counts.size <= _MAX_LISTED_CLASSES:
         return {"header": header, "rows": [row(index) for index in order], "groups": None}
     groups = [
@@ -355,12 +363,13 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "header": header,
         "rows": [row(index) for index in weakest],
-        "groups": {"header": ["rank", "training images", *accuracies, "never recognised"], "rows": groups},
+        "groups": {"header": ["rank", f"training {task}s", *accuracies, "never recognised"], "rows": groups},
     }
 
 
 def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
     """What was trained, and how: a row for each question, a column for each model that was trained in this run."""
+    task = results["data"].get("task", DEFAULT_TASK)
     models = [model for model in ("teacher", "student") if (results.get(model) or {}).get("training")]
     rows: dict[str, list[str]] = {}
     for model in models:
@@ -389,14 +398,14 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
             "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters){head}",
             "method": f"{method}: {_loss(options)}",
             "epochs, steps": f"{about['epochs']:g}, {about['steps']:,}",
-            "images in a step": f"{effective_batch_size(results, model):,} = {options['per_device_train_batch_size']}"
-            f" × {options['gradient_accumulation_steps']} accumulated × {processes} "
-            f"process{'es' if processes > 1 else ''}",
+            f"{task}s in a step": f"{effective_batch_size(results, model):,} = "
+            f"{options['per_device_train_batch_size']} × {options['gradient_accumulation_steps']} accumulated × "
+            f"{processes} process{'es' if processes > 1 else ''}",
             "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
             f"{options['weight_decay']:g}{layers}{ema}",
             "schedule": schedule,
             "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
-            f"{about['images_per_second']:,.0f} images a second",
+            f"{about['images_per_second']:,.0f} {task}s a second",
         }.items():
             rows.setdefault(title, []).append(markdown(value))
     return {"models": models, "rows": rows}

@@ -19,6 +19,7 @@ from .errors import InputError
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN
 from .reading import check_file
 from .sampling import hash_uniform
+from .tasks import TEXT_COLUMN
 
 logger = logging.get_logger(__name__)
 
@@ -232,13 +233,13 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
 
 
 def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
-    """Hash of the labels and of the stored images, in order; files outside the data set are as if stored in it.
+    """Hash of the labels and of the stored images (or texts), in order; files outside are as if stored in the set.
 
     Where these files are more than `READABLE_BYTES`, each enters by its name, size and time of change, and by its
     content only every so many, as many as can be read.
 
     Args:
-        dataset: A set with the columns `"image"` and `"label"`, or with images alone.
+        dataset: A set with the columns `"image"` (or `"text"`) and `"label"`, or with images alone.
         read_files: Whether to read all files, however many they are.
 
     Returns:
@@ -250,6 +251,10 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if LABEL_COLUMN in dataset.column_names:
         digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
+    if TEXT_COLUMN in dataset.column_names:
+        for text in selected(dataset, dataset.data.column(TEXT_COLUMN)):
+            digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
     check_complete(dataset, IMAGE_COLUMN, "image", f"Column {IMAGE_COLUMN!r}")
     stored = dataset.data.column(IMAGE_COLUMN)
     every = 1
@@ -269,6 +274,15 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
         if index % every == 0:
             digest.update(_of_file(index, path, lambda file: check_file(file) and file.read_bytes()))
     return digest.hexdigest() + ("-sampled" if every > 1 else "")
+
+
+def hash_of_table(dataset: datasets.Dataset) -> str:
+    """Hash of all that a data set stores, in order, and of how it gives that out."""
+    digest = hashlib.blake2b(repr((dataset.features, dataset.format)).encode(), digest_size=16)
+    for table in dataset.with_format("arrow").iter(1000):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
 def _of_file(index: int, path: str | Path, read: Callable[[Path], Any]) -> Any:
@@ -293,7 +307,7 @@ def selected(dataset: datasets.Dataset, column: pa.ChunkedArray) -> np.ndarray:
 
 
 def check_complete(dataset: datasets.Dataset, column: str, what: str, where: str) -> None:
-    """Raise an `InputError` if examples have no label, or no image: neither bytes nor the path of a file."""
+    """Raise an `InputError` if examples have no label, no text, or no image: neither bytes nor the path of a file."""
     values = dataset.data.column(column)
     parts = [pc.struct_field(values, part) for part in ("bytes", "path")] if what == "image" else [values]
     missing = np.flatnonzero(np.all([selected(dataset, pc.is_null(part)) for part in parts], axis=0))

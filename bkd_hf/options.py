@@ -28,9 +28,10 @@ from .machine import (
 )
 from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
-from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth
+from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, fresh_task
 from .operations import OPERATIONS
 from .ranges import check_ranges, defaults_of, explain
+from .tasks import DEFAULT_TASK, TASKS
 from .text import one_line
 
 #: The Hub's name for a licence that nobody has chosen.
@@ -50,14 +51,16 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "models"
 
+    task: Annotated[str, "shared"] = _option(DEFAULT_TASK, "What is classified: image, or text.")
     model_name_or_path: str = _option(
-        "cifar-resnet-32", "Student: a Hub id, a folder, or cifar-resnet-20|32|44|56|110 for fresh weights."
+        "cifar-resnet-32",
+        "Student: a Hub id, a folder, or cifar-resnet-20|32|44|56|110 (texts: bert-LAYERSxWIDTH) for fresh weights.",
     )
     teacher_model_name_or_path: Annotated[str | None, "student"] = _option(
         None,
         "Teacher: a Hub id or a folder. Its classes are matched with those of the data by name; if it is for other "
-        "classes, it is fine-tuned first. Not given, or cifar-resnet-…: a vanilla teacher (as the student, or of that "
-        "depth) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher.",
+        "classes, it is fine-tuned first. Not given, or cifar-resnet-…, bert-…: a vanilla teacher (as the student, or of "
+        "that size) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher.",
     )
     teacher_label_map: Annotated[str | None, "path", "student"] = _option(
         None, "JSON file for renamed classes: {name in the data: the teacher's name or number for it}."
@@ -77,10 +80,13 @@ class ModelArguments:
     finetune_teacher: Annotated[bool, "student"] = _option(
         False, "Train the given teacher on the data first, whatever its head is for."
     )
-    image_size: int | None = _option(
+    image_size: Annotated[int | None, "image"] = _option(
         None,
         "Height and width in pixels. Not given: 32 for cifar-resnet-… models, for others what their image processor "
         "says; another size is for models that take any.",
+    )
+    max_length: Annotated[int | None, "text"] = _option(
+        None, "Tokens of a text; what follows is cut off. Not given: 512, or the most that the model takes."
     )
     cache_dir: Annotated[str | None, "path", "machine", "shared"] = _option(None, "Where downloads are kept.")
     model_revision: str = _option("main", "Revision of the student on the Hub.")
@@ -97,6 +103,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        _check_choice("task", self.task, tuple(TASKS))
         _check_choice("precision", self.precision, ("auto", *PRECISIONS))
         if self.image_size is None and cifar_resnet_depth(self.model_name_or_path) is not None:
             self.image_size = FRESH_IMAGE_SIZE
@@ -105,7 +112,7 @@ class ModelArguments:
     def given_teacher(self) -> str | None:
         """Name of a teacher that has weights already; `None` for one that is trained from fresh weights."""
         name = self.teacher_model_name_or_path
-        return None if name is None or cifar_resnet_depth(name) is not None else name
+        return None if name is None or fresh_task(name) is not None else name
 
     def read_teacher_label_map(self) -> dict[str, str | int]:
         """Content of `--teacher_label_map`; empty if it is not given."""
@@ -123,23 +130,30 @@ class ModelArguments:
         return content
 
     def from_pretrained_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained` of the model and of its image processor."""
-        names = ("cache_dir", "token", "trust_remote_code")
+        """Keyword arguments for what loads the model or its processor: those of `from_pretrained`, and the task."""
+        names = ("cache_dir", "token", "trust_remote_code", "task")
         return {**{name: getattr(self, name) for name in names}, "revision": self.model_revision}
 
 
 @dataclass
 class DataArguments:
-    """Which images are trained on, and how they are seen."""
+    """Which images, or texts, are trained on, and how they are seen."""
 
     _argument_group_name: ClassVar[str] = "data"
     _roles_of_all: ClassVar = ("shared",)  # teacher and student are trained on the same images
 
     dataset_name: str = _option(
-        "digits", "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network)."
+        "digits",
+        "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network). Of texts CSV and "
+        "JSON too, or docstrings.",
     )
     dataset_config_name: str | None = _option(None, "Configuration of a Hub data set.")
-    image_column_name: str | None = _option(None, "Found by its type if not given; a column of paths has to be named.")
+    image_column_name: Annotated[str | None, "image"] = _option(
+        None, "Found by its type if not given; a column of paths has to be named."
+    )
+    text_column_name: Annotated[str | None, "text"] = _option(
+        None, "Not given: the only column of text beside the labels, or text, sentence, …"
+    )
     label_column_name: str | None = _option(None, "Found by its type or a usual name if not given.")
     train_split_name: str | None = _option(None, "train, or the only split, if not given.")
     eval_split_name: str | None = _option(
@@ -161,23 +175,25 @@ class DataArguments:
         None, "Images of the largest class of a cut tail; by default as many as possible."
     )
     split_seed: int = _option(0, "Which images are kept; independent of --seed, so that seeds share a split.")
-    train_augmentation: str = _option(
+    train_augmentation: Annotated[str, "image"] = _option(
         "auto", f"{', '.join(AUGMENTATIONS)}; auto: pad_crop up to 64 pixels, random_resized_crop above."
     )
-    train_operations: list[str] | None = field(
+    train_operations: Annotated[list[str] | None, "image"] = field(
         default=None,
         metadata={
             "help": f"What is done to the pixels of these views, one after another: {', '.join(OPERATIONS)}. Not "
             "given, or none: nothing. Long-tail recipes for CIFAR take: autoaugment cutout."
         },
     )
-    horizontal_flip: bool = _option(True, "Mirror half of the training images; not for digits or letters.")
-    cache_images: Annotated[str, "machine"] = _option(
+    horizontal_flip: Annotated[bool, "image"] = _option(
+        True, "Mirror half of the training images; not for digits or letters."
+    )
+    cache_images: Annotated[str, "machine", "image"] = _option(
         "auto",
         "Keep decoded images: in memory, on disk (one file for all processes and later runs), none, or auto (in "
         "memory, or with several processes on disk, if they fit). Views are the same.",
     )
-    reduced_decoding: bool = _option(
+    reduced_decoding: Annotated[bool, "image"] = _option(
         True, "Decode JPEGs of the training at 1/2, 1/4 or 1/8 of their size where the crop needs no more."
     )
     many_shot_threshold: int = _option(MANY_SHOT_THRESHOLD, "Classes with more training images are many-shot.")
@@ -228,6 +244,7 @@ class PublishingArguments:
 #   machine     how this machine does the work       reporting   what is said and kept of the work
 #   publishing  what goes to the Hub, and where to   permission  lets a run go on, and changes nothing in it
 #   place       where the work is done; may move the last digits, but is of no interest to others
+#   image, text means nothing in a run of another task
 # An own option has its roles in its annotation (HfArgumentParser hands all metadata of a field to argparse).
 _INHERITED_ROLES = {
     "secret": "hub_token",
@@ -322,6 +339,7 @@ class RunArguments:
             UNTOLD.reset(before)
         self.publishing = _build(PublishingArguments, self.options)
         self.publishing.push_to_hub = self.options["push_to_hub"]
+        self._check_task()
         same = self._options_of_teacher()
         self.teacher_options = {name: value for name, value in self.teacher_options.items() if value != same[name]}
         self._teacher: RunArguments | None = None
@@ -333,6 +351,26 @@ class RunArguments:
         told = {**record.get("model", {}), **record.get("data", {}), "output_dir": output_dir, "use_cpu": True}
         of_teacher = {name: value for name, value in record.get("teacher_training", {}).items() if name in told}
         return cls({**_DEFAULTS, **{name: value for name, value in told.items() if name in _DEFAULTS}}, of_teacher)
+
+    def _check_task(self) -> None:
+        """Refuse what another task's runs have."""
+        task, name = self.model.task, self.model.model_name_or_path
+        for other in TASKS.keys() - {task}:
+            for option in sorted(options_with(other)):
+                if self.options[option] != _DEFAULTS[option]:
+                    raise InputError(f"--{option} is for --task {other}, and this is --task {task}: leave it out.")
+        if fresh_task(name) not in (None, task):
+            raise InputError(
+                f"{name} classifies {fresh_task(name)}s, and this is --task {task}: name a Hub id, a folder, or "
+                f"{TASKS[task].fresh} by --model_name_or_path."
+            )
+        if task == "text" and self.training.cosine_scale is not None:
+            raise InputError(
+                "--head cosine, which --classification_loss ldam needs, is for --task image: use balanced_softmax or "
+                "logit_adjustment, which work with any head."
+            )
+        if task == "text" and self.publishing.export == "onnx":
+            raise InputError("--export onnx is for --task image so far: leave it out, or export by optimum.")
 
     @property
     def distils(self) -> bool:

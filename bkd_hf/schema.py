@@ -141,6 +141,7 @@ class Data(TypedDict):
     eval_class_counts: list[Count]
     many_shot_threshold: Count
     few_shot_threshold: Count
+    task: NotRequired[Literal["image", "text"]]  # what the "images" are; missing: images
 
 
 class Hardware(TypedDict):

@@ -22,7 +22,7 @@ from .errors import InputError
 from .loading import DEMOS
 from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision, launcher_shards
 from .methods import RECOMMENDED
-from .models import cifar_resnet_depth, fresh_task
+from .models import cifar_resnet_depth
 from .options import (
     NOT_FOR_TEACHER,
     OPTIONS,
@@ -30,10 +30,11 @@ from .options import (
     ModelArguments,
     PublishingArguments,
     RunArguments,
-    read_text,
 )
 from .program import program
+from .reading import read_option_file
 from .run_folder import precision_begun_in
+from .tasks import fresh_task
 from .text import one_line, suggestion
 
 #: The recipes that come with the package, by the names that --config knows them by.
@@ -339,7 +340,7 @@ def _read_config(parser: _Parser, path: str | Path) -> list[str]:
     So one parser gives every value its type, whether it was written in a file or on the command line.
     """
     try:
-        node = yaml.compose(read_text("config", path), Loader=_YamlLoader)
+        node = yaml.compose(read_option_file("config", path), Loader=_YamlLoader)
         if not isinstance(node, yaml.MappingNode):
             raise InputError(f"--config {path}: expected lines of the form `option: value`.")
         entries = _entries(node)

@@ -14,12 +14,9 @@ import jinja2
 import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .arguments import SCRIPT_DEFAULTS
 from .config import ADAPTER_RANK, HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
-from .errors import InputError
 from .export_report import table as export_table
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
@@ -29,6 +26,7 @@ from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, option
 from .plots import figure_names
 from .reading import read_card
 from .results import check_schema, describe_command, effective_batch_size, load_results, training_options
+from .schema import check_repo_id
 from .targets import describe_targets
 from .tasks import DEFAULT_TASK, TASKS, worded
 from .text import code, code_block, markdown, one_line
@@ -184,16 +182,6 @@ def choices_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     if found["license"] == UNKNOWN_LICENSE:
         del found["license"]
     return {name: value for name, value in found.items() if value}
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise an `InputError` unless this can be the id of a repository."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(
-            f"{repo_id!r} cannot be the id of a repository: expected USER/NAME, of letters, digits, '-', '_' and '.'."
-        ) from error
 
 
 def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:

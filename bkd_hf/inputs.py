@@ -21,9 +21,9 @@ from .errors import InputError
 from .images import ImageDataset, channel_statistics, default_num_workers
 from .loading import load_dataset_of
 from .metrics import LongTailEvaluation, shot_groups
-from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, fresh_task, load_config, load_processor
+from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_config, load_processor
 from .options import ModelArguments, RunArguments
-from .tasks import TEXT_COLUMN
+from .tasks import TEXT_COLUMN, fresh_task
 from .text_data import TextDataset, fresh_tokenizer, limit_length, same_tokens, set_max_length
 from .views import same_pixels, set_image_size
 

@@ -31,8 +31,6 @@ from .modeling_cosine_head import CosineHeadConfig, CosineHeadForImageClassifica
 from .tasks import DEFAULT_TASK, TASKS
 from .text import normal, one_line
 
-_FRESH_NAME = re.compile(r"cifar-resnet-([0-9]{1,9})")
-_FRESH_BERT = re.compile(r"bert-([0-9]{1,2})x([0-9]{1,4})")
 _HEAD_WIDTH = 64  # of a BERT
 #: Height and width of images for fresh weights, where nothing is said.
 FRESH_IMAGE_SIZE = 32
@@ -48,7 +46,7 @@ def cifar_resnet_depth(name: str) -> int | None:
     Raises:
         InputError: If there is no CIFAR ResNet of that depth.
     """
-    match = _FRESH_NAME.fullmatch(name)
+    match = TASKS["image"].fresh.fullmatch(name)
     if match is None:
         return None
     depth = int(match[1])
@@ -66,7 +64,7 @@ def bert_shape(name: str) -> tuple[int, int] | None:
     Raises:
         InputError: If there is no BERT of that shape.
     """
-    match = _FRESH_BERT.fullmatch(name)
+    match = TASKS["text"].fresh.fullmatch(name)
     if match is None:
         return None
     layers, width = int(match[1]), int(match[2])
@@ -76,11 +74,6 @@ def bert_shape(name: str) -> tuple[int, int] | None:
             "bert-2x128."
         )
     return layers, width
-
-
-def fresh_task(name: str) -> str | None:
-    """Return what a model classifies whose name asks for fresh weights; `None` for one that has weights."""
-    return "image" if cifar_resnet_depth(name) is not None else "text" if bert_shape(name) is not None else None
 
 
 def load_classifier(
@@ -116,28 +109,8 @@ def load_classifier(
         "label2id": {name: number for number, name in enumerate(class_names)},
     }
     cosine = {} if cosine_scale is None else {"cosine_head": True, "cosine_scale": cosine_scale}
-    depth = cifar_resnet_depth(name)
-    if depth is not None:
-        overrides |= cosine
-        model = CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **overrides))
-        model.new_parameters = [parameter for parameter, _ in model.named_parameters()]
-        return model
-    if (shape := bert_shape(name)) is not None:
-        if tokenizer is None:
-            raise InputError(f"{name} has fresh weights: give the tokenizer whose tokens it is to know.")
-        layers, width = shape
-        model = BertForSequenceClassification(
-            BertConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                num_hidden_layers=layers,
-                num_attention_heads=width // _HEAD_WIDTH,
-                intermediate_size=4 * width,
-                max_position_embeddings=max(MAX_LENGTH, tokenizer.model_max_length),
-                pad_token_id=tokenizer.pad_token_id,
-                **overrides,
-            )
-        )
+    model = _fresh_classifier(name, image_size, tokenizer, overrides, cosine)
+    if model is not None:
         model.new_parameters = [parameter for parameter, _ in model.named_parameters()]
         return model
     config = load_config(name, cosine_scale, task, **from_pretrained_kwargs)
@@ -164,6 +137,36 @@ def load_classifier(
         new |= _renew_head(model)
     model.new_parameters = sorted(new)
     return model if cosine_scale is None else _with_cosine_head(model, cosine_scale)
+
+
+def _fresh_classifier(
+    name: str,
+    image_size: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overrides: dict[str, Any],
+    cosine: dict[str, Any],
+) -> PreTrainedModel | None:
+    """Make a model of fresh weights; `None` for a name that is of none."""
+    if (depth := cifar_resnet_depth(name)) is not None:
+        config = CifarResNetConfig(depth=depth, image_size=image_size, **overrides, **cosine)
+        return CifarResNetForImageClassification(config)
+    if (shape := bert_shape(name)) is None:
+        return None
+    if tokenizer is None:
+        raise InputError(f"{name} has fresh weights: give the tokenizer whose tokens it is to know.")
+    layers, width = shape
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // _HEAD_WIDTH,
+            intermediate_size=4 * width,
+            max_position_embeddings=max(MAX_LENGTH, tokenizer.model_max_length),
+            pad_token_id=tokenizer.pad_token_id,
+            **overrides,
+        )
+    )
 
 
 def load_config(
@@ -371,7 +374,7 @@ def not_loadable(name: str, error: Exception, task: str = DEFAULT_TASK) -> Input
     why = one_line(first_line(error), 300)
     return InputError(
         f"The model {one_line(name, 80)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "
-        f"save_pretrained, or {TASKS[task].fresh} for fresh weights."
+        f"save_pretrained, or {TASKS[task].fresh_names} for fresh weights."
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,11 +28,11 @@ from .machine import (
 )
 from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
-from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, fresh_task
+from .models import FRESH_IMAGE_SIZE, bert_shape, cifar_resnet_depth
 from .operations import OPERATIONS
-from .ranges import check_ranges, defaults_of, explain
-from .tasks import DEFAULT_TASK, TASKS
-from .text import one_line
+from .ranges import check_choice, check_ranges, defaults_of, explain
+from .reading import read_option_file
+from .tasks import DEFAULT_TASK, TASKS, check_task, fresh_task
 
 #: The Hub's name for a licence that nobody has chosen.
 UNKNOWN_LICENSE = "unknown"
@@ -59,8 +59,8 @@ class ModelArguments:
     teacher_model_name_or_path: Annotated[str | None, "student"] = _option(
         None,
         "Teacher: a Hub id or a folder. Its classes are matched with those of the data by name; if it is for other "
-        "classes, it is fine-tuned first. Not given, or cifar-resnet-…, bert-…: a vanilla teacher (as the student, or of "
-        "that size) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher.",
+        "classes, it is fine-tuned first. Not given, or cifar-resnet-…, bert-…: a vanilla teacher (as the student, or "
+        "of that size) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher.",
     )
     teacher_label_map: Annotated[str | None, "path", "student"] = _option(
         None, "JSON file for renamed classes: {name in the data: the teacher's name or number for it}."
@@ -103,9 +103,11 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        _check_choice("task", self.task, tuple(TASKS))
-        _check_choice("precision", self.precision, ("auto", *PRECISIONS))
-        if self.image_size is None and cifar_resnet_depth(self.model_name_or_path) is not None:
+        check_choice("task", self.task, tuple(TASKS))
+        check_choice("precision", self.precision, ("auto", *PRECISIONS))
+        is_cifar_resnet = cifar_resnet_depth(self.model_name_or_path) is not None
+        bert_shape(self.model_name_or_path)  # raises if there is none such
+        if self.image_size is None and is_cifar_resnet:
             self.image_size = FRESH_IMAGE_SIZE
 
     @property
@@ -120,7 +122,7 @@ class ModelArguments:
             return {}
         path = self.teacher_label_map
         try:
-            content = json.loads(read_text("teacher_label_map", path))
+            content = json.loads(read_option_file("teacher_label_map", path))
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
         if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
@@ -144,8 +146,8 @@ class DataArguments:
 
     dataset_name: str = _option(
         "digits",
-        "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network). Of texts CSV and "
-        "JSON too, or docstrings.",
+        "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network); CSV and JSON "
+        "of texts, or docstrings.",
     )
     dataset_config_name: str | None = _option(None, "Configuration of a Hub data set.")
     image_column_name: Annotated[str | None, "image"] = _option(
@@ -204,13 +206,13 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        _check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
-        _check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
+        check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
+        check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
         if self.train_operations == ["none"]:  # so that a command line can take back what a file says
             self.train_operations = None
         for name in self.train_operations or ():
-            _check_choice("train_operations", name, tuple(OPERATIONS))
-        _check_choice("cache_images", self.cache_images, CACHE_IMAGES)
+            check_choice("train_operations", name, tuple(OPERATIONS))
+        check_choice("cache_images", self.cache_images, CACHE_IMAGES)
         try:
             check_shot_thresholds(self.many_shot_threshold, self.few_shot_threshold)
         except ValueError as error:
@@ -233,7 +235,7 @@ class PublishingArguments:
     push_to_hub: bool = field(init=False, default=False)  # the option of TrainingArguments
 
     def __post_init__(self) -> None:
-        _check_choice("export", self.export, ("none", "onnx"))
+        check_choice("export", self.export, ("none", "onnx"))
 
 
 # ---- Their roles --------------------------------------------------------------------------------------------------
@@ -339,7 +341,8 @@ class RunArguments:
             UNTOLD.reset(before)
         self.publishing = _build(PublishingArguments, self.options)
         self.publishing.push_to_hub = self.options["push_to_hub"]
-        self._check_task()
+        has_cosine_head = self.training.cosine_scale is not None
+        check_task(self.model.task, self.options, _DEFAULTS, options_with, has_cosine_head)
         same = self._options_of_teacher()
         self.teacher_options = {name: value for name, value in self.teacher_options.items() if value != same[name]}
         self._teacher: RunArguments | None = None
@@ -351,26 +354,6 @@ class RunArguments:
         told = {**record.get("model", {}), **record.get("data", {}), "output_dir": output_dir, "use_cpu": True}
         of_teacher = {name: value for name, value in record.get("teacher_training", {}).items() if name in told}
         return cls({**_DEFAULTS, **{name: value for name, value in told.items() if name in _DEFAULTS}}, of_teacher)
-
-    def _check_task(self) -> None:
-        """Refuse what another task's runs have."""
-        task, name = self.model.task, self.model.model_name_or_path
-        for other in TASKS.keys() - {task}:
-            for option in sorted(options_with(other)):
-                if self.options[option] != _DEFAULTS[option]:
-                    raise InputError(f"--{option} is for --task {other}, and this is --task {task}: leave it out.")
-        if fresh_task(name) not in (None, task):
-            raise InputError(
-                f"{name} classifies {fresh_task(name)}s, and this is --task {task}: name a Hub id, a folder, or "
-                f"{TASKS[task].fresh} by --model_name_or_path."
-            )
-        if task == "text" and self.training.cosine_scale is not None:
-            raise InputError(
-                "--head cosine, which --classification_loss ldam needs, is for --task image: use balanced_softmax or "
-                "logit_adjustment, which work with any head."
-            )
-        if task == "text" and self.publishing.export == "onnx":
-            raise InputError("--export onnx is for --task image so far: leave it out, or export by optimum.")
 
     @property
     def distils(self) -> bool:
@@ -474,19 +457,3 @@ def _build_training(options: dict[str, Any]) -> BKDConfig:
         return build(options)
     except Exception as error:  # transformers and accelerate raise anything
         raise explain(error, options, _DEFAULTS, build) from error
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {one_line(value, 80)!r}.")
-
-
-def read_text(option: str, path: str | Path) -> str:
-    """Return the content of a text file that an option names; raises an `InputError` if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error
-    except (OSError, ValueError) as error:  # ValueError: no name of a file at all
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"--{option} {one_line(path, 80)} cannot be read: {why}.") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .errors import InputError
@@ -76,6 +76,12 @@ def check_ranges(options: Any) -> None:
             value = getattr(options, name, None)
             if value is not None and not holds(value):
                 raise InputError(f"--{name} must be {condition}, got {value}.")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise an `InputError` if an option is none of its choices."""
+    if value not in choices:
+        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {one_line(value, 80)!r}.")
 
 
 def explain(

@@ -18,18 +18,19 @@ from transformers import PreTrainedConfig, PrinterCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .adapters import import_peft
-from .card import check_repo_id
 from .config import BKDConfig, method_defaults
 from .errors import InputError
 from .hub import check_repo_access
 from .inputs import load_tokenizer
 from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
-from .models import check_image_size, fresh_task, load_config
+from .models import check_image_size, load_config
 from .objective import check_head
 from .onnx_files import import_onnx
 from .options import RunArguments, options_with
 from .ranges import defaults_of, explain
+from .schema import check_repo_id
+from .tasks import fresh_task
 from .teacher import teacher_label_names
 from .text import one_line
 from .trainer import BKDTrainer

@@ -38,12 +38,11 @@ from .metrics import (
     MANY_SHOT_THRESHOLD,
     LongTailAccumulator,
 )
-from .models import fresh_task
 from .options import OPTIONS, WITHOUT_INFLUENCE, options_with
 from .program import program
 from .reading import read_json
 from .schema import HUB_ID, find_fault
-from .tasks import DEFAULT_TASK, task_of_columns
+from .tasks import DEFAULT_TASK, fresh_task, task_of_columns
 from .teacher import FrozenTeacher
 from .text import one_line
 

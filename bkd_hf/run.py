@@ -43,7 +43,7 @@ from .inputs import (
 )
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
 from .methods import corrects
-from .models import FRESH_IMAGE_SIZE, fresh_task, load_classifier, prefer_channels_last, why_not_alike
+from .models import FRESH_IMAGE_SIZE, load_classifier, prefer_channels_last, why_not_alike
 from .objective import Objective
 from .onnx_export import export_run
 from .optimization import layer_depths
@@ -63,6 +63,7 @@ from .results import (
 )
 from .run_folder import claim_output_dir, identity_of, is_cut_otherwise, last_complete_checkpoint, record_run
 from .targets import describe_targets, why_collapsed
+from .tasks import fresh_task
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
 from .training_data import check_features

@@ -23,10 +23,10 @@ from .config import BATCH_CUT, BKDConfig, method_defaults
 from .errors import InputError
 from .files import LOCK_NAME, UNFINISHED, hash_of, lock, try_json, why_broken
 from .methods import METHODS
-from .models import fresh_task
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, ModelArguments, RunArguments
 from .ranges import defaults_of
 from .results import RESULTS_NAME, save_json
+from .tasks import fresh_task
 
 #: Marks an output folder as ours and records what the run in it was told.
 RUN_NAME = "bkd_run.json"

@@ -6,6 +6,7 @@ How data of a task are found is in `bkd_hf.loading`, how its examples become a m
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ class Task:
         main_input: Name of a model's first input.
         auto_model: Loads its classifiers; `configurations` holds the types of theirs.
         auto_processor: Loads what makes a model's inputs.
-        fresh: What models with fresh weights are called.
+        fresh: Names of models with fresh weights, and, as a sentence tells them, `fresh_names`.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Task:
     auto_model: Any
     configurations: Any
     auto_processor: Any
-    fresh: str
+    fresh: re.Pattern[str]
+    fresh_names: str
 
     @property
     def tag(self) -> str:
@@ -80,6 +82,7 @@ TASKS = {
             AutoModelForImageClassification,
             MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
             AutoImageProcessor,
+            re.compile(r"cifar-resnet-([0-9]{1,9})"),
             "cifar-resnet-20, -32, -44, -56 or -110",
         ),
         Task(
@@ -90,12 +93,56 @@ TASKS = {
             AutoModelForSequenceClassification,
             MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
             AutoTokenizer,
-            "bert-LAYERSxWIDTH, e.g. bert-2x128,",
+            re.compile(r"bert-([0-9]{1,2})x([0-9]{1,4})"),
+            "bert-LAYERSxWIDTH (bert-2x128)",
         ),
     )
 }
 #: The task where nothing is said, and that of older results.
 DEFAULT_TASK = "image"
+
+
+def fresh_task(name: str) -> str | None:
+    """Return what a model classifies whose name asks for fresh weights; `None` for one that has weights."""
+    return next((task.name for task in TASKS.values() if task.fresh.fullmatch(name)), None)
+
+
+def check_task(
+    task: str,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    options_of: Callable[[str], Collection[str]],
+    has_cosine_head: bool,
+) -> None:
+    """Refuse what another task's runs have.
+
+    Args:
+        task: Of a run.
+        options: What it is told, by name.
+        defaults: What the options are if they are not given.
+        options_of: Returns the names of those that mean something in one task alone.
+        has_cosine_head: Whether its model gets a cosine head.
+
+    Raises:
+        InputError: For the first that does not go with the task.
+    """
+    name = options["model_name_or_path"]
+    for other in TASKS.keys() - {task}:
+        for option in sorted(options_of(other)):
+            if options[option] != defaults[option]:
+                raise InputError(f"--{option} is for --task {other}, and this is --task {task}: leave it out.")
+    if fresh_task(name) not in (None, task):
+        raise InputError(
+            f"{name} classifies {fresh_task(name)}s, and this is --task {task}: name a Hub id, a folder, or "
+            f"{TASKS[task].fresh_names} by --model_name_or_path."
+        )
+    if task != DEFAULT_TASK and has_cosine_head:
+        raise InputError(
+            "--head cosine, which --classification_loss ldam needs, is for --task image: use balanced_softmax or "
+            "logit_adjustment, which work with any head."
+        )
+    if task != DEFAULT_TASK and options["export"] == "onnx":
+        raise InputError(f"--export onnx is for --task image, and this is --task {task}: leave it out.")
 
 
 def task_of_columns(columns: list[str]) -> Task:

@@ -1,4 +1,4 @@
-"""Texts that are always there: paragraphs of the docstrings of Python's standard library, by what its modules are for.
+"""Texts that are always there: the docstrings of Python's standard library, by what its modules are for.
 
 They are read out of the source files of the Python that runs (licence: PSF-2.0), so another version of it has somewhat
 other texts; the fingerprint in the results tells.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ast
 import functools
-import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import InputError
 
 #: Modules and packages of each class; the first classes have most texts.
 GROUPS = {
@@ -26,28 +27,36 @@ GROUPS = {
     "xml": "xml",
     "logging": "logging",
 }
-_LEAST_WORDS = 6
+_LEAST_WORDS = 8
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @functools.cache
 def docstrings() -> tuple[list[str], list[int]]:
-    """Return texts of six words or more, no two the same, and the number of the class of each; none is in two."""
+    """Return texts of eight words or more, no two the same, and the number of the class of each; none is in two.
+
+    Raises:
+        InputError: If this Python came without the source files of its library.
+    """
     found: dict[str, set[int]] = {}
     for number, modules in enumerate(GROUPS.values()):
-        for text in (text for module in modules.split() for text in _paragraphs(module)):
+        for text in (text for module in modules.split() for text in _docstrings_of(module)):
             found.setdefault(text, set()).add(number)
     alone = {text: numbers.pop() for text, numbers in found.items() if len(numbers) == 1}
+    if len(set(alone.values())) < len(GROUPS):
+        raise InputError(
+            "--dataset_name docstrings: the source files of Python's standard library are not there. Use another "
+            "Python, or texts of your own."
+        )
     return list(alone), list(alone.values())
 
 
-def _paragraphs(module: str) -> Iterator[str]:
+def _docstrings_of(module: str) -> Iterator[str]:
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted([*(library / module).rglob("*.py"), *library.glob(f"{module}.py")]):
         if "test" in path.relative_to(library).parts:
             continue
         for node in ast.walk(ast.parse(path.read_bytes())):
-            for paragraph in re.split(r"\n\s*\n", (isinstance(node, _DOCUMENTED) and ast.get_docstring(node)) or ""):
-                words = paragraph.split()
-                if len(words) >= _LEAST_WORDS and words[0] != ">>>":
-                    yield " ".join(words)
+            words = ((isinstance(node, _DOCUMENTED) and ast.get_docstring(node)) or "").split()
+            if len(words) >= _LEAST_WORDS:
+                yield " ".join(words)

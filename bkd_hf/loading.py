@@ -193,7 +193,7 @@ def _load_digits() -> datasets.DatasetDict:
 
 
 def _load_docstrings() -> datasets.DatasetDict:
-    """Return paragraphs of the docstrings of the standard library, 60 of each class for evaluation."""
+    """Return the docstrings of the standard library, 60 of each class for evaluation."""
     texts, labels = docstrings()
     features = datasets.Features(
         {TEXT_COLUMN: datasets.Value("string"), LABEL_COLUMN: datasets.ClassLabel(names=list(GROUPS))}

@@ -260,7 +260,7 @@ def _entries(node: Any) -> dict[str, yaml.Node]:
 def _build_parser(show_all: bool = False) -> _Parser:
     parser = _Parser(
         [ModelArguments, DataArguments, PublishingArguments, BKDConfig],
-        description="Train a balanced student on long-tailed images by Balanced Knowledge Distillation.",
+        description="Train a balanced student on long-tailed images, or texts, by Balanced Knowledge Distillation.",
         epilog=_EPILOG,
         usage=f"{' '.join(program('run', ['accelerate', 'launch']))} [--config RECIPE] [--OPTION VALUE …]",
         formatter_class=_HelpFormatter,

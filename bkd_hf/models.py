@@ -82,7 +82,7 @@ def load_classifier(
     image_size: int = 32,
     cosine_scale: float | None = None,
     task: str = DEFAULT_TASK,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    processor: Any = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model to be trained, with a head for these classes.
@@ -95,7 +95,7 @@ def load_classifier(
         cosine_scale: Scale s of a cosine head, with logits s · cos, as the margins of LDAM need it; `None` for the
             model's own kind of head. A model of transformers is put into a [`CosineHeadForImageClassification`].
         task: What it classifies: `"image"` or `"text"`.
-        tokenizer: Whose tokens a fresh BERT is to know.
+        processor: What makes its inputs: a fresh BERT is to know the tokens of this tokenizer.
         from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
 
     Returns:
@@ -109,7 +109,7 @@ def load_classifier(
         "label2id": {name: number for number, name in enumerate(class_names)},
     }
     cosine = {} if cosine_scale is None else {"cosine_head": True, "cosine_scale": cosine_scale}
-    model = _fresh_classifier(name, image_size, tokenizer, overrides, cosine)
+    model = _fresh_classifier(name, image_size, processor, overrides, cosine)
     if model is not None:
         model.new_parameters = [parameter for parameter, _ in model.named_parameters()]
         return model
@@ -131,6 +131,8 @@ def load_classifier(
         raise not_loadable(name, error, task) from error
     if getattr(model.config, "num_channels", 3) != 3:
         raise InputError(f"The model {name} takes images of {model.config.num_channels} channels; RGB is needed.")
+    if task == "text" and model.config.pad_token_id is None:  # then it would take no batch
+        model.config.pad_token_id = getattr(processor, "pad_token_id", None)
     new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     answer_one_class(model)
     if names is not None and names != class_names:

@@ -258,7 +258,7 @@ def _load_model(
     kwargs = options.model.from_pretrained_kwargs()
     size = options.model.image_size or FRESH_IMAGE_SIZE
     with _without_load_report():  # a table of what is said below in a sentence
-        model = load_classifier(name, data["class_names"], size, args.cosine_scale, tokenizer=processor, **kwargs)
+        model = load_classifier(name, data["class_names"], size, args.cosine_scale, processor=processor, **kwargs)
     if args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
     if args.head_learning_rate is not None:

@@ -40,7 +40,7 @@ _LEFT_BY_A_RUN = (
     "preprocessor_config.json", *_TOKENIZER, "modeling_cifar_resnet.py", "modeling_cosine_head.py",
     "training_args.bin", "trainer_state.json", "*_results.json", "README.md", ".tmp??????", RUN_NAME,
 )  # fmt: skip
-_WEIGHTS = ("config.json", "preprocessor_config.json", "tokenizer*.json", "*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
 _PROCESSES = "num_processes"  # that were at work when a run was begun, or last continued
 _IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights", "precision_rates")
 
@@ -183,7 +183,8 @@ def _identity_of_weights(name: str, options: ModelArguments) -> str | None:
         revision, cache_dir = options.model_revision, options.cache_dir
         path = try_to_load_from_cache(name, "config.json", cache_dir, revision) if is_id else None
         return Path(path).parent.name if isinstance(path, str) else None
-    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    patterns = {*_WEIGHTS, *(_TOKENIZER if options.task == "text" else ())}
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not any(path.suffix != ".json" for path in files):
         return None
     text = " ".join(f"{path.name} {hash_of(path)}" for path in files)

@@ -141,7 +141,13 @@ def check_task(
             "--head cosine, which --classification_loss ldam needs, is for --task image: use balanced_softmax or "
             "logit_adjustment, which work with any head."
         )
-    if task != DEFAULT_TASK and options["export"] == "onnx":
+    if options["export"] == "onnx":
+        check_export(task)
+
+
+def check_export(task: str) -> None:
+    """Raise an `InputError` if students of a task cannot be exported."""
+    if task != DEFAULT_TASK:
         raise InputError(f"--export onnx is for --task image, and this is --task {task}: leave it out.")
 
 

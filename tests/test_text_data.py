@@ -69,7 +69,7 @@ def tokenizer():
 def models(tmp_path_factory, tokenizer) -> Path:
     """A folder with a tiny BERT and a tiny ViT, as they are published."""
     folder = tmp_path_factory.mktemp("models")
-    load_classifier("bert-1x64", ["cat", "dog"], task="text", tokenizer=tokenizer).save_pretrained(folder / "bert")
+    load_classifier("bert-1x64", ["cat", "dog"], task="text", processor=tokenizer).save_pretrained(folder / "bert")
     tokenizer.save_pretrained(folder / "bert")
     tiny_vit(0, 2).save_pretrained(folder / "vit")
     load_processor("cifar-resnet-8", 8).save_pretrained(folder / "vit")

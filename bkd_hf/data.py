@@ -19,7 +19,7 @@ from .errors import InputError
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN
 from .reading import check_file
 from .sampling import hash_uniform
-from .tasks import TEXT_COLUMN
+from .tasks import TEXT_COLUMN, task_of_columns
 
 logger = logging.get_logger(__name__)
 
@@ -110,23 +110,24 @@ def make_long_tailed(
     order = np.arange(num_classes) if class_order is None else np.asarray(class_order)
     if not np.array_equal(np.sort(order), np.arange(num_classes)):
         raise InputError(f"class_order must name each of the {num_classes} classes once, got {list(order)}.")
+    unit = task_of_columns(dataset.column_names).name
     name_those = functools.partial(name_classes, dataset, label_column)
     if max_count is None:
         shares = _profile_shares(num_classes, imbalance_ratio, profile, pareto_alpha)
         max_count = int(np.min(available[order] / np.asarray(shares)))
         if max_count < 1:
-            raise InputError(f"{name_those(available == 0)} without images: nothing to select from.")
+            raise InputError(f"{name_those(available == 0)} without {unit}s: nothing to select from.")
     wanted = np.zeros(num_classes, dtype=np.int64)
     wanted[order] = long_tailed_counts(max_count, num_classes, imbalance_ratio, profile, pareto_alpha)
     if (wanted == 0).any():
         raise InputError(
-            f"imbalance_ratio {imbalance_ratio:g} leaves {name_those(wanted == 0)} without images, as the largest "
+            f"imbalance_ratio {imbalance_ratio:g} leaves {name_those(wanted == 0)} without {unit}s, as the largest "
             f"class has {max_count}: choose a ratio of {max_count} or below."
         )
     if (wanted > available).any():
         first = int(np.argmax(wanted > available))
         raise InputError(
-            f"{name_those(wanted > available)} cannot give the images asked for: class {first} has "
+            f"{name_those(wanted > available)} cannot give the {unit}s asked for: class {first} has "
             f"{available[first]}, its share is {wanted[first]}. Lower max_count ({max_count}) or change class_order."
         )
     return dataset.select(choose_per_class(labels_of(dataset, label_column), wanted, split_seed))
@@ -202,7 +203,8 @@ def labels_of(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) -> np
     labels = selected(dataset, dataset.data.column(label_column))
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise InputError(
-            f"The labels in column {label_column!r} are not classes: expected one whole number per image, "
+            f"The labels in column {label_column!r} are not classes: expected one whole number per "
+            f"{task_of_columns(dataset.column_names).name}, "
             f"got {dataset.features[label_column]}."
         )
     return labels.astype(np.int64)

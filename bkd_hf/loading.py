@@ -19,7 +19,7 @@ from .data import check_complete, choose_per_class, class_counts, labels_of, nam
 from .docstrings import GROUPS, docstrings
 from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features, files_below, load_image_folder
-from .tasks import TASKS, TEXT_COLUMN
+from .tasks import TASKS, TEXT_COLUMN, task_of_columns
 from .text import normal, one_line
 
 logger = logging.get_logger(__name__)
@@ -406,10 +406,11 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
     ):
         several = isinstance(feature, (list, datasets.List, datasets.LargeList))
+        unit = task_of_columns(splits["train"].column_names).name
         raise InputError(
-            f"{name}: the labels in column {label_column!r} are not classes. One class per image is needed, a whole "
+            f"{name}: the labels in column {label_column!r} are not classes. One class per {unit} is needed, a whole "
             f"number or a name; the column holds {feature}"
-            + (": several labels per image (multi-label), which this method is not for." if several else ".")
+            + (f": several labels per {unit} (multi-label), which this method is not for." if several else ".")
         )
 
     values = {split: selected(dataset, dataset.data.column(LABEL_COLUMN)) for split, dataset in splits.items()}

@@ -51,8 +51,6 @@ def load_image_dataset(
 ) -> datasets.DatasetDict:
     """Load a labelled image data set from wherever it is.
 
-    For texts see [`load_text_dataset`].
-
     Args:
         name: `"digits"` (comes with scikit-learn, needs no network), a Hub id, a folder written by `save_to_disk`, a
             folder of class folders, a folder of parquet files, or one parquet file.

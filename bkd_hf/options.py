@@ -51,7 +51,6 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "models"
 
-    task: Annotated[str, "shared"] = _option(DEFAULT_TASK, "What is classified: image, or text.")
     model_name_or_path: str = _option(
         "cifar-resnet-32",
         "Student: a Hub id, a folder, or cifar-resnet-20|32|44|56|110 (texts: bert-LAYERSxWIDTH) for fresh weights.",
@@ -85,9 +84,6 @@ class ModelArguments:
         "Height and width in pixels. Not given: 32 for cifar-resnet-… models, for others what their image processor "
         "says; another size is for models that take any.",
     )
-    max_length: Annotated[int | None, "text"] = _option(
-        None, "Tokens of a text; what follows is cut off. Not given: 512, or the most that the model takes."
-    )
     cache_dir: Annotated[str | None, "path", "machine", "shared"] = _option(None, "Where downloads are kept.")
     model_revision: str = _option("main", "Revision of the student on the Hub.")
     token: Annotated[str | None, "secret"] = _option(None, "Hub token, if not stored by `hf auth login`.")
@@ -99,6 +95,10 @@ class ModelArguments:
     )
     num_threads: Annotated[int | None, "machine", "shared"] = _option(
         None, "CPU threads per process; by default the machine's cores divided among local processes."
+    )
+    task: Annotated[str, "shared"] = _option(DEFAULT_TASK, "What is classified: image, or text.")
+    max_length: Annotated[int | None, "text"] = _option(
+        None, "Tokens of a text; what follows is cut off. Not given: 512, or the most that the model takes."
     )
 
     def __post_init__(self) -> None:
@@ -153,9 +153,6 @@ class DataArguments:
     image_column_name: Annotated[str | None, "image"] = _option(
         None, "Found by its type if not given; a column of paths has to be named."
     )
-    text_column_name: Annotated[str | None, "text"] = _option(
-        None, "Not given: the only column of text beside the labels, or text, sentence, …"
-    )
     label_column_name: str | None = _option(None, "Found by its type or a usual name if not given.")
     train_split_name: str | None = _option(None, "train, or the only split, if not given.")
     eval_split_name: str | None = _option(
@@ -202,6 +199,9 @@ class DataArguments:
     few_shot_threshold: int = _option(FEW_SHOT_THRESHOLD, "Classes with fewer training images are few-shot.")
     post_hoc_tau: float = _option(
         1.0, "τ of the post-hoc logit adjustment that is reported beside the plain numbers; 0: none."
+    )
+    text_column_name: Annotated[str | None, "text"] = _option(
+        None, "Not given: the only column of text beside the labels, or text, sentence, …"
     )
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ _HOMES = {
     "data": ["class_counts", "long_tailed_counts", "make_long_tailed"],
     "errors": ["InputError", "PublishError"],
     "images": ["ImageDataset"],
-    "loading": ["load_image_dataset"],
+    "loading": ["load_image_dataset", "load_text_dataset"],
     "losses": [
         "balanced_distillation_loss",
         "balanced_softmax_loss",
@@ -48,6 +48,7 @@ _HOMES = {
     "plots": ["save_plots"],
     "hub": ["publish_folder"],
     "results": ["load_results"],
+    "text_data": ["TextDataset"],
     "teacher": ["FrozenTeacher", "align_labels", "load_teacher"],
     "trainer": ["BKDTrainer", "TeacherLogitsError", "TrainingDivergedError"],
 }

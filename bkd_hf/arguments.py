@@ -19,6 +19,7 @@ from transformers.hf_argparser import string_to_bool
 
 from .config import BKDConfig
 from .errors import InputError
+from .loading import DEMOS
 from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision, launcher_shards
 from .methods import RECOMMENDED
 from .models import cifar_resnet_depth
@@ -29,10 +30,11 @@ from .options import (
     ModelArguments,
     PublishingArguments,
     RunArguments,
-    read_text,
 )
 from .program import program
+from .reading import read_option_file
 from .run_folder import precision_begun_in
+from .tasks import fresh_task
 from .text import one_line, suggestion
 
 #: The recipes that come with the package, by the names that --config knows them by.
@@ -82,8 +84,9 @@ Options for the teacher's training alone are written --teacher_OPTION, for any t
 --teacher_num_train_epochs 100 --teacher_learning_rate 0.05; not given, the teacher is trained as the student.
 
 A YAML file given by --config holds the same options, one `name: value` a line, and those of the teacher in a section
-`teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs. Without
---config and --optim, cifar-resnet-… models are trained by SGD (rate 0.1, cosine, 200 epochs, batch 128).
+`teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs, or with
+--task text the text recipe, on docstrings. Without --config and --optim, cifar-resnet-… models are trained by SGD
+(rate 0.1, cosine, 200 epochs, batch 128).
 """
 
 
@@ -105,8 +108,10 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     command_line, for_teacher = _split_off_teacher(parser, argv)
     first_look = parser.parse_known_args(command_line)[0]
     config = first_look.config and _find_recipe(first_look.config)
-    if config is None and first_look.dataset_name == "digits":
-        config = digits_recipe
+    if config is None and "dataset_name" not in _names(parser, command_line) and first_look.task == "text":
+        config = RECIPES["text"]
+    elif config is None and first_look.dataset_name in DEMOS:
+        config = {"digits": digits_recipe, "docstrings": RECIPES["text"]}[first_look.dataset_name]
     from_file: list[str] = []
     of_teacher: list[str] = []  # as the file says
     if config is not None:
@@ -116,7 +121,7 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS)
 
     namespace = parser.parse_args([*from_file, *command_line])
-    is_pretrained = cifar_resnet_depth(namespace.model_name_or_path) is None
+    is_pretrained = fresh_task(namespace.model_name_or_path) is None
     if is_pretrained and first_look.config is None and first_look.image_size is None:
         namespace.image_size = None  # of the recipe that nobody named; a model with weights has a size of its own
     if namespace.output_dir is None:
@@ -255,7 +260,7 @@ def _entries(node: Any) -> dict[str, yaml.Node]:
 def _build_parser(show_all: bool = False) -> _Parser:
     parser = _Parser(
         [ModelArguments, DataArguments, PublishingArguments, BKDConfig],
-        description="Train a balanced student on long-tailed images by Balanced Knowledge Distillation.",
+        description="Train a balanced student on long-tailed images, or texts, by Balanced Knowledge Distillation.",
         epilog=_EPILOG,
         usage=f"{' '.join(program('run', ['accelerate', 'launch']))} [--config RECIPE] [--OPTION VALUE …]",
         formatter_class=_HelpFormatter,
@@ -335,7 +340,7 @@ def _read_config(parser: _Parser, path: str | Path) -> list[str]:
     So one parser gives every value its type, whether it was written in a file or on the command line.
     """
     try:
-        node = yaml.compose(read_text("config", path), Loader=_YamlLoader)
+        node = yaml.compose(read_option_file("config", path), Loader=_YamlLoader)
         if not isinstance(node, yaml.MappingNode):
             raise InputError(f"--config {path}: expected lines of the form `option: value`.")
         entries = _entries(node)

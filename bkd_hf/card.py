@@ -14,12 +14,9 @@ import jinja2
 import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from .arguments import SCRIPT_DEFAULTS
 from .config import ADAPTER_RANK, HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
-from .errors import InputError
 from .export_report import table as export_table
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
@@ -29,7 +26,9 @@ from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, option
 from .plots import figure_names
 from .reading import read_card
 from .results import check_schema, describe_command, effective_batch_size, load_results, training_options
+from .schema import check_repo_id
 from .targets import describe_targets
+from .tasks import DEFAULT_TASK, TASKS, worded
 from .text import code, code_block, markdown, one_line
 from .verdict import free_alternatives, judge
 
@@ -94,7 +93,7 @@ def build(
         dataset_id: Id on the Hub of the training data, where it was read from a folder.
         base_model: Id on the Hub of the model that the student started from, where that was a folder.
         tags: Further tags.
-        language: For the metadata; images have none.
+        language: For the metadata, of texts; images have none.
         title: Headline; made of model, method and data if not given.
 
     Raises:
@@ -108,6 +107,7 @@ def build(
         check_repo_id(dataset_id)
     license = license or UNKNOWN_LICENSE
     data, student, teacher = results["data"], results["student"], results["teacher"]
+    task = data.get("task", DEFAULT_TASK)
     dataset_id = dataset_id or data.get("hub_id")
     name, method = one_line(student["model"].rpartition("/")[2]), one_line(results.get("method") or "bkd")
     distillation_tags = ["knowledge-distillation"] if teacher else []
@@ -115,7 +115,7 @@ def build(
         language=one_line(language) if isinstance(language, str) else language,
         license=one_line(license),
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=TASKS[task].tag,
         tags=list(
             dict.fromkeys(
                 ["long-tailed", "imbalanced-data", *distillation_tags, method.partition(" ")[0], "bkd_hf"]
@@ -137,14 +137,17 @@ def build(
     environment.filters |= {"literal": literal, "percent": _percent, "number": "{:,}".format}
     options = training_options(results)
     sources = [*_sources(options), *_sources_of_operations(results["options"]["data"])]
-    body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    body = environment.from_string(worded(_TEMPLATE.read_text(encoding="utf-8"), task)).render(
+        task=TASKS[task],
         title=title or f"{name}, trained by {method} on {data['name'].rpartition('/')[2]}",
         repo_id=repo_id or name,
         license=None if license == UNKNOWN_LICENSE else license,
         results=results,
         verdict=judge(results),
         alternatives={name: found for name, found in free_alternatives(results).items() if "tau" in found},
-        targets=describe_targets(student["targets"], data["class_names"]) if student.get("targets") else None,
+        targets=worded(describe_targets(student["targets"], data["class_names"]), task)
+        if student.get("targets")
+        else None,
         data=data,
         eval_split=data.get("eval_split"),
         dataset_id=dataset_id,
@@ -181,16 +184,6 @@ def choices_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Raise an `InputError` unless this can be the id of a repository."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(
-            f"{repo_id!r} cannot be the id of a repository: expected USER/NAME, of letters, digits, '-', '_' and '.'."
-        ) from error
-
-
 def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     """Return the options of a run as a YAML file for `--config`: all that decide what it computes.
 
@@ -215,11 +208,12 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
         }
 
     options = results["options"]
+    task = results["data"].get("task", DEFAULT_TASK)
     # What is recorded differs from transformers' defaults; these have others on the command line.
     told = training_options(results)
     training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
     method = training.get("method", "bkd")
-    of_machine = WITHOUT_INFLUENCE | options_with("place")
+    of_machine = WITHOUT_INFLUENCE | options_with("place", *TASKS.keys() - {task})
     if told.get("distillation_loss", METHODS[method].distillation_loss) == "none":
         of_machine |= options_with("student")  # they are about a teacher that there is not
     recipe = {
@@ -244,13 +238,14 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
 def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list[EvalResult]:
     data, metrics = results["data"], results["student"]["metrics"]
     counts, name = data["class_counts"], one_line(data["name"])
+    task = TASKS[data.get("task", DEFAULT_TASK)]
     split = data.get("eval_split") or results["options"]["data"].get("eval_split_name")
     return [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image classification",
+            task_type=task.tag,
+            task_name=task.title,
             dataset_type=dataset_id or name,
-            dataset_name=f"{name} (training images per class: {max(counts):,} to {min(counts):,})",
+            dataset_name=f"{name} (training {task.name}s per class: {max(counts):,} to {min(counts):,})",
             dataset_split=split and one_line(split),
             metric_type=metric_type,
             metric_name=f"Accuracy, {title}",
@@ -307,7 +302,7 @@ def _citations(sources: Iterable[str]) -> list[str]:
 
 def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
     data, student, teacher = results["data"], results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
-    many, few = data["many_shot_threshold"], data["few_shot_threshold"]
+    many, few, task = data["many_shot_threshold"], data["few_shot_threshold"], data.get("task", DEFAULT_TASK)
     groups = shot_groups(data["class_counts"], many, few)
     bounds = {"many_shot": f"> {many}", "medium_shot": f"{few} to {many}", "few_shot": f"< {few}"}
     rows = []
@@ -315,7 +310,7 @@ def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
         if student.get(key) is None:
             continue
         if (group := key.removesuffix("_accuracy")) in groups:
-            title += f" ({bounds[group]} training images; classes: {groups[group].sum():,})"
+            title += f" ({bounds[group]} training {task}s; classes: {groups[group].sum():,})"
         row = [title, f"**{_percent(student[key])}**"]
         if teacher is not None:
             row.insert(1, _percent(teacher.get(key)))
@@ -338,7 +333,8 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
         cells += [_percent(values[index]) for values in accuracies.values()]
         return [*cells, f"{100 * low[index]:.0f} – {100 * high[index]:.0f}" if tested[index] else "–"]
 
-    header = ["class", "training images", "test images", *accuracies, "95 % interval"]
+    task = data.get("task", DEFAULT_TASK)
+    header = ["class", f"training {task}s", f"test {task}s", *accuracies, "95 % interval"]
     if counts.size <= _MAX_LISTED_CLASSES:
         return {"header": header, "rows": [row(index) for index in order], "groups": None}
     groups = [
@@ -355,12 +351,13 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "header": header,
         "rows": [row(index) for index in weakest],
-        "groups": {"header": ["rank", "training images", *accuracies, "never recognised"], "rows": groups},
+        "groups": {"header": ["rank", f"training {task}s", *accuracies, "never recognised"], "rows": groups},
     }
 
 
 def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
     """What was trained, and how: a row for each question, a column for each model that was trained in this run."""
+    task = results["data"].get("task", DEFAULT_TASK)
     models = [model for model in ("teacher", "student") if (results.get(model) or {}).get("training")]
     rows: dict[str, list[str]] = {}
     for model in models:
@@ -389,14 +386,14 @@ def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
             "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters){head}",
             "method": f"{method}: {_loss(options)}",
             "epochs, steps": f"{about['epochs']:g}, {about['steps']:,}",
-            "images in a step": f"{effective_batch_size(results, model):,} = {options['per_device_train_batch_size']}"
-            f" × {options['gradient_accumulation_steps']} accumulated × {processes} "
-            f"process{'es' if processes > 1 else ''}",
+            f"{task}s in a step": f"{effective_batch_size(results, model):,} = "
+            f"{options['per_device_train_batch_size']} × {options['gradient_accumulation_steps']} accumulated × "
+            f"{processes} process{'es' if processes > 1 else ''}",
             "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
             f"{options['weight_decay']:g}{layers}{ema}",
             "schedule": schedule,
             "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
-            f"{about['images_per_second']:,.0f} images a second",
+            f"{about['images_per_second']:,.0f} {task}s a second",
         }.items():
             rows.setdefault(title, []).append(markdown(value))
     return {"models": models, "rows": rows}

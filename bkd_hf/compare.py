@@ -15,6 +15,7 @@ from .comparison import BASELINES, METRICS, Comparison
 from .comparison_plots import save_comparison_plots
 from .files import replacing, write_text
 from .methods import RECOMMENDED
+from .tasks import DEFAULT_TASK, worded
 from .text import code, markdown, spreadsheet
 
 _ONE_SEED = (
@@ -47,7 +48,7 @@ def save_comparison(comparison: Comparison, folder: str | os.PathLike[str], note
 def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequence[str] = ()) -> str:
     """Return the tables as Markdown."""
     data, shown, methods = comparison.data, comparison.shown_metrics(), comparison.methods
-    counts, head = data["class_counts"], ["method", "n", *shown]
+    counts, head, task = data["class_counts"], ["method", "n", *shown], data.get("task", DEFAULT_TASK)
     if comparison.differing_options:
         differing = [f"{code(k)} is {markdown(' or '.join(v))}" for k, v in comparison.differing_options.items()]
         notes = [f"**Not all methods were run with the same options**: {'; '.join(differing)}.", *notes]
@@ -65,8 +66,8 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
 
     parts = [
         f"# Methods compared on {markdown(data['name'])}",
-        f"{data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to {min(counts):,} "
-        f"each; {data['num_eval_images']:,} test images. {_how(comparison)}",
+        f"{data['num_train_images']:,} training {task}s of {len(counts)} classes, {max(counts):,} to {min(counts):,} "
+        f"each; {data['num_eval_images']:,} test {task}s. {_how(comparison)}",
         *notes,
         "Accuracy and expected calibration error (ECE) in %, last epoch, never the best on the test set; mean ± "
         "standard deviation (n − 1) over n seeds.",
@@ -83,7 +84,7 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
                 f"## Differences to `{baseline}`",
                 "Percentage points, paired by seed; in brackets the 95 % confidence interval (Student's t, n ≥ 2). "
                 "Bold: the interval leaves out 0.",
-                *([_ONE_SEED] if any("*" in str(cell).replace("**", "") for row in rows for cell in row[2:]) else []),
+                *([worded(_ONE_SEED, task)] if _has_stars(rows) else []),
                 _table(head, rows),
             ]
     adjusted = [method for method in methods if not comparison.adjusts_itself(method)]
@@ -102,6 +103,10 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
         parts += ["## Against what costs nothing", verdict]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     return "\n\n".join(parts) + "\n"
+
+
+def _has_stars(rows: list[list[Any]]) -> bool:
+    return any("*" in str(cell).replace("**", "") for row in rows for cell in row[2:])
 
 
 def _against_what_is_free(comparison: Comparison) -> str | None:

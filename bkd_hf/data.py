@@ -19,6 +19,7 @@ from .errors import InputError
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN
 from .reading import check_file
 from .sampling import hash_uniform
+from .tasks import TEXT_COLUMN, task_of_columns
 
 logger = logging.get_logger(__name__)
 
@@ -109,23 +110,24 @@ def make_long_tailed(
     order = np.arange(num_classes) if class_order is None else np.asarray(class_order)
     if not np.array_equal(np.sort(order), np.arange(num_classes)):
         raise InputError(f"class_order must name each of the {num_classes} classes once, got {list(order)}.")
+    unit = task_of_columns(dataset.column_names).name
     name_those = functools.partial(name_classes, dataset, label_column)
     if max_count is None:
         shares = _profile_shares(num_classes, imbalance_ratio, profile, pareto_alpha)
         max_count = int(np.min(available[order] / np.asarray(shares)))
         if max_count < 1:
-            raise InputError(f"{name_those(available == 0)} without images: nothing to select from.")
+            raise InputError(f"{name_those(available == 0)} without {unit}s: nothing to select from.")
     wanted = np.zeros(num_classes, dtype=np.int64)
     wanted[order] = long_tailed_counts(max_count, num_classes, imbalance_ratio, profile, pareto_alpha)
     if (wanted == 0).any():
         raise InputError(
-            f"imbalance_ratio {imbalance_ratio:g} leaves {name_those(wanted == 0)} without images, as the largest "
+            f"imbalance_ratio {imbalance_ratio:g} leaves {name_those(wanted == 0)} without {unit}s, as the largest "
             f"class has {max_count}: choose a ratio of {max_count} or below."
         )
     if (wanted > available).any():
         first = int(np.argmax(wanted > available))
         raise InputError(
-            f"{name_those(wanted > available)} cannot give the images asked for: class {first} has "
+            f"{name_those(wanted > available)} cannot give the {unit}s asked for: class {first} has "
             f"{available[first]}, its share is {wanted[first]}. Lower max_count ({max_count}) or change class_order."
         )
     return dataset.select(choose_per_class(labels_of(dataset, label_column), wanted, split_seed))
@@ -201,7 +203,8 @@ def labels_of(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) -> np
     labels = selected(dataset, dataset.data.column(label_column))
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise InputError(
-            f"The labels in column {label_column!r} are not classes: expected one whole number per image, "
+            f"The labels in column {label_column!r} are not classes: expected one whole number per "
+            f"{task_of_columns(dataset.column_names).name}, "
             f"got {dataset.features[label_column]}."
         )
     return labels.astype(np.int64)
@@ -232,13 +235,13 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
 
 
 def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
-    """Hash of the labels and of the stored images, in order; files outside the data set are as if stored in it.
+    """Hash of the labels and of the stored images (or texts), in order; files outside are as if stored in the set.
 
     Where these files are more than `READABLE_BYTES`, each enters by its name, size and time of change, and by its
     content only every so many, as many as can be read.
 
     Args:
-        dataset: A set with the columns `"image"` and `"label"`, or with images alone.
+        dataset: A set with the columns `"image"` (or `"text"`) and `"label"`, or with images alone.
         read_files: Whether to read all files, however many they are.
 
     Returns:
@@ -250,6 +253,10 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if LABEL_COLUMN in dataset.column_names:
         digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
+    if TEXT_COLUMN in dataset.column_names:
+        for text in selected(dataset, dataset.data.column(TEXT_COLUMN)):
+            digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
     check_complete(dataset, IMAGE_COLUMN, "image", f"Column {IMAGE_COLUMN!r}")
     stored = dataset.data.column(IMAGE_COLUMN)
     every = 1
@@ -269,6 +276,15 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
         if index % every == 0:
             digest.update(_of_file(index, path, lambda file: check_file(file) and file.read_bytes()))
     return digest.hexdigest() + ("-sampled" if every > 1 else "")
+
+
+def hash_of_table(dataset: datasets.Dataset) -> str:
+    """Hash of all that a data set stores, in order, and of how it gives that out."""
+    digest = hashlib.blake2b(repr((dataset.features, dataset.format)).encode(), digest_size=16)
+    for table in dataset.with_format("arrow").iter(1000):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
 def _of_file(index: int, path: str | Path, read: Callable[[Path], Any]) -> Any:
@@ -293,7 +309,7 @@ def selected(dataset: datasets.Dataset, column: pa.ChunkedArray) -> np.ndarray:
 
 
 def check_complete(dataset: datasets.Dataset, column: str, what: str, where: str) -> None:
-    """Raise an `InputError` if examples have no label, or no image: neither bytes nor the path of a file."""
+    """Raise an `InputError` if examples have no label, no text, or no image: neither bytes nor the path of a file."""
     values = dataset.data.column(column)
     parts = [pc.struct_field(values, part) for part in ("bytes", "path")] if what == "image" else [values]
     missing = np.flatnonzero(np.all([selected(dataset, pc.is_null(part)) for part in parts], axis=0))

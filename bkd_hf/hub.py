@@ -24,13 +24,14 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HTTPError
 
-from .card import build, check_repo_id, choices_of_card
+from .card import build, choices_of_card
 from .errors import InputError, PublishError, first_line
 from .files import try_json, why_broken, write_text
 from .plots import figure_names, save_plots
 from .program import program
 from .reading import read_text
 from .results import ONNX_FILES, RESULTS_NAME, load_results
+from .schema import check_repo_id
 from .splits import PLACEHOLDER, SPLIT_NAME
 
 _T = TypeVar("_T")

@@ -168,6 +168,11 @@ class ImageDataset(torch.utils.data.Dataset):
         size = max(max(rendering.size) for rendering in self._renderings.values())
         return not self.in_memory or self._needs_originals or size > SMALL_IMAGE_SIZE or bool(self.operations)
 
+    @property
+    def collator(self) -> Callable:
+        """What puts its examples together to a batch."""
+        return collate_images
+
     def for_student_alone(self) -> ImageDataset:
         """Return the same views without those for the teacher, which then cost nothing, at the same epoch always."""
         alone = copy.copy(self)
@@ -382,7 +387,7 @@ def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
     return {**batch, **default_data_collator(others)}
 
 
-def default_num_workers(dataset: ImageDataset, num_cores: int, on_cuda: bool) -> int:
+def default_num_workers(dataset: Any, num_cores: int, on_cuda: bool) -> int:
     """How many workers should prepare a process's batches, if the user does not say.
 
     None, where they would not pay (see `ImageDataset.needs_workers`). Else one for each core: to decode a JPEG and cut
@@ -390,7 +395,7 @@ def default_num_workers(dataset: ImageDataset, num_cores: int, on_cuda: bool) ->
     turns. A GPU's process keeps one core for itself, and 16 workers, some thousand images a second, suffice for it.
 
     Args:
-        dataset: The training images.
+        dataset: The training images, or what else says whether it needs workers.
         num_cores: Cores that are available to this process: those of the machine divided among its processes.
         on_cuda: Whether the models are on a GPU.
     """

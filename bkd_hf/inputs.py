@@ -1,14 +1,15 @@
-"""What a run and its teacher share: splits, their description, images as each model takes them."""
+"""What a run and its teacher share: splits, their description, images (or texts) as each model takes them."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .announcer import Announcer
@@ -18,36 +19,46 @@ from .config import BKDConfig
 from .data import LABEL_COLUMN, limit_examples, make_long_tailed
 from .errors import InputError
 from .images import ImageDataset, channel_statistics, default_num_workers
-from .loading import load_image_dataset
+from .loading import load_dataset_of
 from .metrics import LongTailEvaluation, shot_groups
-from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_processor
+from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_config, load_processor
 from .options import ModelArguments, RunArguments
-from .views import set_image_size
+from .tasks import DEFAULT_TASK, TEXT_COLUMN, fresh_task
+from .text_data import TextDataset, fresh_tokenizer, limit_length, same_tokens, set_max_length
+from .views import same_pixels, set_image_size
+
+#: What makes a model's inputs of an image, or of a text.
+Processor: TypeAlias = BaseImageProcessor | PreTrainedTokenizerBase
+Examples: TypeAlias = ImageDataset | TextDataset
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is trained on: the data that a run and its teacher share, and their images as one model takes them.
+    """What a model is trained on: the data that a run and its teacher share, and their examples as it takes them.
 
     Attributes:
         splits: `train` and `eval`.
         data: The `data` section of the results.
         processor: The model's.
-        images: By split.
+        images: By split: images, or what else the task is about.
         threads: CPU threads of this process.
         say: Tells the user.
     """
 
     splits: datasets.DatasetDict
     data: dict[str, Any]
-    processor: BaseImageProcessor
-    images: dict[str, ImageDataset]
+    processor: Processor
+    images: dict[str, Examples]
     threads: int
     say: Announcer
 
 
-def load_own_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
-    """Load the image processor of a model; that of fresh weights knows the mean and deviation of the data."""
+def load_own_processor(options: ModelArguments, train: datasets.Dataset) -> Processor:
+    """Load what makes a model's inputs; that of fresh weights knows the mean and deviation, or words, of the data."""
+    return _PREPARATIONS[options.task].load(options, train)
+
+
+def _load_image_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
     name = options.model_name_or_path
     if cifar_resnet_depth(name) is not None:
         return load_processor(name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(train))
@@ -57,25 +68,54 @@ def load_own_processor(options: ModelArguments, train: datasets.Dataset) -> Base
     return processor
 
 
-def load_teacher_processor(
-    arguments: RunArguments, of_student: BaseImageProcessor, train: datasets.Dataset
-) -> BaseImageProcessor:
-    """Load the image processor of a teacher with weights; fresh weights see the student's pixels, unless told else."""
+def load_tokenizer(options: ModelArguments, train: datasets.Dataset | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or make that of fresh weights of the training texts, and set its length.
+
+    Raises:
+        InputError: If the model takes fewer tokens than are asked for.
+    """
+    name = options.model_name_or_path
+    if fresh_task(name) is not None:
+        tokenizer = fresh_tokenizer(() if train is None else train[TEXT_COLUMN])
+    else:
+        tokenizer = load_processor(name, **options.from_pretrained_kwargs())
+        limit_length(tokenizer, load_config(name, **options.from_pretrained_kwargs()))
+    set_max_length(tokenizer, name, options.max_length)
+    return tokenizer
+
+
+def load_teacher_processor(arguments: RunArguments, of_student: Processor, train: datasets.Dataset) -> Processor:
+    """Load the processor of a teacher with weights; fresh weights see what the student sees, unless told else."""
     of_teacher = arguments.for_teacher()
-    is_fresh = cifar_resnet_depth(of_teacher.model.model_name_or_path) is not None
-    decisive = ["image_size", *([] if is_fresh else ["model_name_or_path", "model_revision"])]
+    is_fresh = fresh_task(of_teacher.model.model_name_or_path) is not None
+    decisive = ["image_size", "max_length", *([] if is_fresh else ["model_name_or_path", "model_revision"])]
     is_same = all(of_teacher.options[name] == arguments.options[name] for name in decisive)
     return of_student if is_same else load_own_processor(of_teacher.model, train)
 
 
-def decode(
+def prepare(
+    arguments: RunArguments,
+    split: datasets.Dataset,
+    processor: Processor,
+    for_training: bool = False,
+    teacher: Processor | None = None,
+) -> Examples:
+    """Make a model's inputs of a split, for training augmented, and its teacher's if that takes others."""
+    return _PREPARATIONS[arguments.model.task].examples(arguments, split, processor, for_training, teacher)
+
+
+def same_inputs(arguments: RunArguments, first: Processor, second: Processor) -> bool:
+    """Whether two processors make the same numbers of the same image, or text."""
+    return _PREPARATIONS[arguments.model.task].same(first, second)
+
+
+def _decode(
     arguments: RunArguments,
     split: datasets.Dataset,
     processor: BaseImageProcessor,
-    for_training: bool = False,
-    teacher: BaseImageProcessor | None = None,
+    for_training: bool,
+    teacher: BaseImageProcessor | None,
 ) -> ImageDataset:
-    """Decode a split for a model, for training augmented, and for its teacher if that takes other pixels."""
     options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
     augmentation = options.train_augmentation if for_training else "none"
     return ImageDataset(
@@ -92,13 +132,39 @@ def decode(
     )
 
 
+def _tokenize(
+    arguments: RunArguments,
+    split: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    for_training: bool,
+    teacher: PreTrainedTokenizerBase | None,
+) -> TextDataset:
+    return TextDataset(split, tokenizer, teacher)
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """How examples of a task become a model's inputs."""
+
+    load: Callable[[ModelArguments, datasets.Dataset], Any]
+    same: Callable[[Any, Any], bool]
+    examples: Callable[..., Examples]
+
+
+_PREPARATIONS = {
+    "image": _Preparation(_load_image_processor, same_pixels, _decode),
+    "text": _Preparation(load_tokenizer, same_tokens, _tokenize),
+}
+
+
 def load_splits(arguments: RunArguments) -> datasets.DatasetDict:
     """Load `train` and `eval`, cut as the options say."""
-    options = arguments.data
-    splits = load_image_dataset(
+    options, task = arguments.data, arguments.model.task
+    splits = load_dataset_of(
+        task,
         options.dataset_name,
         config_name=options.dataset_config_name,
-        image_column=options.image_column_name,
+        column=getattr(options, f"{task}_column_name"),
         label_column=options.label_column_name,
         train_split=options.train_split_name,
         eval_split=options.eval_split_name,
@@ -120,7 +186,7 @@ def load_splits(arguments: RunArguments) -> datasets.DatasetDict:
     return splits
 
 
-def choose_workers(args: BKDConfig, dataset: ImageDataset, num_threads: int) -> bool:
+def choose_workers(args: BKDConfig, dataset: Examples, num_threads: int) -> bool:
     """Have other processes prepare the images, if the options do not say how many and it pays; whether they do.
 
     They stay alive from epoch to epoch, unless the options say otherwise. Started anew, they would be copies of a
@@ -163,12 +229,12 @@ def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
 
 def warn_of_untested_classes(data: dict[str, Any]) -> None:
     """Name classes without an evaluation image."""
-    counts = data["eval_class_counts"]
+    counts, unit = data["eval_class_counts"], data.get("task", DEFAULT_TASK)
     untested = [name for name, count in zip(data["class_names"], counts, strict=True) if not count]
     if untested:
         shown = ", ".join(untested[:5]) + (", …" if len(untested) > 5 else "")
         warnings.warn(
-            f"{len(untested)} of {len(counts)} classes ({shown}) have no evaluation image: they are in no accuracy "
+            f"{len(untested)} of {len(counts)} classes ({shown}) have no evaluation {unit}: they are in no accuracy "
             "and cannot be the worst class.",
             stacklevel=3,
         )

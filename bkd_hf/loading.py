@@ -1,9 +1,10 @@
-"""Where data sets come from: the Hub, files, folders of images, lists of files, the digits of scikit-learn."""
+"""Where data sets come from: the Hub, files, folders of images, the digits of scikit-learn, Python's docstrings."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from transformers.utils import logging
 from yaml import YAMLError
 
 from .data import check_complete, choose_per_class, class_counts, labels_of, name_classes, selected
+from .docstrings import GROUPS, docstrings
 from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features, files_below, load_image_folder
+from .tasks import TASKS, TEXT_COLUMN, task_of_columns
 from .text import normal, one_line
 
 logger = logging.get_logger(__name__)
@@ -25,7 +28,9 @@ _LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "cate
 _VALIDATION_SPLIT_NAMES = ("validation", "valid", "val", "dev")
 _EVAL_SPLIT_NAMES = (*_VALIDATION_SPLIT_NAMES, "test", "eval")
 _CARVED_SHARE = 0.2
+_TEXT_COLUMN_NAMES = ("text", "sentence", "content", "document", "review")
 _DIGITS_TEST_IMAGES_PER_CLASS = 40
+_DOCSTRINGS_TEST_TEXTS_PER_CLASS = 60
 
 
 class NoTestSplitError(InputError):
@@ -70,7 +75,65 @@ def load_image_dataset(
         NoTestSplitError: With `untouched_test`, if there is no such split.
         InputError: If something is not there, or the labels are not classes.
     """
-    data = _load_digits() if name == "digits" else _load_splits(name, config_name, cache_dir, token)
+    options = config_name, image_column, label_column, train_split, eval_split, split_seed, cache_dir, token
+    return load_dataset_of("image", name, *options, untouched_test)
+
+
+def load_text_dataset(
+    name: str,
+    config_name: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    split_seed: int = 0,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> datasets.DatasetDict:
+    """Load a labelled text data set from wherever it is.
+
+    Args:
+        name: `"docstrings"` (comes with Python, needs no network), a Hub id, a folder written by `save_to_disk`, a
+            folder of CSV, JSON or parquet files, or one such file.
+        text_column: Name of the text column; the only column of text beside the labels, or `"text"` and the like, if
+            not given.
+        config_name: Configuration of a Hub data set.
+        label_column: As for [`load_image_dataset`], and the following.
+        train_split: Name of the training split.
+        eval_split: Name of the evaluation split.
+        split_seed: Which texts are carved out.
+        cache_dir: Where `datasets` keeps its files.
+        token: Token for private data sets.
+
+    Returns:
+        The splits `"train"` and `"eval"`, each with the columns `"text"` and `"label"` (a `ClassLabel`).
+
+    Raises:
+        InputError: If something is not there, or the labels are not classes.
+    """
+    options = config_name, text_column, label_column, train_split, eval_split, split_seed, cache_dir, token
+    return load_dataset_of("text", name, *options)
+
+
+def load_dataset_of(
+    task: str,
+    name: str,
+    config_name: str | None = None,
+    column: str | None = None,
+    label_column: str | None = None,
+    train_split: str | None = None,
+    eval_split: str | None = None,
+    split_seed: int = 0,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    untouched_test: bool = False,
+) -> datasets.DatasetDict:
+    """Load a labelled data set of a task, as [`load_image_dataset`] and [`load_text_dataset`] do."""
+    source, kind = _SOURCES[task], TASKS[task]
+    if name in source.demo:
+        data = source.demo[name]()
+    else:
+        data = _load_splits(task, name, config_name, cache_dir, token)
     train_name, eval_name = _find_splits(name, data, train_split, eval_split, untouched_test)
     if untouched_test and eval_name is None:
         raise NoTestSplitError(
@@ -81,20 +144,21 @@ def load_image_dataset(
     if untouched_test:
         left = [split for split in data if split not in found.values()]
         found["validation"] = next((split for split in _VALIDATION_SPLIT_NAMES if split in left), None)
-        if left := [f"{split} ({len(data[split]):,} images)" for split in left if split != found["validation"]]:
+        if left := [f"{split} ({len(data[split]):,} {task}s)" for split in left if split != found["validation"]]:
             logger.warning(f"{name}: left out: {', '.join(left)}.")
-    image_column, label_column = _find_columns(name, data[train_name], image_column, label_column)
+    column, label_column = _find_columns(task, name, data[train_name], column, label_column)
     splits = {}
     for split, split_name in found.items():
         if split_name is None:
             continue
-        missing = {image_column, label_column} - set(data[split_name].column_names)
+        missing = {column, label_column} - set(data[split_name].column_names)
         if missing:
             raise InputError(f"{name}: split {split_name!r} has no column {sorted(missing)[0]!r}.")
         if len(data[split_name]) == 0:
             raise InputError(f"{name}: split {split_name!r} is empty; name another by --{split}_split_name.")
-        splits[split] = _standard_columns(data[split_name], image_column, label_column)
-        check_complete(splits[split], IMAGE_COLUMN, "image", f"{name}: split {split_name!r}, column {image_column!r}")
+        names = {column: kind.column, label_column: LABEL_COLUMN}
+        splits[split] = _standard_columns(data[split_name], names, source.feature)
+        check_complete(splits[split], kind.column, task, f"{name}: split {split_name!r}, column {column!r}")
 
     splits = _to_class_labels(name, splits, label_column)
     counts = np.asarray(class_counts(splits["train"]))
@@ -102,11 +166,11 @@ def load_image_dataset(
         raise InputError(f"{name}: column {label_column!r} has one class only; there is nothing to learn.")
     if (counts == 0).any():
         raise InputError(
-            f"{name}: {name_classes(splits['train'], LABEL_COLUMN, counts == 0)} have a name but no image in split "
-            f"{train_name!r}. Remove these names, or give the split that has their images."
+            f"{name}: {name_classes(splits['train'], LABEL_COLUMN, counts == 0)} have a name but no {task} in split "
+            f"{train_name!r}. Remove these names, or give the split that has their {task}s."
         )
     if "eval" not in splits:
-        splits = _carve_evaluation_split(name, splits["train"], counts, split_seed)
+        splits = _carve_evaluation_split(task, name, splits["train"], counts, split_seed)
     class_counts(splits["eval"])  # refuses unlabelled examples
     return datasets.DatasetDict(splits)
 
@@ -123,12 +187,31 @@ def _load_digits() -> datasets.DatasetDict:
         images.append({"bytes": file.getvalue(), "path": None})
     features = class_features([str(name) for name in digits.target_names])
     everything = datasets.Dataset.from_dict({IMAGE_COLUMN: images, LABEL_COLUMN: digits.target}, features=features)
-    test = choose_per_class(digits.target, np.full(10, _DIGITS_TEST_IMAGES_PER_CLASS), seed=0)
+    return _with_test_split(everything, _DIGITS_TEST_IMAGES_PER_CLASS)
+
+
+def _load_docstrings() -> datasets.DatasetDict:
+    """Return the docstrings of the standard library, 60 of each class for evaluation."""
+    texts, labels = docstrings()
+    features = datasets.Features(
+        {TEXT_COLUMN: datasets.Value("string"), LABEL_COLUMN: datasets.ClassLabel(names=list(GROUPS))}
+    )
+    everything = datasets.Dataset.from_dict({TEXT_COLUMN: texts, LABEL_COLUMN: labels}, features=features)
+    return _with_test_split(everything, _DOCSTRINGS_TEST_TEXTS_PER_CLASS)
+
+
+def _with_test_split(everything: datasets.Dataset, per_class: int) -> datasets.DatasetDict:
+    """Set so many examples of each class aside."""
+    wanted = np.full(everything.features[LABEL_COLUMN].num_classes, per_class)
+    test = choose_per_class(labels_of(everything), wanted, seed=0)
     train = np.setdiff1d(np.arange(len(everything)), test)
     return datasets.DatasetDict({"train": everything.select(train), "test": everything.select(test)})
 
 
-def _load_splits(name: str, config_name: str | None, cache_dir: str | None, token: str | None) -> datasets.DatasetDict:
+def _load_splits(
+    task: str, name: str, config_name: str | None, cache_dir: str | None, token: str | None
+) -> datasets.DatasetDict:
+    source = _SOURCES[task]
     path = Path(name).expanduser()
     if not path.exists() and name.startswith((".", "/", "~")):
         raise InputError(f"--dataset_name {name}: there is no such file or folder.")
@@ -137,14 +220,14 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
             list(files_below(path))
             data = datasets.load_from_disk(str(path))
         elif path.exists() and not path.is_dir():
-            if path.suffix != ".parquet" or not path.is_file():
-                raise InputError(f"--dataset_name {name}: a single file must be a .parquet file.")
-            data = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache_dir)
+            if path.suffix not in source.files or not path.is_file():
+                raise InputError(f"--dataset_name {name}: a single file must be a {' or '.join(source.files)} file.")
+            data = datasets.load_dataset(source.files[path.suffix], data_files=str(path), cache_dir=cache_dir)
         else:
-            data = load_image_folder(path) if path.is_dir() and config_name is None else None
+            data = source.folder(path) if path.is_dir() and config_name is None else None
             if data is None:
-                source = str(path) if path.is_dir() else name
-                data = datasets.load_dataset(source, config_name, cache_dir=cache_dir, token=token)
+                place = str(path) if path.is_dir() else name
+                data = datasets.load_dataset(place, config_name, cache_dir=cache_dir, token=token)
     except InputError:
         raise
     except Exception as error:  # of `datasets`, and of all that it reads with: there is no end of kinds
@@ -166,8 +249,8 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
         elif isinstance(cause, UnicodeDecodeError):
             reason = f"a text in it is not in UTF-8 ({reason}): save it as such"
         raise InputError(
-            f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, a folder with one folder per "
-            'class, a saved data set, a parquet file, or "digits".'
+            f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, {source.others}, or "
+            f'"{next(iter(source.demo))}".'
         ) from error
     return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict({"train": data})
 
@@ -191,29 +274,33 @@ def _find_splits(
 
 
 def _find_columns(
-    name: str, dataset: datasets.Dataset, image_column: str | None, label_column: str | None
+    task: str, name: str, dataset: datasets.Dataset, column: str | None, label_column: str | None
 ) -> tuple[str, str]:
-    features = dataset.features
+    features, option, source = dataset.features, f"{task}_column_name", _SOURCES[task]
     columns = f"The columns are {', '.join(features)}."
-    for option, column in (("image_column_name", image_column), ("label_column_name", label_column)):
-        if column is not None and column not in features:
-            raise InputError(f"--{option} {column}: {name} has the columns {', '.join(features)}.")
-    if image_column is None:
-        found = _image_columns(features)
+    for given, chosen in ((option, column), ("label_column_name", label_column)):
+        if chosen is not None and chosen not in features:
+            raise InputError(f"--{given} {chosen}: {name} has the columns {', '.join(features)}.")
+    if column is not None and not source.find({column: features[column]}) and not _is(features[column], "string"):
+        raise InputError(f"--{option} {column}: the column holds {features[column]}, not {task}s.")
+    labels = [each for each, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(labels) != 1:
+        labels = [each for each in _LABEL_COLUMN_NAMES if each in features][:1]
+    labels = labels if label_column is None else [label_column]
+    if column is None:
+        found = source.find({each: feature for each, feature in features.items() if each not in labels})
         if len(found) != 1:
+            others = [
+                other for other in _SOURCES if other != task and len(_SOURCES[other].find(features)) > len(found)
+            ]
+            hint = f" For {others[0]}s say --task {others[0]}." if others and not found else ""
             raise InputError(
-                f"{name} has {len(found)} image columns; name the one to use by --image_column_name. {columns}"
+                f"{name} has {len(found)} {task} columns; name the one to use by --{option}. {columns}{hint}"
             )
-        image_column = found[0]
-    elif not _image_columns({image_column: features[image_column]}) and not _is(features[image_column], "string"):
-        raise InputError(f"--image_column_name {image_column}: the column holds {features[image_column]}, not images.")
-    if label_column is None:
-        found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        usual = [column for column in _LABEL_COLUMN_NAMES if column in features]
-        if len(found) != 1 and not usual:
-            raise InputError(f"{name}: no label column found; name it by --label_column_name. {columns}")
-        label_column = found[0] if len(found) == 1 else usual[0]
-    return image_column, label_column
+        column = found[0]
+    if not labels:
+        raise InputError(f"{name}: no label column found; name it by --label_column_name. {columns}")
+    return column, labels[0]
 
 
 def _image_columns(features: Mapping[str, Any]) -> list[str]:
@@ -229,15 +316,67 @@ def _image_columns(features: Mapping[str, Any]) -> list[str]:
     return images or [column for column, feature in features.items() if _is(feature, "binary")]
 
 
+def _text_columns(features: Mapping[str, Any]) -> list[str]:
+    """Columns of strings; of several those that are called as texts usually are."""
+    texts = [column for column, feature in features.items() if _is(feature, "string")]
+    usual = [column for column in _TEXT_COLUMN_NAMES if column in texts]
+    return usual[:1] if len(texts) > 1 and usual else texts
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where data of a task come from.
+
+    Attributes:
+        demo: What is always there, by name.
+        files: Formats of a single file, by suffix.
+        folder: Reads a folder that `datasets` should not read by itself; `None` where it should.
+        others: What there is beside the Hub, for messages.
+        find: Which columns hold examples.
+        feature: The type of their column.
+    """
+
+    demo: dict[str, Callable[[], datasets.DatasetDict]]
+    files: dict[str, str]
+    folder: Callable[[Path], datasets.DatasetDict | None]
+    others: str
+    find: Callable[[Mapping[str, Any]], list[str]]
+    feature: Any
+
+
+_SOURCES = {
+    "image": _Source(
+        {"digits": _load_digits},
+        {".parquet": "parquet"},
+        load_image_folder,
+        "a folder with one folder per class, a saved data set, a parquet file",
+        _image_columns,
+        datasets.Image(),
+    ),
+    "text": _Source(
+        {"docstrings": _load_docstrings},
+        {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"},
+        lambda _: None,
+        "a saved data set, a CSV, JSON or parquet file, a folder of such files",
+        _text_columns,
+        datasets.Value("string"),
+    ),
+}
+#: What is always there, by name; the task of each.
+DEMOS = {name: task for task, source in _SOURCES.items() for name in source.demo}
+
+
 def _is(feature: Any, kind: str) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in (kind, f"large_{kind}")
 
 
-def _standard_columns(dataset: datasets.Dataset, image_column: str, label_column: str) -> datasets.Dataset:
-    dataset = dataset.select_columns([image_column, label_column])
-    if not isinstance(dataset.features[image_column], datasets.Image):
-        dataset = dataset.cast_column(image_column, datasets.Image())
-    names = {image_column: IMAGE_COLUMN, label_column: LABEL_COLUMN}
+def _standard_columns(dataset: datasets.Dataset, names: dict[str, str], feature: Any) -> datasets.Dataset:
+    """Keep the columns of examples and labels, under these names, the first of this type."""
+    column = next(iter(names))
+    dataset = dataset.select_columns([*names])
+    given = dataset.features[column]
+    if not isinstance(given, type(feature)) or (isinstance(given, datasets.Value) and given != feature):
+        dataset = dataset.cast_column(column, feature)
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
 
@@ -265,10 +404,11 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
     ):
         several = isinstance(feature, (list, datasets.List, datasets.LargeList))
+        unit = task_of_columns(splits["train"].column_names).name
         raise InputError(
-            f"{name}: the labels in column {label_column!r} are not classes. One class per image is needed, a whole "
+            f"{name}: the labels in column {label_column!r} are not classes. One class per {unit} is needed, a whole "
             f"number or a name; the column holds {feature}"
-            + (": several labels per image (multi-label), which this method is not for." if several else ".")
+            + (f": several labels per {unit} (multi-label), which this method is not for." if several else ".")
         )
 
     values = {split: selected(dataset, dataset.data.column(LABEL_COLUMN)) for split, dataset in splits.items()}
@@ -296,14 +436,14 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
 
 
 def _carve_evaluation_split(
-    name: str, dataset: datasets.Dataset, counts: np.ndarray, split_seed: int
+    task: str, name: str, dataset: datasets.Dataset, counts: np.ndarray, split_seed: int
 ) -> dict[str, datasets.Dataset]:
     wanted = np.minimum(np.maximum(np.round(counts * _CARVED_SHARE), 1), counts - 1).astype(np.int64)
     chosen = choose_per_class(labels_of(dataset), wanted, split_seed)
     if chosen.size == 0:
-        raise InputError(f"{name}: no evaluation split, and too few images to carve one out. Add a test split.")
+        raise InputError(f"{name}: no evaluation split, and too few {task}s to carve one out. Add a test split.")
     logger.warning(
-        f"{name} has no evaluation split: {chosen.size} of its {len(dataset)} images, a fifth of each class, are set "
+        f"{name} has no evaluation split: {chosen.size} of its {len(dataset)} {task}s, a fifth of each class, are set "
         "aside for evaluation."
     )
     return {"train": dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), "eval": dataset.select(chosen)}

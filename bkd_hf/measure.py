@@ -8,7 +8,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from .models import label_names
-from .results import describe_classes, describe_model, describe_run, history_of, summarize_training
+from .results import describe_classes, describe_model, describe_run, described_task, history_of, summarize_training
+from .tasks import task_of_model
 from .teacher import TEACHER_PREFIX, gives_teacher_inputs
 
 
@@ -39,6 +40,7 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
         **describe_classes(names, counts.tolist(), measured.labelled.tolist(), *trainer.long_tail.thresholds),
         "name": dataset_name or dataset_id or "own data",
         "hub_id": dataset_id,
+        **described_task(task_of_model(trainer.model)),
     }
     student = describe_model(_name(trainer.model), trainer.model, measured)
     if trainer.num_trained_parameters is not None:

@@ -1,4 +1,4 @@
-"""Models and image processors by name: from the Hub, from a folder, or a fresh CIFAR ResNet."""
+"""Models and their processors by name: from the Hub, from a folder, or a fresh CIFAR ResNet or BERT."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
+    BertConfig,
+    BertForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     ViTImageProcessorPil,
 )
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from .errors import InputError, first_line
 from .head import answer_one_class, head_modules, shift_logits
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .modeling_cosine_head import CosineHeadConfig, CosineHeadForImageClassification
+from .tasks import DEFAULT_TASK, TASKS
 from .text import normal, one_line
 
-_FRESH_NAME = re.compile(r"cifar-resnet-([0-9]{1,9})")
+_HEAD_WIDTH = 64  # of a BERT
 #: Height and width of images for fresh weights, where nothing is said.
 FRESH_IMAGE_SIZE = 32
+#: Tokens of a text, where nothing is said and a model takes as many.
+MAX_LENGTH = 512
 _MAX_DEPTH = 1202  # of the paper
 _MANY_CLASSES = 7919  # a prime that no layer has for another reason
 
@@ -42,7 +46,7 @@ def cifar_resnet_depth(name: str) -> int | None:
     Raises:
         InputError: If there is no CIFAR ResNet of that depth.
     """
-    match = _FRESH_NAME.fullmatch(name)
+    match = TASKS["image"].fresh.fullmatch(name)
     if match is None:
         return None
     depth = int(match[1])
@@ -54,22 +58,44 @@ def cifar_resnet_depth(name: str) -> int | None:
     return depth
 
 
+def bert_shape(name: str) -> tuple[int, int] | None:
+    """Layers and width in a name such as `bert-2x128`; `None` for any other name.
+
+    Raises:
+        InputError: If there is no BERT of that shape.
+    """
+    match = TASKS["text"].fresh.fullmatch(name)
+    if match is None:
+        return None
+    layers, width = int(match[1]), int(match[2])
+    if not layers or not width or width % _HEAD_WIDTH:
+        raise InputError(
+            f"There is no {name}: expected bert-LAYERSxWIDTH with a width of {_HEAD_WIDTH} or a multiple of it, e.g. "
+            "bert-2x128."
+        )
+    return layers, width
+
+
 def load_classifier(
     name: str,
     class_names: list[str],
     image_size: int = 32,
     cosine_scale: float | None = None,
+    task: str = DEFAULT_TASK,
+    processor: Any = None,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model to be trained, with a head for these classes.
 
     Args:
-        name: `cifar-resnet-20`, `-32`, `-44`, `-56`, `-110`, … for fresh weights; else a folder or a Hub id, whose
-            head is replaced by a fresh one if it is for other classes.
+        name: `cifar-resnet-20`, `-32`, `-44`, `-56`, `-110`, …, or `bert-LAYERSxWIDTH`, for fresh weights; else a
+            folder or a Hub id, whose head is replaced by a fresh one if it is for other classes.
         class_names: Names of the C classes, kept in the model's configuration.
         image_size: Of a fresh model.
         cosine_scale: Scale s of a cosine head, with logits s · cos, as the margins of LDAM need it; `None` for the
             model's own kind of head. A model of transformers is put into a [`CosineHeadForImageClassification`].
+        task: What it classifies: `"image"` or `"text"`.
+        processor: What makes its inputs: a fresh BERT is to know the tokens of this tokenizer.
         from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
 
     Returns:
@@ -83,17 +109,15 @@ def load_classifier(
         "label2id": {name: number for number, name in enumerate(class_names)},
     }
     cosine = {} if cosine_scale is None else {"cosine_head": True, "cosine_scale": cosine_scale}
-    depth = cifar_resnet_depth(name)
-    if depth is not None:
-        overrides |= cosine
-        model = CifarResNetForImageClassification(CifarResNetConfig(depth=depth, image_size=image_size, **overrides))
+    model = _fresh_classifier(name, image_size, processor, overrides, cosine)
+    if model is not None:
         model.new_parameters = [parameter for parameter, _ in model.named_parameters()]
         return model
-    config = load_config(name, cosine_scale, **from_pretrained_kwargs)
+    config = load_config(name, cosine_scale, task, **from_pretrained_kwargs)
     if hasattr(config, "cosine_head"):
         overrides, cosine_scale = overrides | cosine, None
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
+        model, info = TASKS[task].auto_model.from_pretrained(
             name,
             num_labels=len(class_names),
             ignore_mismatched_sizes=True,
@@ -104,9 +128,11 @@ def load_classifier(
         )
         names = label_names(config)
     except Exception as error:  # whatever a library raises about what is in the files
-        raise not_loadable(name, error) from error
+        raise not_loadable(name, error, task) from error
     if getattr(model.config, "num_channels", 3) != 3:
         raise InputError(f"The model {name} takes images of {model.config.num_channels} channels; RGB is needed.")
+    if task == "text" and model.config.pad_token_id is None:  # then it would take no batch
+        model.config.pad_token_id = getattr(processor, "pad_token_id", None)
     new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     answer_one_class(model)
     if names is not None and names != class_names:
@@ -115,16 +141,49 @@ def load_classifier(
     return model if cosine_scale is None else _with_cosine_head(model, cosine_scale)
 
 
-def load_config(name: str, cosine_scale: float | None = None, **from_pretrained_kwargs: Any) -> PreTrainedConfig:
+def _fresh_classifier(
+    name: str,
+    image_size: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    overrides: dict[str, Any],
+    cosine: dict[str, Any],
+) -> PreTrainedModel | None:
+    """Make a model of fresh weights; `None` for a name that is of none."""
+    if (depth := cifar_resnet_depth(name)) is not None:
+        config = CifarResNetConfig(depth=depth, image_size=image_size, **overrides, **cosine)
+        return CifarResNetForImageClassification(config)
+    if (shape := bert_shape(name)) is None:
+        return None
+    if tokenizer is None:
+        raise InputError(f"{name} has fresh weights: give the tokenizer whose tokens it is to know.")
+    layers, width = shape
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // _HEAD_WIDTH,
+            intermediate_size=4 * width,
+            max_position_embeddings=max(MAX_LENGTH, tokenizer.model_max_length),
+            pad_token_id=tokenizer.pad_token_id,
+            **overrides,
+        )
+    )
+
+
+def load_config(
+    name: str, cosine_scale: float | None = None, task: str = DEFAULT_TASK, **from_pretrained_kwargs: Any
+) -> PreTrainedConfig:
     """Load the configuration of a model with weights, that is to be trained (arguments as [`load_classifier`]).
 
     Raises:
-        InputError: If there is no such model, or it cannot have a cosine head.
+        InputError: If there is no such model, it is for another task, or it cannot have a cosine head.
     """
     try:
         config = AutoConfig.from_pretrained(name, **from_pretrained_kwargs)
     except Exception as error:  # whatever a library raises about what is in the files
-        raise not_loadable(name, error) from error
+        raise not_loadable(name, error, task) from error
+    TASKS[task].check(name, config)
     if cosine_scale is not None and not hasattr(config, "cosine_head"):
         linear_head(config, name)
     return config
@@ -234,19 +293,23 @@ def load_processor(
     image_size: int = 32,
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
+    task: str = DEFAULT_TASK,
     **from_pretrained_kwargs: Any,
-) -> BaseImageProcessor:
-    """Load a model's image processor; a fresh model gets one made of the other arguments.
+) -> Any:
+    """Load what makes a model's inputs: its image processor, or tokenizer.
+
+    A fresh CIFAR ResNet gets one made of the other arguments; of a fresh BERT see `fresh_tokenizer`.
 
     Args:
         name: As for [`load_classifier`].
         image_size: Height and width in pixels, for a fresh model.
         image_mean: Mean of each channel in [0, 1], for a fresh model; 0.5 if not given.
         image_std: Standard deviation of each channel, for a fresh model; 0.5 if not given.
+        task: What the model classifies: `"image"` or `"text"`.
         from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
 
     Raises:
-        InputError: If there is no such model, or it comes without an image processor.
+        InputError: If there is no such model, or it comes without what makes its inputs.
     """
     if cifar_resnet_depth(name) is not None:
         return ViTImageProcessorPil(
@@ -258,9 +321,10 @@ def load_processor(
     try:
         # Pillow's arithmetic, also where torchvision is installed: its resizing gives slightly other pixels, and a
         # teacher that was saved would differ from a student that is fresh.
-        return AutoImageProcessor.from_pretrained(name, backend="pil", **from_pretrained_kwargs)
+        backend = {"backend": "pil"} if task == "image" else {}
+        return TASKS[task].auto_processor.from_pretrained(name, **backend, **from_pretrained_kwargs)
     except Exception as error:  # as above
-        raise not_loadable(name, error) from error
+        raise not_loadable(name, error, task) from error
 
 
 def check_image_size(name: str, config: PreTrainedConfig, image_size: int) -> None:
@@ -306,13 +370,13 @@ def on_the_hub() -> str:
     return offline if is_offline_mode() else "on the Hub"
 
 
-def not_loadable(name: str, error: Exception) -> InputError:
+def not_loadable(name: str, error: Exception, task: str = DEFAULT_TASK) -> InputError:
     """Say in one line why a model's files cannot be used."""
     where = "a folder here" if os.path.isdir(name) else f"no folder here; {on_the_hub()}"
     why = one_line(first_line(error), 300)
     return InputError(
         f"The model {one_line(name, 80)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "
-        "save_pretrained, or cifar-resnet-20, -32, -44, -56 or -110 for fresh weights."
+        f"save_pretrained, or {TASKS[task].fresh_names} for fresh weights."
     )
 
 

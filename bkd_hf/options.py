@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +28,11 @@ from .machine import (
 )
 from .methods import METHODS
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresholds
-from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth
+from .models import FRESH_IMAGE_SIZE, bert_shape, cifar_resnet_depth
 from .operations import OPERATIONS
-from .ranges import check_ranges, defaults_of, explain
-from .text import one_line
+from .ranges import check_choice, check_ranges, defaults_of, explain
+from .reading import read_option_file
+from .tasks import DEFAULT_TASK, TASKS, check_task, fresh_task
 
 #: The Hub's name for a licence that nobody has chosen.
 UNKNOWN_LICENSE = "unknown"
@@ -51,13 +52,14 @@ class ModelArguments:
     _argument_group_name: ClassVar[str] = "models"
 
     model_name_or_path: str = _option(
-        "cifar-resnet-32", "Student: a Hub id, a folder, or cifar-resnet-20|32|44|56|110 for fresh weights."
+        "cifar-resnet-32",
+        "Student: a Hub id, a folder, or cifar-resnet-20|32|44|56|110 (texts: bert-LAYERSxWIDTH) for fresh weights.",
     )
     teacher_model_name_or_path: Annotated[str | None, "student"] = _option(
         None,
         "Teacher: a Hub id or a folder. Its classes are matched with those of the data by name; if it is for other "
-        "classes, it is fine-tuned first. Not given, or cifar-resnet-…: a vanilla teacher (as the student, or of that "
-        "depth) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher.",
+        "classes, it is fine-tuned first. Not given, or cifar-resnet-…, bert-…: a vanilla teacher (as the student, or "
+        "of that size) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher.",
     )
     teacher_label_map: Annotated[str | None, "path", "student"] = _option(
         None, "JSON file for renamed classes: {name in the data: the teacher's name or number for it}."
@@ -77,7 +79,7 @@ class ModelArguments:
     finetune_teacher: Annotated[bool, "student"] = _option(
         False, "Train the given teacher on the data first, whatever its head is for."
     )
-    image_size: int | None = _option(
+    image_size: Annotated[int | None, "image"] = _option(
         None,
         "Height and width in pixels. Not given: 32 for cifar-resnet-… models, for others what their image processor "
         "says; another size is for models that take any.",
@@ -94,18 +96,25 @@ class ModelArguments:
     num_threads: Annotated[int | None, "machine", "shared"] = _option(
         None, "CPU threads per process; by default the machine's cores divided among local processes."
     )
+    task: Annotated[str, "shared"] = _option(DEFAULT_TASK, "What is classified: image, or text.")
+    max_length: Annotated[int | None, "text"] = _option(
+        None, "Tokens of a text; what follows is cut off. Not given: 512, or the most that the model takes."
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        _check_choice("precision", self.precision, ("auto", *PRECISIONS))
-        if self.image_size is None and cifar_resnet_depth(self.model_name_or_path) is not None:
+        check_choice("task", self.task, tuple(TASKS))
+        check_choice("precision", self.precision, ("auto", *PRECISIONS))
+        is_cifar_resnet = cifar_resnet_depth(self.model_name_or_path) is not None
+        bert_shape(self.model_name_or_path)  # raises if there is none such
+        if self.image_size is None and is_cifar_resnet:
             self.image_size = FRESH_IMAGE_SIZE
 
     @property
     def given_teacher(self) -> str | None:
         """Name of a teacher that has weights already; `None` for one that is trained from fresh weights."""
         name = self.teacher_model_name_or_path
-        return None if name is None or cifar_resnet_depth(name) is not None else name
+        return None if name is None or fresh_task(name) is not None else name
 
     def read_teacher_label_map(self) -> dict[str, str | int]:
         """Content of `--teacher_label_map`; empty if it is not given."""
@@ -113,7 +122,7 @@ class ModelArguments:
             return {}
         path = self.teacher_label_map
         try:
-            content = json.loads(read_text("teacher_label_map", path))
+            content = json.loads(read_option_file("teacher_label_map", path))
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
         if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
@@ -123,23 +132,27 @@ class ModelArguments:
         return content
 
     def from_pretrained_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained` of the model and of its image processor."""
-        names = ("cache_dir", "token", "trust_remote_code")
+        """Keyword arguments for what loads the model or its processor: those of `from_pretrained`, and the task."""
+        names = ("cache_dir", "token", "trust_remote_code", "task")
         return {**{name: getattr(self, name) for name in names}, "revision": self.model_revision}
 
 
 @dataclass
 class DataArguments:
-    """Which images are trained on, and how they are seen."""
+    """Which images, or texts, are trained on, and how they are seen."""
 
     _argument_group_name: ClassVar[str] = "data"
     _roles_of_all: ClassVar = ("shared",)  # teacher and student are trained on the same images
 
     dataset_name: str = _option(
-        "digits", "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network)."
+        "digits",
+        "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network); CSV and JSON "
+        "of texts, or docstrings.",
     )
     dataset_config_name: str | None = _option(None, "Configuration of a Hub data set.")
-    image_column_name: str | None = _option(None, "Found by its type if not given; a column of paths has to be named.")
+    image_column_name: Annotated[str | None, "image"] = _option(
+        None, "Found by its type if not given; a column of paths has to be named."
+    )
     label_column_name: str | None = _option(None, "Found by its type or a usual name if not given.")
     train_split_name: str | None = _option(None, "train, or the only split, if not given.")
     eval_split_name: str | None = _option(
@@ -161,23 +174,25 @@ class DataArguments:
         None, "Images of the largest class of a cut tail; by default as many as possible."
     )
     split_seed: int = _option(0, "Which images are kept; independent of --seed, so that seeds share a split.")
-    train_augmentation: str = _option(
+    train_augmentation: Annotated[str, "image"] = _option(
         "auto", f"{', '.join(AUGMENTATIONS)}; auto: pad_crop up to 64 pixels, random_resized_crop above."
     )
-    train_operations: list[str] | None = field(
+    train_operations: Annotated[list[str] | None, "image"] = field(
         default=None,
         metadata={
             "help": f"What is done to the pixels of these views, one after another: {', '.join(OPERATIONS)}. Not "
             "given, or none: nothing. Long-tail recipes for CIFAR take: autoaugment cutout."
         },
     )
-    horizontal_flip: bool = _option(True, "Mirror half of the training images; not for digits or letters.")
-    cache_images: Annotated[str, "machine"] = _option(
+    horizontal_flip: Annotated[bool, "image"] = _option(
+        True, "Mirror half of the training images; not for digits or letters."
+    )
+    cache_images: Annotated[str, "machine", "image"] = _option(
         "auto",
         "Keep decoded images: in memory, on disk (one file for all processes and later runs), none, or auto (in "
         "memory, or with several processes on disk, if they fit). Views are the same.",
     )
-    reduced_decoding: bool = _option(
+    reduced_decoding: Annotated[bool, "image"] = _option(
         True, "Decode JPEGs of the training at 1/2, 1/4 or 1/8 of their size where the crop needs no more."
     )
     many_shot_threshold: int = _option(MANY_SHOT_THRESHOLD, "Classes with more training images are many-shot.")
@@ -185,16 +200,19 @@ class DataArguments:
     post_hoc_tau: float = _option(
         1.0, "τ of the post-hoc logit adjustment that is reported beside the plain numbers; 0: none."
     )
+    text_column_name: Annotated[str | None, "text"] = _option(
+        None, "Not given: the only column of text beside the labels, or text, sentence, …"
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        _check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
-        _check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
+        check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
+        check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
         if self.train_operations == ["none"]:  # so that a command line can take back what a file says
             self.train_operations = None
         for name in self.train_operations or ():
-            _check_choice("train_operations", name, tuple(OPERATIONS))
-        _check_choice("cache_images", self.cache_images, CACHE_IMAGES)
+            check_choice("train_operations", name, tuple(OPERATIONS))
+        check_choice("cache_images", self.cache_images, CACHE_IMAGES)
         try:
             check_shot_thresholds(self.many_shot_threshold, self.few_shot_threshold)
         except ValueError as error:
@@ -217,7 +235,7 @@ class PublishingArguments:
     push_to_hub: bool = field(init=False, default=False)  # the option of TrainingArguments
 
     def __post_init__(self) -> None:
-        _check_choice("export", self.export, ("none", "onnx"))
+        check_choice("export", self.export, ("none", "onnx"))
 
 
 # ---- Their roles --------------------------------------------------------------------------------------------------
@@ -228,6 +246,7 @@ class PublishingArguments:
 #   machine     how this machine does the work       reporting   what is said and kept of the work
 #   publishing  what goes to the Hub, and where to   permission  lets a run go on, and changes nothing in it
 #   place       where the work is done; may move the last digits, but is of no interest to others
+#   image, text means nothing in a run of another task
 # An own option has its roles in its annotation (HfArgumentParser hands all metadata of a field to argparse).
 _INHERITED_ROLES = {
     "secret": "hub_token",
@@ -322,6 +341,8 @@ class RunArguments:
             UNTOLD.reset(before)
         self.publishing = _build(PublishingArguments, self.options)
         self.publishing.push_to_hub = self.options["push_to_hub"]
+        has_cosine_head = self.training.cosine_scale is not None
+        check_task(self.model.task, self.options, _DEFAULTS, options_with, has_cosine_head)
         same = self._options_of_teacher()
         self.teacher_options = {name: value for name, value in self.teacher_options.items() if value != same[name]}
         self._teacher: RunArguments | None = None
@@ -436,19 +457,3 @@ def _build_training(options: dict[str, Any]) -> BKDConfig:
         return build(options)
     except Exception as error:  # transformers and accelerate raise anything
         raise explain(error, options, _DEFAULTS, build) from error
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {one_line(value, 80)!r}.")
-
-
-def read_text(option: str, path: str | Path) -> str:
-    """Return the content of a text file that an option names; raises an `InputError` if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error
-    except (OSError, ValueError) as error:  # ValueError: no name of a file at all
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"--{option} {one_line(path, 80)} cannot be read: {why}.") from error

@@ -43,6 +43,7 @@ from .figures import (
     tidy,
 )
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD
+from .tasks import DEFAULT_TASK
 from .text import figure as figure_text
 
 _GROUP_SHADES = {"many_shot": "#ffffff", "medium_shot": "#f1f1f1", "few_shot": "#e2e2e2"}
@@ -86,7 +87,7 @@ def save_plots(results: dict[str, Any], folder: str | os.PathLike[str], only_mis
     model without a teacher, which may be one itself, `confusion.png`; of one that was exported `latency.png`. With
     `only_missing`, those that are there and load are left as they are.
     """
-    return save_figures(_figures(results), folder, only_missing)
+    return save_figures(_figures(results), folder, only_missing, results["data"].get("task", DEFAULT_TASK))
 
 
 def figure_names(results: dict[str, Any]) -> list[str]:

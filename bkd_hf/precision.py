@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from .adapters import add_adapter
 from .files import try_json, write_text
@@ -28,6 +29,7 @@ from .head import prepare_head
 from .inputs import Inputs
 from .options import RunArguments
 from .results import cpu_name
+from .tasks import TASKS, task_of_model
 from .views import output_size
 
 #: How many times as fast as fp32 bf16 must be: less is noise, for which nobody should lose digits.
@@ -41,17 +43,17 @@ _BUDGET = 1.5  # seconds for steps of that length
 _MAX_ROUNDS = 5
 
 
-def seconds_of_step(model: nn.Module, pixels: torch.Tensor, precision: str) -> float:
+def seconds_of_step(model: nn.Module, inputs: torch.Tensor, precision: str) -> float:
     """Time of one forward and backward pass of a classifier, in seconds.
 
     Args:
         model: Gives B×C logits; its gradients are deleted.
-        pixels: B×3×H×W images.
+        inputs: B×3×H×W images, or B×L numbers of tokens.
         precision: `"fp32"` or `"bf16"` (mixed precision, by autocast).
     """
     started = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        logits = model(pixel_values=pixels).logits
+        logits = model(**{TASKS[task_of_model(model)].main_input: inputs}).logits
     logits.float().logsumexp(-1).mean().backward()  # as expensive as any loss
     elapsed = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
@@ -102,14 +104,14 @@ def settle_precision(options: RunArguments, model: nn.Module, inputs: Inputs) ->
     """
     if not options.measures_precision:
         return
-    image_size = output_size(inputs.processor)
+    shape = _shape_of_example(inputs)
     with torch.random.fork_rng(devices=[]):
         args, twin = options.training, copy.deepcopy(model)
         if args.adapter is not None:
             add_adapter(twin, args)
         prepare_head(twin, args)
         batch_size, is_main = args.per_device_train_batch_size, args.process_index == 0
-        found = [_rates(twin.train(), image_size, batch_size) if is_main else {}]
+        found = [_rates(twin.train(), shape, batch_size) if is_main else {}]
     rates = options.precision_rates = broadcast_object_list(found)[0]
     precision = faster_precision(rates)
     _set_precision(options, precision)
@@ -125,14 +127,22 @@ def _set_precision(options: RunArguments, precision: str) -> None:
     AcceleratorState._reset_state()  # accelerate holds a process to the precision of its first model, the rehearsal's
 
 
-def _rates(model: nn.Module, image_size: tuple[int, int], batch_size: int) -> dict[str, float]:
+def _shape_of_example(inputs: Inputs) -> tuple[int, ...]:
+    """3×H×W of an image; the usual number of tokens of a text."""
+    if isinstance(inputs.processor, PreTrainedTokenizerBase):
+        return (inputs.images["train"].usual_length,)  # type: ignore[union-attr]
+    return (3, *output_size(inputs.processor))
+
+
+def _rates(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> dict[str, float]:
     """Return the rates that were measured before, or measure them, one process of a machine at a time."""
 
     def step(precision: str, num_images: int) -> float:
-        return seconds_of_step(model, pixels[:num_images], precision)
+        return seconds_of_step(model, examples[:num_images], precision)
 
-    pixels = torch.randn(batch_size, 3, *image_size)
-    key = _key(model, image_size, batch_size)
+    # Of texts only their length matters.
+    examples = torch.randn(batch_size, *shape) if len(shape) == 3 else torch.full((batch_size, *shape), 2)
+    key = _key(model, shape, batch_size)
     try:
         CACHE.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(CACHE.with_suffix(".lock")):
@@ -150,8 +160,8 @@ def _is_whole(rates: Any) -> bool:
     return all(isinstance(value, float) and 0 < value < math.inf for value in values)
 
 
-def _key(model: nn.Module, image_size: tuple[int, int], batch_size: int) -> str:
+def _key(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> str:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # The text of a module lists its layers with their sizes and strides.
-    told = repr(model), trained, image_size, batch_size, cpu_name(), torch.get_num_threads(), torch.__version__
+    told = repr(model), trained, shape, batch_size, cpu_name(), torch.get_num_threads(), torch.__version__
     return blake2b(repr(told).encode(), digest_size=16).hexdigest()

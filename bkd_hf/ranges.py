@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .errors import InputError
@@ -45,7 +45,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout save_total_limit teacher_cache_views num_threads "
         "max_train_samples max_eval_samples max_class_count adapter_rank global_batch_size",
     ),
-    ("at least 8", lambda value: value >= 8, "image_size"),
+    ("at least 8", lambda value: value >= 8, "image_size max_length"),
     ("-1 (no limit) or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
     ("-1 (as many as pay) or more", lambda value: value >= -1, "dataloader_num_workers"),
     (
@@ -54,6 +54,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "dataloader_num_workers num_threads",
     ),
     ("at most 4096", lambda value: value <= 4096, "image_size"),
+    ("at most 131072", lambda value: value <= 2**17, "max_length"),
     ("at most 1,000,000", lambda value: value <= 10**6, "dataloader_prefetch_factor ddp_bucket_cap_mb"),
     ("in 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed data_seed split_seed"),
     # Numbers that no machine counts to, but that a library would put into 64 bits.
@@ -75,6 +76,12 @@ def check_ranges(options: Any) -> None:
             value = getattr(options, name, None)
             if value is not None and not holds(value):
                 raise InputError(f"--{name} must be {condition}, got {value}.")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise an `InputError` if an option is none of its choices."""
+    if value not in choices:
+        raise InputError(f"--{name} must be one of {', '.join(choices)}, got {one_line(value, 80)!r}.")
 
 
 def explain(

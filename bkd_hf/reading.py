@@ -101,3 +101,14 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
     return content
+
+
+def read_option_file(option: str, path: str | Path) -> str:
+    """Return the content of a text file that an option names; raises an `InputError` if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error
+    except (OSError, ValueError) as error:  # ValueError: no name of a file at all
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--{option} {one_line(path, 80)} cannot be read: {why}.") from error

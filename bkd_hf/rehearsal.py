@@ -19,17 +19,19 @@ from transformers import PreTrainedConfig, PrinterCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .adapters import import_peft
-from .card import check_repo_id
 from .config import BKDConfig, method_defaults
 from .errors import InputError, first_line
 from .hub import check_repo_access
+from .inputs import load_tokenizer
 from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
-from .models import check_image_size, cifar_resnet_depth, load_config
+from .models import check_image_size, load_config
 from .objective import check_head
 from .onnx_files import import_onnx
 from .options import RunArguments, options_with
 from .ranges import defaults_of, explain
+from .schema import check_repo_id
+from .tasks import fresh_task
 from .teacher import teacher_label_names
 from .text import one_line
 from .trainer import BKDTrainer
@@ -55,7 +57,7 @@ def check_before_work(arguments: RunArguments) -> None:
     for options in trained:
         name = options.model.model_name_or_path
         adapter = options.training.adapter
-        if (options.training.freeze_backbone or adapter) and cifar_resnet_depth(name) is not None:
+        if (options.training.freeze_backbone or adapter) and fresh_task(name) is not None:
             option = f"--adapter {adapter}" if adapter else "--freeze_backbone"
             raise InputError(
                 f"{option}: {name} starts from fresh weights, so its features would stay random. Give a trained "
@@ -74,14 +76,18 @@ def check_before_work(arguments: RunArguments) -> None:
             rehearse(arguments.for_teacher().training)
     for options in trained:
         name = options.model.model_name_or_path
-        if cifar_resnet_depth(name) is None:
+        if fresh_task(name) is None:
             config = load_config(name, options.training.cosine_scale, **options.model.from_pretrained_kwargs())
             if options.training.head == "linear":
                 check_head(options.training, config)
             _check_image_size(options, config)
+        if options.model.task == "text":
+            load_tokenizer(options.model)
     if arguments.distils and arguments.model.given_teacher is not None:
         of_teacher = arguments.for_teacher()
         teacher_label_names(arguments.model.given_teacher, **of_teacher.model.from_pretrained_kwargs())
+        if not trains_teacher and of_teacher.model.task == "text":
+            load_tokenizer(of_teacher.model)
         if not trains_teacher and of_teacher.model.image_size is not None:
             config = load_config(of_teacher.model.model_name_or_path, **of_teacher.model.from_pretrained_kwargs())
             _check_image_size(of_teacher, config)

@@ -30,6 +30,7 @@ from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, fingerprint
 from .errors import InputError
 from .files import replacing
+from .loading import DEMOS
 from .machine import precision_of
 from .methods import corrects
 from .metrics import (
@@ -37,11 +38,11 @@ from .metrics import (
     MANY_SHOT_THRESHOLD,
     LongTailAccumulator,
 )
-from .models import cifar_resnet_depth
 from .options import OPTIONS, WITHOUT_INFLUENCE, options_with
 from .program import program
 from .reading import read_json
 from .schema import HUB_ID, find_fault
+from .tasks import DEFAULT_TASK, fresh_task, task_of_columns
 from .teacher import FrozenTeacher
 from .text import one_line
 
@@ -128,7 +129,13 @@ def describe_data(
         "eval_split": "train" if split and evaluation.split == train.split else split,
         "fingerprint": fingerprint(train),
         "eval_fingerprint": fingerprint(evaluation),
+        **described_task(task_of_columns(train.column_names).name),
     }
+
+
+def described_task(task: str) -> dict[str, str]:
+    """Return the entry of the `data` section that tells the task; none for images, which older results are all of."""
+    return {} if task == DEFAULT_TASK else {"task": task}
 
 
 def describe_classes(
@@ -218,7 +225,7 @@ def describe_model(name: str, model: nn.Module, measured: LongTailAccumulator) -
     classifier = model.model if isinstance(model, FrozenTeacher) else model
     return {
         "model": without_folders(name) if name else type(classifier).__name__,
-        "hub_id": hub_id(name) if name and cifar_resnet_depth(name) is None else None,
+        "hub_id": hub_id(name) if name and fresh_task(name) is None else None,
         "architecture": type(classifier).__name__,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_eval_images": measured.num_images,
@@ -363,7 +370,7 @@ def recordable(options: dict[str, Any]) -> dict[str, Any]:
 
 def hub_id(name: str) -> str | None:
     """Return the name of a data set or model that is on the Hub; `None` for what is here."""
-    here = name == "digits" or _is_path(name) or os.path.exists(name)
+    here = name in DEMOS or _is_path(name) or os.path.exists(name)
     return None if here or not re.fullmatch(HUB_ID, name) else name
 
 

@@ -17,7 +17,6 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .adapters import check_adapter
@@ -31,18 +30,20 @@ from .head_fitting import check_means, class_vectors
 from .hub import CARD_NAME, publish_run
 from .inputs import (
     Inputs,
+    Processor,
     check_metric_for_best_model,
     choose_workers,
-    decode,
     load_own_processor,
     load_splits,
     load_teacher_processor,
     long_tail_evaluation,
+    prepare,
+    same_inputs,
     warn_of_untested_classes,
 )
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
 from .methods import corrects
-from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_classifier, prefer_channels_last, why_not_alike
+from .models import FRESH_IMAGE_SIZE, load_classifier, prefer_channels_last, why_not_alike
 from .objective import Objective
 from .onnx_export import export_run
 from .optimization import layer_depths
@@ -62,10 +63,10 @@ from .results import (
 )
 from .run_folder import claim_output_dir, identity_of, is_cut_otherwise, last_complete_checkpoint, record_run
 from .targets import describe_targets, why_collapsed
+from .tasks import fresh_task
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
 from .training_data import check_features
-from .views import same_pixels
 
 
 @options_alone()
@@ -82,7 +83,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     Raises:
         InputError: If something that the user gave cannot work.
     """
-    started, say = time.perf_counter(), Announcer()
+    started, say = time.perf_counter(), Announcer(arguments.model.task)
     output_dir = Path(arguments.training.output_dir)
     threads = set_num_threads(arguments.model.num_threads)
     keep_freed_memory()
@@ -168,11 +169,11 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
             "--push_teacher: no teacher is trained in this run, and one that was given is where it comes from. Leave "
             "the option out."
         )
-    if not same_pixels(processor, teacher_processor):
-        say("The teacher takes other pixels than the student: each view of an image is rendered for both.")
+    if not same_inputs(arguments, processor, teacher_processor):
+        say("The teacher takes other inputs than the student: each view of an image is rendered for both.")
     images = {
-        "train": decode(arguments, splits["train"], processor, for_training=True, teacher=teacher_processor),
-        "eval": decode(arguments, splits["eval"], processor),
+        "train": prepare(arguments, splits["train"], processor, for_training=True, teacher=teacher_processor),
+        "eval": prepare(arguments, splits["eval"], processor),
     }
     inputs = Inputs(splits, data, processor, images, threads, say)
     provide = functools.partial(_provide_teacher, arguments, inputs, teacher_processor, match)
@@ -196,11 +197,11 @@ def _train(
         say(f"Using the teacher in {folder}, trained on the same data with the same options.")
         return load_results(folder)
     # First: a student that cannot be loaded should not cost an earlier run, or the training of the teacher.
-    model = _load_model(options, data, say)
+    model = _load_model(options, data, inputs.processor, say)
     teacher, teacher_results = None, None
     is_to_come = provide_teacher is not None and options.model.given_teacher is None
     if is_to_come and args.student_init == "teacher":
-        why_not = why_not_alike(model, _load_model(options.for_teacher(), data))
+        why_not = why_not_alike(model, _load_model(options.for_teacher(), data, inputs.processor))
         if why_not is not None:
             raise InputError(f"--student_init teacher: {why_not}. Use --student_init model, or a teacher like it.")
     settle_precision(options, model, inputs)
@@ -248,15 +249,16 @@ def _report(options: RunArguments, results: dict[str, Any], only_missing: bool =
 # ---- One model ----------------------------------------------------------------------------------------------------
 
 
-def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | None = None) -> PreTrainedModel:
-    """Load the model that is to be trained, with a head for the data's classes."""
+def _load_model(
+    options: RunArguments, data: dict[str, Any], processor: Processor, say: Announcer | None = None
+) -> PreTrainedModel:
+    """Load the model that is to be trained, with a head for the data's classes; if fresh, for this processor."""
     name, args = options.model.model_name_or_path, options.training
-    is_fresh = cifar_resnet_depth(name) is not None
     torch.manual_seed(args.seed)  # fresh weights, and fresh heads of pretrained models
     kwargs = options.model.from_pretrained_kwargs()
     size = options.model.image_size or FRESH_IMAGE_SIZE
     with _without_load_report():  # a table of what is said below in a sentence
-        model = load_classifier(name, data["class_names"], size, args.cosine_scale, **kwargs)
+        model = load_classifier(name, data["class_names"], size, args.cosine_scale, processor=processor, **kwargs)
     if args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
     if args.head_learning_rate is not None:
@@ -267,7 +269,7 @@ def _load_model(options: RunArguments, data: dict[str, Any], say: Announcer | No
         class_vectors(model)
     check_adapter(model, args)
     prefer_channels_last(model)
-    if say is not None and model.new_parameters and not is_fresh:
+    if say is not None and model.new_parameters and fresh_task(name) is None:
         shown = ", ".join(model.new_parameters[:8]) + (", …" if len(model.new_parameters) > 8 else "")
         say(f"{name}: learned from scratch: {shown}; all else starts from its weights.")
     return model
@@ -380,14 +382,14 @@ def _look_at_targets(
 
 
 def _provide_teacher(
-    arguments: RunArguments, inputs: Inputs, processor: BaseImageProcessor, match: Match
+    arguments: RunArguments, inputs: Inputs, processor: Processor, match: Match
 ) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Train the teacher, as a run of its own, or use the one that was given; with its results."""
     images, options, given = inputs.images, arguments.for_teacher(), arguments.model.given_teacher
-    if not same_pixels(inputs.processor, processor):
-        images = {"eval": decode(arguments, inputs.splits["eval"], processor)}
+    if not same_inputs(arguments, inputs.processor, processor):
+        images = {"eval": prepare(arguments, inputs.splits["eval"], processor)}
         if match.why_trained:
-            images["train"] = decode(arguments, inputs.splits["train"], processor, for_training=True)
+            images["train"] = prepare(arguments, inputs.splits["train"], processor, for_training=True)
     inputs = dataclasses.replace(inputs, processor=processor, images=images)
     if not match.why_trained:
         return use_given_teacher(arguments, inputs, match)

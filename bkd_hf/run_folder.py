@@ -23,21 +23,22 @@ from .config import BATCH_CUT, BKDConfig, method_defaults
 from .errors import InputError
 from .files import LOCK_NAME, UNFINISHED, hash_of, lock, try_json, why_broken
 from .methods import METHODS
-from .models import cifar_resnet_depth
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, ModelArguments, RunArguments
 from .ranges import defaults_of
 from .results import RESULTS_NAME, save_json
+from .tasks import fresh_task
 
 #: Marks an output folder as ours and records what the run in it was told.
 RUN_NAME = "bkd_run.json"
 #: Says that a checkpoint was written to its end, and what it holds.
 COMPLETE_NAME = "complete.json"
 
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 # In the order in which it is deleted: first what says that the run is finished, last what says that it is ours.
 _LEFT_BY_A_RUN = (
     RESULTS_NAME, "figures", "onnx", "teacher", "checkpoint-[0-9]*", "model*.safetensors*", "config.json",
-    "preprocessor_config.json", "modeling_cifar_resnet.py", "modeling_cosine_head.py", "training_args.bin",
-    "trainer_state.json", "*_results.json", "README.md", ".tmp??????", RUN_NAME,
+    "preprocessor_config.json", *_TOKENIZER, "modeling_cifar_resnet.py", "modeling_cosine_head.py",
+    "training_args.bin", "trainer_state.json", "*_results.json", "README.md", ".tmp??????", RUN_NAME,
 )  # fmt: skip
 _WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
 _PROCESSES = "num_processes"  # that were at work when a run was begun, or last continued
@@ -174,7 +175,7 @@ def identity_of(arguments: RunArguments, data: dict[str, Any], with_teacher: boo
 
 def _identity_of_weights(name: str, options: ModelArguments) -> str | None:
     """Hash of a model's files, or the commit of one from the Hub; `None` for fresh weights, and if it is not known."""
-    if cifar_resnet_depth(name) is not None:
+    if fresh_task(name) is not None:
         return None
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -182,7 +183,8 @@ def _identity_of_weights(name: str, options: ModelArguments) -> str | None:
         revision, cache_dir = options.model_revision, options.cache_dir
         path = try_to_load_from_cache(name, "config.json", cache_dir, revision) if is_id else None
         return Path(path).parent.name if isinstance(path, str) else None
-    files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
+    patterns = {*_WEIGHTS, *(_TOKENIZER if options.task == "text" else ())}
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not any(path.suffix != ".json" for path in files):
         return None
     text = " ".join(f"{path.name} {hash_of(path)}" for path in files)

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
 import numpy as np
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from .config import METHOD_OPTIONS, BKDConfig
+from .errors import InputError
 from .methods import METHODS
 from .metrics import check_shot_thresholds, shot_groups
 from .text import one_line
@@ -141,6 +144,7 @@ class Data(TypedDict):
     eval_class_counts: list[Count]
     many_shot_threshold: Count
     few_shot_threshold: Count
+    task: NotRequired[Literal["image", "text"]]  # what the "images" are; missing: images
 
 
 class Hardware(TypedDict):
@@ -343,3 +347,13 @@ def _wrong_sums(results: dict[str, Any]) -> Iterator[str]:
             for key, mean in means.items():
                 if not abs(metrics.get(key, np.nan) - mean) < 1e-6:
                     yield f"{name}.{part}.{key}: the accuracies of the classes give {mean:.6f}"
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise an `InputError` unless this can be the id of a repository."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(
+            f"{repo_id!r} cannot be the id of a repository: expected USER/NAME, of letters, digits, '-', '_' and '.'."
+        ) from error

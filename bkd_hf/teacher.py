@@ -35,12 +35,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import modeling_cifar_resnet, modeling_cosine_head  # noqa: F401 (makes them known to the Auto classes)
 from .errors import InputError
 from .models import label_names, on_the_hub, why_not_alike
+from .tasks import DEFAULT_TASK, TASKS, worded
 from .text import normal, one_line
 
 #: Inputs with this prefix go to the teacher, without it.
@@ -166,17 +167,18 @@ def num_labels(model: nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "num_labels", None)
 
 
-def teacher_label_names(teacher: str, **from_pretrained_kwargs: Any) -> list[str] | int:
+def teacher_label_names(teacher: str, task: str = DEFAULT_TASK, **from_pretrained_kwargs: Any) -> list[str] | int:
     """Return the names of a teacher's outputs; their number if they have none, or generic ones (`LABEL_0`, …).
 
     Raises:
-        InputError: If there is no such model.
+        InputError: If there is no such model, or it is for another task.
     """
     try:
         config = AutoConfig.from_pretrained(teacher, **from_pretrained_kwargs)
         names = label_names(config)
     except Exception as error:  # whatever a library raises about what is in the files
-        raise _not_loadable(teacher, error) from error
+        raise _not_loadable(teacher, error, task) from error
+    TASKS[task].check(teacher, config)
     return config.num_labels if names is None else names
 
 
@@ -264,14 +266,18 @@ def beats_guessing(accuracies: Sequence[float], num_images: Sequence[int]) -> bo
 
 
 def load_teacher(
-    teacher: str | nn.Module, columns: Sequence[int | None] | None = None, **from_pretrained_kwargs: Any
+    teacher: str | nn.Module,
+    columns: Sequence[int | None] | None = None,
+    task: str = DEFAULT_TASK,
+    **from_pretrained_kwargs: Any,
 ) -> FrozenTeacher:
     """Freeze a model, or load one and freeze it.
 
     Args:
         teacher: A module, a folder written by `save_pretrained`, or a Hub id.
         columns: As for [`FrozenTeacher`].
-        from_pretrained_kwargs: For `AutoModelForImageClassification.from_pretrained` (`token`, `revision`, …).
+        task: What it classifies: `"image"` or `"text"`.
+        from_pretrained_kwargs: For `from_pretrained` (`token`, `revision`, …).
 
     Raises:
         InputError: If the teacher cannot be loaded, or parts of its weights are missing (a classifier with a random
@@ -282,26 +288,25 @@ def load_teacher(
     if isinstance(teacher, nn.Module):
         return FrozenTeacher(teacher, columns)
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
+        model, info = TASKS[task].auto_model.from_pretrained(
             teacher, output_loading_info=True, **{"dtype": torch.float32, **from_pretrained_kwargs}
         )
     except Exception as error:  # as above
-        raise _not_loadable(teacher, error) from error
+        raise _not_loadable(teacher, error, task) from error
     incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if incomplete:
         raise InputError(
             f"The teacher {teacher!r} lacks trained weights for {', '.join(incomplete[:3])}"
             f"{', …' if len(incomplete) > 3 else ''}: distilling from them would teach nonsense. Give a teacher that "
-            "was trained for image classification, or have it trained on the data first (--finetune_teacher)."
+            f"was trained for {task} classification, or have it trained on the data first (--finetune_teacher)."
         )
     return FrozenTeacher(model, columns)
 
 
-def _not_loadable(teacher: str, error: Exception) -> InputError:
+def _not_loadable(teacher: str, error: Exception, task: str) -> InputError:
     where = "a folder here" if os.path.isdir(teacher) else f"no folder here; {on_the_hub()}"
-    return InputError(
-        f"The teacher {teacher!r} cannot be loaded as an image classifier ({where}): {one_line(error, 300)}"
-    )
+    kind = worded("an image classifier", task)
+    return InputError(f"The teacher {teacher!r} cannot be loaded as {kind} ({where}): {one_line(error, 300)}")
 
 
 def check_numbers_of_classes(

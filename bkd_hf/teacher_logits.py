@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from .data import hash_of_table
 from .errors import InputError
 from .metrics import NotFiniteError
 from .teacher import TEACHER_LOGITS, FrozenTeacher
@@ -314,11 +315,7 @@ def describe_views(dataset: Any, sampler: str, option: str = "--teacher_cache") 
     if hasattr(dataset, "describe_views"):
         return dataset.describe_views()
     if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
-        digest = hashlib.blake2b(repr((dataset.features, dataset.format)).encode(), digest_size=16)
-        for table in dataset.with_format("arrow").iter(1000):
-            for batch in table.combine_chunks().to_batches():
-                digest.update(batch.serialize())
-        return {"examples": digest.hexdigest()}
+        return {"examples": hash_of_table(dataset)}
     raise InputError(
         f"{option} needs training examples that are a function of (seed, epoch, number), as ImageDataset's are "
         f"and those of a {type(dataset).__name__} need not be: a cached answer would be about another view. Give it a "

@@ -23,7 +23,6 @@ from .config import BKDConfig
 from .errors import InputError, TrainingStopped
 from .head import prepare_head
 from .head_fitting import fit_bias, start_from_class_means
-from .images import ImageDataset, collate_images
 from .loss_inputs import IGNORE_INDEX
 from .losses import cross_entropy_loss, example_weights
 from .methods import corrects
@@ -32,9 +31,9 @@ from .models import start_from_teacher
 from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
-from .sampling import innermost
 from .stopping import StopAtSigterm
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
+from .tasks import task_of_model
 from .teacher import (
     TEACHER_LOGITS,
     FrozenTeacher,
@@ -45,7 +44,7 @@ from .teacher import (
     why_not_start_from,
 )
 from .teacher_logits import describe_teacher
-from .training_data import count_training_examples
+from .training_data import collator_of, count_training_examples
 
 logger = logging.get_logger(__name__)
 
@@ -71,7 +70,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         teacher_model: A module, a folder or a Hub id. It is frozen, kept in evaluation mode, and never saved.
             `None` trains with the method's classification loss alone, on the very same path.
         args: Options.
-        data_collator: As for `Trainer`; by default `collate_images` for an [`ImageDataset`], or parts of one.
+        data_collator: As for `Trainer`; by default that of an [`ImageDataset`] or `TextDataset`, or of parts of one.
         train_dataset: As for `Trainer`; a map-style data set gives the guarantees above.
         class_counts: C numbers of training images; counted in `train_dataset` if not given.
         eval_dataset, processing_class, model_init, compute_metrics, callbacks, optimizers,
@@ -122,8 +121,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             logger.warning_once(f"The first of {args.n_gpu} GPUs is used: `accelerate launch` uses all.")
             args._n_gpu = 1
         any_dataset = eval_dataset if train_dataset is None else train_dataset
-        if data_collator is None and all(isinstance(part, ImageDataset) for part in innermost(any_dataset)):
-            data_collator = collate_images
+        if data_collator is None:
+            data_collator = collator_of(any_dataset)
         self._stop = StopAtSigterm()
         # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
         adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
@@ -166,7 +165,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self.teacher_model: FrozenTeacher | None = None
         self._about_teacher: dict[str, Any] = {}
         if teacher_model is not None:
-            teacher = load_teacher(teacher_model)
+            teacher = load_teacher(teacher_model, task=task_of_model(self.model))
             if args.teacher_cache != "off":
                 self._about_teacher = describe_teacher(teacher)  # before it may be spread over devices
             self.teacher_model = self._prepare_teacher(teacher)

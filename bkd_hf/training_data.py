@@ -21,7 +21,6 @@ from .data import class_counts as count_classes
 from .data import labels_of
 from .errors import InputError
 from .features import FEATURES
-from .images import ImageDataset, collate_images
 from .sampling import GlobalBatchSampler, SampledExamples, innermost
 from .teacher import TEACHER_LOGITS
 from .teacher_logits import DEFAULT_FOLDERS, LogitsFolder, WithColumn, describe_views, precompute_logits
@@ -85,6 +84,12 @@ def is_augmented(dataset: Any) -> bool:
         getattr(part, "augmentation", "none") != "none" or getattr(part, "operations", ())
         for part in innermost(dataset)
     )
+
+
+def collator_of(dataset: Any) -> Callable | None:
+    """Return what puts examples together to a batch, where all parts of a data set bring the same along."""
+    found = [getattr(part, "collator", None) for part in innermost(dataset)]
+    return found[0] if found and all(each == found[0] for each in found) else None
 
 
 def check_features(dataset: Any, args: BKDConfig) -> None:
@@ -288,7 +293,7 @@ class TrainingData:
             )
         collator = getattr(self.collator, "data_collator", self.collator)  # Trainer's wrapper drops columns alone
         known = isinstance(collator, (DefaultDataCollator, DataCollatorWithPadding))
-        if not known and collator not in (default_data_collator, collate_images):
+        if not known and collator not in (default_data_collator, collator_of(self.dataset)):
             raise InputError(
                 f"{option} does not go with a data_collator of your own, which may change the examples, or mix them, "
                 f"each time in another way. Use {option} off."
@@ -306,7 +311,7 @@ class TrainingData:
         args, examples, collator = self.args, self.examples, self.collator
         if FEATURES in self.computed:
             examples, collator = _LabelsAlone(training_labels(self.dataset)), default_data_collator
-        elif self.computed and isinstance(examples, ImageDataset):
+        elif self.computed and hasattr(examples, "for_student_alone"):
             examples = examples.for_student_alone()
         self._with_columns = []
         for name, folder in self.computed.items():

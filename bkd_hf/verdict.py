@@ -14,6 +14,7 @@ import numpy as np
 
 from .methods import METHODS, RECOMMENDED, corrects
 from .results import adjusts_itself
+from .tasks import DEFAULT_TASK, worded
 
 # Below this share of the teacher's accuracy, and of the tested classes that are ever answered, something went wrong.
 _FAR_BELOW = 0.8
@@ -41,7 +42,8 @@ class Verdict:
 
 def judge(results: dict[str, Any]) -> Verdict:
     """Judge the student of a run, from the content of its `results.json`."""
-    return Verdict(*_compare(results), _warnings(results))
+    task = results["data"].get("task", DEFAULT_TASK)
+    return Verdict(*_compare(results), [worded(warning, task) for warning in _warnings(results)])
 
 
 def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

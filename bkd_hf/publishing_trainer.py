@@ -18,6 +18,7 @@ from .hub import check_repo_access, publish_folder
 from .measure import measure
 from .measuring_trainer import MeasuringTrainer
 from .models import load_weights_strictly
+from .nodes import kept_by_main, on_main_process, sees_main_disk, send_folder
 from .plots import save_plots
 from .results import RESULTS_NAME, save_json
 from .run_folder import check_checkpoint, last_complete_checkpoint, mark_complete
@@ -33,7 +34,9 @@ class PublishingTrainer(MeasuringTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = on_main_process(lambda: last_complete_checkpoint(self.args.output_dir)) or True
+        if isinstance(resume_from_checkpoint, str):
+            resume_from_checkpoint = self._of_main_node(resume_from_checkpoint)
         self.start_clock("train")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -63,7 +66,8 @@ class PublishingTrainer(MeasuringTrainer):
         mark_complete(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+        with kept_by_main(Path(output_dir), Path(self.args.output_dir)) as folder:
+            super()._save_rng_state(str(folder))
         self.accelerator.wait_for_everyone()  # all processes have written their part
 
     def _delete_earlier(self, newest: Path, limit: int) -> None:
@@ -88,6 +92,22 @@ class PublishingTrainer(MeasuringTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_pretrained_weights(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> Any:
+        self.state.best_model_checkpoint = self._of_main_node(self.state.best_model_checkpoint)
+        return super()._finalize_training(trial, *args)
+
+    def _of_main_node(self, checkpoint: str | None) -> str | None:
+        """Return where the checkpoint of this name is that the main process knows, and have each node see it."""
+        run_folder = Path(self.args.output_dir)
+        if sees_main_disk(run_folder)[1]:
+            return checkpoint
+        path = Path(checkpoint or "")
+        name = on_main_process(lambda: path.name if path.parent == run_folder else "")
+        if not name:
+            return checkpoint
+        send_folder(run_folder / name, run_folder)
+        return str(run_folder / name)
 
     def _load_best_model(self) -> None:
         if not self._load_pretrained_weights(self.state.best_model_checkpoint):

@@ -175,7 +175,8 @@ def rehearse(args: BKDConfig) -> None:
 
 
 def _rehearse(values: dict[str, Any], folder: str) -> None:
-    for callback in get_reporting_integration_callbacks(BKDConfig(folder, report_to=values["report_to"]).report_to):
+    reporting = BKDConfig(folder, report_to=values["report_to"], use_cpu=values["use_cpu"]).report_to
+    for callback in get_reporting_integration_callbacks(reporting):
         callback()
     if values["torch_compile"]:
         backend, mode = values["torch_compile_backend"], values["torch_compile_mode"]

@@ -32,6 +32,7 @@ _LONGEST = (
     "cli",
     "teachers",
     "stopping",
+    "nodes",
     "equivalence",
     "resume",
     "teacher_logits",

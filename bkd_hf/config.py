@@ -500,6 +500,8 @@ class BKDConfig(TrainingArguments):
     def _check(self) -> None:
         if self.adapter == "none":  # so that a command line can take back what a file says
             self.adapter = None
+        if vars(self)["fsdp"] in ("true", "True"):  # as a file says it
+            self.__dict__["fsdp"] = True
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and not (name in _MAY_BE_FILES and not value.startswith("{")):

@@ -79,9 +79,9 @@ def launcher_compiler() -> str | None:
     return None if backend == "no" else backend
 
 
-def launcher_shards() -> bool:
-    """Return whether the launcher asks for FSDP or DeepSpeed."""
-    names = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+def launcher_shards(*engines: str) -> bool:
+    """Return whether the launcher asks for one of these engines; by default `"FSDP"` and `"DEEPSPEED"`."""
+    names = [f"ACCELERATE_USE_{name}" for name in engines or ("FSDP", "DEEPSPEED")]
     return any(os.environ.get(name, "false").lower() in ("true", "1") for name in names)
 
 

@@ -154,7 +154,7 @@ def rehearse(args: BKDConfig) -> None:
     Raises:
         InputError: Naming the option, if that cannot be done.
     """
-    if args.deepspeed or (args.fsdp and args.world_size > 1):  # which prepare a process for one model
+    if args.deepspeed:  # which prepares a process for one model
         return
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
 

@@ -33,6 +33,7 @@ _LONGEST = (
     "teachers",
     "stopping",
     "nodes",
+    "sharding",
     "equivalence",
     "resume",
     "teacher_logits",

@@ -8,11 +8,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bkd_hf import load_processor
 from bkd_hf.commands.run import main
-from tests.faults import Run, refused_in_one_line, same_outcome, start_two, weights
+from tests.faults import Run, in_two_processes, refused_in_one_line, same_outcome, start_two, weights
 from tests.test_stopping import SHORT, wait_for
 from tests.tiny_models import tiny_vit
 
@@ -85,10 +84,6 @@ def test_torchrun_continues_after_a_worker_was_killed(tmp_path, vit, whole):
         os.kill(int((tmp_path / "0-1").read_text()), signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    config = LaunchConfig(
-        1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", max_restarts=3, monitor_interval=0.1,
-        start_method="fork", rdzv_configs={"is_host": True},
-    )  # fmt: skip
-    elastic_launch(config, _worker)(argv, tmp_path)
+    in_two_processes(_worker, argv, tmp_path, max_restarts=3)
     assert (tmp_path / "1-0").exists()
     same_outcome(tmp_path / "run", whole / "teacher")

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from .compatibility import DTYPES, check_together, find_accumulation, options_without_effect, require
 from .errors import InputError
+from .machine import join_process_group
 from .methods import (
     CLASS_WEIGHTINGS,
     CLASSIFICATION_LOSSES,
@@ -386,6 +387,7 @@ class BKDConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._apply_method()
         self._check()
+        join_process_group(self)
         super().__post_init__()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = find_accumulation(self)
@@ -498,6 +500,8 @@ class BKDConfig(TrainingArguments):
     def _check(self) -> None:
         if self.adapter == "none":  # so that a command line can take back what a file says
             self.adapter = None
+        if vars(self)["fsdp"] in ("true", "True"):  # as a file says it
+            self.__dict__["fsdp"] = True
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
             if isinstance(value, str) and not (name in _MAY_BE_FILES and not value.startswith("{")):

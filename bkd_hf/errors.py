@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -75,7 +76,7 @@ def run_script(
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except Exception as error:
-        reason = why_not_stored(error)
+        reason = why_not_stored(error) or why_alone(error)
         if reason is None:
             raise
         print(f"error: {reason}. What was computed before is kept: {told(interrupted)}.", file=sys.stderr)
@@ -100,6 +101,18 @@ def why_not_stored(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and "inline_container" in str(error) and "Reader" not in str(error):
         return "A checkpoint cannot be written: its disk is full, or takes no file of that size"
     return None
+
+
+def why_alone(error: BaseException) -> str | None:
+    """Say that another process of a run is gone or silent, if an error of torch tells that; else `None`."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if "DistError" not in names and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return None
+    said = re.sub(r"^\[\S*\] ", "", first_line(error))
+    return (
+        f"Another process of this run has ended, or has been silent for as long as --ddp_timeout says ({said}). What "
+        "it printed last says why"
+    )
 
 
 def keep_printing() -> None:

@@ -8,9 +8,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import psutil
 import torch
+from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 from transformers import TrainingArguments
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -76,9 +79,9 @@ def launcher_compiler() -> str | None:
     return None if backend == "no" else backend
 
 
-def launcher_shards() -> bool:
-    """Return whether the launcher asks for FSDP or DeepSpeed."""
-    names = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+def launcher_shards(*engines: str) -> bool:
+    """Return whether the launcher asks for one of these engines; by default `"FSDP"` and `"DEEPSPEED"`."""
+    names = [f"ACCELERATE_USE_{name}" for name in engines or ("FSDP", "DEEPSPEED")]
     return any(os.environ.get(name, "false").lower() in ("true", "1") for name in names)
 
 
@@ -121,12 +124,25 @@ def keep_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
+def join_process_group(args: TrainingArguments) -> None:
+    """Join the process group of a launcher on the CPU, whose `ddp_timeout` transformers would drop."""
+    on_cpu = args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
+    is_one_of_several = {"RANK", "MASTER_ADDR"} <= {*os.environ} and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if on_cpu and is_one_of_several and distributed.is_available() and not distributed.is_initialized():
+        timeout = timedelta(seconds=args.ddp_timeout)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store when it starts all again: there are the addresses of the processes before.
+        store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = args.ddp_backend or "gloo"
+        distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+
+
 def leave_process_group() -> None:
     """Leave the process group, if there is one, and end its threads.
 
     A process that ends with the threads of gloo running may be aborted, with all its work done. Models in
     `DistributedDataParallel` hold them; their trainers, which know each other, go only when garbage is collected.
     """
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
         gc.collect()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
@@ -108,6 +108,9 @@ class MeasuringTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate as `Trainer`, with a loss and metrics that are added up by each process, and then merged."""
         self.start_clock(metric_key_prefix)
+        if self.is_fsdp_enabled and not self.accelerator._models:  # accelerate spreads no model without its optimizer
+            self.accelerator.prepare_model(self.model, device_placement=True, evaluation_mode=True)
+        self._share_buffers()
         accumulator = None
         if self.long_tail is not None and self._is_measuring:
             prediction_loss_only, accumulator = True, self.long_tail.accumulator(self.long_tail.post_hoc_tau)
@@ -130,6 +133,11 @@ class MeasuringTrainer(Trainer):
             )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
+
+    def _share_buffers(self) -> None:
+        """Have all processes use the statistics of BatchNorm that the main one saves: FSDP leaves each its own."""
+        if self.is_fsdp_enabled:
+            broadcast([*self.model.buffers()])
 
     def prediction_step(
         self,

@@ -144,6 +144,9 @@ class CifarResNetForImageClassification(PreTrainedModel):
             self.classifier = nn.Linear(channels, config.num_labels)
         self.post_init()
 
+    def get_input_embeddings(self) -> None:
+        """Return that there are none, of which FSDP of accelerate asks."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

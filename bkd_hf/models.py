@@ -28,6 +28,7 @@ from .errors import InputError, first_line
 from .head import answer_one_class, head_modules, shift_logits
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .modeling_cosine_head import CosineHeadConfig, CosineHeadForImageClassification
+from .sharding import bare_type, whole_weights
 from .tasks import DEFAULT_TASK, TASKS
 from .text import normal, one_line
 
@@ -245,8 +246,8 @@ def label_names(config: PreTrainedConfig) -> list[str] | None:
 
 def why_not_alike(student: nn.Module, teacher: nn.Module) -> str | None:
     """Return why a student cannot take over a teacher's weights; `None` if it can."""
-    if type(student) is not type(teacher):
-        return f"the student is a {type(student).__name__}, the teacher a {type(teacher).__name__}"
+    if bare_type(student) is not bare_type(teacher):
+        return f"the student is a {bare_type(student).__name__}, the teacher a {bare_type(teacher).__name__}"
     of_student, of_teacher = student.state_dict(), teacher.state_dict()
     for name in sorted({*of_student, *of_teacher}):
         shapes = [tuple(state[name].shape) if name in state else None for state in (of_student, of_teacher)]
@@ -268,7 +269,7 @@ def start_from_teacher(
             bias of its head, where it has one, as post-hoc logit adjustment does; `None` leaves them in.
         prior: How much of the class frequencies is in the teacher's answers, 0 to 1.
     """
-    student.load_state_dict(teacher.state_dict(), strict=True)
+    student.load_state_dict(whole_weights(teacher), strict=True)
     if class_counts is None:
         return
     log_counts = torch.from_numpy(class_counts).clamp_min(1).double().log()

@@ -119,6 +119,15 @@ def settle_precision(options: RunArguments, model: nn.Module, inputs: Inputs) ->
     inputs.say(f"Precision: {precision}. Images a second of a training step, measured on this machine: {shown}.")
 
 
+def share_precision(options: RunArguments) -> None:
+    """Have all processes compute in the precision that the main one found in its folder, or wait for a measurement."""
+    told = options.measures_precision, options.training.bf16, options.precision_rates
+    measures, is_bf16, options.precision_rates = broadcast_object_list([told])[0]
+    if (measures, is_bf16) != told[:2]:
+        _set_precision(options, "bf16" if is_bf16 else "fp32")
+        options.measures_precision = measures
+
+
 def _set_precision(options: RunArguments, precision: str) -> None:
     options.measures_precision = False
     for told in (options, options.for_teacher()):

@@ -13,14 +13,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .card import build
+from .errors import InputError
 from .files import as_others_are, replacing, try_json, write_text
 from .hub import check_repo_access, publish_folder
 from .measure import measure
 from .measuring_trainer import MeasuringTrainer
 from .models import load_weights_strictly
+from .nodes import kept_by_main, on_main_process, sees_main_disk, send_folder
 from .plots import save_plots
 from .results import RESULTS_NAME, save_json
 from .run_folder import check_checkpoint, last_complete_checkpoint, mark_complete
+from .sharding import in_bare_type
 
 
 class PublishingTrainer(MeasuringTrainer):
@@ -33,8 +36,16 @@ class PublishingTrainer(MeasuringTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = on_main_process(lambda: last_complete_checkpoint(self.args.output_dir)) or True
+        if isinstance(resume_from_checkpoint, str):
+            resume_from_checkpoint = self._of_main_node(resume_from_checkpoint)
         self.start_clock("train")
+        if self.saves_shards and not sees_main_disk(Path(self.args.output_dir))[1]:
+            raise InputError(
+                f"--output_dir {self.args.output_dir} is not on a disk that all machines share, and checkpoints here "
+                "are files of each process. Name a folder on one; or with FSDP give --fsdp_config "
+                '\'{"state_dict_type": "FULL_STATE_DICT"}\'.'
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -43,6 +54,7 @@ class PublishingTrainer(MeasuringTrainer):
         folder = Path(run_dir, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, damaged
+        self._share_buffers()
         self.accelerator.wait_for_everyone()
 
         def save_last(path: str) -> None:
@@ -63,7 +75,8 @@ class PublishingTrainer(MeasuringTrainer):
         mark_complete(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+        with kept_by_main(Path(output_dir), Path(self.args.output_dir)) as folder:
+            super()._save_rng_state(str(folder))
         self.accelerator.wait_for_everyone()  # all processes have written their part
 
     def _delete_earlier(self, newest: Path, limit: int) -> None:
@@ -79,8 +92,23 @@ class PublishingTrainer(MeasuringTrainer):
         for number in sorted(others, key=lambda number: (number < step, number))[: max(0, len(others) - num_kept)]:
             shutil.rmtree(others[number])
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as `Trainer`; the final model is whole, also where checkpoints are spread over files of processes."""
+        super().save_model(output_dir, _internal_call)
+        is_final = output_dir in (None, self.args.output_dir)
+        if self.is_fsdp_enabled and is_final and self.saves_shards:
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each process writes its part of a checkpoint."""
+        if self.is_fsdp_enabled:
+            return "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        return bool(self.is_deepspeed_enabled)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with in_bare_type(self.model):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             as_others_are(path for path in folder.iterdir() if path.suffix in (".safetensors", ".py"))
@@ -88,6 +116,22 @@ class PublishingTrainer(MeasuringTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_pretrained_weights(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _finalize_training(self, trial: Any, *args: Any) -> Any:
+        self.state.best_model_checkpoint = self._of_main_node(self.state.best_model_checkpoint)
+        return super()._finalize_training(trial, *args)
+
+    def _of_main_node(self, checkpoint: str | None) -> str | None:
+        """Return where the checkpoint of this name is that the main process knows, and have each node see it."""
+        run_folder = Path(self.args.output_dir)
+        if sees_main_disk(run_folder)[1]:
+            return checkpoint
+        path = Path(checkpoint or "")
+        name = on_main_process(lambda: path.name if path.parent == run_folder else "")
+        if not name:
+            return checkpoint
+        send_folder(run_folder / name, run_folder)
+        return str(run_folder / name)
 
     def _load_best_model(self) -> None:
         if not self._load_pretrained_weights(self.state.best_model_checkpoint):

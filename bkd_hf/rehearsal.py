@@ -161,7 +161,7 @@ def rehearse(args: BKDConfig) -> None:
     Raises:
         InputError: Naming the option, if that cannot be done.
     """
-    if args.deepspeed or (args.fsdp and args.world_size > 1):  # which prepare a process for one model
+    if args.deepspeed:  # which prepares a process for one model
         return
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
 
@@ -199,7 +199,8 @@ def _check_compiler(args: BKDConfig) -> None:
 
 
 def _rehearse(values: dict[str, Any], folder: str) -> None:
-    for callback in get_reporting_integration_callbacks(BKDConfig(folder, report_to=values["report_to"]).report_to):
+    reporting = BKDConfig(folder, report_to=values["report_to"], use_cpu=values["use_cpu"]).report_to
+    for callback in get_reporting_integration_callbacks(reporting):
         callback()
     if values["torch_compile"]:  # unknown names are refused before anything is compiled
         _compiled(values["torch_compile_backend"], values["torch_compile_mode"])

@@ -42,6 +42,7 @@ from .options import OPTIONS, WITHOUT_INFLUENCE, options_with
 from .program import program
 from .reading import read_json
 from .schema import HUB_ID, find_fault
+from .sharding import bare_type
 from .tasks import DEFAULT_TASK, fresh_task, task_of_columns
 from .teacher import FrozenTeacher
 from .text import one_line
@@ -224,9 +225,9 @@ def describe_model(name: str, model: nn.Module, measured: LongTailAccumulator) -
     """
     classifier = model.model if isinstance(model, FrozenTeacher) else model
     return {
-        "model": without_folders(name) if name else type(classifier).__name__,
+        "model": without_folders(name) if name else bare_type(classifier).__name__,
         "hub_id": hub_id(name) if name and fresh_task(name) is None else None,
-        "architecture": type(classifier).__name__,
+        "architecture": bare_type(classifier).__name__,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "num_eval_images": measured.num_images,
         **measured.compute(),

@@ -44,12 +44,13 @@ from .inputs import (
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
 from .methods import corrects
 from .models import FRESH_IMAGE_SIZE, load_classifier, prefer_channels_last, why_not_alike
+from .nodes import check_same, in_turn, on_main_process, send_folder
 from .objective import Objective
 from .onnx_export import export_run
 from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
-from .precision import settle_precision
+from .precision import settle_precision, share_precision
 from .progress import Clock, TellOfCaches, TellOfTime
 from .rehearsal import check_before_work
 from .results import (
@@ -61,7 +62,15 @@ from .results import (
     load_results,
     save_json,
 )
-from .run_folder import claim_output_dir, identity_of, is_cut_otherwise, last_complete_checkpoint, record_run
+from .run_folder import (
+    claim_output_dir,
+    differences,
+    identity_of,
+    is_cut_otherwise,
+    last_complete_checkpoint,
+    record_run,
+    what_is_told,
+)
 from .targets import describe_targets, why_collapsed
 from .tasks import fresh_task
 from .teacher import FrozenTeacher, load_teacher
@@ -93,8 +102,10 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         warnings.warn(f"--{name} has no effect: {reason}.", stacklevel=2)
     check_before_work(arguments)
     try:
-        if _claim(arguments) and _is_still_the_same(arguments, say):
-            results = load_results(output_dir)
+        is_finished = _claim(arguments)
+        _agree(arguments)
+        if is_finished and _is_still_the_same(arguments, say):
+            results = on_main_process(lambda: load_results(output_dir))
             say(f"This run is finished: its results are in {output_dir}. To start anew, use --overwrite.")
             say.table(results)
         else:
@@ -134,10 +145,15 @@ def _is_still_the_same(arguments: RunArguments, say: Announcer) -> bool:
 def _load_data(arguments: RunArguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
     """Load the splits; return them, and the `data` section of the results."""
     options = arguments.data
-    with PartialState().main_process_first():
+    with in_turn():
         splits = load_splits(arguments)
     thresholds = options.many_shot_threshold, options.few_shot_threshold
-    return splits, describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
+    data = describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
+    check_same(
+        (data["fingerprint"], data["eval_fingerprint"]),
+        lambda *_: f"--dataset_name {options.dataset_name} has other images on one machine than on the main one.",
+    )
+    return splits, data
 
 
 def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) -> dict[str, Any]:
@@ -195,7 +211,7 @@ def _train(
     identity = identity_of(options, data, with_teacher=False)
     if _claim(options, identity):
         say(f"Using the teacher in {folder}, trained on the same data with the same options.")
-        return load_results(folder)
+        return on_main_process(lambda: load_results(folder))
     # First: a student that cannot be loaded should not cost an earlier run, or the training of the teacher.
     model = _load_model(options, data, inputs.processor, say)
     teacher, teacher_results = None, None
@@ -321,7 +337,7 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
             "started_from_teacher": trainer.student_started_from_teacher,
             "targets": _look_at_targets(options, trainer, data["class_names"], say),
         }
-    checkpoint = last_complete_checkpoint(args.output_dir)
+    checkpoint = on_main_process(lambda: last_complete_checkpoint(args.output_dir))
     if checkpoint is not None:
         say(f"Continuing from {Path(checkpoint).name}.{is_cut_otherwise(checkpoint, args)}")
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
@@ -396,6 +412,7 @@ def _provide_teacher(
     if given is not None:
         inputs.say(f"The teacher {given} is fine-tuned on the data first: {match.why_trained}.")
     results = _train(options, inputs)
+    send_folder(Path(options.training.output_dir), Path(arguments.training.output_dir))
     teacher = load_teacher(options.training.output_dir, **options.model.from_pretrained_kwargs())
     prefer_channels_last(teacher)
     teacher.is_balanced = corrects(results["options"]["training"])
@@ -406,8 +423,20 @@ def _provide_teacher(
 
 
 def _claim(options: RunArguments, identity: dict[str, str | None] | None = None) -> bool:
-    with PartialState().main_process_first():
-        return claim_output_dir(options, identity)
+    return on_main_process(lambda: claim_output_dir(options, identity))
+
+
+def _agree(options: RunArguments) -> None:
+    """Have all processes do the same run, in the precision that the main one found in its folder."""
+    share_precision(options)
+    check_same(
+        what_is_told(options),
+        lambda first, other: (
+            f"The processes of this run are told different things: {differences(first, other)}.".replace(
+                " there, ", " for the first, "
+            ).replace(" here", " for another")
+        ),
+    )
 
 
 def _record(options: RunArguments, identity: dict[str, str | None]) -> None:

@@ -133,7 +133,7 @@ def record_run(arguments: RunArguments, identity: dict[str, str | None]) -> None
         if arguments.overwrite and (output_dir / RUN_NAME).exists():
             _delete_run(output_dir)
         old = {} if found == "new" else try_json(output_dir / RUN_NAME) or {}
-        told = _told(arguments, identity)
+        told = what_is_told(arguments, identity)
         known = {name: old[name] for name in _IDENTITY if told.get(name) is None and name in old}
         save_json({**told, **known, _PROCESSES: arguments.training.world_size}, output_dir / RUN_NAME)
 
@@ -215,7 +215,7 @@ def _why_other(
     record: dict[str, Any], arguments: RunArguments, identity: dict[str, str | None] | None, num_processes: int
 ) -> str:
     """Say in what a recorded run differs from one that so many processes would do; empty if in nothing."""
-    here = _told(arguments, identity, num_processes)
+    here = what_is_told(arguments, identity, num_processes)
     there = {name: value for name, value in record.items() if name != _PROCESSES}
     there = _with_later_options(_with_global_batches(there, num_processes), here, arguments)
     names = {*there.get("teacher_training", {}), *here["teacher_training"]}
@@ -224,9 +224,10 @@ def _why_other(
     return differences({**there, **unknown}, {**here, **unknown})
 
 
-def _told(
+def what_is_told(
     arguments: RunArguments, identity: dict[str, str | None] | None = None, num_processes: int | None = None
 ) -> dict[str, Any]:
+    """Return what tells a run from others (arguments as there), done by so many processes; by those there are."""
     of_teacher = {}
     if arguments.teacher_options:
         teacher = arguments.for_teacher()

@@ -31,6 +31,7 @@ from .models import start_from_teacher
 from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
+from .sharding import check_engine, spread_large_teacher, tell_of_layers
 from .stopping import StopAtSigterm
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
 from .tasks import task_of_model
@@ -149,6 +150,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             )
         finally:
             args.enable_jit_checkpoint = stops_at_sigterm
+        tell_of_layers(self.accelerator, args, self.model)
         # Has Trainer count the examples of each optimizer step, over its micro-batches and processes.
         self.model_accepts_loss_kwargs = True
         # The loss is computed here: a model need not take labels itself.
@@ -189,6 +191,11 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self.head_bias_shift: torch.Tensor | None = None  # C numbers, where `--head_bias` asked for some
         self._initialise_student(self.model)
         self._add_adapter(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator as `Trainer`, and look which engine it is."""
+        super().create_accelerator_and_postprocess()
+        check_engine(self.args, self.accelerator)
 
     # ---- The loss -------------------------------------------------------------------------------------------------
 
@@ -268,6 +275,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         """Place the teacher, under the student's autocast, but outside everything that is trained or saved."""
         num_known = len(self.accelerator._models)
         prepared = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
+        spread_large_teacher(teacher.model, self.accelerator)
         # Or Trainer.evaluate() before train() would take the student for prepared.
         del self.accelerator._models[num_known:]
         return prepared

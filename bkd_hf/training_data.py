@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DynamoBackend, gather_object, send_to_device
+from accelerate.utils import DistributedType, DynamoBackend, gather_object, send_to_device
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
 from transformers.trainer_utils import has_length, seed_worker
@@ -193,12 +194,18 @@ class TrainingData:
             Logits, N×C, in float32 and on the CPU, and labels, N; both in the same order.
         """
         state, found = PartialState(), []
-        ours = Subset(self.examples, indices[state.process_index :: state.num_processes].tolist())
+        ours = indices[state.process_index :: state.num_processes].tolist()
+        # A model that is spread over processes is asked by all of them together.
+        is_spread = state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        num_added = math.ceil(len(indices) / state.num_processes) - len(ours) if is_spread else 0
+        ours = Subset(self.examples, ours + indices[-1:].tolist() * num_added)
         self.set_epoch(0)
         with torch.random.fork_rng(devices=[]):  # the training must not notice
             for batch in DataLoader(ours, self.args.eval_batch_size, collate_fn=self.collator):
                 batch = send_to_device(batch, self.args.device)
                 found.append((ask(batch).float().cpu(), batch["labels"].cpu()))
+        if num_added:
+            found[-1] = found[-1][0][:-num_added], found[-1][1][:-num_added]
         return tuple(torch.cat(parts) for parts in zip(*gather_object(found), strict=True))
 
     # ---- The teacher's logits, and features -----------------------------------------------------------------------

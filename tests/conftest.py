@@ -32,6 +32,8 @@ _LONGEST = (
     "cli",
     "teachers",
     "stopping",
+    "nodes",
+    "sharding",
     "equivalence",
     "resume",
     "teacher_logits",

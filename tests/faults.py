@@ -20,12 +20,13 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = REPOSITORY / "scripts" / "recipes" / "digits.yaml"
@@ -107,13 +108,24 @@ def run(*argv: Any, **options: Any) -> tuple[int, str]:
     return process.wait(), process.output
 
 
-def start_two(*argv: Any) -> list[Run]:
-    """Start a run of two processes."""
+def start_two(*argv: Any, nodes: Sequence[Sequence[Any]] = ()) -> list[Run]:
+    """Start a run of two processes, of one machine or, with options for each, of two."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [Run(*argv, "--use_cpu", "true", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    local = [{"LOCAL_WORLD_SIZE": "1" if nodes else "2", "LOCAL_RANK": "0" if nodes else rank} for rank in "01"]
+    own = nodes or ((), ())
+    return [Run(*argv, *own[rank], "--use_cpu", "true", RANK=str(rank), **local[rank], **shared) for rank in range(2)]
+
+
+def in_two_processes(work: Callable[..., Any], *arguments: Any, max_restarts: int = 0) -> dict[int, Any]:
+    """Call a function in two processes, as torchrun starts them, but forked; return what it does, by their ranks."""
+    config = LaunchConfig(
+        1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", rdzv_configs={"is_host": True},
+        max_restarts=max_restarts, monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    return elastic_launch(config, work)(*arguments)
 
 
 def refused_in_one_line(code: int, output: str) -> str:

@@ -1,0 +1,139 @@
+"""Several machines, or nodes, whose disks need not be shared: the main process decides, and its files count.
+
+A run without a common disk leaves its checkpoints and results on the main node alone. What the others have to read, a
+checkpoint or the teacher that was trained, is sent to them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from .errors import InputError
+from .files import UNFINISHED, replacing, write_text
+
+T = TypeVar("T")
+
+_PATIENCE = 3.0  # seconds after which what one machine has written is on a common disk for the others
+_PART = 1 << 26  # bytes that are sent at a time
+_seen: dict[Path, tuple[bool, bool]] = {}
+
+
+def on_main_process(work: Callable[[], T]) -> T:
+    """Do something in the main process alone; return in all what it returns. All processes have to call it.
+
+    Raises:
+        InputError: In all processes, if the work does.
+    """
+    found: list[Any] = [None]
+    if PartialState().is_main_process:
+        try:
+            found = [work()]
+        except InputError as error:
+            found = [error]
+    outcome = broadcast_object_list(found)[0]
+    if isinstance(outcome, InputError):
+        raise outcome
+    return outcome
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Have the main process go first, then one of each other node, then the rest: disks may be common or not."""
+    state = PartialState()
+    with state.main_process_first(), state.local_main_process_first():
+        yield
+
+
+def check_same(told: T, refusal: Callable[[T, T], str]) -> None:
+    """Refuse what differs from process to process. All have to call it.
+
+    Args:
+        told: By this process.
+        refusal: Called with what the main process told, and what another did; what it returns is the error.
+
+    Raises:
+        InputError: In all processes.
+    """
+    first, *others = gather_object([told])
+    for other in others:
+        if other != first:
+            raise InputError(refusal(first, other))
+
+
+def sees_main_disk(folder: Path) -> tuple[bool, bool]:
+    """Return whether this process sees a folder of the main one, and whether all do. All have to call it.
+
+    Found out once for a folder and all that is in it: the main process writes a file there, for which all look.
+    """
+    state, folder = PartialState(), folder.absolute()
+    if state.num_processes == 1 or sum(gather_object([state.is_local_main_process])) == 1:
+        return True, True
+    for known in (folder, *folder.parents):
+        if known in _seen:
+            return _seen[known]
+    path, token = folder / f".node{UNFINISHED}", on_main_process(lambda: uuid.uuid4().hex)
+    if state.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, token)
+    state.wait_for_everyone()
+    end, is_seen = time.monotonic() + _PATIENCE, False
+    while not is_seen and time.monotonic() < end:
+        with suppress(OSError):
+            is_seen = path.read_text(encoding="utf-8") == token
+        time.sleep(0 if is_seen else 0.1)
+    found = is_seen, all(gather_object([is_seen]))
+    if state.is_main_process:
+        path.unlink(missing_ok=True)
+    _seen[folder] = found
+    return found
+
+
+def send_folder(folder: Path, run_folder: Path) -> None:
+    """Give nodes that do not see the main one's disk the files in a folder there; not those in its folders.
+
+    Args:
+        folder: Of a run. All processes have to call it, each with its own path.
+        run_folder: The run's.
+    """
+    sees, all_see = sees_main_disk(run_folder)
+    if all_see:
+        return
+    state = PartialState()
+    receives = state.is_local_main_process and not sees
+    if receives:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in on_main_process(lambda: sorted(path.name for path in folder.iterdir() if path.is_file())):
+        with ExitStack() as files:
+            path = files.enter_context(replacing(folder / name)) if receives else os.devnull
+            target = files.enter_context(open(path, "wb"))
+            source: Any = files.enter_context(open(folder / name if state.is_main_process else os.devnull, "rb"))
+            for part in iter(functools.partial(on_main_process, functools.partial(source.read, _PART)), b""):
+                target.write(part)
+    state.wait_for_everyone()
+
+
+@contextmanager
+def kept_by_main(folder: Path, run_folder: Path) -> Iterator[Path]:
+    """Give a folder to write to, whose files lie in this one on the main node's disk then. All have to call it."""
+    sees, all_see = sees_main_disk(run_folder)
+    if all_see:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as elsewhere:
+        own = folder if sees else Path(elsewhere)
+        yield own
+        written = {} if sees else {path.name: path.read_bytes() for path in own.iterdir()}
+    for files in gather_object([written]):
+        for name, content in files.items() if PartialState().is_main_process else ():
+            (folder / name).write_bytes(content)

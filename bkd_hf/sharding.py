@@ -1,0 +1,102 @@
+"""Models that are spread over processes: what FSDP2 needs to be told of them, and how they are put together again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from .errors import InputError
+from .machine import launcher_shards
+
+#: Bytes of weights above which a teacher is spread too, where the student is.
+LARGE_TEACHER = 1 << 30
+
+
+def layers_to_wrap(model: nn.Module) -> list[str]:
+    """Return the names of the classes of layers that FSDP gathers one at a time: the blocks of a model.
+
+    They are those that transformers keeps on one device; where it names none, classes of which there are several side
+    by side.
+    """
+    there = {type(module).__name__ for module in model.modules()}
+    names = {*(getattr(model, "_no_split_modules", None) or ())} & there
+    if not names:
+        lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+        counts = Counter(type(child).__name__ for each in lists for child in each if any(child.children()))
+        names = {name for name, number in counts.items() if number > 1 and not hasattr(nn, name)}
+    return sorted(names)
+
+
+def check_engine(args: Any, accelerator: Accelerator) -> None:
+    """Refuse a training that accelerate would not spread over processes, though it is asked to.
+
+    Raises:
+        InputError: If another engine runs than the one that options or launcher ask for.
+    """
+    wanted = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed}
+    asked = [name for name, is_asked in wanted.items() if is_asked or launcher_shards(name)]
+    runs = accelerator.distributed_type
+    if asked and runs.value not in asked:
+        why = "one process alone has nothing to spread"
+        if runs != DistributedType.NO:
+            why = f"accelerate would run {runs.value} in its place, as it does on CPUs"
+        raise InputError(
+            f"{' and '.join(asked)} (--fsdp, --deepspeed, or of the launcher) cannot be had here: {why}. Leave it "
+            "out, or start several processes on GPUs."
+        )
+
+
+def tell_of_layers(accelerator: Accelerator, args: Any, model: nn.Module) -> None:
+    """Tell accelerate how to spread a model; it would go by the one that this process has trained before."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = layers_to_wrap(model)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    # accelerate would spread them by themselves, and again with the layer that they are in; some models have none.
+    model.get_input_embeddings = lambda: None  # type: ignore[assignment]
+    accelerator.state.fsdp_plugin = plugin
+
+
+def spread_large_teacher(teacher: nn.Module, accelerator: Accelerator) -> None:
+    """Spread a frozen model that is large over the processes, where the student is spread too."""
+    size = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
+    if not (accelerator.is_fsdp2 and size > LARGE_TEACHER):
+        return
+    names = layers_to_wrap(teacher)
+    for module in reversed([*teacher.modules()]):
+        if type(module).__name__ in names or module is teacher:
+            fully_shard(module)
+
+
+def bare_type(model: nn.Module) -> type:
+    """Return the class of a model, without what FSDP has put before it."""
+    kind = type(model)
+    return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
+
+
+@contextmanager
+def in_bare_type(model: nn.Module) -> Iterator[None]:
+    """Have a model be of its own class while it is saved: its name, and code of its own, are written down."""
+    kind = type(model)
+    model.__class__ = bare_type(model)
+    try:
+        yield
+    finally:
+        model.__class__ = kind
+
+
+def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all weights of a model that may be spread. All processes have to call it."""
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}

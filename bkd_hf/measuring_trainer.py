@@ -131,6 +131,11 @@ class MeasuringTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
+    @property
+    def last_measured(self) -> LongTailAccumulator | None:
+        """The long-tail metrics of the last evaluation, over all processes; `None` where they were not added up."""
+        return self._evaluation.accumulator
+
     def prediction_step(
         self,
         model: nn.Module,

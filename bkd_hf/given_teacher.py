@@ -122,6 +122,7 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
     tau = arguments.data.post_hoc_tau if fingerprint == data["fingerprint"] else 0.0
     args = copy.copy(arguments.training)  # measured as it will teach, in its own type
     args.bf16_full_eval = args.fp16_full_eval = False
+    args.report_to = []  # this is not the student's
     trainer = BKDTrainer(
         model=teacher.as_classifier(),
         args=args,

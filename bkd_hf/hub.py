@@ -37,6 +37,8 @@ from .splits import PLACEHOLDER, SPLIT_NAME
 _T = TypeVar("_T")
 
 CARD_NAME = "README.md"
+#: In the app of a run (see `bkd_hf.spaces`), what it knows of each class.
+FACTS_NAME = "classes.json"
 TEACHER_FOLDER = "teacher"
 #: What is pushed, by the type of the repository; of a run also figures, export, and the code of a model of its own.
 _ALLOWED = {
@@ -46,7 +48,10 @@ _ALLOWED = {
         "vocab.json", "vocab.txt", "merges.txt", RESULTS_NAME,
     ),
     "dataset": (CARD_NAME, "class_counts.png", SPLIT_NAME, "data/*.parquet"),
-    "space": (CARD_NAME, "long_tail.py", "metrics.py", "app.py", "requirements.txt"),
+    "space": (
+        CARD_NAME, "long_tail.py", "metrics.py", "app.py", "requirements.txt", FACTS_NAME, "examples/*.png",
+        *(f"model/*{suffix}" for suffix in (".json", ".txt", ".safetensors", ".onnx", ".py")),
+    ),
 }  # fmt: skip
 _TEXT_FILES = {".json", ".md", ".py", ".txt"}
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
@@ -207,8 +212,8 @@ def prepare(
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.")
-    marks = {"space": "long_tail.py", "dataset": SPLIT_NAME}
-    repo_type = next((kind for kind, name in marks.items() if (folder / name).exists()), "model")
+    marks = {"long_tail.py": "space", FACTS_NAME: "space", SPLIT_NAME: "dataset"}
+    repo_type = next((kind for name, kind in marks.items() if (folder / name).exists()), "model")
     files = _existing(folder, _ALLOWED[repo_type])
     if repo_type == "model":
         results, figures = _finished_run(folder, files)

@@ -53,7 +53,7 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
     if trainer.teacher_model is not None:
         evaluation = type(trainer)(
             model=trainer.teacher_model.as_classifier(),
-            args=dataclasses.replace(trainer.args, push_to_hub=False),
+            args=dataclasses.replace(trainer.args, push_to_hub=False, report_to="none"),
             data_collator=trainer.data_collator,
             eval_dataset=teacher_images,
             compute_metrics=trainer.long_tail,

@@ -134,6 +134,11 @@ class MeasuringTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
+    @property
+    def last_measured(self) -> LongTailAccumulator | None:
+        """The long-tail metrics of the last evaluation, over all processes; `None` where they were not added up."""
+        return self._evaluation.accumulator
+
     def _share_buffers(self) -> None:
         """Have all processes use the statistics of BatchNorm that the main one saves: FSDP leaves each its own."""
         if self.is_fsdp_enabled:

@@ -92,8 +92,12 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
     return results
 
 
-def recorded_arguments(folder: Path) -> RunArguments:
+def recorded_arguments(folder: Path, option: str = "--export onnx") -> RunArguments:
     """Return what the run in a folder was told about its models and data, from its own record.
+
+    Args:
+        folder: Of the run.
+        option: What needs it.
 
     Raises:
         InputError: If there is no record.
@@ -101,8 +105,8 @@ def recorded_arguments(folder: Path) -> RunArguments:
     record = try_json(folder / RUN_NAME)
     if record is None:
         raise InputError(
-            f"--export: {folder} has no {RUN_NAME}, which tells its data: name the output folder of a run, or run its "
-            "command again with --export onnx."
+            f"{option}: {folder} has no {RUN_NAME}, which tells its data: name the output folder of a run, or leave "
+            "the option out."
         )
     return RunArguments.from_record(record, str(folder))
 

@@ -404,6 +404,7 @@ class RunArguments:
             **options,
             "method": METHODS[self.training.method].teacher,
             "output_dir": f"{self.training.output_dir}/teacher",
+            "run_name": self.training.run_name and f"{self.training.run_name}/teacher",
             "hub_model_id": f"{self.repo_id}-teacher",
             "push_to_hub": False,
         }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 
 from .announcer import Announcer
 from .config import BKDConfig
@@ -78,3 +80,63 @@ class TellOfTime(TrainerCallback):
             left = of_step * (state.max_steps - state.global_step)
             if left > 60:
                 self.say(f"An epoch takes about {duration(of_epoch)}, all of the training {duration(left)} more.")
+
+
+#: Title, name in the log, and factor of each column.
+_COLUMNS = (
+    ("loss", "loss", 1),
+    ("test loss", "eval_loss", 1),
+    ("accuracy %", "eval_accuracy", 100),
+    ("many", "eval_many_shot_accuracy", 100),
+    ("medium", "eval_medium_shot_accuracy", 100),
+    ("few", "eval_few_shot_accuracy", 100),
+    ("worst", "eval_worst_class_accuracy", 100),
+)
+
+
+class ProgressTable(TrainerCallback):
+    """Prints a line of a table for each evaluation, or for each log that none follows, unless `log_level` is higher.
+
+    Args:
+        say: Called with a line.
+    """
+
+    def __init__(self, say: Callable[[str], Any]):
+        self.say = say
+        self.losses: dict[str, float] = {}  # since the last line
+        self.titles: list[str] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Print the line, and before the first one the titles of what is known."""
+        if "loss" in logs and control.should_evaluate:
+            self.losses = {"loss": logs["loss"]}
+        elif args.log_level not in ("warning", "error", "critical") and {"loss", "eval_loss"} & {*logs}:
+            known, self.losses = self.losses | logs, {}
+            epoch = f"{logs.get('epoch', 0):.4g}/{state.num_train_epochs}"
+            cells = {"epoch": f"{epoch:>9}"} | {
+                title: f"{factor * known[name]:{max(len(title), 6)}.{1 if factor == 100 else 3}f}"
+                for title, name, factor in _COLUMNS
+                if name in known
+            }
+            titles = ["epoch", *(title for title, *_ in _COLUMNS if title in {*cells, *self.titles})]
+            lines = [" ".join(cells.get(title, " " * max(len(title), 6)) for title in titles).rstrip()]
+            if titles != self.titles:
+                lines.insert(0, " ".join(f"{title:>{9 if title == 'epoch' else 6}}" for title in titles))
+            self.titles = titles
+            with tqdm.external_write_mode():  # beside the bar, where there is one
+                for line in lines:
+                    self.say(line)
+
+
+class _Bar(ProgressCallback):
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the log to the table."""
+
+
+def show_progress(trainer: BKDTrainer, say: Announcer) -> None:
+    """Have a trainer print a table in place of all that it logs, and a bar only on a terminal; notebooks have both."""
+    has_bar = trainer.pop_callback(ProgressCallback) is not None
+    if has_bar and sys.stderr.isatty():
+        trainer.add_callback(_Bar())
+    if has_bar or trainer.pop_callback(PrinterCallback) is not None:
+        trainer.add_callback(ProgressTable(say))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
 from .precision import settle_precision, share_precision
-from .progress import Clock, TellOfCaches, TellOfTime
+from .progress import Clock, TellOfCaches, TellOfTime, show_progress
 from .rehearsal import check_before_work
 from .results import (
     RESULTS_NAME,
@@ -96,7 +97,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     output_dir = Path(arguments.training.output_dir)
     threads = set_num_threads(arguments.model.num_threads)
     keep_freed_memory()
-    if arguments.training.disable_tqdm:
+    if arguments.training.disable_tqdm or not sys.stderr.isatty():
         logging.disable_progress_bar()
     for name, reason in arguments.options_without_effect().items():
         warnings.warn(f"--{name} has no effect: {reason}.", stacklevel=2)
@@ -229,7 +230,7 @@ def _train(
         gc.collect()  # its trainer and callbacks know each other: their workers would stay, idle, beside the student's
     if not options.is_teacher:
         say.stage("Student")
-    section = _fit(options, inputs, model, teacher)
+    section = _fit(options, inputs, model, teacher, teacher_results)
     is_trained_here = teacher_results is not None and "training" in teacher_results
     results = describe_run(
         args,
@@ -304,7 +305,13 @@ def _without_load_report() -> Iterator[None]:
         logger.removeFilter(is_something_else)
 
 
-def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher: nn.Module | None) -> dict[str, Any]:
+def _fit(
+    options: RunArguments,
+    inputs: Inputs,
+    model: PreTrainedModel,
+    teacher: nn.Module | None,
+    teacher_results: dict[str, Any] | None,
+) -> dict[str, Any]:
     """Train (from the last checkpoint if there is one), save and evaluate a model; return its section of results."""
     args, data, images, say = options.training, inputs.data, inputs.images, inputs.say
     name, clock, size = options.model.model_name_or_path, Clock(), model.num_parameters()
@@ -321,6 +328,8 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
         compute_metrics=long_tail_evaluation(data, options.data.post_hoc_tau),
         callbacks=[clock],
     )
+    show_progress(trainer, say)
+    trainer.class_figures.known = {"data": data, "teacher": teacher_results}
     trainer.add_callback(TellOfCaches(trainer, say))
     trainer.add_callback(TellOfTime(say))
     length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
@@ -351,7 +360,6 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
         )
     trainer.save_model()
     trainer.save_state()
-    trainer.log_metrics("train", outcome.metrics)
     trainer.save_metrics("train", outcome.metrics)
     metrics, measured = trainer.measure(images["eval"])
     trainer.save_metrics("eval", metrics)

@@ -45,6 +45,7 @@ from .teacher import (
     why_not_start_from,
 )
 from .teacher_logits import describe_teacher
+from .tracking import ClassFigures
 from .training_data import collator_of, count_training_examples
 
 logger = logging.get_logger(__name__)
@@ -124,7 +125,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         any_dataset = eval_dataset if train_dataset is None else train_dataset
         if data_collator is None:
             data_collator = collator_of(any_dataset)
-        self._stop = StopAtSigterm()
+        self._stop, self.class_figures = StopAtSigterm(), ClassFigures(self)
         # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
         adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
         # In place of Trainer's callback for that, which would listen from now on.
@@ -143,6 +144,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                     EpochSetter(lambda: self._meter.restore(self), self._begin_epoch),
                     self._stop,
                     SaveAfterEpoch(),
+                    *([self.class_figures] if args.report_to else []),
                     *(callbacks or []),
                 ],
                 optimizers=optimizers,

@@ -184,7 +184,7 @@ def from_python(scratch: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def split_and_metric(scratch: Path) -> dict[str, Any]:
+def split_and_spaces(output_dir: Path, scratch: Path) -> dict[str, Any]:
     pushed = call(
         script("make_long_tailed").main, "--dataset_name", "digits", "--imbalance_ratio", "10", "--seed", "3",
         "--output_dir", str(scratch / "split"), "--push_to_hub", "user/digits-lt",
@@ -194,12 +194,16 @@ def split_and_metric(scratch: Path) -> dict[str, Any]:
     reloaded = load_image_dataset("user/digits-lt")
     space = call(script("publish").main, str(REPOSITORY / "bkd_hf" / "long_tail"), "--repo_id", "user/long_tail")
     metric = evaluate.load("user/long_tail")
+    app = call(script("publish").main, str(output_dir), "--repo_id", "user/digits", "--space", "user/app", "--private")
     value = metric.compute(predictions=[[2.0, 0.0], [1.0, 0.0]], references=[0, 1], class_counts=[500, 5])
     return {
         "pushed": pushed, "again": again["code"], "commits": hub.commits("user/digits-lt", "dataset"),
         "splits": {name: len(split) for name, split in loaded.items()},
         "names": loaded["train"].features["label"].names,
         "labels": reloaded["train"]["label"][:],
+        "app": app, "app_files": sorted(hub.files("user/app", "space")),
+        "app_is_private": hub.is_private("user/app", "space"),
+        "app_card": hub.files("user/app", "space")["README.md"].decode(),
         "space": space, "space_files": sorted(hub.files("user/long_tail", "space")), "metric": value,
         "space_card": hub.files("user/long_tail", "space")["README.md"].decode(),
         "card": hub.files("user/digits-lt", "dataset")["README.md"].decode(),
@@ -214,6 +218,6 @@ if __name__ == "__main__":
         "refusals": refusals(output_dir, scratch),
         "faults": faults(output_dir),
         "python": from_python(scratch),
-        "split": split_and_metric(scratch),
+        "split": split_and_spaces(output_dir, scratch),
     }
     (scratch / "outcome.json").write_text(json.dumps(outcome))

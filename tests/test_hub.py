@@ -286,3 +286,15 @@ def test_metric_can_be_pushed_as_a_space(outcome):
     assert 'evaluate.load("user/long_tail")' in split["space_card"]
     assert split["metric"]["many_shot_accuracy"] == 1.0
     assert split["metric"]["few_shot_accuracy"] == 0.0
+
+
+def test_app_of_a_run_can_be_pushed_as_a_space(outcome):
+    split = outcome["split"]
+    assert (split["app"]["code"], split["app_is_private"]) == (0, True), split["app"]
+    assert split["app"]["out"].splitlines()[-1].endswith("/spaces/user/app")
+    model = {"config.json", "model.safetensors", "modeling_cifar_resnet.py", "preprocessor_config.json"}
+    others = {".gitattributes", "README.md", "app.py", "classes.json", "requirements.txt"}
+    assert set(split["app_files"]) == others | {f"model/{name}" for name in model}
+    metadata = yaml.safe_load(split["app_card"].split("---")[1])
+    assert (metadata["sdk"], metadata["app_file"], metadata["models"]) == ("gradio", "app.py", ["user/digits"])
+    assert (metadata["title"], metadata["license"]) == ("What is it? digits", "mit")  # as its card

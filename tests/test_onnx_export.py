@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from bkd_hf.onnx_export import export_run, recorded_arguments
 from bkd_hf.rehearsal import check_before_work
 from bkd_hf.run import run
 from bkd_hf.schema import find_fault
+from bkd_hf.spaces import build_space
 from tests.architectures import NAMES, tiny
 from tests.conftest import REPOSITORY
 from tests.faults import main_of
@@ -188,6 +190,25 @@ def test_an_export_is_not_made_twice(exported, capsys):
     with pytest.raises(SystemExit, match="2"):
         publish([str(exported)])
     assert "required: --repo_id" in capsys.readouterr().err
+
+
+def test_the_app_answers_by_it(exported, monkeypatch):
+    pytest.importorskip("gradio", reason="gradio (extra `space`) is not installed")
+    space = build_space(exported, "user/app")
+    assert {path.name for path in (space / "model").iterdir()} == {"model.onnx", "preprocessor_config.json"}
+    assert "torch" not in (space / "requirements.txt").read_text()
+    monkeypatch.setattr("torch.nn.Module.__call__", None)  # torch would raise
+    app = runpy.run_path(str(space / "app.py"))
+    image = Image.fromarray((load_digits().images[0] * 255 / 16).astype(np.uint8))
+    shown = re.findall(r"<b>(\d)</b>.*?([\d.]+)%</span>", app["answer"](image))
+    monkeypatch.undo()
+    with torch.no_grad():
+        inputs = load_processor(str(exported))(image.convert("RGB"), return_tensors="pt")
+        expected = load_classifier(str(exported), list("0123456789")).eval()(**inputs).logits[0].softmax(dim=0)
+    assert len(shown) == 5
+    assert {name: float(share) for name, share in shown} == {
+        name: pytest.approx(100 * expected[int(name)].item(), abs=0.06) for name, _ in shown
+    }
 
 
 def test_code_in_the_card_names_the_digit(exported, tmp_path, monkeypatch, capsys):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import bkd_hf
 from bkd_hf import load_results
 from bkd_hf.arguments import _build_parser
 from bkd_hf.card import build
@@ -54,10 +57,38 @@ def test_every_option_in_it_exists():
     scripts = [path.read_text() for path in (REPOSITORY / "bkd_hf" / "commands").glob("*.py")]
     of_scripts = {option for script in scripts for option in re.findall(r'add_argument\(\s*"(--\w+)"', script)}
     known = set(_build_parser()._option_string_actions) | of_scripts | {"--num_processes"}
-    named = set(re.findall(r"(?<![\w-])--[a-z_]+(?:_[a-z]+)*\b", README)) - {"--index-url", "--index", "--dist"}
+    of_others = {"--index-url", "--index", "--dist", "--flavor", "--secrets", "--with", "--gpus"}
+    named = set(re.findall(r"(?<![\w-])--[a-z_]+(?:_[a-z]+)*\b", README)) - of_others
     assert named
     teacher_options = {f"--teacher_{option.removeprefix('--')}" for option in known}
     assert named - known - teacher_options == set()
+
+
+WHEEL = f"/dist/bkd_hf-{bkd_hf.__version__}-py3-none-any.whl"
+
+
+def test_the_hub_would_take_its_job(tmp_path):
+    (command,) = re.findall(r"`hf (jobs uv run .*?) …`", README)
+    (tmp_path / "dist").mkdir()
+    hf = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()"]
+    words = shlex.split(command.replace("uv run", "uv run --dry-run"))
+    process = subprocess.run([*hf, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    told = dict(re.findall(r"^ +(\w+) +(.+)$", process.stdout, re.M))
+    assert (told["script"], told["args"], told["volumes"]) == ("bkd-hf", "run --push_to_hub", "./dist:/dist")
+    assert told["with"] == WHEEL
+
+
+def test_its_container_has_the_wheel():
+    manual, *lines = (REPOSITORY / "scripts" / "Dockerfile").read_text().splitlines()
+    assert f"`{manual.removeprefix('# python -m build && ')}`" in README
+    minor, wheels = re.fullmatch(
+        r"FROM python:3\.(\d+)-slim\n"
+        r"RUN --mount=source=dist,target=/dist pip install --no-cache-dir (\S+)",
+        "\n".join(lines),
+    ).groups()  # fmt: skip
+    assert int(minor) >= 11
+    assert fnmatch(WHEEL, wheels)
 
 
 def test_every_file_in_it_exists():

@@ -1,0 +1,127 @@
+"""A Gradio app of a finished run: `OUTPUT_DIR/space`, which works where it is, and as a Space on the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .card import check_repo_id, choices_of_card
+from .data import IMAGE_COLUMN, fingerprint, labels_of
+from .errors import InputError
+from .files import write_text
+from .hub import CARD_NAME, FACTS_NAME, prepare
+from .inputs import load_splits
+from .metrics import wilson_interval
+from .onnx_export import recorded_arguments
+from .options import UNKNOWN_LICENSE
+from .reading import read_text
+from .results import ONNX_FILES, RESULTS_NAME, load_results, save_json
+from .text import one_line
+
+SPACE_FOLDER = "space"
+_TEMPLATE = Path(__file__).with_name("space")
+_OF_CPU = "--extra-index-url https://download.pytorch.org/whl/cpu\n"  # a Space need not fetch gigabytes of CUDA
+
+
+def build_space(
+    folder: str | os.PathLike[str],
+    space_id: str,
+    model_id: str | None = None,
+    license: str | None = None,
+    num_examples: int = 0,
+) -> Path:
+    """Write the app of a finished run, with its model and what is known of each class.
+
+    It answers by the ONNX file, where the student was exported, else by transformers and torch.
+
+    Args:
+        folder: Output folder of the run.
+        space_id: `USER/NAME` of the Space.
+        model_id: Of the model on the Hub, where it is there; for a link.
+        license: As for [`bkd_hf.hub.publish_folder`].
+        num_examples: Images of the evaluation set to show, each of another class, from common to rare.
+
+    Returns:
+        The folder, for [`bkd_hf.hub.publish_folder`].
+
+    Raises:
+        InputError: If the id is malformed, there is no finished run, or not the images that it was evaluated on.
+    """
+    check_repo_id(space_id)
+    folder = Path(folder)
+    publication = prepare(folder, model_id or space_id, license=license)
+    if RESULTS_NAME not in publication.files or "preprocessor_config.json" not in publication.files:
+        raise InputError(
+            f"--space: {folder} holds no model with its image processor: name the output folder of a run."
+        )
+    results, space = load_results(folder), folder / SPACE_FOLDER
+    examples = _examples(folder, results, num_examples) if num_examples else []
+    runtime = "onnxruntime" if ONNX_FILES["onnx"] in publication.files else "torch"
+    of_model = {name: path for name, path in publication.files.items() if "/" not in name and name != RESULTS_NAME}
+    if runtime == "onnxruntime":
+        of_model = {"model.onnx": folder / ONNX_FILES["onnx"],
+                    "preprocessor_config.json": of_model["preprocessor_config.json"]}  # fmt: skip
+    for part in ("model", "examples"):
+        shutil.rmtree(space / part, ignore_errors=True)
+        (space / part).mkdir(parents=True)
+    for name, path in of_model.items():
+        shutil.copyfile(path, space / "model" / name)
+    for number, image in enumerate(examples):
+        image.convert("RGB").save(space / "examples" / f"{number:03}.png")
+    shutil.copyfile(_TEMPLATE / "app.py", space / "app.py")
+    facts = class_facts(results)
+    save_json(facts, space / FACTS_NAME)
+    versions = {name: results["versions"][name].partition("+")[0] for name in ("torch", "transformers")}
+    needed = f"{_OF_CPU}torch>={versions['torch']}"
+    if runtime == "onnxruntime":
+        needed = f"onnxruntime>={results['export']['onnxruntime']}"
+    write_text(space / "requirements.txt", f"{needed}\ntransformers>={versions['transformers']}\npillow\n")
+    about = {
+        "title": json.dumps(facts["title"], ensure_ascii=False),
+        "license": license or choices_of_card(folder / CARD_NAME).get("license", UNKNOWN_LICENSE),
+        "models": json.dumps([model_id] if model_id else []),
+        "about": facts["about"],
+    }
+    write_text(space / CARD_NAME, read_text(_TEMPLATE / CARD_NAME).format(**about))
+    return space
+
+
+def class_facts(results: dict[str, Any]) -> dict[str, Any]:
+    """Return what the app knows: title, a line on the model, and of each class, in the model's order, its facts."""
+    data, metrics = results["data"], results["student"]["metrics"]
+    tested = np.array(data["eval_class_counts"])
+    accuracies = np.array(metrics["per_class_accuracy"], dtype=float)
+    bounds = wilson_interval(np.round(np.nan_to_num(accuracies) * tested), np.maximum(tested, 1))
+    known = zip(data["class_names"], data["class_counts"], tested.tolist(), accuracies, *bounds, strict=True)
+    return {
+        "title": f"What is it? {one_line(data['name'], 60)}",
+        "about": f"This model of {len(tested):,} classes recognises {metrics['accuracy']:.1%} of {tested.sum():,} "
+        f"test images; of its worst class, {metrics['worst_class_accuracy']:.0%}.",
+        "few_shot_threshold": data["few_shot_threshold"],
+        "classes": [
+            {
+                "name": one_line(name), "training_images": trained, "test_images": number,
+                "accuracy": round(accuracy, 4) if number else None, "interval": [round(low, 4), round(high, 4)],
+            }
+            for name, trained, number, accuracy, low, high in known
+        ],
+    }  # fmt: skip
+
+
+def _examples(folder: Path, results: dict[str, Any], number: int) -> list[Any]:
+    """The first images of some classes in the evaluation set, evenly from the most to the fewest training images."""
+    evaluation = load_splits(recorded_arguments(folder, "--space_examples"))["eval"]
+    if fingerprint(evaluation) != results["data"]["eval_fingerprint"]:
+        raise InputError(
+            f"--space_examples: the data of {folder} are not the images that this run was evaluated on: put them "
+            "back, or leave the option out."
+        )
+    labels = np.asarray(labels_of(evaluation))
+    order = [c for c in np.argsort(-np.asarray(results["data"]["class_counts"]), kind="stable") if (labels == c).any()]
+    chosen = dict.fromkeys(np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int).tolist())
+    return [evaluation[int((labels == order[rank]).argmax())][IMAGE_COLUMN] for rank in chosen]

@@ -24,7 +24,7 @@ from .adapters import check_adapter
 from .announcer import Announcer
 from .card import build as build_card
 from .errors import InputError
-from .files import unlock, why_broken, write_text
+from .files import try_json, unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
 from .head import the_head
 from .head_fitting import check_means, class_vectors
@@ -60,7 +60,7 @@ from .results import (
     load_results,
     save_json,
 )
-from .run_folder import claim_output_dir, identity_of, is_cut_otherwise, last_complete_checkpoint, record_run
+from .run_folder import RUN_NAME, claim_output_dir, identity_of, is_cut_otherwise, last_complete_checkpoint, record_run
 from .targets import describe_targets, why_collapsed
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
@@ -136,7 +136,8 @@ def _load_data(arguments: RunArguments) -> tuple[datasets.DatasetDict, dict[str,
     with PartialState().main_process_first():
         splits = load_splits(arguments)
     thresholds = options.many_shot_threshold, options.few_shot_threshold
-    return splits, describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
+    recorded = try_json(Path(arguments.training.output_dir) / RUN_NAME)
+    return splits, describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds, recorded)
 
 
 def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) -> dict[str, Any]:

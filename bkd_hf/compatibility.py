@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError
 from .machine import launcher_shards
-from .methods import PRIORS
+from .methods import DISTILLATION_LOSSES, PRIORS
 from .ranges import check_ranges
 from .text import one_line
 
@@ -83,6 +83,12 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
         options.adapter is None or not options.freeze_backbone,
         "adapter",
         "left out with --freeze_backbone, which trains the head alone",
+    )
+    loss = DISTILLATION_LOSSES[options.distillation_loss]
+    check(
+        options.teacher_cache_top_k is None or loss is None or loss.top_k is not None,
+        "teacher_cache_top_k",
+        f"left out with --distillation_loss {options.distillation_loss}, which needs all of the teacher's logits",
     )
     check(options.feature_cache == "off" or options.freeze_backbone, "feature_cache", "off without --freeze_backbone")
     check(options.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
@@ -192,6 +198,11 @@ def options_without_effect(
         *(
             (name, getattr(options, name) is not None and options.adapter != "lora", "it belongs to --adapter lora")
             for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules")
+        ),
+        (
+            f"teacher_cache_top_k {options.teacher_cache_top_k}",
+            options.teacher_cache == "off" and options.teacher_cache_top_k is not None,
+            "--teacher_cache is off",
         ),
         (
             f"teacher_cache_dtype {options.teacher_cache_dtype}",

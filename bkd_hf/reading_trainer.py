@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import has_length
@@ -16,6 +17,7 @@ from transformers.trainer_utils import has_length
 from .config import BKDConfig
 from .features import FEATURES, answer_features
 from .head import the_head
+from .objective import Objective
 from .stopping import outlive_sigterm
 from .teacher import TEACHER_LOGITS, TEACHER_PREFIX, FrozenTeacher, TeacherAsClassifier, split_inputs
 from .teacher_logits import LogitsFolder, describe_weights
@@ -26,6 +28,7 @@ class ReadingTrainer(Trainer):
     """A `Trainer` that cuts its training examples into global batches, for a student and maybe its teacher."""
 
     args: BKDConfig
+    bkd_objective: Objective
     teacher_model: FrozenTeacher | None
     class_counts: np.ndarray | None
     _training_data: TrainingData
@@ -52,7 +55,8 @@ class ReadingTrainer(Trainer):
         """
         data = self._training_data = self._new_training_data()
         if self.teacher_model is not None:
-            data.open_logits(self._about_teacher, 0 if self.class_counts is None else len(self.class_counts))
+            num_classes = 0 if self.class_counts is None else len(self.class_counts)
+            data.open_logits(self._about_teacher, num_classes, self.bkd_objective.top_k)
         if self.args.feature_cache != "off" and self._compute_features is None:
             self._compute_features = answer_features(self.model)
             self._about_backbone = describe_weights(self.model, the_head(self.model))
@@ -77,9 +81,9 @@ class ReadingTrainer(Trainer):
 
     def _begin_epoch(self, epoch: int) -> None:
         self._training_data.set_epoch(epoch)
-        teacher = self.teacher_model
+        teacher, top_k = self.teacher_model, self.bkd_objective.top_k
         asked = {
-            TEACHER_LOGITS: lambda batch: teacher(**split_inputs(batch)[1]),  # type: ignore[misc]
+            TEACHER_LOGITS: lambda batch: (top_k.take if top_k else nn.Identity())(teacher(**split_inputs(batch)[1])),  # type: ignore[misc]
             FEATURES: self._compute_features,
         }
         self._training_data.fill(epoch, asked, self._train_batch_size)

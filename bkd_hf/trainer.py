@@ -217,7 +217,9 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         counted = labels != IGNORE_INDEX
         if model.training:
             teacher_logits = self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
-            losses = self.bkd_objective(outputs.logits, teacher_logits, labels, self._progress(num_items_in_batch))
+            is_top_k = self.args.teacher_cache_top_k is not None and self.teacher_cache is not None
+            progress = self._progress(num_items_in_batch)
+            losses = self.bkd_objective(outputs.logits, teacher_logits, labels, progress, is_top_k)
             self._meter.add(losses, counted)
         else:
             smoothing = self.args.label_smoothing_factor

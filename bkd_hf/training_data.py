@@ -24,7 +24,8 @@ from .features import FEATURES
 from .images import ImageDataset, collate_images
 from .sampling import GlobalBatchSampler, SampledExamples, innermost
 from .teacher import TEACHER_LOGITS
-from .teacher_logits import DEFAULT_FOLDERS, LogitsFolder, WithColumn, describe_views, precompute_logits
+from .teacher_logits import DEFAULT_FOLDERS, LogitsFolder, TopKFolder, WithColumn, describe_views, precompute_logits
+from .top_k import TopK
 
 logger = logging.get_logger(__name__)
 
@@ -198,12 +199,13 @@ class TrainingData:
 
     # ---- The teacher's logits, and features -----------------------------------------------------------------------
 
-    def open_logits(self, teacher: dict[str, Any], num_classes: int) -> None:
+    def open_logits(self, teacher: dict[str, Any], num_classes: int, top_k: TopK | None = None) -> None:
         """Open the folder of logits that the options ask for, if they do; all processes have to call it.
 
         Args:
             teacher: What its logits depend on (see `teacher_logits.describe_teacher`).
             num_classes: C.
+            top_k: What is kept of each image's logits; all of them if not given.
 
         Raises:
             InputError: If there can be none, and it was not left open by `--teacher_cache auto`.
@@ -217,9 +219,12 @@ class TrainingData:
             images = describe_views(self.dataset, args.sampler or "instance")
             about = {"teacher": teacher, "precision": args.mixed_precision, "images": images}
             shape = self.num_views or 1, len(self.dataset), num_classes
-            self.computed[TEACHER_LOGITS] = LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
+            if top_k is not None:
+                self.computed[TEACHER_LOGITS] = TopKFolder(folder, about, shape, args.teacher_cache_dtype, top_k)
+            else:
+                self.computed[TEACHER_LOGITS] = LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
         except InputError as error:
-            if args.teacher_cache != "auto":
+            if args.teacher_cache != "auto" or top_k is not None:  # which all logits are not the same as
                 raise
             again = ""
             if self.num_views is not None:

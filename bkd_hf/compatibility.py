@@ -139,6 +139,40 @@ def _check_schedule(options: Any, check: _Check) -> None:
     check(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")
 
 
+#: What needs all images at hand, and the values that do without.
+_NOT_STREAMED: dict[str, tuple[Any, ...]] = {
+    "teacher_cache": ("off",), "feature_cache": ("off",), "teacher_cache_views": (None,), "sampler": ("instance",),
+    "train_sampling_strategy": ("random",), "head_init": ("random",), "head_bias": ("auto", "learned"),
+    "imbalance_ratio": (None,), "max_train_samples": (None,), "cache_images": ("auto", "none"),
+    "auto_find_batch_size": (False,), "export": ("none",),
+}  # fmt: skip
+
+
+def check_streaming(options: Mapping[str, Any], training: Any) -> None:
+    """Raise an `InputError` if options of a run do not go with `--streaming`, or it lacks some that it needs.
+
+    Args:
+        options: All by name.
+        training: The `BKDConfig` made of them.
+    """
+    if options["class_counts"] is None:
+        raise InputError(
+            "--streaming needs --class_counts FILE: how many images a class has is not known before. bkd-hf split "
+            f"--dataset_name {one_line(options['dataset_name'], 80)} --count_only makes one."
+        )
+    if training.max_steps <= 0:
+        raise InputError("--streaming needs --max_steps: a stream has no end. Give the number of optimizer steps.")
+    for name, allowed in _NOT_STREAMED.items():
+        value = getattr(training, name, options[name])
+        if value not in allowed:
+            raise InputError(
+                f"--{name} {value} does not go with --streaming: it needs all images at hand. Leave it out."
+            )
+    by_accelerate = training.accelerator_config
+    if by_accelerate.split_batches or by_accelerate.dispatch_batches:
+        raise InputError("--accelerator_config: split_batches and dispatch_batches do not go with --streaming.")
+
+
 def find_accumulation(options: Any) -> int:
     """Return the `gradient_accumulation_steps` that make up the `global_batch_size` of a `BKDConfig`.
 

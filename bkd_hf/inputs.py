@@ -6,7 +6,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 from transformers import EvalPrediction
 from transformers.image_processing_utils import BaseImageProcessor
@@ -22,6 +21,7 @@ from .loading import load_image_dataset
 from .metrics import LongTailEvaluation, shot_groups
 from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_processor
 from .options import ModelArguments, RunArguments
+from .streams import Stream, StreamedImages, load_stream
 from .views import set_image_size
 
 
@@ -38,28 +38,28 @@ class Inputs:
         say: Tells the user.
     """
 
-    splits: datasets.DatasetDict
+    splits: dict[str, Any]
     data: dict[str, Any]
     processor: BaseImageProcessor
-    images: dict[str, ImageDataset]
+    images: dict[str, Any]
     threads: int
     say: Announcer
 
 
-def load_own_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
+def load_own_processor(options: ModelArguments, train: Any) -> BaseImageProcessor:
     """Load the image processor of a model; that of fresh weights knows the mean and deviation of the data."""
     name = options.model_name_or_path
     if cifar_resnet_depth(name) is not None:
-        return load_processor(name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(train))
+        return load_processor(
+            name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(getattr(train, "sample", train))
+        )
     processor = load_processor(name, **options.from_pretrained_kwargs())
     if options.image_size is not None:
         set_image_size(processor, options.image_size)
     return processor
 
 
-def load_teacher_processor(
-    arguments: RunArguments, of_student: BaseImageProcessor, train: datasets.Dataset
-) -> BaseImageProcessor:
+def load_teacher_processor(arguments: RunArguments, of_student: BaseImageProcessor, train: Any) -> BaseImageProcessor:
     """Load the image processor of a teacher with weights; fresh weights see the student's pixels, unless told else."""
     of_teacher = arguments.for_teacher()
     is_fresh = cifar_resnet_depth(of_teacher.model.model_name_or_path) is not None
@@ -70,31 +70,44 @@ def load_teacher_processor(
 
 def decode(
     arguments: RunArguments,
-    split: datasets.Dataset,
+    split: Any,
     processor: BaseImageProcessor,
     for_training: bool = False,
     teacher: BaseImageProcessor | None = None,
-) -> ImageDataset:
+) -> Any:
     """Decode a split for a model, for training augmented, and for its teacher if that takes other pixels."""
     options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
     augmentation = options.train_augmentation if for_training else "none"
-    return ImageDataset(
-        split,
+    is_stream = isinstance(split, Stream)
+    images = ImageDataset(
+        split.sample if is_stream else split,
         processor,
         augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,
         operations=(options.train_operations if for_training else None) or (),
         horizontal_flip=options.horizontal_flip,
-        cache_images=options.cache_images,  # type: ignore[arg-type]
+        cache_images="none" if is_stream else options.cache_images,  # type: ignore[arg-type]
         teacher_processor=teacher,
         reduced_decoding=options.reduced_decoding,
         # accelerate, where it sends the main process's batches to the others, knows how to cut tensors only.
         as_bytes=not any(args.accelerator_config.dispatch_batches for args in trainings),
     )
+    return StreamedImages(split, images) if is_stream else images
 
 
-def load_splits(arguments: RunArguments) -> datasets.DatasetDict:
-    """Load `train` and `eval`, cut as the options say."""
+def load_splits(arguments: RunArguments) -> dict[str, Any]:
+    """Load `train` and `eval`, cut as the options say; with `--streaming`, `train` is a [`Stream`]."""
     options = arguments.data
+    if options.streaming:
+        return load_stream(
+            options.dataset_name,
+            str(options.class_counts),
+            options.dataset_config_name,
+            (options.image_column_name, options.label_column_name),
+            (options.train_split_name, options.eval_split_name),
+            options.shuffle_buffer_size,
+            arguments.model.cache_dir,
+            arguments.model.token,
+        )
     splits = load_image_dataset(
         options.dataset_name,
         config_name=options.dataset_config_name,
@@ -120,7 +133,7 @@ def load_splits(arguments: RunArguments) -> datasets.DatasetDict:
     return splits
 
 
-def choose_workers(args: BKDConfig, dataset: ImageDataset, num_threads: int) -> bool:
+def choose_workers(args: BKDConfig, dataset: Any, num_threads: int) -> bool:
     """Have other processes prepare the images, if the options do not say how many and it pays; whether they do.
 
     They stay alive from epoch to epoch, unless the options say otherwise. Started anew, they would be copies of a

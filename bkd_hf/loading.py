@@ -21,7 +21,7 @@ from .text import normal, one_line
 
 logger = logging.get_logger(__name__)
 
-_LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "category")
+_LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "category", "cls")
 _VALIDATION_SPLIT_NAMES = ("validation", "valid", "val", "dev")
 _EVAL_SPLIT_NAMES = (*_VALIDATION_SPLIT_NAMES, "test", "eval")
 _CARVED_SHARE = 0.2
@@ -70,8 +70,8 @@ def load_image_dataset(
         NoTestSplitError: With `untouched_test`, if there is no such split.
         InputError: If something is not there, or the labels are not classes.
     """
-    data = _load_digits() if name == "digits" else _load_splits(name, config_name, cache_dir, token)
-    train_name, eval_name = _find_splits(name, data, train_split, eval_split, untouched_test)
+    data = _load_digits() if name == "digits" else open_splits(name, config_name, cache_dir, token)
+    train_name, eval_name = find_splits(name, data, train_split, eval_split, untouched_test)
     if untouched_test and eval_name is None:
         raise NoTestSplitError(
             f"{name} has no test split, which nobody trains on: it has {', '.join(data)}. Name one by "
@@ -83,7 +83,7 @@ def load_image_dataset(
         found["validation"] = next((split for split in _VALIDATION_SPLIT_NAMES if split in left), None)
         if left := [f"{split} ({len(data[split]):,} images)" for split in left if split != found["validation"]]:
             logger.warning(f"{name}: left out: {', '.join(left)}.")
-    image_column, label_column = _find_columns(name, data[train_name], image_column, label_column)
+    image_column, label_column = find_columns(name, data[train_name], image_column, label_column)
     splits = {}
     for split, split_name in found.items():
         if split_name is None:
@@ -128,23 +128,32 @@ def _load_digits() -> datasets.DatasetDict:
     return datasets.DatasetDict({"train": everything.select(train), "test": everything.select(test)})
 
 
-def _load_splits(name: str, config_name: str | None, cache_dir: str | None, token: str | None) -> datasets.DatasetDict:
+def open_splits(
+    name: str, config_name: str | None, cache_dir: str | None, token: str | None, streaming: bool = False
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load what is there, with its own columns and splits; `streaming`: nothing of it yet."""
     path = Path(name).expanduser()
     if not path.exists() and name.startswith((".", "/", "~")):
         raise InputError(f"--dataset_name {name}: there is no such file or folder.")
     try:
-        if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+        if (
+            path.is_dir()
+            and not streaming
+            and any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
+        ):
             list(files_below(path))
             data = datasets.load_from_disk(str(path))
         elif path.exists() and not path.is_dir():
             if path.suffix != ".parquet" or not path.is_file():
                 raise InputError(f"--dataset_name {name}: a single file must be a .parquet file.")
-            data = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache_dir)
+            data = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache_dir, streaming=streaming)
         else:
-            data = load_image_folder(path) if path.is_dir() and config_name is None else None
+            data = load_image_folder(path) if path.is_dir() and config_name is None and not streaming else None
             if data is None:
                 source = str(path) if path.is_dir() else name
-                data = datasets.load_dataset(source, config_name, cache_dir=cache_dir, token=token)
+                data = datasets.load_dataset(
+                    source, config_name, cache_dir=cache_dir, token=token, streaming=streaming
+                )
     except InputError:
         raise
     except Exception as error:  # of `datasets`, and of all that it reads with: there is no end of kinds
@@ -169,12 +178,17 @@ def _load_splits(name: str, config_name: str | None, cache_dir: str | None, toke
             f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, a folder with one folder per "
             'class, a saved data set, a parquet file, or "digits".'
         ) from error
-    return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict({"train": data})
+    return data if isinstance(data, dict) else datasets.DatasetDict({"train": data})
 
 
-def _find_splits(
-    name: str, data: datasets.DatasetDict, train_split: str | None, eval_split: str | None, untouched_test: bool
+def find_splits(
+    name: str,
+    data: datasets.DatasetDict | datasets.IterableDatasetDict,
+    train_split: str | None,
+    eval_split: str | None,
+    untouched_test: bool,
 ) -> tuple[str, str | None]:
+    """Return the names of the splits to train and to evaluate on; `None` if none is for the latter."""
     for option, split in (("train_split_name", train_split), ("eval_split_name", eval_split)):
         if split is not None and split not in data:
             raise InputError(f"--{option} {split}: {name} has the splits {', '.join(data)}.")
@@ -190,9 +204,10 @@ def _find_splits(
     return train_split, eval_split
 
 
-def _find_columns(
-    name: str, dataset: datasets.Dataset, image_column: str | None, label_column: str | None
+def find_columns(
+    name: str, dataset: datasets.Dataset | datasets.IterableDataset, image_column: str | None, label_column: str | None
 ) -> tuple[str, str]:
+    """Return the names of the columns of images and labels."""
     features = dataset.features
     columns = f"The columns are {', '.join(features)}."
     for option, column in (("image_column_name", image_column), ("label_column_name", label_column)):

@@ -113,7 +113,7 @@ def save_json(content: Any, path: str | os.PathLike[str]) -> None:
 
 def describe_data(
     name: str,
-    train: datasets.Dataset,
+    train: Any,
     evaluation: datasets.Dataset,
     many_shot_threshold: int,
     few_shot_threshold: int,
@@ -126,7 +126,7 @@ def describe_data(
     recorded = recorded or {}
     names, of_training, of_evaluation = (
         train.features[LABEL_COLUMN].names,
-        class_counts(train),
+        getattr(train, "class_counts", None) or class_counts(train),  # of a stream, told
         class_counts(evaluation),
     )
     split = None if evaluation.split is None else str(evaluation.split)
@@ -135,7 +135,7 @@ def describe_data(
         "name": without_folders(name),
         "hub_id": hub_id(name),
         "eval_split": "train" if split and evaluation.split == train.split else split,
-        "fingerprint": shared_fingerprint(train, recorded.get("fingerprint")),
+        "fingerprint": getattr(train, "fingerprint", None) or shared_fingerprint(train, recorded.get("fingerprint")),
         "eval_fingerprint": shared_fingerprint(evaluation, recorded.get("eval_fingerprint")),
     }
 

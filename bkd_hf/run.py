@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -130,7 +129,7 @@ def _is_still_the_same(arguments: RunArguments, say: Announcer) -> bool:
     return True
 
 
-def _load_data(arguments: RunArguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
+def _load_data(arguments: RunArguments) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load the splits; return them, and the `data` section of the results."""
     options = arguments.data
     with PartialState().main_process_first():
@@ -343,7 +342,7 @@ def _fit(options: RunArguments, inputs: Inputs, model: PreTrainedModel, teacher:
         **about_adapter,
         **about_teacher,
         **about_head,
-        "training": clock.summary(trainer, len(images["train"])),
+        "training": clock.summary(trainer, data["num_train_images"]),
         "history": history_of(trainer.state),
     }
 

@@ -18,7 +18,15 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .averaging_trainer import AveragingTrainer
-from .callbacks import EpochSetter, FiniteGuard, LossMeter, SaveAfterEpoch, TeacherLogitsError, TrainingDivergedError
+from .callbacks import (
+    EpochSetter,
+    FiniteGuard,
+    LossMeter,
+    PassCounter,
+    SaveAfterEpoch,
+    TeacherLogitsError,
+    TrainingDivergedError,
+)
 from .config import BKDConfig
 from .errors import InputError, TrainingStopped
 from .head import prepare_head
@@ -34,6 +42,7 @@ from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
 from .sampling import innermost
 from .stopping import StopAtSigterm
+from .streams import StreamedImages
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
 from .teacher import (
     TEACHER_LOGITS,
@@ -122,7 +131,9 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             logger.warning_once(f"The first of {args.n_gpu} GPUs is used: `accelerate launch` uses all.")
             args._n_gpu = 1
         any_dataset = eval_dataset if train_dataset is None else train_dataset
-        if data_collator is None and all(isinstance(part, ImageDataset) for part in innermost(any_dataset)):
+        if data_collator is None and all(
+            isinstance(part, (ImageDataset, StreamedImages)) for part in innermost(any_dataset)
+        ):
             data_collator = collate_images
         self._stop = StopAtSigterm()
         # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
@@ -140,9 +151,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                 model_init=model_init,
                 compute_metrics=None if adds_up else compute_metrics,
                 callbacks=[
-                    EpochSetter(lambda: self._meter.restore(self), self._begin_epoch),
+                    EpochSetter(self._begin_training, self._begin_epoch),
                     self._stop,
                     SaveAfterEpoch(),
+                    PassCounter(self._steps_in_pass),
                     *(callbacks or []),
                 ],
                 optimizers=optimizers,
@@ -284,7 +296,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         args, teacher = self.args, self.teacher_model
         if teacher is None or args.student_init == "model" or self.train_dataset is None:
             return
-        why_not = why_not_start_from(teacher, student, self.train_dataset)
+        why_not = why_not_start_from(teacher, student, getattr(self.train_dataset, "sample", self.train_dataset))
         if why_not is not None and args.student_init == "teacher":
             raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
         # With p = 1 the teacher has learned all there is: its answers teach more than its weights.
@@ -324,7 +336,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             InputError: If none of these images is of a class that the teacher knows.
             TeacherLogitsError: If the teacher's logits are not finite.
         """
-        args, dataset, objective = self.args, self.train_dataset, self.bkd_objective
+        args, objective = self.args, self.bkd_objective
+        dataset = getattr(self.train_dataset, "sample", self.train_dataset)
         if self.teacher_model is None or not objective.has_known_targets or self.long_tail is None:
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
@@ -398,6 +411,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                 self.head_bias_shift = fit_bias(self.model.eval(), self._new_training_data(), self.args, sharded)
         return outcome
 
+    def _begin_training(self) -> None:
+        self._meter.restore(self)
+        self._restore_stream()
+
     def _begin_epoch(self, epoch: int) -> None:
         with self._stop.at_once() if self._training_data.computed else nullcontext():  # what is computed is kept
             super()._begin_epoch(epoch)
@@ -416,4 +433,5 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)
         self._meter.keep(self)
+        self._keep_stream()
         super()._save_checkpoint(model, trial)

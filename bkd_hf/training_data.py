@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DynamoBackend, gather_object, send_to_device
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
@@ -96,6 +97,10 @@ def check_features(dataset: Any, args: BKDConfig) -> None:
             "--train_augmentation none (without --train_operations), --teacher_cache_views K for the features of K "
             "epochs, or --feature_cache off."
         )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _LabelsAlone(Dataset):
@@ -300,6 +305,30 @@ class TrainingData:
             )
 
     # ---- Batches --------------------------------------------------------------------------------------------------
+
+    def stream_loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
+        """Return the batches of a stream, which divides them among processes and workers itself.
+
+        Args:
+            batch_size: Examples per process and micro-batch.
+            accelerator: Of the trainer.
+        """
+        args, images = self.args, self.dataset
+        images.batch_size, images.seed = batch_size, args.seed if args.data_seed is None else args.data_seed
+        images.num_readers = accelerator.num_processes * max(1, args.dataloader_num_workers)
+        loader = DataLoader(
+            images,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=self._generator,
+        )
+        device = accelerator.device
+        # As if alone: accelerate would divide the batches among processes once more.
+        return prepare_data_loader(loader, device, 1, 0, put_on_device=True, rng_types=[], dispatch_batches=False)
 
     def loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
         """Return the examples, cut into global batches (see [`GlobalBatchSampler`]).

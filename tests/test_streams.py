@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, InputError, load_classifier, load_image_dataset, load_processor
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.commands import split
-from bkd_hf.streams import POSITION, Lane, Stream, StreamedImages, load_stream, open_columns, read_counts
+from bkd_hf.streams import Lane, Stream, StreamedImages, load_stream, open_columns, read_counts
 
 NAMES = [str(digit) for digit in range(10)]
 

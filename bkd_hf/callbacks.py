@@ -187,6 +187,21 @@ class SaveAfterEpoch(TrainerCallback):
         self.is_due = False
 
 
+class PassCounter(TrainerCallback):
+    """Has a training on a stream, for `Trainer` one epoch, tell how often it has seen as many examples as there are.
+
+    Args:
+        steps_in_pass: Returns the number of steps in which it sees so many; nothing where epochs are counted.
+    """
+
+    def __init__(self, steps_in_pass: Callable[[], float | None]):
+        self.steps_in_pass = steps_in_pass
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if steps := self.steps_in_pass():
+            state.epoch = state.global_step / steps
+
+
 class WeightAverage(TrainerCallback):
     """The exponential moving average of a model's weights, where the option `ema_decay` asks for it.
 

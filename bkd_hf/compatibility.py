@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError
 from .machine import launcher_shards
-from .methods import PRIORS
+from .methods import DISTILLATION_LOSSES, PRIORS
 from .ranges import check_ranges
 from .text import one_line
 
@@ -84,6 +84,12 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
         "adapter",
         "left out with --freeze_backbone, which trains the head alone",
     )
+    loss = DISTILLATION_LOSSES[options.distillation_loss]
+    check(
+        options.teacher_cache_top_k is None or loss is None or loss.top_k is not None,
+        "teacher_cache_top_k",
+        f"left out with --distillation_loss {options.distillation_loss}, which needs all of the teacher's logits",
+    )
     check(options.feature_cache == "off" or options.freeze_backbone, "feature_cache", "off without --freeze_backbone")
     check(options.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
     check(
@@ -131,6 +137,40 @@ def _check_schedule(options: Any, check: _Check) -> None:
     check(increasing and all(e >= 0 for e in epochs), "lr_step_epochs", "increasing numbers ≥ 0")
     check(len(factors) == len(epochs), "lr_step_factors", f"{len(epochs)} numbers, as lr_step_epochs has")
     check(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")
+
+
+#: What needs all images at hand, and the values that do without.
+_NOT_STREAMED: dict[str, tuple[Any, ...]] = {
+    "teacher_cache": ("off",), "feature_cache": ("off",), "teacher_cache_views": (None,), "sampler": ("instance",),
+    "train_sampling_strategy": ("random",), "head_init": ("random",), "head_bias": ("auto", "learned"),
+    "imbalance_ratio": (None,), "max_train_samples": (None,), "cache_images": ("auto", "none"),
+    "auto_find_batch_size": (False,), "export": ("none",),
+}  # fmt: skip
+
+
+def check_streaming(options: Mapping[str, Any], training: Any) -> None:
+    """Raise an `InputError` if options of a run do not go with `--streaming`, or it lacks some that it needs.
+
+    Args:
+        options: All by name.
+        training: The `BKDConfig` made of them.
+    """
+    if options["class_counts"] is None:
+        raise InputError(
+            "--streaming needs --class_counts FILE: how many images a class has is not known before. bkd-hf split "
+            f"--dataset_name {one_line(options['dataset_name'], 80)} --count_only makes one."
+        )
+    if training.max_steps <= 0:
+        raise InputError("--streaming needs --max_steps: a stream has no end. Give the number of optimizer steps.")
+    for name, allowed in _NOT_STREAMED.items():
+        value = getattr(training, name, options[name])
+        if value not in allowed:
+            raise InputError(
+                f"--{name} {value} does not go with --streaming: it needs all images at hand. Leave it out."
+            )
+    by_accelerate = training.accelerator_config
+    if by_accelerate.split_batches or by_accelerate.dispatch_batches:
+        raise InputError("--accelerator_config: split_batches and dispatch_batches do not go with --streaming.")
 
 
 def find_accumulation(options: Any) -> int:
@@ -192,6 +232,11 @@ def options_without_effect(
         *(
             (name, getattr(options, name) is not None and options.adapter != "lora", "it belongs to --adapter lora")
             for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules")
+        ),
+        (
+            f"teacher_cache_top_k {options.teacher_cache_top_k}",
+            options.teacher_cache == "off" and options.teacher_cache_top_k is not None,
+            "--teacher_cache is off",
         ),
         (
             f"teacher_cache_dtype {options.teacher_cache_dtype}",

@@ -13,6 +13,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers.utils import logging
 
 from .errors import InputError
@@ -28,8 +30,12 @@ PROFILES: tuple[Profile, ...] = ("exp", "step", "pareto")
 #: Shape of ImageNet-LT's tail (Liu et al., 2019).
 PARETO_ALPHA = 6.0
 
-#: Up to so many bytes of image files are read to tell whether they are the same: a minute of a slow disk.
+#: Up to so many bytes of images are read to tell whether they are the same: a minute of a slow disk.
 READABLE_BYTES = 10_000_000_000
+# What is read each time somebody asks; of larger sets, what a process found is kept by the hash of so much of them.
+_QUICK_BYTES = 64_000_000
+_SAMPLED = "-sampled"
+_fingerprints: dict[tuple[str, bool], str] = {}
 
 _MOST_CLASSES = 2**24
 
@@ -234,22 +240,65 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
     return np.bincount(labels, minlength=num_classes).tolist()
 
 
-def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
+def fingerprint(dataset: datasets.Dataset, read_all: bool = False) -> str:
     """Hash of the labels and of the stored images (or texts), in order; files outside are as if stored in the set.
 
-    Where these files are more than `READABLE_BYTES`, each enters by its name, size and time of change, and by its
-    content only every so many, as many as can be read.
+    Where images are more than `READABLE_BYTES`, each enters by its size (a file by its name and time of change too),
+    and by its content only every so many, as many as can be read. It is computed once in a process.
 
     Args:
         dataset: A set with the columns `"image"` (or `"text"`) and `"label"`, or with images alone.
-        read_files: Whether to read all files, however many they are.
+        read_all: Whether to read all images, however many they are.
 
     Returns:
-        32 hexadecimal digits; after them "-sampled", if not all files were read.
+        32 hexadecimal digits; after them "-sampled", if not all images were read.
 
     Raises:
         InputError: If an image is missing, or its file is.
     """
+    quick = _digest(dataset, _QUICK_BYTES)
+    if not quick.endswith(_SAMPLED):
+        return quick if READABLE_BYTES >= _QUICK_BYTES or read_all else _digest(dataset, READABLE_BYTES)
+    if (quick, read_all) not in _fingerprints:
+        _fingerprints[quick, read_all] = _digest(dataset, None if read_all else READABLE_BYTES)
+    return _fingerprints[quick, read_all]
+
+
+def shared_fingerprint(dataset: datasets.Dataset, recorded: str | None = None) -> str:
+    """[`fingerprint`], computed by one process of each machine; all processes have to call it.
+
+    Args:
+        dataset: As there.
+        recorded: Of an earlier version, which read all images of some sets that are sampled now: if so, they are read.
+
+    Raises:
+        InputError: As there; also if machines have other images.
+    """
+    found, problem = None, ""
+    if PartialState().is_local_main_process:
+        try:
+            found = fingerprint(dataset)
+        except InputError as error:
+            problem = str(error)
+    everywhere = gather_object([(found, problem)])
+    if problem := next((problem for _, problem in everywhere if problem), ""):
+        raise InputError(problem)
+    values = {value for value, _ in everywhere if value}
+    if len(values) > 1:
+        raise InputError("The machines of this run have different images: copy the same files to each of them.")
+    found = values.pop()
+    if found.endswith(_SAMPLED):
+        _fingerprints[_digest(dataset, _QUICK_BYTES), False] = found
+        return fingerprint_like(recorded, dataset)
+    return found
+
+
+def fingerprint_like(recorded: str | None, dataset: datasets.Dataset) -> str:
+    """[`fingerprint`], for which all images are read if a recorded one, that it is to be compared with, is of all."""
+    return fingerprint(dataset, read_all=recorded is not None and not recorded.endswith(_SAMPLED))
+
+
+def _digest(dataset: datasets.Dataset, readable: int | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if LABEL_COLUMN in dataset.column_names:
         digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
@@ -258,24 +307,35 @@ def fingerprint(dataset: datasets.Dataset, read_files: bool = False) -> str:
             digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
     check_complete(dataset, IMAGE_COLUMN, "image", f"Column {IMAGE_COLUMN!r}")
-    stored = dataset.data.column(IMAGE_COLUMN)
     every = 1
-    if not read_files:
+    if readable is not None:
+        stored = dataset.data.column(IMAGE_COLUMN)
         paths = selected(dataset, pc.struct_field(stored, "path"))
-        files = np.flatnonzero(selected(dataset, pc.is_null(pc.struct_field(stored, "bytes")))).tolist()
-        size = sum(_of_file(index, paths[index], check_file).st_size for index in files)
-        every = max(1, math.ceil(size / READABLE_BYTES))
-    for index, image in enumerate(stored_images(dataset)):
-        if image["bytes"] is not None:
-            digest.update(image["bytes"])
-            continue
-        path = Path(image["path"])
-        if every > 1:
-            status = _of_file(index, path, check_file)
+        sizes = selected(dataset, pc.fill_null(pc.binary_length(pc.struct_field(stored, "bytes")), -1)).astype(int)
+        files = {i: _of_file(i, paths[i], check_file) for i in np.flatnonzero(sizes < 0).tolist()}
+        size = sum(status.st_size for status in files.values()) + int(sizes.clip(0).sum())
+        every = max(1, math.ceil(size / readable))
+    if every == 1:
+        for index, image in enumerate(stored_images(dataset)):
+            digest.update(_content(index, image))
+        return digest.hexdigest()
+    # Files first each by itself, then its content: as since the first version that sampled them.
+    images = iter(stored_images(dataset.select(range(0, len(dataset), every))))
+    for index, number in enumerate(sizes.tolist()):
+        if number < 0:
+            path, status = Path(paths[index]), files[index]
             digest.update(f"{path.parent.name}/{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        else:
+            digest.update(f"{number} ".encode())
         if index % every == 0:
-            digest.update(_of_file(index, path, lambda file: check_file(file) and file.read_bytes()))
-    return digest.hexdigest() + ("-sampled" if every > 1 else "")
+            digest.update(_content(index, next(images)))
+    return digest.hexdigest() + _SAMPLED
+
+
+def _content(index: int, image: dict[str, Any]) -> bytes:
+    if image["bytes"] is not None:
+        return image["bytes"]
+    return _of_file(index, image["path"], lambda file: check_file(file) and file.read_bytes())
 
 
 def hash_of_table(dataset: datasets.Dataset) -> str:

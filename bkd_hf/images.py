@@ -31,6 +31,7 @@ from .augmentations import AUGMENTATIONS, SMALL_IMAGE_SIZE, move_and_mirror
 from .data import LABEL_COLUMN, class_counts, fingerprint, labels_of
 from .decoding import (
     KeptImages,
+    RawImages,
     StoredImages,
     decode_image,
     decode_part,
@@ -215,6 +216,18 @@ class ImageDataset(torch.utils.data.Dataset):
         """Return the examples of these indices; `i + r · len(self)` is image i augmented for the r-th time."""
         counters = np.asarray(indices)
         images = counters % len(self)
+        return self._examples(images, counters, self.labels[images])
+
+    def of_others(
+        self, images: RawImages, keys: np.ndarray, labels: np.ndarray, data_seed: int, epoch: int
+    ) -> list[dict[str, Any]]:
+        """Return examples of other images, rendered as those in here; `keys` stand for their indices."""
+        others = copy.copy(self)
+        others._stored, others._kept, others.data_seed = images, None, data_seed
+        others._epoch = torch.tensor([epoch])
+        return others._examples(np.arange(len(keys)), keys, labels)
+
+    def _examples(self, images: np.ndarray, counters: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
         columns: dict[str, Any] = {}
         if self.train_transform is not None:
             columns["pixel_values"] = [self.train_transform(self._original(index)) for index in images.tolist()]
@@ -222,7 +235,7 @@ class ImageDataset(torch.utils.data.Dataset):
             for name, views in self._operated(self._views(images, counters), counters).items():
                 pixels = self._renderings[name].as_pixels(views)
                 columns[name] = pixels.unbind() if self.as_bytes else pixels.to("cpu").unbind()
-        columns["labels"] = self.labels[images].tolist()
+        columns["labels"] = labels.tolist()
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     # ---- Views ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import datasets
 import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
@@ -23,6 +22,7 @@ from .loading import load_dataset_of
 from .metrics import LongTailEvaluation, shot_groups
 from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_config, load_processor
 from .options import ModelArguments, RunArguments
+from .streams import Stream, StreamedImages, load_stream
 from .tasks import DEFAULT_TASK, TEXT_COLUMN, fresh_task
 from .text_data import TextDataset, fresh_tokenizer, limit_length, same_tokens, set_max_length
 from .views import same_pixels, set_image_size
@@ -45,30 +45,32 @@ class Inputs:
         say: Tells the user.
     """
 
-    splits: datasets.DatasetDict
+    splits: dict[str, Any]
     data: dict[str, Any]
     processor: Processor
-    images: dict[str, Examples]
+    images: dict[str, Any]
     threads: int
     say: Announcer
 
 
-def load_own_processor(options: ModelArguments, train: datasets.Dataset) -> Processor:
+def load_own_processor(options: ModelArguments, train: Any) -> Processor:
     """Load what makes a model's inputs; that of fresh weights knows the mean and deviation, or words, of the data."""
     return _PREPARATIONS[options.task].load(options, train)
 
 
-def _load_image_processor(options: ModelArguments, train: datasets.Dataset) -> BaseImageProcessor:
+def _load_image_processor(options: ModelArguments, train: Any) -> BaseImageProcessor:
     name = options.model_name_or_path
     if cifar_resnet_depth(name) is not None:
-        return load_processor(name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(train))
+        return load_processor(
+            name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(getattr(train, "sample", train))
+        )
     processor = load_processor(name, **options.from_pretrained_kwargs())
     if options.image_size is not None:
         set_image_size(processor, options.image_size)
     return processor
 
 
-def load_tokenizer(options: ModelArguments, train: datasets.Dataset | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(options: ModelArguments, train: Any = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model, or make that of fresh weights of the training texts, and set its length.
 
     Raises:
@@ -84,7 +86,7 @@ def load_tokenizer(options: ModelArguments, train: datasets.Dataset | None = Non
     return tokenizer
 
 
-def load_teacher_processor(arguments: RunArguments, of_student: Processor, train: datasets.Dataset) -> Processor:
+def load_teacher_processor(arguments: RunArguments, of_student: Processor, train: Any) -> Processor:
     """Load the processor of a teacher with weights; fresh weights see what the student sees, unless told else."""
     of_teacher = arguments.for_teacher()
     is_fresh = fresh_task(of_teacher.model.model_name_or_path) is not None
@@ -95,7 +97,7 @@ def load_teacher_processor(arguments: RunArguments, of_student: Processor, train
 
 def prepare(
     arguments: RunArguments,
-    split: datasets.Dataset,
+    split: Any,
     processor: Processor,
     for_training: bool = False,
     teacher: Processor | None = None,
@@ -111,30 +113,32 @@ def same_inputs(arguments: RunArguments, first: Processor, second: Processor) ->
 
 def _decode(
     arguments: RunArguments,
-    split: datasets.Dataset,
+    split: Any,
     processor: BaseImageProcessor,
     for_training: bool,
     teacher: BaseImageProcessor | None,
-) -> ImageDataset:
+) -> Any:
     options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
     augmentation = options.train_augmentation if for_training else "none"
-    return ImageDataset(
-        split,
+    is_stream = isinstance(split, Stream)
+    images = ImageDataset(
+        split.sample if is_stream else split,
         processor,
         augmentation=default_augmentation(processor) if augmentation == "auto" else augmentation,
         operations=(options.train_operations if for_training else None) or (),
         horizontal_flip=options.horizontal_flip,
-        cache_images=options.cache_images,  # type: ignore[arg-type]
+        cache_images="none" if is_stream else options.cache_images,  # type: ignore[arg-type]
         teacher_processor=teacher,
         reduced_decoding=options.reduced_decoding,
         # accelerate, where it sends the main process's batches to the others, knows how to cut tensors only.
         as_bytes=not any(args.accelerator_config.dispatch_batches for args in trainings),
     )
+    return StreamedImages(split, images) if is_stream else images
 
 
 def _tokenize(
     arguments: RunArguments,
-    split: datasets.Dataset,
+    split: Any,
     tokenizer: PreTrainedTokenizerBase,
     for_training: bool,
     teacher: PreTrainedTokenizerBase | None,
@@ -146,7 +150,7 @@ def _tokenize(
 class _Preparation:
     """How examples of a task become a model's inputs."""
 
-    load: Callable[[ModelArguments, datasets.Dataset], Any]
+    load: Callable[[ModelArguments, Any], Any]
     same: Callable[[Any, Any], bool]
     examples: Callable[..., Examples]
 
@@ -157,9 +161,20 @@ _PREPARATIONS = {
 }
 
 
-def load_splits(arguments: RunArguments) -> datasets.DatasetDict:
-    """Load `train` and `eval`, cut as the options say."""
+def load_splits(arguments: RunArguments) -> dict[str, Any]:
+    """Load `train` and `eval`, cut as the options say; with `--streaming`, `train` is a [`Stream`]."""
     options, task = arguments.data, arguments.model.task
+    if options.streaming:
+        return load_stream(
+            options.dataset_name,
+            str(options.class_counts),
+            options.dataset_config_name,
+            (options.image_column_name, options.label_column_name),
+            (options.train_split_name, options.eval_split_name),
+            options.shuffle_buffer_size,
+            arguments.model.cache_dir,
+            arguments.model.token,
+        )
     splits = load_dataset_of(
         task,
         options.dataset_name,
@@ -186,7 +201,7 @@ def load_splits(arguments: RunArguments) -> datasets.DatasetDict:
     return splits
 
 
-def choose_workers(args: BKDConfig, dataset: Examples, num_threads: int) -> bool:
+def choose_workers(args: BKDConfig, dataset: Any, num_threads: int) -> bool:
     """Have other processes prepare the images, if the options do not say how many and it pays; whether they do.
 
     They stay alive from epoch to epoch, unless the options say otherwise. Started anew, they would be copies of a

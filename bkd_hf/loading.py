@@ -24,7 +24,7 @@ from .text import normal, one_line
 
 logger = logging.get_logger(__name__)
 
-_LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "category")
+_LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "category", "cls")
 _VALIDATION_SPLIT_NAMES = ("validation", "valid", "val", "dev")
 _EVAL_SPLIT_NAMES = (*_VALIDATION_SPLIT_NAMES, "test", "eval")
 _CARVED_SHARE = 0.2
@@ -133,8 +133,8 @@ def load_dataset_of(
     if name in source.demo:
         data = source.demo[name]()
     else:
-        data = _load_splits(task, name, config_name, cache_dir, token)
-    train_name, eval_name = _find_splits(name, data, train_split, eval_split, untouched_test)
+        data = open_splits(task, name, config_name, cache_dir, token)
+    train_name, eval_name = find_splits(name, data, train_split, eval_split, untouched_test)
     if untouched_test and eval_name is None:
         raise NoTestSplitError(
             f"{name} has no test split, which nobody trains on: it has {', '.join(data)}. Name one by "
@@ -146,7 +146,7 @@ def load_dataset_of(
         found["validation"] = next((split for split in _VALIDATION_SPLIT_NAMES if split in left), None)
         if left := [f"{split} ({len(data[split]):,} {task}s)" for split in left if split != found["validation"]]:
             logger.warning(f"{name}: left out: {', '.join(left)}.")
-    column, label_column = _find_columns(task, name, data[train_name], column, label_column)
+    column, label_column = find_columns(task, name, data[train_name], column, label_column)
     splits = {}
     for split, split_name in found.items():
         if split_name is None:
@@ -208,26 +208,33 @@ def _with_test_split(everything: datasets.Dataset, per_class: int) -> datasets.D
     return datasets.DatasetDict({"train": everything.select(train), "test": everything.select(test)})
 
 
-def _load_splits(
-    task: str, name: str, config_name: str | None, cache_dir: str | None, token: str | None
-) -> datasets.DatasetDict:
+def open_splits(
+    task: str, name: str, config_name: str | None, cache_dir: str | None, token: str | None, streaming: bool = False
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load what is there, with its own columns and splits; `streaming`: nothing of it yet."""
     source = _SOURCES[task]
     path = Path(name).expanduser()
     if not path.exists() and name.startswith((".", "/", "~")):
         raise InputError(f"--dataset_name {name}: there is no such file or folder.")
     try:
-        if path.is_dir() and any((path / file).exists() for file in ("dataset_dict.json", "state.json")):
+        if (
+            path.is_dir()
+            and not streaming
+            and any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
+        ):
             list(files_below(path))
             data = datasets.load_from_disk(str(path))
         elif path.exists() and not path.is_dir():
             if path.suffix not in source.files or not path.is_file():
                 raise InputError(f"--dataset_name {name}: a single file must be a {' or '.join(source.files)} file.")
-            data = datasets.load_dataset(source.files[path.suffix], data_files=str(path), cache_dir=cache_dir)
+            data = datasets.load_dataset(
+                source.files[path.suffix], data_files=str(path), cache_dir=cache_dir, streaming=streaming
+            )
         else:
-            data = source.folder(path) if path.is_dir() and config_name is None else None
+            data = source.folder(path) if path.is_dir() and config_name is None and not streaming else None
             if data is None:
                 place = str(path) if path.is_dir() else name
-                data = datasets.load_dataset(place, config_name, cache_dir=cache_dir, token=token)
+                data = datasets.load_dataset(place, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
     except InputError:
         raise
     except Exception as error:  # of `datasets`, and of all that it reads with: there is no end of kinds
@@ -252,12 +259,17 @@ def _load_splits(
             f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, {source.others}, or "
             f'"{next(iter(source.demo))}".'
         ) from error
-    return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict({"train": data})
+    return data if isinstance(data, dict) else datasets.DatasetDict({"train": data})
 
 
-def _find_splits(
-    name: str, data: datasets.DatasetDict, train_split: str | None, eval_split: str | None, untouched_test: bool
+def find_splits(
+    name: str,
+    data: datasets.DatasetDict | datasets.IterableDatasetDict,
+    train_split: str | None,
+    eval_split: str | None,
+    untouched_test: bool,
 ) -> tuple[str, str | None]:
+    """Return the names of the splits to train and to evaluate on; `None` if none is for the latter."""
     for option, split in (("train_split_name", train_split), ("eval_split_name", eval_split)):
         if split is not None and split not in data:
             raise InputError(f"--{option} {split}: {name} has the splits {', '.join(data)}.")
@@ -273,9 +285,14 @@ def _find_splits(
     return train_split, eval_split
 
 
-def _find_columns(
-    task: str, name: str, dataset: datasets.Dataset, column: str | None, label_column: str | None
+def find_columns(
+    task: str,
+    name: str,
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    column: str | None,
+    label_column: str | None,
 ) -> tuple[str, str]:
+    """Return the names of the columns of images (or texts) and labels."""
     features, option, source = dataset.features, f"{task}_column_name", _SOURCES[task]
     columns = f"The columns are {', '.join(features)}."
     for given, chosen in ((option, column), ("label_column_name", label_column)):

@@ -36,6 +36,7 @@ from .losses import (
     ltkd_loss,
     wsl_loss,
 )
+from .top_k import top_k_distillation_loss
 
 _INPUTS = frozenset(
     [
@@ -90,6 +91,7 @@ class Loss:
             imitates none, and there is nothing to look at before training.
         mixture: Of a distillation loss: weights of classification and distillation after some epochs.
         mean_over_examples: Whether its weighted mean divides by the number of examples, not by the sum of weights.
+        top_k: Of a distillation loss: the same of the teacher's k best classes (see `bkd_hf.top_k`), if there is one.
     """
 
     function: Callable[..., torch.Tensor]
@@ -97,6 +99,7 @@ class Loss:
     targets: Callable[..., torch.Tensor] | None = None
     mixture: Callable[..., tuple[float, float]] = constant
     mean_over_examples: bool = False
+    top_k: Callable[..., torch.Tensor] | None = None
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -148,8 +151,8 @@ CLASSIFICATION_LOSSES: dict[str, Loss] = {
 #: What `--distillation_loss` may be.
 DISTILLATION_LOSSES: dict[str, Loss | None] = {
     "none": None,
-    "kd": Loss(kd_loss, _SOFTENED, balanced_log_targets),
-    "bkd": Loss(balanced_distillation_loss, _SOFTENED, balanced_log_targets),
+    "kd": Loss(kd_loss, _SOFTENED, balanced_log_targets, top_k=top_k_distillation_loss),
+    "bkd": Loss(balanced_distillation_loss, _SOFTENED, balanced_log_targets, top_k=top_k_distillation_loss),
     "dive": Loss(dive_loss, targets=dive_log_targets, mixture=complementary),
     "dkd": Loss(dkd_loss, targets=balanced_log_targets, mixture=warm_up),
     "wsl": Loss(wsl_loss, {"temperature": "temperature"}, balanced_log_targets),

@@ -15,6 +15,7 @@ from .loss_inputs import IGNORE_INDEX
 from .losses import class_balanced_weights, deferred_weights, example_weights
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
 from .text import names_of
+from .top_k import TopK
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,19 @@ class Objective:
         self._weights_of: dict[float, torch.Tensor] = {}  # by β
 
     def __call__(
-        self, z_s: torch.Tensor, z_t: torch.Tensor | None, y: torch.Tensor, progress: Progress
+        self,
+        z_s: torch.Tensor,
+        z_t: torch.Tensor | None,
+        y: torch.Tensor,
+        progress: Progress,
+        is_top_k: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Return `loss`, `ce_loss` and, with a teacher, `kd_loss` (with T², without α): B values each.
 
         Args:
             z_s: Student logits, B×C.
-            z_t: Teacher logits, B×C; `None` for the classification loss alone.
+            z_t: Teacher logits, B×C, or what [`top_k`] takes of them; `None` for the classification loss alone.
+            is_top_k: Whether it is the latter.
             y: Labels, B; −100 is ignored.
             progress: Decides about deferred weights and warm-up.
 
@@ -93,7 +100,7 @@ class Objective:
         ce_weight, kd_weight = self.mixture(progress.epoch)
         if z_t is None or not kd_weight:
             return {"loss": ce, "ce_loss": ce}
-        kd = self._distillation(z_s, z_t, y, progress)
+        kd = self._top_k(z_s, z_t, progress) if is_top_k else self._distillation(z_s, z_t, y, progress)
         return {"loss": ce_weight * ce + kd_weight * kd, "ce_loss": ce, "kd_loss": kd}
 
     # ---- The two terms --------------------------------------------------------------------------------------------
@@ -125,6 +132,40 @@ class Objective:
             values = self._values("distillation_loss", **inputs)
         _per_example("distillation", values, y)
         return values if known is None else torch.where(y == IGNORE_INDEX, 0.0, values)
+
+    @property
+    def top_k(self) -> TopK | None:
+        """What is kept of the teacher's logits where `teacher_cache_top_k` asks for it; `None` where it does not."""
+        options = self.options
+        if options.teacher_cache_top_k is None or not self.has_teacher or not self.distils:
+            return None
+        if self.known_classes is not None or self.own["distillation_loss"] is not None:
+            why = "distillation_loss of your own" if self.known_classes is None else "teacher that lacks classes"
+            raise InputError(f"--teacher_cache_top_k {options.teacher_cache_top_k} does not go with a {why}.")
+        num_classes = len(self.known_class_counts())
+        if options.teacher_cache_top_k >= num_classes:
+            raise InputError(
+                f"--teacher_cache_top_k must be less than the {num_classes} classes, got "
+                f"{options.teacher_cache_top_k}. Leave it out to keep all logits."
+            )
+        shifts = torch.zeros(1, num_classes)
+        if self.balances_distillation:
+            final = self._raised(self.final_weights().double()).log().float().cpu()[None]
+            shifts = final if options.deferred_reweighting_start is None else torch.cat([shifts, final])
+        arguments = {name: value for name, value in self._arguments("distillation_loss").items() if name != "power"}
+        return TopK(options.teacher_cache_top_k, shifts.to(self.device), **arguments)
+
+    def _top_k(self, z_s: torch.Tensor, rows: torch.Tensor, progress: Progress) -> torch.Tensor:
+        k, w, start = (
+            self.options.teacher_cache_top_k,
+            self.distillation_weights(progress),
+            self.options.deferred_reweighting_start,
+        )
+        # 0 while weights are uniform, −1 when they are in force.
+        phase = int(deferred_weights(torch.full((1,), -1), start, progress.epoch, progress.num_epochs).clamp(max=0))
+        given = {"student_logits": z_s, "top_k": rows, "class_weights": w, "k": k, "phase": phase}
+        given |= {"reduction": "none", **self._arguments("distillation_loss")}
+        return call(self.loss("distillation_loss").top_k, given)  # type: ignore[union-attr, arg-type]
 
     def log_targets(self, z_t: torch.Tensor, power: float | None = None) -> torch.Tensor:
         """What the student imitates in the end: the logarithm of a distribution over the classes, B×C.

@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .announcer import Announcer
 from .card import build, choices_of_card
-from .data import fingerprint, labels_of
+from .data import fingerprint_like, labels_of
 from .errors import InputError
 from .export_report import FIGURE_NAME, lines
 from .files import lock, replacing, try_json, write_text
@@ -167,7 +167,8 @@ def _images(
 ) -> tuple[ImageDataset, ImageDataset]:
     """Training images to calibrate by, and those of the evaluation, as the model takes them."""
     splits, data = load_splits(arguments), results["data"]
-    if (fingerprint(splits["train"]), fingerprint(splits["eval"])) != (data["fingerprint"], data["eval_fingerprint"]):
+    recorded = {"train": data["fingerprint"], "eval": data["eval_fingerprint"]}
+    if any(fingerprint_like(recorded[name], split) != recorded[name] for name, split in splits.items()):
         raise InputError(
             f"--export onnx: {one_line(arguments.data.dataset_name, 80)} does not hold the images that this run was "
             "trained and evaluated on: put them back, or train anew."

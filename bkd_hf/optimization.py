@@ -35,7 +35,7 @@ class StepDecay:
 
     def __init__(
         self,
-        steps_per_epoch: int,
+        steps_per_epoch: float,
         warmup_epochs: int = 0,
         step_epochs: Sequence[int] = (),
         step_factors: Sequence[float] = (),
@@ -128,7 +128,7 @@ def _blocks(path: str, elements: nn.Module) -> list[str]:
 class OptimizingTrainer(Trainer):
     """A `Trainer` with the optimizers and schedules of the long-tail literature, and searches that vary any option."""
 
-    _update_steps_per_epoch: int | None = None
+    _update_steps_per_epoch: float | None = None
     bkd_objective: Objective
     teacher_model: nn.Module | None
 

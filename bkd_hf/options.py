@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_type_hints
 
 from .augmentations import AUGMENTATIONS
+from .compatibility import check_streaming
 from .config import METHOD_OPTIONS, UNTOLD, BKDConfig
 from .data import PROFILES
 from .errors import InputError
@@ -184,6 +185,19 @@ class DataArguments:
             "given, or none: nothing. Long-tail recipes for CIFAR take: autoaugment cutout."
         },
     )
+    streaming: Annotated[bool, "image"] = _option(
+        False,
+        "Read the training images as they come, from shards of parquet or webdataset, in a folder or on the Hub "
+        "(bkd_hf/streams.py). Needs --class_counts and --max_steps; options that need all images at hand are refused.",
+    )
+    class_counts: Annotated[str | None, "path", "image"] = _option(
+        None,
+        "With --streaming: JSON file, {name or number of a class: its training images}; bkd-hf split "
+        "--count_only makes one.",
+    )
+    shuffle_buffer_size: Annotated[int, "image"] = _option(
+        10_000, "With --streaming: images, undecoded, among which all processes and workers together shuffle."
+    )
     horizontal_flip: Annotated[bool, "image"] = _option(
         True, "Mirror half of the training images; not for digits or letters."
     )
@@ -343,6 +357,8 @@ class RunArguments:
         self.publishing.push_to_hub = self.options["push_to_hub"]
         has_cosine_head = self.training.cosine_scale is not None
         check_task(self.model.task, self.options, _DEFAULTS, options_with, has_cosine_head)
+        if self.data.streaming:
+            check_streaming(self.options, self.training)
         same = self._options_of_teacher()
         self.teacher_options = {name: value for name, value in self.teacher_options.items() if value != same[name]}
         self._teacher: RunArguments | None = None
@@ -430,6 +446,8 @@ class RunArguments:
         add(not self.publishing.push_to_hub, ["push_teacher"], "--push_to_hub is not given")
         tail = "it shapes a tail that is cut by --imbalance_ratio, which is not given"
         add(self.data.imbalance_ratio is None, ["imbalance_profile", "max_class_count"], tail)
+        streamed = "it belongs to --streaming"
+        add(not self.data.streaming, ["class_counts", "shuffle_buffer_size"], streamed)
         add(self.data.train_augmentation == "none", ["horizontal_flip"], "--train_augmentation is none")
         head = "--finetune_teacher gives the teacher a head for the classes of the data"
         add(model.finetune_teacher, of_given, head)

@@ -139,7 +139,7 @@ def _set_precision(options: RunArguments, precision: str) -> None:
 def _shape_of_example(inputs: Inputs) -> tuple[int, ...]:
     """3×H×W of an image; the usual number of tokens of a text."""
     if isinstance(inputs.processor, PreTrainedTokenizerBase):
-        return (inputs.images["train"].usual_length,)  # type: ignore[union-attr]
+        return (inputs.images["train"].usual_length,)
     return (3, *output_size(inputs.processor))
 
 

@@ -79,7 +79,8 @@ class TellOfTime(TrainerCallback):
             of_epoch = of_step * state.max_steps / max(1, state.num_train_epochs)
             left = of_step * (state.max_steps - state.global_step)
             if left > 60:
-                self.say(f"An epoch takes about {duration(of_epoch)}, all of the training {duration(left)} more.")
+                epoch = f"An epoch takes about {duration(of_epoch)}, all" if state.num_train_epochs < 1e9 else "All"
+                self.say(f"{epoch} of the training {duration(left)} more.")
 
 
 #: Title, name in the log, and factor of each column.

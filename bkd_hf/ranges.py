@@ -43,7 +43,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda value: value >= 1,
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
         "dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout save_total_limit teacher_cache_views num_threads "
-        "max_train_samples max_eval_samples max_class_count adapter_rank global_batch_size",
+        "teacher_cache_top_k shuffle_buffer_size max_train_samples max_eval_samples max_class_count adapter_rank "
+        "global_batch_size",
     ),
     ("at least 8", lambda value: value >= 8, "image_size max_length"),
     ("-1 (no limit) or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
@@ -64,7 +65,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps "
         "max_steps num_train_epochs warmup_steps logging_steps save_steps eval_steps ddp_timeout teacher_cache_views "
         "max_train_samples max_eval_samples max_class_count many_shot_threshold few_shot_threshold dkd_warmup_epochs "
-        "lr_warmup_epochs global_batch_size",
+        "lr_warmup_epochs global_batch_size teacher_cache_top_k shuffle_buffer_size",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +10,19 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from .config import BKDConfig
+from .errors import InputError
 from .features import FEATURES, answer_features
 from .head import the_head
+from .objective import Objective
 from .stopping import outlive_sigterm
+from .streams import POSITION, SPLIT_TWICE, StreamedImages
 from .teacher import TEACHER_LOGITS, TEACHER_PREFIX, FrozenTeacher, TeacherAsClassifier, split_inputs
 from .teacher_logits import LogitsFolder, describe_weights
 from .training_data import TrainingData
@@ -26,12 +32,14 @@ class ReadingTrainer(Trainer):
     """A `Trainer` that cuts its training examples into global batches, for a student and maybe its teacher."""
 
     args: BKDConfig
+    bkd_objective: Objective
     teacher_model: FrozenTeacher | None
     class_counts: np.ndarray | None
     _training_data: TrainingData
     _about_teacher: dict[str, Any]
     _about_backbone: dict[str, Any]
-    _update_steps_per_epoch: int | None = None
+    _update_steps_per_epoch: float | None = None
+    _stream_positions: dict[int, str]  # by lane
     _compute_features: Callable[[dict[str, Any]], torch.Tensor] | None = None
 
     @property
@@ -52,16 +60,23 @@ class ReadingTrainer(Trainer):
         """
         data = self._training_data = self._new_training_data()
         if self.teacher_model is not None:
-            data.open_logits(self._about_teacher, 0 if self.class_counts is None else len(self.class_counts))
+            num_classes = 0 if self.class_counts is None else len(self.class_counts)
+            data.open_logits(self._about_teacher, num_classes, self.bkd_objective.top_k)
         if self.args.feature_cache != "off" and self._compute_features is None:
             self._compute_features = answer_features(self.model)
             self._about_backbone = describe_weights(self.model, the_head(self.model))
         if self._compute_features is not None:
             data.open_features(self._about_backbone, self._compute_features)
         data.check_sampler()
-        if data.numbers_examples:
+        if isinstance(self.train_dataset, StreamedImages):
+            self.args.ignore_data_skip = True  # it begins where it was
+            self._update_steps_per_epoch = self.class_counts.sum() / self.args.images_in_step(self.args.world_size)  # type: ignore[union-attr]
+            loader = data.stream_loader(self._train_batch_size, self.accelerator)
+        elif data.numbers_examples:
             loader = self.accelerator.prepare(data.loader(self._train_batch_size, self.accelerator))
         else:
+            if getattr(self.train_dataset, "_distributed", None) is not None and self.accelerator.num_processes > 1:
+                raise InputError(SPLIT_TWICE)
             loader = super().get_train_dataloader()
         if has_length(loader):
             self._update_steps_per_epoch = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
@@ -72,14 +87,50 @@ class ReadingTrainer(Trainer):
         if isinstance(dataset, datasets.Dataset):
             examples = self._remove_unused_columns(dataset, description="training")
         else:
+            examples = getattr(dataset, "sample", dataset)
             collator = self._get_collator_with_removed_columns(collator, description="training")
         return TrainingData(dataset, examples, collator, self.args)
 
+    # ---- Streams --------------------------------------------------------------------------------------------------
+
+    def _steps_in_pass(self) -> float | None:
+        return self._update_steps_per_epoch if isinstance(self.train_dataset, StreamedImages) else None
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
+        """Get the batches of a step as `Trainer`, and note where a stream is after them."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            if isinstance(batch, dict) and POSITION in batch:
+                lane, self._stream_positions[lane] = batch.pop(POSITION)
+        return batches, num_items
+
+    def _keep_stream(self) -> None:
+        """Put where the stream is into the state of a checkpoint; all processes have to call it."""
+        if isinstance(self.train_dataset, StreamedImages):
+            positions = {lane: at for part in gather_object([self._stream_positions]) for lane, at in part.items()}
+            cut = {"num_lanes": self.train_dataset.num_lanes, "batch_size": self._train_batch_size}
+            self.state.stateful_callbacks[POSITION] = {**cut, "positions": positions}
+
+    def _restore_stream(self) -> None:
+        """Have a stream begin where it was at a checkpoint, if training goes on from one."""
+        if not isinstance(self.train_dataset, StreamedImages):
+            return
+        kept = self.state.stateful_callbacks.get(POSITION, {"positions": {}})
+        for name, now in (("num_lanes", self.train_dataset.num_lanes), ("batch_size", self._train_batch_size)):
+            if kept.get(name, now) != now:
+                raise InputError(
+                    f"The checkpoint was saved with a stream of {name} {kept[name]}, which is {now} here: go on with "
+                    "as many processes, workers and images per device as there were."
+                )
+        self._stream_positions = {int(lane): at for lane, at in kept["positions"].items()}
+        done = self.state.global_step * self.args.gradient_accumulation_steps
+        self.train_dataset.start = done, {lane: json.loads(at) for lane, at in self._stream_positions.items()}
+
     def _begin_epoch(self, epoch: int) -> None:
         self._training_data.set_epoch(epoch)
-        teacher = self.teacher_model
+        teacher, top_k = self.teacher_model, self.bkd_objective.top_k
         asked = {
-            TEACHER_LOGITS: lambda batch: teacher(**split_inputs(batch)[1]),  # type: ignore[misc]
+            TEACHER_LOGITS: lambda batch: (top_k.take if top_k else nn.Identity())(teacher(**split_inputs(batch)[1])),  # type: ignore[misc]
             FEATURES: self._compute_features,
         }
         self._training_data.fill(epoch, asked, self._train_batch_size)

@@ -15,7 +15,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import TrainerState, TrainingArguments
 
 from . import __version__
 from .config import BKDConfig
-from .data import LABEL_COLUMN, class_counts, fingerprint
+from .data import LABEL_COLUMN, class_counts, shared_fingerprint
 from .errors import InputError
 from .files import replacing
 from .loading import DEMOS
@@ -114,12 +114,21 @@ def save_json(content: Any, path: str | os.PathLike[str]) -> None:
 
 
 def describe_data(
-    name: str, train: datasets.Dataset, evaluation: datasets.Dataset, many_shot_threshold: int, few_shot_threshold: int
+    name: str,
+    train: Any,
+    evaluation: datasets.Dataset,
+    many_shot_threshold: int,
+    few_shot_threshold: int,
+    recorded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the `data` section of a run on these images (the counts as [`describe_classes`])."""
+    """Return the `data` section of a run on these images (the counts as [`describe_classes`]); all processes call it.
+
+    The fingerprints of an earlier run that are to be compared with these can be given as `recorded`.
+    """
+    recorded = recorded or {}
     names, of_training, of_evaluation = (
         train.features[LABEL_COLUMN].names,
-        class_counts(train),
+        getattr(train, "class_counts", None) or class_counts(train),  # of a stream, told
         class_counts(evaluation),
     )
     split = None if evaluation.split is None else str(evaluation.split)
@@ -128,9 +137,9 @@ def describe_data(
         "name": without_folders(name),
         "hub_id": hub_id(name),
         "eval_split": "train" if split and evaluation.split == train.split else split,
-        "fingerprint": fingerprint(train),
-        "eval_fingerprint": fingerprint(evaluation),
-        **described_task(task_of_columns(train.column_names).name),
+        "fingerprint": getattr(train, "fingerprint", None) or shared_fingerprint(train, recorded.get("fingerprint")),
+        "eval_fingerprint": shared_fingerprint(evaluation, recorded.get("eval_fingerprint")),
+        **described_task(task_of_columns(evaluation.column_names).name),
     }
 
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -24,7 +23,7 @@ from .adapters import check_adapter
 from .announcer import Announcer
 from .card import build as build_card
 from .errors import InputError
-from .files import unlock, why_broken, write_text
+from .files import try_json, unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
 from .head import the_head
 from .head_fitting import check_means, class_vectors
@@ -64,6 +63,7 @@ from .results import (
     save_json,
 )
 from .run_folder import (
+    RUN_NAME,
     claim_output_dir,
     differences,
     identity_of,
@@ -143,13 +143,14 @@ def _is_still_the_same(arguments: RunArguments, say: Announcer) -> bool:
     return True
 
 
-def _load_data(arguments: RunArguments) -> tuple[datasets.DatasetDict, dict[str, Any]]:
+def _load_data(arguments: RunArguments) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load the splits; return them, and the `data` section of the results."""
     options = arguments.data
     with in_turn():
         splits = load_splits(arguments)
     thresholds = options.many_shot_threshold, options.few_shot_threshold
-    data = describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
+    recorded = try_json(Path(arguments.training.output_dir) / RUN_NAME)
+    data = describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds, recorded)
     check_same(
         (data["fingerprint"], data["eval_fingerprint"]),
         lambda *_: f"--dataset_name {options.dataset_name} has other images on one machine than on the main one.",
@@ -368,7 +369,7 @@ def _fit(
         **about_adapter,
         **about_teacher,
         **about_head,
-        "training": clock.summary(trainer, len(images["train"])),
+        "training": clock.summary(trainer, data["num_train_images"]),
         "history": history_of(trainer.state),
     }
 

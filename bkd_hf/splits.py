@@ -67,7 +67,7 @@ def save_split(
 
     Returns:
         The record: `schema_version`, `how`, `class_names`, and for each of the `splits` its `num_images`,
-        `class_counts` and `fingerprint` (see `fingerprint`, with `read_files`).
+        `class_counts` and `fingerprint` (see `fingerprint`, with `read_all`).
 
     Raises:
         InputError: If the folder holds something else, or cannot be written.
@@ -87,7 +87,7 @@ def save_split(
                 split: {
                     "num_images": len(dataset),
                     "class_counts": class_counts(dataset),
-                    "fingerprint": fingerprint(dataset, read_files=True),
+                    "fingerprint": fingerprint(dataset, read_all=True),
                 }
                 for split, dataset in splits.items()
             },
@@ -182,7 +182,8 @@ def _check_reload(folder: Path, record: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".reload") as cache:
         loaded = datasets.load_dataset(str(folder), cache_dir=cache)
         found = {
-            split: (fingerprint(dataset), dataset.features[LABEL_COLUMN].names) for split, dataset in loaded.items()
+            split: (fingerprint(dataset, read_all=True), dataset.features[LABEL_COLUMN].names)
+            for split, dataset in loaded.items()
         }
         del loaded
     if found != expected:

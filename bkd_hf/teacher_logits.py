@@ -41,6 +41,7 @@ from .data import hash_of_table
 from .errors import InputError
 from .metrics import NotFiniteError
 from .teacher import TEACHER_LOGITS, FrozenTeacher
+from .top_k import TopK
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +66,7 @@ class LogitsFolder:
         folder: Where such folders are; this one gets a folder in it, named by `about`.
         about: All that the logits depend on; must be writable as JSON.
         shape: Numbers of views K, examples N and classes C.
-        dtype: `"float16"` or `"float32"`, as the logits are stored.
+        dtype: `"float16"` or `"float32"`, as the logits are stored; or of the rows of a [`TopKFolder`].
         what: What they are, in messages.
         option: That asked for them.
         unit: What the C numbers of an example are about.
@@ -79,7 +80,7 @@ class LogitsFolder:
         folder: str | os.PathLike[str],
         about: dict[str, Any],
         shape: tuple[int, int, int],
-        dtype: str = "float16",
+        dtype: str | np.dtype = "float16",
         what: str = "The teacher's logits",
         option: str = "--teacher_cache",
         unit: str = "classes",
@@ -88,7 +89,7 @@ class LogitsFolder:
         self.num_views, *self.shape = shape
         self.dtype = np.dtype(dtype)
         self._num_bytes = math.prod(self.shape) * self.dtype.itemsize
-        text = json.dumps({**about, "shape": self.shape, "dtype": dtype}, sort_keys=True, indent=1)
+        text = json.dumps({**about, "shape": self.shape, "dtype": str(dtype)}, sort_keys=True, indent=1)
         self.folder = Path(folder).expanduser() / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
         for problem in gather_object([self._prepare(text)]):  # or processes would go different ways
             if problem:
@@ -134,6 +135,14 @@ class LogitsFolder:
         finally:
             partial.unlink(missing_ok=True)
 
+    def pack(self, rows: np.ndarray) -> np.ndarray:
+        """N×C float32 as they are stored."""
+        return rows.astype(self.dtype)
+
+    def unpack(self, stored: np.ndarray) -> np.ndarray:
+        """What is stored as N×C float32."""
+        return stored.astype(np.float32)
+
     @property
     def _num_missing(self) -> int:
         return sum(not self.path(view).exists() for view in range(self.num_views))
@@ -173,6 +182,44 @@ class LogitsFolder:
             f"{free / 1e9:.1f} GB are free there. Choose another folder, fewer --teacher_cache_views, or "
             f"{self.option} off."
         )
+
+
+class TopKFolder(LogitsFolder):
+    """A [`LogitsFolder`] of the rows of [`TopK.take`]: 4k + 4R bytes an image with float16 and up to 65,536 classes.
+
+    Args:
+        folder, about, shape: As there.
+        dtype: Of the k logits.
+        top_k: What is kept.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        about: dict[str, Any],
+        shape: tuple[int, int, int],
+        dtype: str,
+        top_k: TopK,
+    ):
+        *images, num_classes = shape
+        parts = (("logits", dtype, top_k.k), ("classes", "u2" if num_classes <= 1 << 16 else "u4", top_k.k),
+                 ("rest", "f4", len(top_k.shifts)))  # fmt: skip
+        row = np.dtype([(name, kind, (width,)) for name, kind, width in parts])
+        unit = f"row of the best {top_k.k} of {num_classes:,} classes"
+        super().__init__(folder, {**about, "top_k": top_k.describe()}, (*images, 1), row, unit=unit)  # type: ignore
+
+    def pack(self, rows: np.ndarray) -> np.ndarray:
+        """As there."""
+        stored, begin = np.empty((len(rows), 1), self.dtype), 0
+        for name in self.dtype.names or ():
+            width = self.dtype[name].shape[0]
+            stored[name][:, 0] = rows[:, begin : begin + width]
+            begin += width
+        return stored
+
+    def unpack(self, stored: np.ndarray) -> np.ndarray:
+        """As there."""
+        return np.concatenate([stored[name][:, 0].astype(np.float32) for name in self.dtype.names or ()], axis=1)
 
 
 def precompute_logits(
@@ -217,8 +264,8 @@ def precompute_logits(
                     "weights and the precision (try without --fp16/--bf16), and the images."
                 )
             with np.errstate(over="ignore"):
-                stored = logits.astype(folder.dtype)
-            if np.isposinf(np.abs(stored[np.isfinite(logits)])).any():
+                stored = folder.pack(logits)
+            if np.isposinf(np.abs(folder.unpack(stored)[np.isfinite(logits)])).any():
                 raise InputError(
                     f"A logit of the teacher ({np.abs(logits[np.isfinite(logits)]).max():.0f}) is too large for "
                     "--teacher_cache_dtype float16: use float32."
@@ -267,7 +314,7 @@ class WithColumn(Subset):
         stored = self._opened[view]
         if stored is None:
             raise InputError(f"{self.folder.what} of view {view[0]} are not in {self.folder.folder}, or damaged.")
-        rows = stored[indices].astype(np.float32)
+        rows = self.folder.unpack(stored[indices])
         return [{**e, self.name: row} for e, row in zip(super().__getitems__(indices), rows, strict=True)]
 
 

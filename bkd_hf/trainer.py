@@ -18,7 +18,15 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .averaging_trainer import AveragingTrainer
-from .callbacks import EpochSetter, FiniteGuard, LossMeter, SaveAfterEpoch, TeacherLogitsError, TrainingDivergedError
+from .callbacks import (
+    EpochSetter,
+    FiniteGuard,
+    LossMeter,
+    PassCounter,
+    SaveAfterEpoch,
+    TeacherLogitsError,
+    TrainingDivergedError,
+)
 from .config import BKDConfig
 from .errors import InputError, TrainingStopped
 from .head import prepare_head
@@ -141,9 +149,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                 model_init=model_init,
                 compute_metrics=None if adds_up else compute_metrics,
                 callbacks=[
-                    EpochSetter(lambda: self._meter.restore(self), self._begin_epoch),
+                    EpochSetter(self._begin_training, self._begin_epoch),
                     self._stop,
                     SaveAfterEpoch(),
+                    PassCounter(self._steps_in_pass),
                     *([self.class_figures] if args.report_to else []),
                     *(callbacks or []),
                 ],
@@ -225,7 +234,9 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         counted = labels != IGNORE_INDEX
         if model.training:
             teacher_logits = self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
-            losses = self.bkd_objective(outputs.logits, teacher_logits, labels, self._progress(num_items_in_batch))
+            is_top_k = self.args.teacher_cache_top_k is not None and self.teacher_cache is not None
+            progress = self._progress(num_items_in_batch)
+            losses = self.bkd_objective(outputs.logits, teacher_logits, labels, progress, is_top_k)
             self._meter.add(losses, counted)
         else:
             smoothing = self.args.label_smoothing_factor
@@ -291,7 +302,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         args, teacher = self.args, self.teacher_model
         if teacher is None or args.student_init == "model" or self.train_dataset is None:
             return
-        why_not = why_not_start_from(teacher, student, self.train_dataset)
+        why_not = why_not_start_from(teacher, student, getattr(self.train_dataset, "sample", self.train_dataset))
         if why_not is not None and args.student_init == "teacher":
             raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
         # With p = 1 the teacher has learned all there is: its answers teach more than its weights.
@@ -331,7 +342,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             InputError: If none of these images is of a class that the teacher knows.
             TeacherLogitsError: If the teacher's logits are not finite.
         """
-        args, dataset, objective = self.args, self.train_dataset, self.bkd_objective
+        args, objective = self.args, self.bkd_objective
+        dataset = getattr(self.train_dataset, "sample", self.train_dataset)
         if self.teacher_model is None or not objective.has_known_targets or self.long_tail is None:
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
@@ -405,6 +417,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                 self.head_bias_shift = fit_bias(self.model.eval(), self._new_training_data(), self.args, sharded)
         return outcome
 
+    def _begin_training(self) -> None:
+        self._meter.restore(self)
+        self._restore_stream()
+
     def _begin_epoch(self, epoch: int) -> None:
         with self._stop.at_once() if self._training_data.computed else nullcontext():  # what is computed is kept
             super()._begin_epoch(epoch)
@@ -423,4 +439,5 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)
         self._meter.keep(self)
+        self._keep_stream()
         super()._save_checkpoint(model, trial)

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, DynamoBackend, gather_object, send_to_device
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
@@ -24,7 +25,8 @@ from .errors import InputError
 from .features import FEATURES
 from .sampling import GlobalBatchSampler, SampledExamples, innermost
 from .teacher import TEACHER_LOGITS
-from .teacher_logits import DEFAULT_FOLDERS, LogitsFolder, WithColumn, describe_views, precompute_logits
+from .teacher_logits import DEFAULT_FOLDERS, LogitsFolder, TopKFolder, WithColumn, describe_views, precompute_logits
+from .top_k import TopK
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +103,10 @@ def check_features(dataset: Any, args: BKDConfig) -> None:
             "--train_augmentation none (without --train_operations), --teacher_cache_views K for the features of K "
             "epochs, or --feature_cache off."
         )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _LabelsAlone(Dataset):
@@ -210,12 +216,13 @@ class TrainingData:
 
     # ---- The teacher's logits, and features -----------------------------------------------------------------------
 
-    def open_logits(self, teacher: dict[str, Any], num_classes: int) -> None:
+    def open_logits(self, teacher: dict[str, Any], num_classes: int, top_k: TopK | None = None) -> None:
         """Open the folder of logits that the options ask for, if they do; all processes have to call it.
 
         Args:
             teacher: What its logits depend on (see `teacher_logits.describe_teacher`).
             num_classes: C.
+            top_k: What is kept of each image's logits; all of them if not given.
 
         Raises:
             InputError: If there can be none, and it was not left open by `--teacher_cache auto`.
@@ -229,9 +236,12 @@ class TrainingData:
             images = describe_views(self.dataset, args.sampler or "instance")
             about = {"teacher": teacher, "precision": args.mixed_precision, "images": images}
             shape = self.num_views or 1, len(self.dataset), num_classes
-            self.computed[TEACHER_LOGITS] = LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
+            if top_k is not None:
+                self.computed[TEACHER_LOGITS] = TopKFolder(folder, about, shape, args.teacher_cache_dtype, top_k)
+            else:
+                self.computed[TEACHER_LOGITS] = LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
         except InputError as error:
-            if args.teacher_cache != "auto":
+            if args.teacher_cache != "auto" or top_k is not None:  # which all logits are not the same as
                 raise
             again = ""
             if self.num_views is not None:
@@ -307,6 +317,30 @@ class TrainingData:
             )
 
     # ---- Batches --------------------------------------------------------------------------------------------------
+
+    def stream_loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
+        """Return the batches of a stream, which divides them among processes and workers itself.
+
+        Args:
+            batch_size: Examples per process and micro-batch.
+            accelerator: Of the trainer.
+        """
+        args, images = self.args, self.dataset
+        images.batch_size, images.seed = batch_size, args.seed if args.data_seed is None else args.data_seed
+        images.num_readers = accelerator.num_processes * max(1, args.dataloader_num_workers)
+        loader = DataLoader(
+            images,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            generator=self._generator,
+        )
+        device = accelerator.device
+        # As if alone: accelerate would divide the batches among processes once more.
+        return prepare_data_loader(loader, device, 1, 0, put_on_device=True, rng_types=[], dispatch_batches=False)
 
     def loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
         """Return the examples, cut into global batches (see [`GlobalBatchSampler`]).

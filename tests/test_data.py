@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import bkd_hf.data
 from bkd_hf import (
     InputError,
     class_counts,
@@ -24,7 +25,7 @@ from bkd_hf import (
     long_tailed_counts,
     make_long_tailed,
 )
-from bkd_hf.data import PROFILES, fingerprint, limit_examples, stored_images
+from bkd_hf.data import PROFILES, fingerprint, limit_examples, shared_fingerprint, stored_images
 from bkd_hf.image_folders import load_image_folder
 
 SIZE = (12, 10)
@@ -233,8 +234,24 @@ def test_fingerprints_of_files(tmp_path, monkeypatch):
         found.append(fingerprint(train))
     assert len(set(found)) == 3
     assert all(sampled.endswith("-sampled") for sampled in found)
-    assert fingerprint(embedded) == whole
-    assert not fingerprint(train, read_files=True).endswith("-sampled")
+    assert fingerprint(embedded) != fingerprint(embedded, read_all=True) == whole
+    assert not fingerprint(train, read_all=True).endswith("-sampled")
+
+
+def test_fingerprints_of_large_sets_are_made_once_and_compared_with_old_ones(monkeypatch):
+    train = load_image_dataset("digits")["train"]
+    whole, asked = fingerprint(train), []
+    monkeypatch.setattr("bkd_hf.data.READABLE_BYTES", 50_000)
+    monkeypatch.setattr("bkd_hf.data._QUICK_BYTES", 10_000)
+    digest = bkd_hf.data._digest
+    monkeypatch.setattr("bkd_hf.data._digest", lambda data, readable: asked.append(readable) or digest(data, readable))
+    found = shared_fingerprint(train)
+    assert found.endswith("-sampled")
+    assert found == fingerprint(train) == fingerprint(train.select_columns(["label", "image"]))
+    assert shared_fingerprint(train, recorded=whole) == whole  # as an earlier version wrote it
+    assert shared_fingerprint(train, recorded=found) == found
+    assert (asked.count(50_000), asked.count(None)) == (1, 1)
+    assert fingerprint(train.select(range(len(train) - 1))) != found != fingerprint(train.select(range(1, len(train))))
 
 
 @pytest.mark.parametrize(
@@ -316,9 +333,9 @@ def test_paths_without_a_file_are_refused(tmp_path):
     path, label = tmp_path / "data.parquet", [0, 1] * 4
     datasets.Dataset.from_dict({"file": ["nowhere.png"] * 8, "label": label}).to_parquet(path)
     loaded = load_image_dataset(str(path), image_column="file")
-    for read_files in (False, True):
+    for read_all in (False, True):
         with pytest.raises(InputError, match=r"Image 0 \(nowhere\.png\) cannot be read: No such file or directory"):
-            fingerprint(loaded["train"], read_files)
+            fingerprint(loaded["train"], read_all)
 
 
 def test_files_with_other_columns_are_refused(tmp_path):
@@ -606,9 +623,9 @@ def test_a_stored_path_that_is_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.jpg")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     dataset = datasets.Dataset.from_dict({"image": [str(tmp_path / "x.jpg")], "label": [0]}, features=features)
-    for read_files in (False, True):
+    for read_all in (False, True):
         with pytest.raises(InputError, match="cannot be read: it is no regular file"):
-            fingerprint(dataset, read_files)
+            fingerprint(dataset, read_all)
 
 
 def test_labels_do_not_reserve_memory():

@@ -370,7 +370,7 @@ def test_a_published_split(birds, make, tmp_path, monkeypatch):
     assert front_matter(folder)["pretty_name"] == "Birds_LT"
     assert str(birds).encode() not in b"".join(contents(folder).values())
     built = build_split_from_files(birds / "Birds_LT_train.txt", birds / "Birds_LT_test.txt", birds / "images")
-    assert fingerprint(built["train"], read_files=True) == fingerprint(loaded["train"])
+    assert fingerprint(built["train"], read_all=True) == fingerprint(loaded["train"])
 
 
 def test_default_folder_and_names(birds, make, monkeypatch):

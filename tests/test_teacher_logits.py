@@ -79,10 +79,10 @@ def train(
     """Losses of the epochs, the student's weights as one vector, and how often the teacher was asked."""
     student, teacher = copy.deepcopy(models)
     args = BKDConfig(
-        output_dir=str(tmp_path / "run"), num_train_epochs=4, per_device_train_batch_size=16, learning_rate=0.05,
+        output_dir=str(tmp_path / "run"), per_device_train_batch_size=16, learning_rate=0.05,
         optim="sgd", use_cpu=True, logging_strategy="epoch", disable_tqdm=True,
-        **{"save_strategy": "no", "teacher_cache": str(tmp_path / "cache"), "teacher_cache_views": 2,
-           "teacher_cache_dtype": "float32"} | options,
+        **{"num_train_epochs": 4, "save_strategy": "no", "teacher_cache": str(tmp_path / "cache"),
+           "teacher_cache_views": 2, "teacher_cache_dtype": "float32"} | options,
     )  # fmt: skip
     CountingTeacher.calls = 0
     trainer = BKDTrainer(
@@ -138,6 +138,33 @@ def test_losses_are_those_of_the_online_teacher(models, digits, tmp_path, dtype,
     assert (cached[2], online[2]) == (0, 4 * 5)
     for ours, theirs in zip(cached[0], online[0], strict=True):
         assert ours == pytest.approx(theirs, rel=tolerance)
+
+
+# ---- The k best classes
+
+
+@pytest.mark.parametrize(
+    ("k", "options", "tolerance"),
+    [
+        (9, {"method": "kd", "class_balance_beta": 0.9999}, 1e-3),  # of ten classes: all is known
+        (9, {"logit_standardization": True}, 1e-4),
+        (4, {"teacher_cache_dtype": "float16"}, 0.4),
+    ],
+)
+def test_training_with_the_top_k(models, digits, tmp_path, k, options, tolerance):
+    options = {"method": "bkd-drw", "class_balance_beta": 0.5, "deferred_reweighting_start": 0.5} | options
+    if options["method"] == "kd":
+        del options["deferred_reweighting_start"]
+    options |= {"num_train_epochs": 2, "teacher_cache_views": 1}
+    cached = train(models, images(digits), tmp_path, **options, teacher_cache_top_k=k)
+    (file,) = (tmp_path / "cache").glob("*/view0.bin")
+    phases = 1 + ("deferred_reweighting_start" in options)
+    logit = 2 if options.get("teacher_cache_dtype") == "float16" else 4
+    assert file.stat().st_size == len(digits) * ((logit + 2) * k + 4 * phases) + 16
+    whole = train(models, images(digits), tmp_path, **options)
+    for ours, theirs in zip(cached[0], whole[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=tolerance)
+        assert ours["kd_loss"] < theirs["kd_loss"] * (1 + tolerance)  # something is missing, nothing is added
 
 
 def test_views_come_again_and_without_the_option_they_do_not(models, digits, tmp_path):
@@ -415,6 +442,14 @@ def test_full_disk_and_unwritable_folder_are_refused(models, digits, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "named"),
     [
+        ({"teacher_cache_top_k": 0}, "--teacher_cache_top_k must be at least 1, got 0"),
+        *(
+            (
+                {"teacher_cache_top_k": 5, "distillation_loss": name},
+                f"--teacher_cache_top_k must be left out with --distillation_loss {name}, which needs all .* got 5",
+            )
+            for name in ("dive", "dkd", "wsl", "dist", "ltkd")
+        ),
         ({"teacher_cache_views": 0}, "--teacher_cache_views must be at least 1, got 0"),
         ({"teacher_cache_dtype": "int8"}, "--teacher_cache_dtype must be one of float16, float32, got int8"),
     ],
@@ -422,6 +457,25 @@ def test_full_disk_and_unwritable_folder_are_refused(models, digits, tmp_path, m
 def test_options_are_checked(tmp_path, options, named):
     with pytest.raises(ValueError, match=named):
         BKDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "columns", "named"),
+    [
+        ({"teacher_cache_top_k": 10}, None, "--teacher_cache_top_k must be less than the 10 classes, got 10"),
+        (
+            {"teacher_cache_top_k": 3},
+            [0, None, *range(2, 10)],
+            "top_k 3 does not go with a teacher that lacks",
+        ),
+    ],
+)
+def test_top_k_that_cannot_be_are_refused(models, digits, tmp_path, options, columns, named):
+    student, teacher = copy.deepcopy(models)
+    args = BKDConfig(str(tmp_path), use_cpu=True, teacher_cache=str(tmp_path / "cache"), **options)
+    trainer = BKDTrainer(student, FrozenTeacher(teacher, columns), args, train_dataset=images(digits))
+    with pytest.raises(InputError, match=named):
+        trainer.train()
 
 
 # ---- Real processes

@@ -10,6 +10,7 @@ record of how it was made. The same command makes the same files again, or publi
   bkd-hf split --train_list ImageNet_LT_train.txt --test_list ImageNet_LT_test.txt \
       --val_list ImageNet_LT_val.txt --image_folder ILSVRC2012
   bkd-hf split --train_list train2018.json --test_list val2018.json --image_folder inat2018
+  bkd-hf split --dataset_name user/shards --count_only    # class_counts.json, for bkd-hf run --streaming
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ..data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, class_counts, make_long
 from ..errors import InputError, run_script
 from ..loading import NoTestSplitError, load_image_dataset
 from ..program import program
-from ..results import hub_id, without_folders
+from ..results import hub_id, save_json, without_folders
 from ..splits import SPLIT_NAME, check_output_folder, exact, save_split
 from ..text import printable
 
@@ -76,6 +77,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         for name, text in table.items():
             kind, choices = _TYPES.get(name, str), _CHOICES.get(name)
             group.add_argument(f"--{name}", type=kind, choices=choices, metavar=name.split("_")[-1].upper(), help=text)
+    text = "Make no split: count the classes of the training images in one pass, for --class_counts of a run."
+    parser.add_argument("--count_only", action="store_true", default=None, help=text)
     to = parser.add_argument_group("where it goes")
     to.add_argument("--output_dir", type=Path, metavar="DIR", help="Named after the split, in outputs/, if not given.")
     to.add_argument("--push_to_hub", metavar="USER/NAME", help="Publish it there too.")
@@ -95,6 +98,13 @@ def check(options: argparse.Namespace) -> None:
     drawn, listed = list(given(options, _DRAWING)), list(given(options, _LISTS))
     if options.private and not options.push_to_hub:
         raise InputError("--private: without --push_to_hub nothing is published, so it has no effect. Leave it out.")
+    if options.count_only:
+        others = given(options, [*_SHAPE, "imbalance_ratio", "eval_split_name", "seed", *_LISTS, "push_to_hub"])
+        if others or options.dataset_name is None:
+            raise InputError(
+                "--count_only counts the training images of --dataset_name, as they are. "
+                + (f"Leave --{next(iter(others))} out." if others else "Give that.")
+            )
     if options.dataset_name is not None:
         if listed:
             raise InputError(f"--{listed[0]}: with --dataset_name no lists are read. Give one or the other.")
@@ -164,8 +174,18 @@ def make(options: argparse.Namespace) -> None:
     """Build, save, and publish."""
     from ..file_lists import build_split_from_files
     from ..hub import check_repo_access, publish_folder
+    from ..streams import count_labels
 
     check(options)
+    if options.count_only:
+        columns = options.image_column_name, options.label_column_name
+        told = options.dataset_config_name, columns, options.train_split_name, options.token
+        counts = count_labels(options.dataset_name, *told)
+        path = (options.output_dir or Path("outputs", Path(options.dataset_name).name)) / "class_counts.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(counts, path)
+        print(f"{sum(counts.values()):,} images of {len(counts):,} classes: {printable(path)}")
+        return
     about: dict[str, Any] = {}
     if options.dataset_name is not None:
         source, about = load(options)

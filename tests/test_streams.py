@@ -1,0 +1,210 @@
+"""Streams: each example once a pass, the same steps for any number of readers, and exact resumption."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader
+
+from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, InputError, load_classifier, load_image_dataset, load_processor
+from bkd_hf.arguments import parse_arguments
+from bkd_hf.commands import split
+from bkd_hf.streams import Lane, Stream, StreamedImages, load_stream, open_columns, read_counts
+
+NAMES = [str(digit) for digit in range(10)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> dict[str, Path]:
+    """The same 400 images in 10 files of parquet and in 3 of webdataset; two files of others to evaluate on."""
+    digits = load_image_dataset("digits")["eval"].shuffle(seed=0)
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("parquet", "webdataset")}
+
+    def write_tar(part: datasets.Dataset, path: Path) -> None:
+        with tarfile.open(path, "w") as file:
+            for number, example in enumerate(part.cast_column("image", datasets.Image(decode=False))):
+                for kind, content in (("png", example["image"]["bytes"]), ("cls", str(example["label"]).encode())):
+                    info = tarfile.TarInfo(f"{number:04d}.{kind}")
+                    info.size = len(content)
+                    file.addfile(info, io.BytesIO(content))
+
+    for number in range(10):
+        digits.shard(10, number).to_parquet(folders["parquet"] / f"train-{number:05d}-of-00010.parquet")
+    digits.select(range(20)).to_parquet(folders["parquet"] / "test-00000-of-00001.parquet")
+    for number in range(3):
+        write_tar(digits.shard(3, number), folders["webdataset"] / f"train-{number}.tar")
+    write_tar(digits.select(range(20)), folders["webdataset"] / "test-0.tar")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def opened(shards, tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("counts")
+    found: dict[str, dict] = {}
+    for kind, path in shards.items():
+        assert split.main(["--dataset_name", str(path), "--count_only", "--output_dir", str(folder / kind)]) == 0
+        counts = folder / kind / "class_counts.json"
+        assert json.loads(counts.read_text()) == dict.fromkeys(NAMES, 40)
+        found[kind] = load_stream(str(path), str(counts), buffer_size=100, cache_dir=str(folder))
+    return found
+
+
+def images(stream: Stream, batch_size: int = 8) -> StreamedImages:
+    sample = ImageDataset(stream.sample, load_processor("cifar-resnet-8", 8), "pad_crop", cache_images="none")
+    found = StreamedImages(stream, sample)
+    found.batch_size = batch_size
+    return found
+
+
+def test_columns_labels_and_evaluation_are_as_without_a_stream(opened, shards):
+    loaded = load_image_dataset(str(shards["parquet"]))
+    for data in opened.values():
+        assert data["train"].features == loaded["train"].features
+        assert data["train"].class_counts == [40] * 10
+        assert len(data["train"].sample) == 400
+        assert data["eval"]["label"] == loaded["eval"]["label"]
+        assert data["eval"][3]["image"] == loaded["eval"][3]["image"]
+
+
+@pytest.mark.parametrize(("kind", "num_lanes"), [("parquet", 2), ("parquet", 8), ("webdataset", 4)])  # of 3 files
+def test_lanes_read_each_example_once_and_go_on_where_they_were(opened, kind, num_lanes):
+    stream, seen = opened[kind]["train"], Counter()
+    for number in range(num_lanes):
+        passes, found = Lane(stream, number, num_lanes, 0).take(1000, 1)
+        assert set(passes) == {0}
+        seen.update((example["image"]["bytes"], example["label"]) for example in found)
+    assert (sum(seen.values()), len({image for image, _ in seen})) == (400, len(seen))
+    whole = Lane(stream, 1, num_lanes, 0).take(300)
+    assert whole[0][-1] > 0
+    assert [e["label"] for e in whole[1]] != [e["label"] for e in Lane(stream, 1, num_lanes, 1).take(300)[1]]
+    for cut in (1, 25, 139):
+        first = Lane(stream, 1, num_lanes, 0)
+        first.take(cut)
+        again = Lane(stream, 1, num_lanes, 0, json.loads(json.dumps(first.position))).take(300 - cut)
+        assert again == (whole[0][cut:], whole[1][cut:])
+
+
+def steps_of(stream: Stream, processes: int, accumulation: int, monkeypatch, workers: int = 0) -> list[list]:
+    """Sums of the pixels, and labels, of the examples of 15 steps, as these processes see them together."""
+    steps: list[list] = [[] for _ in range(15)]
+    for rank in range(processes):
+        state = SimpleNamespace(num_processes=processes, process_index=rank)
+        monkeypatch.setattr("bkd_hf.streams.PartialState", lambda state=state: state)
+        part = images(stream)
+        part.num_readers = processes * max(1, workers)
+        loader = DataLoader(part, batch_size=None, collate_fn=lambda batch: batch, num_workers=workers)
+        for number, batch in enumerate(islice(loader, 15 * accumulation)):
+            sums = batch["pixel_values"].to("cpu").sum(dim=(1, 2, 3))
+            steps[number // accumulation] += zip(sums.tolist(), batch["labels"].tolist(), strict=True)
+    return [sorted(step) for step in steps]
+
+
+def test_steps_are_the_same_for_any_number_of_readers(opened, monkeypatch):
+    stream = opened["parquet"]["train"]
+    alone = steps_of(stream, 1, 4, monkeypatch)
+    assert len({tuple(step) for step in alone}) == 15
+    for processes, accumulation, workers in ((2, 2, 0), (4, 1, 0), (1, 4, 2)):
+        assert steps_of(stream, processes, accumulation, monkeypatch, workers) == alone
+
+
+def train(data, tmp_path, checkpoint=None, **options) -> BKDTrainer:
+    torch.manual_seed(0)
+    student, teacher = load_classifier("cifar-resnet-8", NAMES, 8), load_classifier("cifar-resnet-8", NAMES, 8)
+    args = BKDConfig(
+        str(tmp_path), learning_rate=0.01, optim="sgd", use_cpu=True, disable_tqdm=True, method="bkd-calibrated",
+        **{"max_steps": 40, "save_steps": 30, "per_device_train_batch_size": 8, "logging_steps": 20} | options,
+    )  # fmt: skip
+    trainer = BKDTrainer(student, teacher, args, train_dataset=images(data["train"]))
+    trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / checkpoint))
+    return trainer
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_training_is_bitwise_the_same(opened, tmp_path, workers):
+    """After one pass of the 400 images, with batches that were read ahead."""
+    options = {"dataloader_num_workers": workers, "gradient_accumulation_steps": 2}
+    whole = train(opened["parquet"], tmp_path, **options)
+    assert whole.state.epoch == pytest.approx(40 * 16 / 400)
+    again = train(opened["parquet"], tmp_path, "checkpoint-30", **options)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    assert again.state.epoch == whole.state.epoch
+    logs = [[e for e in each.state.log_history if "kd_loss" in e] for each in (whole, again)]
+    assert logs[0] == logs[1]
+
+
+def test_other_cuts_cannot_go_on(opened, tmp_path):
+    train(opened["parquet"], tmp_path, max_steps=3, save_steps=3)
+    with pytest.raises(InputError, match="saved with a stream of batch_size 8, which is 4 here"):
+        train(opened["parquet"], tmp_path, "checkpoint-3", per_device_train_batch_size=4)
+
+
+def test_what_was_divided_is_not_divided_again(opened, shards):
+    found, *_ = open_columns(str(shards["parquet"]), None, (None, None), (None, None))
+    with pytest.raises(InputError, match="was divided among processes by split_dataset_by_node"):
+        Stream(split_dataset_by_node(found["train"], 0, 2), dict.fromkeys(NAMES, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "feature", "expected"),
+    [
+        ({"b": 2, "a": 3}, datasets.Value("string"), {"a": 3, "b": 2}),
+        ({"2": 2, "0": 3}, datasets.Value("int64"), {"0": 3, "1": 0, "2": 2}),
+        ({"1": 2, "0": 3}, datasets.ClassLabel(names=["x", "y"]), {"x": 3, "y": 2}),
+        ({"y": 2, "x": 3}, datasets.ClassLabel(names=["x", "y"]), {"x": 3, "y": 2}),
+        ({"z": 2}, datasets.ClassLabel(names=["x", "y"]), "there is no class 'z' in the data"),
+        ({"2": 2}, datasets.ClassLabel(names=["x", "y"]), "there is no class '2' in the data"),
+        ({"x": 2}, datasets.Value("int64"), "there is no class 'x' in the data"),
+        ({"x": -2}, datasets.Value("string"), "expected {"),
+        ([3, 4], datasets.Value("string"), "expected {"),
+    ],
+)
+def test_counts_by_name_or_number(tmp_path, content, feature, expected):
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(content))
+    if isinstance(expected, dict):
+        found = read_counts(str(path), feature)
+        assert list(found.items()) == list(expected.items())
+    else:
+        with pytest.raises(InputError, match=f"--class_counts {path}: {expected}"):
+            read_counts(str(path), feature)
+
+
+@pytest.mark.parametrize("label", [10, -1, None, "ten"])
+def test_labels_that_were_not_counted_are_refused(opened, label):
+    with pytest.raises(InputError, match="of which --class_counts says nothing"):
+        opened["parquet"]["train"].number_of(label)
+
+
+COUNTED = "--streaming true --class_counts counts.json --max_steps 5"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--streaming true --max_steps 5", "--streaming needs --class_counts FILE"),
+        ("--streaming true --class_counts counts.json", "--streaming needs --max_steps"),
+        (f"{COUNTED} --teacher_cache auto", "--teacher_cache auto does not go with --streaming"),
+        (f"{COUNTED} --method resample", "--sampler class_balanced does not go with --streaming"),
+        (f"{COUNTED} --head cosine --head_init class_mean", "--head_init class_mean does not go with --streaming"),
+        (f"{COUNTED} --head_bias balanced", "--head_bias balanced does not go with --streaming"),
+        (f"{COUNTED} --imbalance_ratio 10", "--imbalance_ratio 10.0 does not go with --streaming"),
+        (f"{COUNTED} --cache_images disk", "--cache_images disk does not go with --streaming"),
+        (f"{COUNTED} --export onnx", "--export onnx does not go with --streaming"),
+    ],
+)
+def test_what_needs_all_images_is_refused(line, message):
+    with pytest.raises(InputError, match=message):
+        parse_arguments(line.split())
+    assert np.all(parse_arguments(COUNTED.split()).data.streaming)

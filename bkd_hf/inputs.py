@@ -111,6 +111,11 @@ def same_inputs(arguments: RunArguments, first: Processor, second: Processor) ->
     return _PREPARATIONS[arguments.model.task].same(first, second)
 
 
+def how_they_differ(task: str) -> str:
+    """Say that teacher and student take different inputs."""
+    return f"The teacher takes other {_PREPARATIONS[task].different} for both."
+
+
 def _decode(
     arguments: RunArguments,
     split: Any,
@@ -153,11 +158,14 @@ class _Preparation:
     load: Callable[[ModelArguments, Any], Any]
     same: Callable[[Any, Any], bool]
     examples: Callable[..., Examples]
+    different: str
 
 
 _PREPARATIONS = {
-    "image": _Preparation(_load_image_processor, same_pixels, _decode),
-    "text": _Preparation(load_tokenizer, same_tokens, _tokenize),
+    "image": _Preparation(
+        _load_image_processor, same_pixels, _decode, "pixels than the student: each view of an image is rendered"
+    ),
+    "text": _Preparation(load_tokenizer, same_tokens, _tokenize, "tokens than the student: each text is tokenized"),
 }
 
 

@@ -33,6 +33,7 @@ from .inputs import (
     Processor,
     check_metric_for_best_model,
     choose_workers,
+    how_they_differ,
     load_own_processor,
     load_splits,
     load_teacher_processor,
@@ -188,7 +189,7 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
             "the option out."
         )
     if not same_inputs(arguments, processor, teacher_processor):
-        say("The teacher takes other inputs than the student: each view of an image is rendered for both.")
+        say(how_they_differ(arguments.model.task))
     images = {
         "train": prepare(arguments, splits["train"], processor, for_training=True, teacher=teacher_processor),
         "eval": prepare(arguments, splits["eval"], processor),

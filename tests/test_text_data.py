@@ -255,7 +255,7 @@ def test_a_run_on_texts(run_here, tmp_path):  # noqa: F811
 
     more = ["--max_train_samples", "150", "--teacher_model_name_or_path", str(folder), "--force_teacher", "true"]
     output = run_here(*options, *more, "--output_dir", str(tmp_path / "other"))
-    assert "The teacher takes other inputs than the student" in output
+    assert "The teacher takes other tokens than the student" in output
     saved = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
     assert saved["model_max_length"] == 48
     assert load_results(tmp_path / "other")["teacher"]["model"] == results["student"]["model"]

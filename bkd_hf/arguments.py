@@ -29,9 +29,9 @@ from .options import (
     ModelArguments,
     PublishingArguments,
     RunArguments,
-    read_text,
 )
 from .program import program
+from .reading import read_option
 from .run_folder import precision_begun_in
 from .text import one_line, suggestion
 
@@ -335,7 +335,7 @@ def _read_config(parser: _Parser, path: str | Path) -> list[str]:
     So one parser gives every value its type, whether it was written in a file or on the command line.
     """
     try:
-        node = yaml.compose(read_text("config", path), Loader=_YamlLoader)
+        node = yaml.compose(read_option("config", path), Loader=_YamlLoader)
         if not isinstance(node, yaml.MappingNode):
             raise InputError(f"--config {path}: expected lines of the form `option: value`.")
         entries = _entries(node)

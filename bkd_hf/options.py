@@ -32,6 +32,7 @@ from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresho
 from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth
 from .operations import OPERATIONS
 from .ranges import check_ranges, defaults_of, explain
+from .reading import read_option
 from .text import one_line
 
 #: The Hub's name for a licence that nobody has chosen.
@@ -114,7 +115,7 @@ class ModelArguments:
             return {}
         path = self.teacher_label_map
         try:
-            content = json.loads(read_text("teacher_label_map", path))
+            content = json.loads(read_option("teacher_label_map", path))
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
         if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
@@ -178,9 +179,7 @@ class DataArguments:
         "(bkd_hf/streams.py). Needs --class_counts and --max_steps; options that need all images at hand are refused.",
     )
     class_counts: Annotated[str | None, "path"] = _option(
-        None,
-        "With --streaming: JSON file, {name or number of a class: its training images}; bkd-hf split "
-        "--count_only makes one.",
+        None, "With --streaming: JSON, {name or number of a class: its images}; bkd-hf split --count_only makes it."
     )
     shuffle_buffer_size: int = _option(
         10_000, "With --streaming: images, undecoded, among which all processes and workers together shuffle."
@@ -459,14 +458,3 @@ def _build_training(options: dict[str, Any]) -> BKDConfig:
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise InputError(f"--{name} must be one of {', '.join(choices)}, got {one_line(value, 80)!r}.")
-
-
-def read_text(option: str, path: str | Path) -> str:
-    """Return the content of a text file that an option names; raises an `InputError` if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error
-    except (OSError, ValueError) as error:  # ValueError: no name of a file at all
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"--{option} {one_line(path, 80)} cannot be read: {why}.") from error

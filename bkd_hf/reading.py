@@ -56,6 +56,17 @@ def read_text(path: str | os.PathLike[str], kind: str = "text") -> str:
     return text
 
 
+def read_option(option: str, path: str | Path) -> str:
+    """Return the content of a text file that an option names; raises an `InputError` if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error
+    except (OSError, ValueError) as error:  # ValueError: no name of a file at all
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"--{option} {one_line(path, 80)} cannot be read: {why}.") from error
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Return what a JSON file holds.
 

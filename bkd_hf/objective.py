@@ -156,11 +156,8 @@ class Objective:
         return TopK(options.teacher_cache_top_k, shifts.to(self.device), **arguments)
 
     def _top_k(self, z_s: torch.Tensor, rows: torch.Tensor, progress: Progress) -> torch.Tensor:
-        k, w, start = (
-            self.options.teacher_cache_top_k,
-            self.distillation_weights(progress),
-            self.options.deferred_reweighting_start,
-        )
+        k, start = self.options.teacher_cache_top_k, self.options.deferred_reweighting_start
+        w = self.distillation_weights(progress)
         # 0 while weights are uniform, −1 when they are in force.
         phase = int(deferred_weights(torch.full((1,), -1), start, progress.epoch, progress.num_epochs).clamp(max=0))
         given = {"student_logits": z_s, "top_k": rows, "class_weights": w, "k": k, "phase": phase}

@@ -191,9 +191,7 @@ class DataArguments:
         "(bkd_hf/streams.py). Needs --class_counts and --max_steps; options that need all images at hand are refused.",
     )
     class_counts: Annotated[str | None, "path", "image"] = _option(
-        None,
-        "With --streaming: JSON file, {name or number of a class: its training images}; bkd-hf split "
-        "--count_only makes one.",
+        None, "With --streaming: JSON, {name or number of a class: its images}; bkd-hf split --count_only makes it."
     )
     shuffle_buffer_size: Annotated[int, "image"] = _option(
         10_000, "With --streaming: images, undecoded, among which all processes and workers together shuffle."

@@ -105,6 +105,7 @@ class Targets(TypedDict):
     favoured_label_share: Fraction
     power: NotRequired[Amount]
     prior_in_teacher: NotRequired[Fraction]
+    top_k_mass: NotRequired[Fraction]  # with `teacher_cache_top_k`
 
 
 class Model(TypedDict):

@@ -182,11 +182,13 @@ def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> 
     power = f" (class_balance_power {statistics['power']:.2g})" if "power" in statistics else ""
     if "prior_in_teacher" in statistics:
         power = f"{power[:-1]}, prior left in the teacher {statistics['prior_in_teacher']:.2f})"
+    kept = f"; of their mass {100 * statistics['top_k_mass']:.1f} % is kept" if "top_k_mass" in statistics else ""
     return (
         f"Targets{power} of {statistics['num_images']:,} training images: right for "
         f"{100 * statistics['target_agreement']:.0f} % (teacher {100 * statistics['teacher_agreement']:.0f} %); mass "
         f"in % (share of the images): {shifts}; most often {class_names[statistics['favoured_class']]!r}, "
-        f"{100 * statistics['favoured_share']:.0f} % ({100 * statistics['favoured_label_share']:.0f} % of the images)."
+        f"{100 * statistics['favoured_share']:.0f} % ({100 * statistics['favoured_label_share']:.0f} % of the images)"
+        f"{kept}."
     )
 
 
@@ -239,7 +241,8 @@ def look(
         evaluation: Knows the class counts, and which of them make a many- or few-shot class.
 
     Returns:
-        What [`target_statistics`] returns, and where there are class weights their `power` and `prior_in_teacher`.
+        What [`target_statistics`] returns, where there are class weights their `power` and `prior_in_teacher`, and
+        with `teacher_cache_top_k` the mass that the classes that are kept have in the targets, `top_k_mass`.
     """
     found: dict[str, float] = {}
     exponent = None
@@ -257,6 +260,9 @@ def look(
             power = objective.power
         found, exponent = {"power": power, "prior_in_teacher": prior}, power * share
     log_targets = objective.log_targets(teacher_logits, exponent)
+    if k := objective.options.teacher_cache_top_k:
+        best = log_targets.double().exp().topk(min(k, log_targets.shape[1])).values
+        found["top_k_mass"] = min(1.0, float(best.sum(dim=1).mean()))
     statistics = target_statistics(
         log_targets, teacher_logits, labels, evaluation.class_counts, *evaluation.thresholds
     )

@@ -29,6 +29,7 @@ from .objective import check_head
 from .onnx_files import import_onnx
 from .options import RunArguments, options_with
 from .ranges import defaults_of, explain
+from .sharding import check_deepspeed
 from .teacher import teacher_label_names
 from .text import one_line
 from .trainer import BKDTrainer
@@ -67,6 +68,7 @@ def check_before_work(arguments: RunArguments) -> None:
             )
         if adapter == "lora":
             import_peft()
+    check_deepspeed(arguments.training, arguments.distils)
     rehearse(arguments.training)
     if trains_teacher:
         with arguments.naming_teacher_options():

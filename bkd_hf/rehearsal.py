@@ -31,6 +31,7 @@ from .onnx_files import import_onnx
 from .options import RunArguments, options_with
 from .ranges import defaults_of, explain
 from .schema import check_repo_id
+from .sharding import check_deepspeed
 from .tasks import fresh_task
 from .teacher import teacher_label_names
 from .text import one_line
@@ -70,6 +71,7 @@ def check_before_work(arguments: RunArguments) -> None:
             )
         if adapter == "lora":
             import_peft()
+    check_deepspeed(arguments.training, arguments.distils)
     rehearse(arguments.training)
     if trains_teacher:
         with arguments.naming_teacher_options():

@@ -55,6 +55,20 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
         )
 
 
+def check_deepspeed(args: Any, distils: bool) -> None:
+    """Refuse a run with a teacher under DeepSpeed, which prepares a process for one model.
+
+    Raises:
+        InputError: Naming what does the same.
+    """
+    if distils and (args.deepspeed or launcher_shards("DEEPSPEED")):
+        raise InputError(
+            "DeepSpeed prepares a process for one model, and here a teacher is the second. Use --fsdp, which spreads "
+            f"both; or train the teacher alone with DeepSpeed, by --method ce --output_dir {args.output_dir}_teacher, "
+            f"and the student without it, by --teacher_model_name_or_path {args.output_dir}_teacher."
+        )
+
+
 def tell_of_layers(accelerator: Accelerator, args: Any, model: nn.Module) -> None:
     """Tell accelerate how to spread a model; it would go by the one that this process has trained before."""
     if accelerator.distributed_type != DistributedType.FSDP:

@@ -127,6 +127,14 @@ def test_a_teacher_is_measured_and_models_are_whole(outcomes):
     assert model.config.auto_map["AutoConfig"] == "modeling_cifar_resnet.CifarResNetConfig"
 
 
+def test_deepspeed_with_a_teacher_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    args = BKDConfig("out", method="ce", use_cpu=True)
+    sharding.check_deepspeed(args, distils=False)
+    with pytest.raises(InputError, match=r"by --method ce --output_dir out_teacher, and the student without it"):
+        sharding.check_deepspeed(args, distils=True)
+
+
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "timm"])
 def test_blocks_of_all_architectures_are_found(name):
     model = tiny(name, 0)

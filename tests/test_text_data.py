@@ -231,7 +231,7 @@ def test_a_run_on_texts(run_here, tmp_path):  # noqa: F811
         "--dataset_name", "docstrings", "--model_name_or_path", "bert-1x64", "--max_train_samples", "100",
         "--max_eval_samples", "40", "--max_steps", "4", "--save_steps", "2", "--num_threads", "1", "--use_cpu", "true",
         "--disable_tqdm", "true", "--force_distillation", "true", "--teacher_cache", str(cache),
-        "--save_total_limit", "2",
+        "--save_total_limit", "2", "--max_length", "64",
     ]  # fmt: skip
     output = run_here(*options, "--output_dir", str(folder))
     assert " training texts of 10 classes" in output

@@ -75,7 +75,7 @@ def test_what_works_is_not_refused(tmp_path, options):
         (["--accelerator_config", '{"a": 1}'], "--accelerator_config"),
         (["--accelerator_config", "nowhere.json"], "--accelerator_config nowhere.json"),
         (["--ddp_backend", "nccl"], "--ddp_backend nccl"),
-        (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json"),
+        (["--deepspeed", "nowhere.json"], "--deepspeed must be left out, or installed first: "),
         (["--fsdp", "full_shard"], "--fsdp"),
         (["--save_strategy", "best"], "--save_strategy must be no, steps or epoch without --metric_for_best_model"),
         (["--load_best_model_at_end", "true", "--eval_strategy", "no"], "--load_best_model_at_end"),

@@ -83,16 +83,17 @@ class TellOfTime(TrainerCallback):
                 self.say(f"{epoch} of the training {duration(left)} more.")
 
 
-#: Title, name in the log, and factor of each column.
-_COLUMNS = (
-    ("loss", "loss", 1),
-    ("test loss", "eval_loss", 1),
-    ("accuracy %", "eval_accuracy", 100),
-    ("many", "eval_many_shot_accuracy", 100),
-    ("medium", "eval_medium_shot_accuracy", 100),
-    ("few", "eval_few_shot_accuracy", 100),
-    ("worst", "eval_worst_class_accuracy", 100),
-)
+#: What is logged, and its format, by the title of its column; accuracies are in %.
+_COLUMNS = {
+    "    epoch": ("epoch", ""),
+    "  loss": ("loss", ".3f"),
+    "test loss": ("eval_loss", ".3f"),
+    "accuracy %": ("eval_accuracy", ".1f"),
+    "  many": ("eval_many_shot_accuracy", ".1f"),
+    "medium": ("eval_medium_shot_accuracy", ".1f"),
+    "   few": ("eval_few_shot_accuracy", ".1f"),
+    " worst": ("eval_worst_class_accuracy", ".1f"),
+}
 
 
 class ProgressTable(TrainerCallback):
@@ -104,29 +105,24 @@ class ProgressTable(TrainerCallback):
 
     def __init__(self, say: Callable[[str], Any]):
         self.say = say
-        self.losses: dict[str, float] = {}  # since the last line
+        self.known: dict[str, Any] = {}  # since the last line
         self.titles: list[str] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        """Print the line, and before the first one the titles of what is known."""
+        """Print the line, and the titles wherever there is a new one."""
+        if args.log_level in ("warning", "error", "critical") or not {"loss", "eval_loss"} & {*logs}:
+            return
+        self.known |= {name: 100 * value if name.endswith("_accuracy") else value for name, value in logs.items()}
         if "loss" in logs and control.should_evaluate:
-            self.losses = {"loss": logs["loss"]}
-        elif args.log_level not in ("warning", "error", "critical") and {"loss", "eval_loss"} & {*logs}:
-            known, self.losses = self.losses | logs, {}
-            epoch = f"{logs.get('epoch', 0):.4g}/{state.num_train_epochs}"
-            cells = {"epoch": f"{epoch:>9}"} | {
-                title: f"{factor * known[name]:{max(len(title), 6)}.{1 if factor == 100 else 3}f}"
-                for title, name, factor in _COLUMNS
-                if name in known
-            }
-            titles = ["epoch", *(title for title, *_ in _COLUMNS if title in {*cells, *self.titles})]
-            lines = [" ".join(cells.get(title, " " * max(len(title), 6)) for title in titles).rstrip()]
-            if titles != self.titles:
-                lines.insert(0, " ".join(f"{title:>{9 if title == 'epoch' else 6}}" for title in titles))
-            self.titles = titles
-            with tqdm.external_write_mode():  # beside the bar, where there is one
-                for line in lines:
-                    self.say(line)
+            return  # to come in the same line
+        known, self.known = self.known | {"epoch": f"{logs['epoch']:.4g}/{state.num_train_epochs}"}, {}
+        titles = [title for title, (name, _) in _COLUMNS.items() if name in known or title in self.titles]
+        cells = ((title, *_COLUMNS[title]) for title in titles)
+        line = " ".join(f"{format(known[name], style) if name in known else '':>{len(t)}}" for t, name, style in cells)
+        with tqdm.external_write_mode():  # beside the bar, where there is one
+            for text in [line] if titles == self.titles else [" ".join(titles), line]:
+                self.say(text)
+        self.titles = titles
 
 
 class _Bar(ProgressCallback):
@@ -135,9 +131,9 @@ class _Bar(ProgressCallback):
 
 
 def show_progress(trainer: BKDTrainer, say: Announcer) -> None:
-    """Have a trainer print a table in place of all that it logs, and a bar only on a terminal; notebooks have both."""
+    """Have a trainer print a table instead of all it logs, and a bar on terminals only; notebooks have their own."""
     has_bar = trainer.pop_callback(ProgressCallback) is not None
-    if has_bar and sys.stderr.isatty():
-        trainer.add_callback(_Bar())
     if has_bar or trainer.pop_callback(PrinterCallback) is not None:
         trainer.add_callback(ProgressTable(say))
+    if has_bar and sys.stderr.isatty():
+        trainer.add_callback(_Bar())

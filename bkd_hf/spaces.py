@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,69 +24,53 @@ from .text import one_line
 
 SPACE_FOLDER = "space"
 _TEMPLATE = Path(__file__).with_name("space")
-_OF_CPU = "--extra-index-url https://download.pytorch.org/whl/cpu\n"  # a Space need not fetch gigabytes of CUDA
+_PROCESSOR = "preprocessor_config.json"
+_CPU_BUILDS = "https://download.pytorch.org/whl/cpu"  # others are gigabytes
 
 
 def build_space(
-    folder: str | os.PathLike[str],
-    space_id: str,
-    model_id: str | None = None,
-    license: str | None = None,
-    num_examples: int = 0,
+    folder: Path, space_id: str, model_id: str | None = None, license: str | None = None, examples: int = 0
 ) -> Path:
-    """Write the app of a finished run, with its model and what is known of each class.
+    """Write the app of the finished run in a folder; return its own folder, for [`bkd_hf.hub.publish_folder`].
 
-    It answers by the ONNX file, where the student was exported, else by transformers and torch.
-
-    Args:
-        folder: Output folder of the run.
-        space_id: `USER/NAME` of the Space.
-        model_id: Of the model on the Hub, where it is there; for a link.
-        license: As for [`bkd_hf.hub.publish_folder`].
-        num_examples: Images of the evaluation set to show, each of another class, from common to rare.
-
-    Returns:
-        The folder, for [`bkd_hf.hub.publish_folder`].
+    It answers by the ONNX file, where the student was exported, else by transformers and torch. It links the model
+    `model_id`, and shows so many `examples` of the evaluation set, each of another class, from common to rare.
 
     Raises:
         InputError: If the id is malformed, there is no finished run, or not the images that it was evaluated on.
     """
     check_repo_id(space_id)
-    folder = Path(folder)
     publication = prepare(folder, model_id or space_id, license=license)
-    if RESULTS_NAME not in publication.files or "preprocessor_config.json" not in publication.files:
+    if RESULTS_NAME not in publication.files or _PROCESSOR not in publication.files:
         raise InputError(
-            f"--space: {folder} holds no model with its image processor: name the output folder of a run."
+            f"--space: {folder} has no {RESULTS_NAME} or no {_PROCESSOR}: name the output folder of a run."
         )
     results, space = load_results(folder), folder / SPACE_FOLDER
-    examples = _examples(folder, results, num_examples) if num_examples else []
-    runtime = "onnxruntime" if ONNX_FILES["onnx"] in publication.files else "torch"
+    images = _examples(folder, results, examples) if examples else []
+    versions = {name: version.partition("+")[0] for name, version in results["versions"].items()}
     of_model = {name: path for name, path in publication.files.items() if "/" not in name and name != RESULTS_NAME}
-    if runtime == "onnxruntime":
-        of_model = {"model.onnx": folder / ONNX_FILES["onnx"],
-                    "preprocessor_config.json": of_model["preprocessor_config.json"]}  # fmt: skip
+    needed = f"--extra-index-url {_CPU_BUILDS}\ntorch>={versions['torch']}"
+    if onnx := publication.files.get(ONNX_FILES["onnx"]):
+        of_model = {"model.onnx": onnx, _PROCESSOR: of_model[_PROCESSOR]}
+        needed = f"onnxruntime>={results['export']['onnxruntime']}"
     for part in ("model", "examples"):
         shutil.rmtree(space / part, ignore_errors=True)
         (space / part).mkdir(parents=True)
     for name, path in of_model.items():
         shutil.copyfile(path, space / "model" / name)
-    for number, image in enumerate(examples):
+    for number, image in enumerate(images):
         image.convert("RGB").save(space / "examples" / f"{number:03}.png")
     shutil.copyfile(_TEMPLATE / "app.py", space / "app.py")
+    write_text(space / "requirements.txt", f"{needed}\ntransformers>={versions['transformers']}\npillow\n")
     facts = class_facts(results)
     save_json(facts, space / FACTS_NAME)
-    versions = {name: results["versions"][name].partition("+")[0] for name in ("torch", "transformers")}
-    needed = f"{_OF_CPU}torch>={versions['torch']}"
-    if runtime == "onnxruntime":
-        needed = f"onnxruntime>={results['export']['onnxruntime']}"
-    write_text(space / "requirements.txt", f"{needed}\ntransformers>={versions['transformers']}\npillow\n")
-    about = {
-        "title": json.dumps(facts["title"], ensure_ascii=False),
-        "license": license or choices_of_card(folder / CARD_NAME).get("license", UNKNOWN_LICENSE),
-        "models": json.dumps([model_id] if model_id else []),
-        "about": facts["about"],
-    }
-    write_text(space / CARD_NAME, read_text(_TEMPLATE / CARD_NAME).format(**about))
+    card = read_text(_TEMPLATE / CARD_NAME).format(
+        title=json.dumps(facts["title"], ensure_ascii=False),
+        license=license or choices_of_card(folder / CARD_NAME).get("license", UNKNOWN_LICENSE),
+        models=json.dumps([model_id] if model_id else []),
+        about=facts["about"],
+    )
+    write_text(space / CARD_NAME, card)
     return space
 
 
@@ -118,8 +101,7 @@ def _examples(folder: Path, results: dict[str, Any], number: int) -> list[Any]:
     evaluation = load_splits(recorded_arguments(folder, "--space_examples"))["eval"]
     if fingerprint(evaluation) != results["data"]["eval_fingerprint"]:
         raise InputError(
-            f"--space_examples: the data of {folder} are not the images that this run was evaluated on: put them "
-            "back, or leave the option out."
+            f"--space_examples: {folder} was evaluated on other images: put them back, or leave the option out."
         )
     labels = np.asarray(labels_of(evaluation))
     order = [c for c in np.argsort(-np.asarray(results["data"]["class_counts"]), kind="stable") if (labels == c).any()]

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from .models import label_names
 from .plots import plot_class_accuracy
 from .results import describe_classes
-
-
-def _to_tensorboard(callback: Any, name: str, figure: Figure, step: int) -> None:
-    callback.tb_writer.add_figure(name, figure, step)
-
-
-def _to_trackio(callback: Any, name: str, figure: Figure, step: int) -> None:
-    import trackio
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    image = trackio.Image(np.asarray(canvas.buffer_rgba())[..., :3], caption=f"after step {step:,}")
-    trackio.log({name: image, "train/global_step": step})
-
-
-#: How a figure is sent to the tracker of `report_to`, by the class of its callback.
-_SEND: dict[str, Callable[[Any, str, Figure, int], None]] = {
-    "TensorBoardCallback": _to_tensorboard,
-    "TrackioCallback": _to_trackio,
-}
 
 
 class ClassFigures(TrainerCallback):
@@ -56,18 +34,24 @@ class ClassFigures(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Draw the evaluation that is just over, and send it."""
-        callbacks = self.trainer.callback_handler.callbacks
-        trackers = [(send, c) for c in callbacks if (send := _SEND.get(type(c).__name__))]
-        measured = self.trainer.last_measured
-        if not (trackers and state.is_world_process_zero and measured is not None and measured.num_images):
+        trackers = {type(c).__name__: c for c in self.trainer.callback_handler.callbacks}
+        shown, measured = trackers.keys() & {"TensorBoardCallback", "TrackioCallback"}, self.trainer.last_measured
+        if not (shown and state.is_world_process_zero and measured is not None and measured.num_images):
             return
-        counts, tested = measured.class_counts.astype(int).tolist(), measured.labelled.tolist()
+        counts, step = measured.class_counts.astype(int).tolist(), state.global_step
         names = label_names(self.trainer.model.config) or [str(number) for number in range(len(counts))]
         results = {
-            "data": describe_classes(names, counts, tested, *measured.thresholds),
+            "data": describe_classes(names, counts, measured.labelled.tolist(), *measured.thresholds),
             **self.known,
-            "student": {"model": f"after step {state.global_step:,}", "metrics": measured.compute()["metrics"]},
+            "student": {"model": f"after step {step:,}", "metrics": measured.compute()["metrics"]},
         }
-        prefix = next(name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime"))
-        for send, callback in trackers:
-            send(callback, f"{prefix}/class_accuracy", plot_class_accuracy(results), state.global_step)
+        canvas = FigureCanvasAgg(plot_class_accuracy(results))
+        canvas.draw()
+        picture = np.asarray(canvas.buffer_rgba())[..., :3]
+        name = next(name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")) + "/class_accuracy"
+        if "TensorBoardCallback" in shown:
+            trackers["TensorBoardCallback"].tb_writer.add_image(name, picture, step, dataformats="HWC")
+        if "TrackioCallback" in shown:
+            import trackio
+
+            trackio.log({name: trackio.Image(picture, f"after step {step:,}"), "train/global_step": step})

@@ -205,10 +205,8 @@ def test_the_app_answers_by_it(exported, monkeypatch):
     with torch.no_grad():
         inputs = load_processor(str(exported))(image.convert("RGB"), return_tensors="pt")
         expected = load_classifier(str(exported), list("0123456789")).eval()(**inputs).logits[0].softmax(dim=0)
-    assert len(shown) == 5
-    assert {name: float(share) for name, share in shown} == {
-        name: pytest.approx(100 * expected[int(name)].item(), abs=0.06) for name, _ in shown
-    }
+    assert [int(name) for name, _ in shown] == expected.topk(5).indices.tolist()
+    assert [float(share) for _, share in shown] == pytest.approx((100 * expected.topk(5).values).tolist(), abs=0.06)
 
 
 def test_code_in_the_card_names_the_digit(exported, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,15 +43,9 @@ def test_a_line_for_each_evaluation_and_no_bar_without_a_terminal(
 
 
 def test_a_column_that_appears_later_has_its_title(capsys):
-    class Control:
-        should_evaluate = False
-
-    class State:
-        num_train_epochs, log_level = 3, "passive"
-
-    table = ProgressTable(print)
+    table, told = ProgressTable(print), SimpleNamespace(num_train_epochs=3, log_level="passive", should_evaluate=False)
     for logs in ({"loss": 1.5}, {"eval_loss": 0.5, "eval_accuracy": 0.25}, {"loss": 0.7}, {"train_runtime": 1.0}):
-        table.on_log(State, State, Control, {**logs, "epoch": 1.0})
-    first, _, second, full, last = capsys.readouterr().out.splitlines()
-    assert (first.split(), second.split()[-2:]) == (["epoch", "loss"], ["accuracy", "%"])
-    assert (full.split(), last.split()) == (["1/3", "0.500", "25.0"], ["1/3", "0.700"])
+        table.on_log(told, told, told, {**logs, "epoch": 1.0})
+    first, _, second, full, last = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert (first, second[-2:]) == (["epoch", "loss"], ["accuracy", "%"])
+    assert (full, last) == (["1/3", "0.500", "25.0"], ["1/3", "0.700"])

@@ -64,19 +64,16 @@ class Picture(gr.Image):
 
 def load() -> Callable[[Image.Image], np.ndarray]:
     """Return what gives the C logits of a picture."""
+    pixels = AutoImageProcessor.from_pretrained(MODEL, backend="pil")
     if ONNX.exists():
         session = onnxruntime.InferenceSession(ONNX)
-        processor = AutoImageProcessor.from_pretrained(MODEL, backend="pil")
-        return lambda image: session.run(
-            None, {"pixel_values": processor(image, return_tensors="np")["pixel_values"]}
-        )[0][0]
-    processor = AutoImageProcessor.from_pretrained(MODEL)
+        return lambda image: session.run(None, {"pixel_values": pixels(image, return_tensors="np").pixel_values})[0][0]
     # The code that this trusts is in model/, too.
     model = AutoModelForImageClassification.from_pretrained(MODEL, trust_remote_code=True).eval()
 
     def logits(image: Image.Image) -> np.ndarray:
         with torch.inference_mode():
-            return model(**processor(image, return_tensors="pt")).logits[0].numpy()
+            return model(**pixels(image, return_tensors="pt")).logits[0].numpy()
 
     return logits
 
@@ -86,11 +83,12 @@ def describe(known: dict[str, Any], probability: float) -> str:
     trained, tested = known["training_images"], known["test_images"]
     is_rare = trained < FACTS["few_shot_threshold"]
     about = f"{trained:,} training image{'' if trained == 1 else 's'} · "
-    if tested:
-        low, high = known["interval"]
-        about += f"test accuracy {known['accuracy']:.0%} ({low:.0%} to {high:.0%}; {tested:,} images)"
-    else:
-        about += "never tested"
+    low, high = known["interval"]
+    about += (
+        f"test accuracy {known['accuracy']:.0%} ({low:.0%} to {high:.0%}; {tested:,} images)"
+        if tested
+        else "not tested"
+    )
     badge = '<span class="badge">rare class: trust less</span>' if is_rare else ""
     return (
         f'<li class="{"rare" if is_rare else ""}"><div class="line"><b>{html.escape(known["name"])}</b>{badge}'

@@ -68,7 +68,8 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     if options.deepspeed or options.fsdp or launcher_shards():
         for name, (without, condition) in _WHOLE_MODEL.items():
             check(getattr(options, name) == without, name, condition)
-    is_there = not options.deepspeed or importlib.util.find_spec("deepspeed") is not None
+    is_asked = options.deepspeed or launcher_shards("DEEPSPEED")
+    is_there = not is_asked or importlib.util.find_spec("deepspeed") is not None
     check(is_there, "deepspeed", 'left out, or installed first: pip install "bkd_hf[deepspeed]"')
     _check_losses(options, check, defaults)
     _check_schedule(options, check)

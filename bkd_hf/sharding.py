@@ -56,11 +56,15 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
 
 
 def check_deepspeed(args: Any, distils: bool) -> None:
-    """Refuse a run with a teacher under DeepSpeed, which prepares a process for one model.
+    """Refuse what would save no model, and a teacher under DeepSpeed, which prepares a process for one model.
 
     Raises:
         InputError: Naming what does the same.
     """
+    gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    config = getattr(args, "hf_deepspeed_config", None)
+    if config is not None and config.is_zero3() and not config.get_value(gathers, False):
+        raise InputError(f'--deepspeed: ZeRO-3 would save no whole model. Set "{gathers}" to true in its file.')
     if distils and (args.deepspeed or launcher_shards("DEEPSPEED")):
         raise InputError(
             "DeepSpeed prepares a process for one model, and here a teacher is the second. Use --fsdp, which spreads "

@@ -128,8 +128,8 @@ def test_a_teacher_is_measured_and_models_are_whole(outcomes):
 
 
 def test_deepspeed_with_a_teacher_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     args = BKDConfig("out", method="ce", use_cpu=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     sharding.check_deepspeed(args, distils=False)
     with pytest.raises(InputError, match=r"by --method ce --output_dir out_teacher, and the student without it"):
         sharding.check_deepspeed(args, distils=True)

@@ -44,7 +44,7 @@ from .options import RunArguments
 from .plots import save_plots
 from .results import ONNX_FILES, RESULTS_NAME, cpu_name, load_results, save_json
 from .run_folder import RUN_NAME
-from .tasks import check_export
+from .tasks import check_of_images
 from .teacher import load_teacher
 from .text import one_line
 from .views import output_size
@@ -68,7 +68,7 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
         InputError: If libraries are missing, the data are not those of the run, the model cannot be exported, or its
             file answers otherwise than torch. There is no file then.
     """
-    check_export(arguments.model.task)
+    check_of_images("--export onnx", arguments.model.task)
     import_onnx()
     folder = Path(arguments.training.output_dir)
     results = load_results(folder)

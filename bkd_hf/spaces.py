@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .card import check_repo_id, choices_of_card
+from .card import choices_of_card
 from .data import IMAGE_COLUMN, fingerprint, labels_of
 from .errors import InputError
 from .files import write_text
@@ -20,6 +20,8 @@ from .onnx_export import recorded_arguments
 from .options import UNKNOWN_LICENSE
 from .reading import read_text
 from .results import ONNX_FILES, RESULTS_NAME, load_results, save_json
+from .schema import check_repo_id
+from .tasks import DEFAULT_TASK, check_of_images
 from .text import one_line
 
 SPACE_FOLDER = "space"
@@ -41,11 +43,13 @@ def build_space(
     """
     check_repo_id(space_id)
     publication = prepare(folder, model_id or space_id, license=license)
+    results = load_results(folder) if RESULTS_NAME in publication.files else {}
+    check_of_images("--space", results.get("data", {}).get("task", DEFAULT_TASK))
     if RESULTS_NAME not in publication.files or _PROCESSOR not in publication.files:
         raise InputError(
             f"--space: {folder} has no {RESULTS_NAME} or no {_PROCESSOR}: name the output folder of a run."
         )
-    results, space = load_results(folder), folder / SPACE_FOLDER
+    space = folder / SPACE_FOLDER
     images = _examples(folder, results, examples) if examples else []
     versions = {name: version.partition("+")[0] for name, version in results["versions"].items()}
     of_model = {name: path for name, path in publication.files.items() if "/" not in name and name != RESULTS_NAME}

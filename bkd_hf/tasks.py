@@ -142,13 +142,13 @@ def check_task(
             "logit_adjustment, which work with any head."
         )
     if options["export"] == "onnx":
-        check_export(task)
+        check_of_images("--export onnx", task)
 
 
-def check_export(task: str) -> None:
-    """Raise an `InputError` if students of a task cannot be exported."""
+def check_of_images(option: str, task: str) -> None:
+    """Raise an `InputError` if an option is given for another task than images, the only one that has it."""
     if task != DEFAULT_TASK:
-        raise InputError(f"--export onnx is for --task image, and this is --task {task}: leave it out.")
+        raise InputError(f"{option} is for --task {DEFAULT_TASK}, and this is --task {task}: leave it out.")
 
 
 def task_of_columns(columns: list[str]) -> Task:

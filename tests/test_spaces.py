@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bkd_hf import load_classifier, load_image_dataset, load_processor, load_results, wilson_interval
+from bkd_hf import InputError, load_classifier, load_image_dataset, load_processor, load_results, wilson_interval
 from bkd_hf.spaces import build_space, class_facts
 from tests.conftest import REPOSITORY
 from tests.faults import main_of
@@ -84,6 +84,15 @@ def test_what_cannot_be_an_app_is_one_line(run, tmp_path, capsys, options, witho
     assert len(error) == 1
     assert says in error[0]
     assert not (folder / "space").exists()
+
+
+def test_texts_have_no_app(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("space")))
+    results = json.loads((folder / "results.json").read_text())
+    results["data"]["task"] = "text"
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match="--space is for --task image, and this is --task text: leave it out"):
+        build_space(folder, "user/app")
 
 
 @pytest.mark.parametrize("library", ["gradio", "onnxruntime"])

@@ -1,8 +1,7 @@
-"""Trains the same models in several ways and saves the outcomes; run by test_equivalence.py, with 1 or 2 processes."""
+"""Trains the same models in several ways and saves the outcomes; for test_equivalence.py, in 1 or 2 processes."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -136,26 +135,18 @@ def check_average_of_processes(folder: Path) -> None:
     assert torch.equal(average(None), average(folder / "checkpoint-3"))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--expected_processes", type=int)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    num_processes = BKDConfig(output_dir="unused", use_cpu=True).world_size
-    assert num_processes == options.expected_processes, f"{num_processes} processes"
+def train_all(num_processes: int, output: Path) -> None:
+    """Train each case, with each cut for so many processes, in one of them."""
+    torch.set_num_threads(1)  # a forked process has no others
+    assert BKDConfig(output_dir="unused", use_cpu=True).world_size == num_processes
     outcomes = {
         (*case, cut): train(*case, cut, evaluate_first=cut == (8, 2)) for case in CASES for cut in CUTS[num_processes]
     }
     if num_processes > 1:
-        check_average_of_processes(options.output.with_suffix(".run"))
+        check_average_of_processes(output.with_suffix(".run"))
     if BKDConfig(output_dir="unused", use_cpu=True).process_index == 0:
-        torch.save(outcomes, options.output)
+        torch.save(outcomes, output)
     leave_process_group()
     # One that runs on could abort the interpreter on its way out.
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     assert not [name for name in threads if "gloo" in name], threads
-
-
-if __name__ == "__main__":
-    main()

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import TESTS, WORKER_ENVIRONMENT, launch_two_processes
-from tests.equivalence_worker import CASES, CUTS, NUM_EVAL_EXAMPLES, has_teacher
+from tests.equivalence_worker import CASES, CUTS, NUM_EVAL_EXAMPLES, has_teacher, train_all
+from tests.faults import in_two_processes
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("equivalence")
-    found = {}
-    launchers = {
-        1: [sys.executable],
-        2: launch_two_processes(),
-    }
-    for num_processes, launcher in launchers.items():
-        output = folder / f"{num_processes}.pt"
-        worker = [str(TESTS / "equivalence_worker.py"), "--expected_processes", str(num_processes)]
-        subprocess.run([*launcher, *worker, "--output", str(output)], check=True, cwd=folder, env=WORKER_ENVIRONMENT)
-        found.update(torch.load(output, weights_only=False))
-    return found
+    alone = multiprocessing.get_context("fork").Process(target=train_all, args=(1, folder / "1.pt"))
+    alone.start()
+    in_two_processes(train_all, 2, folder / "2.pt")
+    alone.join()
+    assert alone.exitcode == 0
+    return torch.load(folder / "1.pt", weights_only=False) | torch.load(folder / "2.pt", weights_only=False)
 
 
 ALL_CUTS = [cut for cuts in CUTS.values() for cut in cuts]

@@ -141,7 +141,6 @@ def test_wheel_runs(installed, tmp_path):
     assert results["command"].startswith("accelerate launch -m bkd_hf run --config digits --max_train_samples 40 ")
     assert (tmp_path / "out" / "modeling_cifar_resnet.py").exists()
 
-    assert call("compare", "--help").startswith("usage: bkd-hf compare ")
     options = ("--output_dir", "compared", *short, "--num_train_epochs", 1)
     call("compare", "--methods", "ce", "--seeds", 0, *options)
     assert "Made by `bkd-hf compare --methods ce " in (tmp_path / "compared" / "comparison.md").read_text()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -37,7 +35,8 @@ from bkd_hf import (
 )
 from bkd_hf.teacher_logits import LogitsFolder, WithColumn, describe_teacher, describe_views, precompute_logits
 from bkd_hf.trainer import TeacherLogitsError
-from tests.conftest import REPOSITORY, launch_two_processes
+from tests.conftest import REPOSITORY
+from tests.faults import run, start_two
 
 NAMES = [str(digit) for digit in range(10)]
 
@@ -483,22 +482,16 @@ def test_top_k_that_cannot_be_are_refused(models, digits, tmp_path, options, col
 
 def test_two_processes_compute_what_one_reads(tmp_path):
     """A run by one process, with the same teacher as a run by two, finds all logits."""
-    script = str(REPOSITORY / "scripts" / "run_bkd.py")
     options = [
-        "--config", str(REPOSITORY / "scripts" / "recipes" / "digits.yaml"), "--train_augmentation", "pad_crop",
+        "--config", REPOSITORY / "scripts" / "recipes" / "digits.yaml", "--train_augmentation", "pad_crop",
         "--num_train_epochs", "3", "--lr_step_epochs", "2", "--lr_step_factors", "0.1", "--num_threads", "1",
-        "--teacher_cache", str(tmp_path / "cache"), "--teacher_cache_views", "2", "--teacher_cache_dtype", "float32",
+        "--teacher_cache", tmp_path / "cache", "--teacher_cache_views", "2", "--teacher_cache_dtype", "float32",
         "--disable_tqdm", "true", "--eval_strategy", "no",
     ]  # fmt: skip
-    output = []
-    for name, launcher, batch in (("two", launch_two_processes(), "16"), ("one", (sys.executable,), "32")):
-        teacher = [] if name == "two" else ["--teacher_model_name_or_path", str(tmp_path / "two" / "teacher")]
-        process = subprocess.run(
-            [*launcher, script, *options, *teacher, "--per_device_train_batch_size", batch, "--output_dir",
-             str(tmp_path / name)],
-            capture_output=True, text=True, timeout=150, env={**os.environ, "COLUMNS": "200"},
-        )  # fmt: skip
-        assert process.returncode == 0, process.stdout + process.stderr
-        output.append(process.stdout)
-    assert "Teacher cache: 2 views × 344 images × 10 classes" in output[0]
-    assert "all of it is there" in output[1]
+    both = start_two(*options, "--per_device_train_batch_size", "16", "--output_dir", tmp_path / "two")
+    assert [process.wait() for process in both] == [0, 0], [process.output for process in both]
+    assert "Teacher cache: 2 views × 344 images × 10 classes" in both[0].output
+    teacher = ["--teacher_model_name_or_path", tmp_path / "two" / "teacher"]
+    code, said = run(*options, *teacher, "--per_device_train_batch_size", "32", "--output_dir", tmp_path / "one")
+    assert code == 0, said
+    assert "all of it is there" in said

@@ -12,6 +12,7 @@ from bkd_hf import InputError
 from bkd_hf.errors import run_script
 from bkd_hf.run_folder import has_checkpoint
 from tests.conftest import REPOSITORY
+from tests.faults import run
 
 WORK = """
 import sys
@@ -69,8 +70,14 @@ def test_an_interruption_tells_of_what_there_is(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script", ["publish.py", "make_long_tailed.py", "compare.py", "run_bkd.py"])
-def test_help_on_any_terminal(script):
-    words = [sys.executable, str(REPOSITORY / "scripts" / script), "--help"]
+def test_help(script):
+    code, said = run("--help", script=script)
+    assert code == 0
+    assert "--" in said
+
+
+def test_help_on_any_terminal():
+    words = [sys.executable, str(REPOSITORY / "scripts" / "run_bkd.py"), "--help"]
     variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii", "HOME": "/tmp"}
     process = subprocess.run(words, capture_output=True, env=variables, timeout=200, text=True)
     assert (process.returncode, process.stderr) == (0, "")

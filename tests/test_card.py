@@ -18,7 +18,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.card import build, to_recipe
 from bkd_hf.metrics import LongTailAccumulator
 from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
-from bkd_hf.run_folder import _told
+from bkd_hf.run_folder import what_is_told
 from tests.conftest import REPOSITORY
 
 CARDS = REPOSITORY / "model_cards"
@@ -262,7 +262,7 @@ def test_recipe_gives_the_same_options(options, results, tmp_path):
     }
     (tmp_path / "recipe.yaml").write_text(to_recipe(results))
     again = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--output_dir", "x"])
-    assert _told(again) == _told(first)
+    assert what_is_told(again) == what_is_told(first)
 
 
 def test_command_tells_nothing_of_the_machine():

@@ -242,7 +242,7 @@ def test_a_run_on_texts(run_here, tmp_path):  # noqa: F811
     assert card.data.pipeline_tag == "text-classification"
     assert 'pipeline("text-classification", ' in card.text
     assert "image" not in card.text
-    assert "max_length: 48" in card.text
+    assert "max_length: 64" in card.text
     assert pipeline("text-classification", str(folder))("Send a mail.", truncation=True)[0]["label"] in GROUPS
     assert len(list(cache.glob("*/view0.bin"))) == 1
 
@@ -257,5 +257,5 @@ def test_a_run_on_texts(run_here, tmp_path):  # noqa: F811
     output = run_here(*options, *more, "--output_dir", str(tmp_path / "other"))
     assert "The teacher takes other tokens than the student" in output
     saved = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
-    assert saved["model_max_length"] == 48
+    assert saved["model_max_length"] == 64
     assert load_results(tmp_path / "other")["teacher"]["model"] == results["student"]["model"]

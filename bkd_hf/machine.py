@@ -36,6 +36,8 @@ def set_num_threads(num_threads: int | None = None) -> int:
     if num_threads is None:
         num_threads = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(num_threads)
+    # Else accelerate would choose anew with each `TrainingArguments` of a process of several on the CPU.
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     return num_threads
 
 

@@ -55,7 +55,7 @@ class Picture(gr.Image):
 
     is_template = True  # shown as its parent
 
-    def preprocess(self, payload: Any) -> Image.Image | str | None:
+    def preprocess(self, payload: Any) -> Any:
         try:
             return super().preprocess(payload)
         except (OSError, ValueError, SyntaxError, gr.Error, Image.DecompressionBombError):

@@ -226,7 +226,10 @@ def open_splits(
             data = datasets.load_from_disk(str(path))
         elif path.exists() and not path.is_dir():
             if path.suffix not in source.files or not path.is_file():
-                raise InputError(f"--dataset_name {name}: a single file must be a {' or '.join(source.files)} file.")
+                others = [other for other in _SOURCES if path.suffix in _SOURCES[other].files]
+                hint = f" For {others[0]}s say --task {others[0]}." if others and path.is_file() else ""
+                kinds = " or ".join(source.files)
+                raise InputError(f"--dataset_name {name}: a single file must be a {kinds} file.{hint}")
             data = datasets.load_dataset(
                 source.files[path.suffix], data_files=str(path), cache_dir=cache_dir, streaming=streaming
             )

@@ -259,3 +259,9 @@ def test_a_run_on_texts(run_here, tmp_path):  # noqa: F811
     saved = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
     assert saved["model_max_length"] == 64
     assert load_results(tmp_path / "other")["teacher"]["model"] == results["student"]["model"]
+
+
+def test_a_file_of_texts_is_no_file_of_images(tmp_path):
+    (tmp_path / "reviews.csv").write_text("text,label\nfine,good\n")
+    with pytest.raises(InputError, match=r"must be a \.parquet file\. For texts say --task text\."):
+        load_image_dataset(str(tmp_path / "reviews.csv"))

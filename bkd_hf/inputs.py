@@ -22,7 +22,7 @@ from .loading import load_dataset_of
 from .metrics import LongTailEvaluation, shot_groups
 from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_config, load_processor
 from .options import ModelArguments, RunArguments
-from .streams import Stream, StreamedImages, load_stream
+from .streams import Stream, StreamedImages, load_stream, sample_of
 from .tasks import DEFAULT_TASK, TEXT_COLUMN, fresh_task
 from .text_data import TextDataset, fresh_tokenizer, limit_length, same_tokens, set_max_length
 from .views import same_pixels, set_image_size
@@ -61,9 +61,7 @@ def load_own_processor(options: ModelArguments, train: Any) -> Processor:
 def _load_image_processor(options: ModelArguments, train: Any) -> BaseImageProcessor:
     name = options.model_name_or_path
     if cifar_resnet_depth(name) is not None:
-        return load_processor(
-            name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(getattr(train, "sample", train))
-        )
+        return load_processor(name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(sample_of(train)))
     processor = load_processor(name, **options.from_pretrained_kwargs())
     if options.image_size is not None:
         set_image_size(processor, options.image_size)

@@ -22,7 +22,7 @@ from .features import FEATURES, answer_features
 from .head import the_head
 from .objective import Objective
 from .stopping import outlive_sigterm
-from .streams import POSITION, SPLIT_TWICE, StreamedImages
+from .streams import POSITION, SPLIT_TWICE, StreamedImages, sample_of
 from .teacher import TEACHER_LOGITS, TEACHER_PREFIX, FrozenTeacher, TeacherAsClassifier, split_inputs
 from .teacher_logits import LogitsFolder, describe_weights
 from .training_data import TrainingData
@@ -87,7 +87,7 @@ class ReadingTrainer(Trainer):
         if isinstance(dataset, datasets.Dataset):
             examples = self._remove_unused_columns(dataset, description="training")
         else:
-            examples = getattr(dataset, "sample", dataset)
+            examples = sample_of(dataset)
             collator = self._get_collator_with_removed_columns(collator, description="training")
         return TrainingData(dataset, examples, collator, self.args)
 

@@ -214,6 +214,11 @@ def _content(image: dict[str, Any] | None) -> bytes:
     return image["bytes"]
 
 
+def sample_of(dataset: Any) -> Any:
+    """Return the sample of a stream, for what has to look at examples by number; any other data set as it is."""
+    return dataset.sample if isinstance(dataset, (Stream, StreamedImages)) else dataset
+
+
 def as_dataset(examples: list[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
     """Return examples of a stream, with labels as numbers, as a data set in memory."""
     columns = {name: [example[name] for example in examples] for name in (IMAGE_COLUMN, LABEL_COLUMN)}

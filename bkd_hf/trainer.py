@@ -41,6 +41,7 @@ from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
 from .sharding import check_engine, spread_large_teacher, tell_of_layers
 from .stopping import StopAtSigterm
+from .streams import sample_of
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
 from .tasks import task_of_model
 from .teacher import (
@@ -302,7 +303,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         args, teacher = self.args, self.teacher_model
         if teacher is None or args.student_init == "model" or self.train_dataset is None:
             return
-        why_not = why_not_start_from(teacher, student, getattr(self.train_dataset, "sample", self.train_dataset))
+        why_not = why_not_start_from(teacher, student, sample_of(self.train_dataset))
         if why_not is not None and args.student_init == "teacher":
             raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
         # With p = 1 the teacher has learned all there is: its answers teach more than its weights.
@@ -343,7 +344,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             TeacherLogitsError: If the teacher's logits are not finite.
         """
         args, objective = self.args, self.bkd_objective
-        dataset = getattr(self.train_dataset, "sample", self.train_dataset)
+        dataset = sample_of(self.train_dataset)
         if self.teacher_model is None or not objective.has_known_targets or self.long_tail is None:
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):

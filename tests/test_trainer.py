@@ -346,6 +346,19 @@ def test_a_last_step_that_spoils_the_weights_is_not_saved(tmp_path):
         trainer_for(tmp_path, Linear(1), None, data, **options).train()
 
 
+def test_a_data_set_may_have_a_sample_of_its_own(tmp_path):
+    class Sampled(list):
+        def sample(self) -> list:
+            return []
+
+    losses = []
+    for data in (images(), Sampled(images())):
+        trainer = trainer_for(tmp_path, data=data, student_init="auto", max_steps=1)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == losses[1]
+
+
 # ---- Class counts
 
 

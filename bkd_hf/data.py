@@ -256,9 +256,9 @@ def fingerprint(dataset: datasets.Dataset, read_all: bool = False) -> str:
     Raises:
         InputError: If an image is missing, or its file is.
     """
-    quick = _digest(dataset, _QUICK_BYTES)
+    quick = _quick_digest(dataset)
     if not quick.endswith(_SAMPLED):
-        return quick if READABLE_BYTES >= _QUICK_BYTES or read_all else _digest(dataset, READABLE_BYTES)
+        return quick
     if (quick, read_all) not in _fingerprints:
         _fingerprints[quick, read_all] = _digest(dataset, None if read_all else READABLE_BYTES)
     return _fingerprints[quick, read_all]
@@ -285,7 +285,7 @@ def shared_fingerprint(dataset: datasets.Dataset, recorded: str | None = None) -
         raise InputError(problem)
     found = found or next(value for value, _ in everywhere if value)
     if found.endswith(_SAMPLED):
-        _fingerprints[_digest(dataset, _QUICK_BYTES), False] = found
+        _fingerprints[_quick_digest(dataset), False] = found
         return fingerprint_like(recorded, dataset)
     return found
 
@@ -293,6 +293,10 @@ def shared_fingerprint(dataset: datasets.Dataset, recorded: str | None = None) -
 def fingerprint_like(recorded: str | None, dataset: datasets.Dataset) -> str:
     """[`fingerprint`], for which all images are read if a recorded one, that it is to be compared with, is of all."""
     return fingerprint(dataset, read_all=recorded is not None and not recorded.endswith(_SAMPLED))
+
+
+def _quick_digest(dataset: datasets.Dataset) -> str:
+    return _digest(dataset, min(_QUICK_BYTES, READABLE_BYTES))
 
 
 def _digest(dataset: datasets.Dataset, readable: int | None) -> str:

@@ -442,9 +442,8 @@ def _agree(options: RunArguments) -> None:
     check_same(
         what_is_told(options),
         lambda first, other: (
-            f"The processes of this run are told different things: {differences(first, other)}.".replace(
-                " there, ", " for the first, "
-            ).replace(" here", " for another")
+            "The processes of this run are told different things: "
+            f"{differences(first, other, where=('for the first', 'for another'))}."
         ),
     )
 

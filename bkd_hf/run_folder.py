@@ -302,16 +302,18 @@ def _delete_run(output_dir: Path) -> None:
             shutil.rmtree(path)
 
 
-def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
-    """E.g. "--temperature is 2.0 there, 4.0 here"; empty if nothing differs."""
+def differences(
+    there: dict[str, Any], here: dict[str, Any], prefix: str = "", where: tuple[str, str] = ("there", "here")
+) -> str:
+    """E.g. "--temperature is 2.0 there, 4.0 here", or in words of your own; empty if nothing differs."""
     found = []
     for name in sorted({*there, *here}):
         old, new = there.get(name), here.get(name)
         if isinstance(old, dict) and isinstance(new, dict) and not prefix:
-            inner = differences(old, new, "--teacher_" if name == "teacher_training" else "--")
+            inner = differences(old, new, "--teacher_" if name == "teacher_training" else "--", where)
             found += [inner] if inner else []
         elif old != new:
-            found.append(f"{prefix}{name} is {old} there, {new} here")
+            found.append(f"{prefix}{name} is {old} {where[0]}, {new} {where[1]}")
     return "; ".join(found)
 
 

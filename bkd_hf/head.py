@@ -20,6 +20,8 @@ _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
 #: A class is favoured if it is answered so many times as often as it occurs.
 TOO_OFTEN = 3.0
+#: Numbers that logits are multiplied by, one after the other, until the best answers are balanced too.
+SHARPNESS = tuple(1.5**k for k in range(8))
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -155,10 +157,12 @@ def favours_a_class(logits: torch.Tensor, labels: torch.Tensor) -> bool:
 def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return what has to be added to a classifier's logits so that it favours no class.
 
-    The b at which the cross-entropy of z + b is least on training images, each *class* counting the same: there the
-    mean answer is the uniform distribution, whatever prior the training has left in z. It is the re-training of the
-    classifier on balanced data (Kang et al., 2020, arXiv 1910.09217), of its bias alone; convex, with C unknowns.
-    A normal prior with variance 1 on each number keeps it small where there are few images to tell from.
+    The b at which the cross-entropy of s · (z + b) is least on training images, each *class* counting the same: at
+    s = 1 the mean answer is then the uniform distribution, whatever prior the training has left in z. It is the
+    re-training of the classifier on balanced data (Kang et al., 2020, arXiv 1910.09217), of its bias alone; convex,
+    with C unknowns. A normal prior with variance 1 on each number keeps it small where there are few images to tell
+    from. A model that is sure of nothing can have uniform means, and still answer one class far too often: then s grows
+    until it does not, as the larger s, the more softmax(s · z) is the best answer alone.
 
     Args:
         logits: N×C.
@@ -168,6 +172,14 @@ def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         C numbers (float64), with mean 0 over the classes that have images.
     """
     z, y = logits.detach().cpu().double(), labels.cpu()
+    for sharpness in SHARPNESS:
+        shift = _fitted_shift(z, y, sharpness)
+        if not favours_a_class(z + shift, y):
+            break
+    return shift
+
+
+def _fitted_shift(z: torch.Tensor, y: torch.Tensor, sharpness: float) -> torch.Tensor:
     counts = torch.bincount(y, minlength=z.shape[1])
     present = counts > 0
     weights = (1 / counts.clamp_min(1).double())[y]
@@ -177,7 +189,8 @@ def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        losses = F.cross_entropy((z + shift)[:, present], (present.cumsum(0) - 1)[y], reduction="none")
+        answers = sharpness * (z + shift)[:, present]
+        losses = F.cross_entropy(answers, (present.cumsum(0) - 1)[y], reduction="none")
         loss = (weights * losses).sum() / weights.sum() + (shift**2).sum() / (2 * num_effective)
         loss.backward()
         return loss

@@ -56,6 +56,16 @@ def test_shift_does_not_depend_on_a_common_shift_or_on_how_often_a_class_is_draw
     torch.testing.assert_close(balancing_shift(logits[twice], labels[twice]), shift, atol=1e-3, rtol=0)
 
 
+def test_no_class_is_favoured_in_the_answers_where_it_is_not_in_the_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat(400)
+    logits = 0.05 * torch.randn(len(labels), 10, generator=generator)
+    logits[:, 3] = 0.8 * torch.randn(len(labels), generator=generator)  # often far above the others, often far below
+    log_mean = logits.double().exp().mean(dim=0).log()
+    assert favours_a_class(logits - log_mean, labels)  # though its mean probability is that of the others
+    assert not favours_a_class(logits + balancing_shift(logits, labels), labels)
+
+
 def test_a_class_without_images_keeps_its_logit():
     logits, labels = drawn([50, 0, 20])
     shift = balancing_shift(logits, labels)

@@ -161,8 +161,8 @@ def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     s = 1 the mean answer is then the uniform distribution, whatever prior the training has left in z. It is the
     re-training of the classifier on balanced data (Kang et al., 2020, arXiv 1910.09217), of its bias alone; convex,
     with C unknowns. A normal prior with variance 1 on each number keeps it small where there are few images to tell
-    from. A model that is sure of nothing can have uniform means, and still answer one class far too often: then s grows
-    until it does not, as the larger s, the more softmax(s · z) is the best answer alone.
+    from. A model that is sure of nothing can have uniform means, and still answer one class far too often: s grows
+    until it does not, as softmax(s · z) becomes the best answer alone.
 
     Args:
         logits: N×C.

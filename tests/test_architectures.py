@@ -127,6 +127,7 @@ json.dump(answers, open("answers.json", "w"))
 """
 
 
+@pytest.mark.slow
 def test_reloads_in_a_new_process_with_the_same_answers(trained, tmp_path):
     names = [name for name in ARCHITECTURES if isinstance(needs(name), str)]
     expected = {}

@@ -176,6 +176,7 @@ def test_the_teacher_has_an_average_too_or_one_of_its_own():
         assert (arguments.training.ema_decay, arguments.for_teacher().training.ema_decay) == (0.9, decay)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path):
     argv = (*CHEAP, "--ema_decay", "0.9", "--output_dir")
     for folder in ("whole", "run"):

@@ -202,6 +202,7 @@ def kill_when(condition, *options: str) -> None:
     assert run.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_run_continues_in_either_stage(tmp_path):
     # One thread: sums over threads may be rounded in another order.
     options = (*QUICK, "--num_train_epochs", "12", "--eval_strategy", "no")

@@ -434,6 +434,7 @@ def compared(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_cells_share_the_split_and_a_seed_its_teacher(compared):
     results = {(m, s): load_results(compared / m / f"seed{s}") for m in ("ce", "bkd") for s in (0, 1)}
     assert len({r["data"]["fingerprint"] for r in results.values()}) == 1
@@ -475,6 +476,7 @@ def test_tables_from_results_alone(compared, tmp_path):
     assert "Made by `python " in markdown
 
 
+@pytest.mark.slow
 def test_dry_run_tells_what_will_run_and_how_long(compared):
     output = compare("--methods", "ce", "kd", "--seeds", 0, "--output_dir", compared, "--dry_run", *SHORT)
     lines = [line for line in output.splitlines() if not line.startswith("warning: ")]
@@ -486,6 +488,7 @@ def test_dry_run_tells_what_will_run_and_how_long(compared):
     assert not (compared / "kd").exists()
 
 
+@pytest.mark.slow
 def test_other_methods_join_the_table_and_unused_options_do_not_matter(compared):
     # --temperature means nothing to ce, whose finished cells stay what they are.
     output = compare(
@@ -497,6 +500,7 @@ def test_other_methods_join_the_table_and_unused_options_do_not_matter(compared)
     shutil.rmtree(compared / "kd")
 
 
+@pytest.mark.slow
 def test_methods_share_a_teacher_of_its_own(tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text(

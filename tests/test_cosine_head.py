@@ -93,6 +93,7 @@ json.dump(answers, open("answers.json", "w"))
 """
 
 
+@pytest.mark.slow
 def test_saved_folders_load_where_bkd_hf_is_not_installed(tmp_path):
     expected = {}
     for name in ("ViT", "ResNet", "ConvNeXt", "Swin"):
@@ -142,6 +143,7 @@ def test_the_head_alone_is_trained_and_has_no_bias_to_fit(tmp_path):
         trainer_for(tmp_path, cosine, head_bias="balanced", head="cosine", head_scale=SCALE)
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_publishes_it(tmp_path, capsys):
     tiny_vit(0, num_labels=10, image_size=16).save_pretrained(tmp_path / "vit")
     load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "vit")

@@ -76,6 +76,7 @@ def test_help(script):
     assert "--" in said
 
 
+@pytest.mark.slow
 def test_help_on_any_terminal():
     words = [sys.executable, str(REPOSITORY / "scripts" / "run_bkd.py"), "--help"]
     variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": "ascii", "HOME": "/tmp"}

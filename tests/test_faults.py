@@ -305,6 +305,7 @@ def test_a_mistake_deletes_nothing(copy, mistake):
     assert "is finished" in run(*CHEAP, "--output_dir", copy)[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_anew_keeps_its_own_teacher(tmp_path):
     argv = (*CHEAP, "--method", "bkd", "--force_distillation", "--num_train_epochs", "1", "--output_dir", tmp_path)
     for _ in range(2):

@@ -20,6 +20,8 @@ from bkd_hf.modeling_cifar_resnet import CifarResNetForImageClassification
 from tests.conftest import REPOSITORY, launch_two_processes
 from tests.hub_server import Hub
 
+pytestmark = pytest.mark.slow
+
 PLANTED_USER = "maxine-planted"
 SCRIPT = str(REPOSITORY / "scripts" / "run_bkd.py")
 PUSHED = {

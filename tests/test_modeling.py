@@ -58,6 +58,7 @@ def test_outputs():
     assert torch.equal(loss, outputs.loss)
 
 
+@pytest.mark.slow
 def test_saved_folder_loads_where_bkd_hf_is_not_installed(tmp_path):
     model = load_classifier("cifar-resnet-20", ["cat", "dog", "hen"]).eval()
     model.save_pretrained(tmp_path / "model")

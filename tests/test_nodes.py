@@ -15,6 +15,8 @@ from tests.faults import Run, in_two_processes, refused_in_one_line, same_outcom
 from tests.test_stopping import SHORT, wait_for
 from tests.tiny_models import tiny_vit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory) -> tuple:

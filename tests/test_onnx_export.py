@@ -160,6 +160,7 @@ def copy(plain, exported, tmp_path, monkeypatch) -> Path:
     unlock()
 
 
+@pytest.mark.slow
 def test_results_of_an_export(exported):
     results = load_results(exported)
     models, student = results["export"]["models"], results["student"]["metrics"]

@@ -16,6 +16,8 @@ from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_im
 from bkd_hf.models import prefer_channels_last
 from tests.tiny_models import tiny_vit
 
+pytestmark = pytest.mark.slow
+
 NAMES = [str(digit) for digit in range(10)]
 
 

@@ -123,6 +123,7 @@ def test_wheel_has_all_files_of_the_package(installed):
     assert files(wheel) == files(REPOSITORY / "bkd_hf")
 
 
+@pytest.mark.slow
 def test_wheel_runs(installed, tmp_path):
     def call(*words: object) -> str:
         process = subprocess.run(

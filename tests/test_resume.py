@@ -27,7 +27,7 @@ def run(
     return process.exitcode
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vit", "ema"])
+@pytest.mark.parametrize("kind", ["resnet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("vit", "ema"))])
 def test_bitwise_after_a_kill(tmp_path, kind):
     assert run(kind, (0, 2), tmp_path / "whole") == 0
     for workers in (0, 2):

@@ -22,6 +22,8 @@ from tests.architectures import ARCHITECTURES, examples, tiny
 from tests.faults import in_two_processes
 from tests.tiny_models import tiny_vit
 
+pytestmark = pytest.mark.slow
+
 COUNTS = [30, 20, 10, 5, 2]
 SHARDS = {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 

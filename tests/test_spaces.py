@@ -24,6 +24,8 @@ from bkd_hf.spaces import build_space, class_facts
 from tests.conftest import REPOSITORY
 from tests.faults import main_of
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium")
 #: The browser does nothing of its own.
 QUIET = (

@@ -176,6 +176,7 @@ def stopped(argv: tuple, sign: Path, folder: Path) -> None:
     assert not (folder / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_command(tmp_path):
     argv = (*CHEAP[2:], "--method", "bkd", "--force_distillation")
     code, said = run(*argv, "--output_dir", tmp_path / "whole")
@@ -192,6 +193,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(tmp_path):
         same_outcome(folder / part, tmp_path / "whole" / part)
 
 
+@pytest.mark.slow
 def test_a_comparison_ends_its_cells_and_says_what_is_done(tmp_path):
     argv = ("--methods", "ce", "--seeds", 0, "--output_dir", tmp_path / "out", *CHEAP[2:])
     comparison = Run(*argv, script="compare.py")
@@ -212,6 +214,7 @@ def vit(tmp_path_factory) -> tuple:
     return ("--model_name_or_path", folder, "--method", "ce", "--image_size", 16, *SHORT)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_global_batch(tmp_path, vit):
     one, two = ("--per_device_train_batch_size", 32), ("--per_device_train_batch_size", 16)
     code, said = run(*vit, *one, "--output_dir", tmp_path / "whole")

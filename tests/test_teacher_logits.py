@@ -480,6 +480,7 @@ def test_top_k_that_cannot_be_are_refused(models, digits, tmp_path, options, col
 # ---- Real processes
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_reads(tmp_path):
     """A run by one process, with the same teacher as a run by two, finds all logits."""
     options = [

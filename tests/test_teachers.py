@@ -271,6 +271,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_permuted_and_larger_heads_answer_the_same(finished, tmp_path, run_here):  # noqa: F811
     teacher = finished / "teacher"
     expected = load_results(finished)["teacher"]["metrics"]
@@ -284,6 +285,7 @@ def test_permuted_and_larger_heads_answer_the_same(finished, tmp_path, run_here)
         assert metrics["per_class_accuracy"] == expected["per_class_accuracy"]
 
 
+@pytest.mark.slow
 def test_teacher_that_lacks_classes(finished, tmp_path, run_here):  # noqa: F811
     names = ["0", "1", "2", "drei", "4", "5", "6", "7", "8", "neun"]
     teacher = changed(finished / "teacher", tmp_path / "teacher", names=names)
@@ -358,6 +360,7 @@ def test_teacher_with_other_pixels_is_rendered_for_itself(finished, tmp_path, ru
     assert results["teacher"]["metrics"] == load_results(finished)["teacher"]["metrics"]
 
 
+@pytest.mark.slow
 def test_teacher_for_other_classes_is_fine_tuned_first(tmp_path, run_here):  # noqa: F811
     load_classifier("cifar-resnet-8", ["cat", "dog"], image_size=16).save_pretrained(tmp_path / "pets")
     load_processor("cifar-resnet-8", image_size=16, image_mean=[0.2] * 3).save_pretrained(tmp_path / "pets")
@@ -438,6 +441,7 @@ def test_fresh_backbone_cannot_be_frozen(tmp_path):
     assert "starts from fresh weights" in message
 
 
+@pytest.mark.slow
 def test_recipe_for_foundation_models_runs_with_random_weights(tmp_path, run_here):  # noqa: F811
     for name, folder in (("DINOv2", "teacher"), ("ResNet", "student")):
         tiny(name, seed=0).save_pretrained(tmp_path / folder)
@@ -458,6 +462,7 @@ def test_recipe_for_foundation_models_runs_with_random_weights(tmp_path, run_her
     assert not [name for name, _ in again.named_parameters() if "lora" in name]
 
 
+@pytest.mark.slow
 def test_recipe_for_pretrained_models_runs_with_random_weights(tmp_path, run_here):  # noqa: F811
     recipe = RECIPE.with_name("finetune.yaml")
     told = parse_arguments(["--config", str(recipe), "--dataset_name", "user/birds"])

@@ -810,6 +810,7 @@ class Backend(HyperParamSearchBackendBase):
         return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluates", ["no", "epoch"])
 def test_search_for_hyperparameters_varies_them(tmp_path, monkeypatch, evaluates):
     Backend.trials = [

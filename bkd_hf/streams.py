@@ -21,24 +21,27 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 import torch
 from accelerate import PartialState
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 
 from .data import fingerprint
 from .decoding import RawImages
-from .errors import InputError
+from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .images import ImageDataset, collate_images
 from .loading import find_columns, find_splits, open_splits
 from .reading import read_json
-from .text import normal
+from .text import normal, one_line
+
+T = TypeVar("T")
 
 #: Key of a batch: from which lane it is, and where that is now.
 POSITION = "stream_position"
@@ -144,7 +147,7 @@ class Lane:
                 if inside is not None:
                     source.load_state_dict(inside)
                 begin = {"pass": number, "shard": place, "inside": inside, "seen": seen}
-                for columns in source.iter(size):  # unlike iter(source), not divided among workers once more
+                for columns in readable(source.iter(size)):  # unlike iter(source), not divided among workers once more
                     rows = zip(*(columns[name] for name in self.stream.columns), strict=True)
                     block = [dict(zip((IMAGE_COLUMN, LABEL_COLUMN), row, strict=True)) for row in rows]
                     shuffled = np.random.default_rng([self.seed, number, self.number, seen]).permutation(len(block))
@@ -262,14 +265,19 @@ def load_stream(
     about = json.dumps(
         [name, config_name, names, columns, list(stream.features[LABEL_COLUMN].names), _state_of(name, token)]
     )
-    evaluation = datasets.Dataset.from_generator(
-        _numbered,
-        stream.features,
-        cache_dir,
-        gen_kwargs={"stream": stream, "examples": found["eval"]},
-        split=datasets.NamedSplit(names[1]),
-        fingerprint=hashlib.blake2b(about.encode(), digest_size=16).hexdigest(),
-    )
+    try:
+        evaluation = datasets.Dataset.from_generator(
+            _numbered,
+            stream.features,
+            cache_dir,
+            gen_kwargs={"stream": stream, "examples": found["eval"]},
+            split=datasets.NamedSplit(names[1]),
+            fingerprint=hashlib.blake2b(about.encode(), digest_size=16).hexdigest(),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
     return {"train": stream, "eval": evaluation}
 
 
@@ -304,7 +312,7 @@ def count_labels(
     """
     found, _, (_, column) = open_columns(name, config_name, columns, (split, None), None, token)
     names, counts = getattr(found["train"].features[column], "names", None), Counter[Any]()
-    for part in found["train"].select_columns([column]).iter(10_000):
+    for part in readable(found["train"].select_columns([column]).iter(10_000)):
         counts.update(part[column])
     if None in counts or -1 in counts:
         raise InputError(f"{name}: {counts[None] + counts[-1]} training images have no label. Remove them.")
@@ -340,8 +348,19 @@ def read_counts(path: str, labels: Any) -> dict[str, int]:
 
 def _numbered(stream: Stream, examples: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
     image, label = stream.columns
-    for example in examples:
+    for example in readable(examples):
         yield {IMAGE_COLUMN: example[image], LABEL_COLUMN: stream.number_of(example[label])}
+
+
+def readable(parts: Iterable[T]) -> Iterator[T]:
+    """Yield what `datasets` reads of shards; an `InputError` if one is damaged, or does not come."""
+    try:
+        yield from parts
+    except Exception as error:  # of pyarrow, tarfile, HTTP, …; the log of `datasets` names the file
+        raise InputError(
+            f"A shard of --dataset_name cannot be read: {one_line(first_line(error), 200)}. Replace it; or if it came "
+            "by a network, run the same again."
+        ) from error
 
 
 def _state_of(name: str, token: str | None) -> Any:

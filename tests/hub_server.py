@@ -413,6 +413,10 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": at.oid, "ETag": f'"{file.oid}"'}
         if file.lfs:
             headers |= {"X-Linked-Size": str(size), "X-Linked-Etag": f'"{file.oid}"'}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or ""):  # as streams read
+            first, last = int(part[1]), min(int(part[2] or size), size - 1)
+            headers |= {"Content-Range": f"bytes {first}-{last}/{size}"}
+            return Answer(206, file.content[first : last + 1], headers)
         return Answer(200, file.content, headers)
 
 

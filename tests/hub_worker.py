@@ -24,6 +24,7 @@ import torch
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
 from bkd_hf import hub as bkd_hub
+from bkd_hf.streams import count_labels, load_stream
 from tests.conftest import REPOSITORY
 from tests.hub_server import READ_TOKEN, Hub
 
@@ -192,6 +193,9 @@ def split_and_spaces(output_dir: Path, scratch: Path) -> dict[str, Any]:
     again = call(script("publish").main, str(scratch / "split"), "--repo_id", "user/digits-lt")
     loaded = datasets.load_dataset("user/digits-lt")
     reloaded = load_image_dataset("user/digits-lt")
+    counts = scratch / "counts.json"
+    counts.write_text(json.dumps(count_labels("user/digits-lt")))
+    stream = load_stream("user/digits-lt", str(counts))
     space = call(script("publish").main, str(REPOSITORY / "bkd_hf" / "long_tail"), "--repo_id", "user/long_tail")
     metric = evaluate.load("user/long_tail")
     app = call(script("publish").main, str(output_dir), "--repo_id", "user/digits", "--space", "user/app", "--private")
@@ -201,6 +205,7 @@ def split_and_spaces(output_dir: Path, scratch: Path) -> dict[str, Any]:
         "splits": {name: len(split) for name, split in loaded.items()},
         "names": loaded["train"].features["label"].names,
         "labels": reloaded["train"]["label"][:],
+        "streamed": {"train": sorted(stream["train"].sample["label"]), "eval": sorted(stream["eval"]["label"])},
         "app": app, "app_files": sorted(hub.files("user/app", "space")),
         "app_is_private": hub.is_private("user/app", "space"),
         "app_card": hub.files("user/app", "space")["README.md"].decode(),

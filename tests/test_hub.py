@@ -277,6 +277,7 @@ def test_split_can_be_pushed_and_loaded(outcome):
     expected = make_long_tailed(load_image_dataset("digits")["train"], imbalance_ratio=10, split_seed=3)
     assert split["labels"] == expected["label"][:]
     assert split["splits"] == {"train": len(expected), "test": 400}
+    assert split["streamed"] == {"train": sorted(expected["label"]), "eval": sorted([*range(10)] * 40)}
     assert 'load_dataset("user/digits-lt")' in split["card"]
     assert "--dataset_name user/digits-lt\n" in split["card"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -154,6 +155,23 @@ def test_what_was_divided_is_not_divided_again(opened, shards):
     found, *_ = open_columns(str(shards["parquet"]), None, (None, None), (None, None))
     with pytest.raises(InputError, match="was divided among processes by split_dataset_by_node"):
         Stream(split_dataset_by_node(found["train"], 0, 2), dict.fromkeys(NAMES, 40))
+
+
+@pytest.mark.parametrize("what", ["count", "train", "evaluate"])
+def test_a_damaged_shard_is_named_in_one_line(shards, tmp_path, what, capsys):
+    folder = shutil.copytree(shards["parquet"], tmp_path / "shards")
+    name = "test-00000-of-00001.parquet" if what == "evaluate" else "train-00007-of-00010.parquet"
+    (folder / name).write_bytes((folder / name).read_bytes()[:-40] + bytes(40))
+    (tmp_path / "counts.json").write_text(json.dumps(dict.fromkeys(NAMES, 40)))
+    if what == "count":
+        assert split.main(["--dataset_name", str(folder), "--count_only", "--output_dir", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+    else:
+        with pytest.raises(InputError) as refusal:
+            load_stream(str(folder), str(tmp_path / "counts.json"), cache_dir=str(tmp_path))
+        error = str(refusal.value)
+    assert "A shard of --dataset_name cannot be read" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(

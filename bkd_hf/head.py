@@ -18,8 +18,9 @@ from .modeling_cosine_head import CosineHeadForImageClassification
 _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
 #: Training images of a class, and in all, to which a head's bias is fitted.
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
-#: A class is favoured if it is answered so many times as often as it occurs.
-TOO_OFTEN = 3.0
+#: A class is favoured if it is answered so many times as often as it occurs; and so it may be after a bias was fitted,
+#: which leaves other images, that the model has not seen, some room below the former.
+TOO_OFTEN, OFTEN = 3.0, 2.0
 #: Numbers that logits are multiplied by, one after the other, until the best answers are balanced too.
 SHARPNESS = tuple(1.5**k for k in range(8))
 
@@ -138,20 +139,21 @@ def sample_for_bias(labels: np.ndarray, seed: int) -> np.ndarray:
     return choose_per_class(labels, np.full(labels.max(initial=-1) + 1, most), seed)[:NUM_IMAGES]
 
 
-def favours_a_class(logits: torch.Tensor, labels: torch.Tensor) -> bool:
-    """Whether some class is answered more than `TOO_OFTEN` times as often as it occurs, each class counting the same.
+def favours_a_class(logits: torch.Tensor, labels: torch.Tensor, times: float | None = None) -> bool:
+    """Whether some class is answered so many times as often as it occurs, each class counting the same.
 
     Where none is, there is little to take out, and a tail that is known by heart would seem to need no help.
 
     Args:
         logits: N×C, of training images.
         labels: N class numbers.
+        times: More than so many; `TOO_OFTEN` if not given.
     """
     answers, num_classes = logits.argmax(dim=1), logits.shape[1]
     shares = [
         torch.bincount(answers[labels == c], minlength=num_classes) / (labels == c).sum() for c in labels.unique()
     ]
-    return bool(torch.stack(shares).sum(dim=0).max() > TOO_OFTEN)
+    return bool(torch.stack(shares).sum(dim=0).max() > (TOO_OFTEN if times is None else times))
 
 
 def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -174,7 +176,7 @@ def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     z, y = logits.detach().cpu().double(), labels.cpu()
     for sharpness in SHARPNESS:
         shift = _fitted_shift(z, y, sharpness)
-        if not favours_a_class(z + shift, y):
+        if not favours_a_class(z + shift, y, OFTEN):
             break
     return shift
 

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .arguments import SCRIPT_DEFAULTS
 from .config import ADAPTER_RANK, HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
+from .export_report import share_asked
 from .export_report import table as export_table
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
@@ -164,6 +165,7 @@ def build(
         command=results.get("command") or describe_command(["--config", "recipe.yaml"]),
         recipe=to_recipe(results, dataset_id),
         exported=export_table(results) if "export" in results else None,
+        share_asked=share_asked(results) if "export" in results else "",
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 

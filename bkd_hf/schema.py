@@ -204,6 +204,7 @@ class Export(TypedDict):
     largest_logit_difference: Amount  # between ONNX and torch, on the evaluation images
     tolerance: Amount
     num_calibration_images: Count  # of the training, for int8
+    num_eval_images: NotRequired[Count]  # that accuracies and differences are of; missing: all
     device: str
     cpu_threads: Positive
     models: ExportedModels

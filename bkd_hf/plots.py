@@ -132,6 +132,8 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     _draw_training_images(images_axes, data, width)
     _draw_classes(class_axes, data, width)
     handles = _draw_class_accuracies(class_axes, results)
+    if len(_models(results)) == 1:  # a teacher's own run, say: nobody's student
+        handles[0].set_label("this model")
     _draw_group_accuracies(group_axes, results)
     images_axes.tick_params(labelbottom=False, bottom=len(data["class_counts"]) <= _MAX_NAMED_CLASSES)
     if untested := sum(count == 0 for count in data["eval_class_counts"]):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .tasks import DEFAULT_TASK, worded
+from .tasks import task_of
 from .text import one_line, printable
 from .verdict import judge
 
@@ -24,21 +24,16 @@ _TABLE_ROWS = (
 
 
 class Announcer:
-    """Speaks for the main process.
+    """Speaks for the main process."""
 
-    Args:
-        task: What the run classifies: what is said of images is said of its examples.
-    """
-
-    def __init__(self, task: str = DEFAULT_TASK) -> None:
-        self._task = task
+    def __init__(self) -> None:
         self._console = Console(
             file=sys.stdout, quiet=not PartialState().is_main_process, highlight=False, emoji=False, soft_wrap=True
         )
 
     def __call__(self, message: str) -> None:
         """Print a line."""
-        self._console.print(printable(worded(message, self._task)), markup=False)
+        self._console.print(printable(message), markup=False)
 
     def stage(self, name: str) -> None:
         """Print a headline."""
@@ -47,7 +42,7 @@ class Announcer:
     def table(self, results: dict[str, Any]) -> None:
         """Print teacher | student | difference in percent, the student alone without a teacher, and the verdict."""
         data, models = results["data"], {name: results[name] for name in ("teacher", "student") if results.get(name)}
-        title = f"{one_line(data['name'], 80)}, accuracy in % ({data['num_eval_images']:,} {self._task}s)"
+        title = f"{one_line(data['name'], 80)}, accuracy in % ({data['num_eval_images']:,} {task_of(data).name}s)"
         table = Table(title=Text(title))
         for name in ("", *models, *(["difference"] if len(models) == 2 else [])):
             table.add_column(name, justify="right" if name else "left")

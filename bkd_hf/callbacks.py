@@ -71,7 +71,7 @@ class FiniteGuard:
         if steps[_MODELS.index("teacher")] == first:  # which spoils the student's loss at once
             raise TeacherLogitsError(
                 f"The teacher's logits are not finite (NaN or Inf) {saved} Check the teacher's weights and precision "
-                "(try without --fp16/--bf16), and the images of this step."
+                "(try without --fp16/--bf16), and the examples of this step."
             )
         raise TrainingDivergedError(
             f"The training diverged: loss or weights are not finite (NaN or Inf) {saved} Try a lower --learning_rate "

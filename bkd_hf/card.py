@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .arguments import SCRIPT_DEFAULTS
 from .config import ADAPTER_RANK, HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
+from .export_report import share_asked
 from .export_report import table as export_table
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
 from .metrics import shot_groups, wilson_interval
@@ -28,7 +29,7 @@ from .reading import read_card
 from .results import check_schema, describe_command, effective_batch_size, load_results, training_options
 from .schema import check_repo_id
 from .targets import describe_targets
-from .tasks import DEFAULT_TASK, TASKS, worded
+from .tasks import TASKS, task_of
 from .text import code, code_block, markdown, one_line
 from .verdict import free_alternatives, judge
 
@@ -107,7 +108,7 @@ def build(
         check_repo_id(dataset_id)
     license = license or UNKNOWN_LICENSE
     data, student, teacher = results["data"], results["student"], results["teacher"]
-    task = data.get("task", DEFAULT_TASK)
+    task = task_of(data)
     dataset_id = dataset_id or data.get("hub_id")
     name, method = one_line(student["model"].rpartition("/")[2]), one_line(results.get("method") or "bkd")
     distillation_tags = ["knowledge-distillation"] if teacher else []
@@ -115,7 +116,7 @@ def build(
         language=one_line(language) if isinstance(language, str) else language,
         license=one_line(license),
         library_name="transformers",
-        pipeline_tag=TASKS[task].tag,
+        pipeline_tag=task.tag,
         tags=list(
             dict.fromkeys(
                 ["long-tailed", "imbalanced-data", *distillation_tags, method.partition(" ")[0], "bkd_hf"]
@@ -137,17 +138,15 @@ def build(
     environment.filters |= {"literal": literal, "percent": _percent, "number": "{:,}".format}
     options = training_options(results)
     sources = [*_sources(options), *_sources_of_operations(results["options"]["data"])]
-    body = environment.from_string(worded(_TEMPLATE.read_text(encoding="utf-8"), task)).render(
-        task=TASKS[task],
+    body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        task=task,
         title=title or f"{name}, trained by {method} on {data['name'].rpartition('/')[2]}",
         repo_id=repo_id or name,
         license=None if license == UNKNOWN_LICENSE else license,
         results=results,
         verdict=judge(results),
         alternatives={name: found for name, found in free_alternatives(results).items() if "tau" in found},
-        targets=worded(describe_targets(student["targets"], data["class_names"]), task)
-        if student.get("targets")
-        else None,
+        targets=describe_targets(student["targets"], data["class_names"]) if student.get("targets") else None,
         data=data,
         eval_split=data.get("eval_split"),
         dataset_id=dataset_id,
@@ -166,6 +165,7 @@ def build(
         command=results.get("command") or describe_command(["--config", "recipe.yaml"]),
         recipe=to_recipe(results, dataset_id),
         exported=export_table(results) if "export" in results else None,
+        share_asked=share_asked(results) if "export" in results else "",
     )
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 
@@ -208,12 +208,11 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
         }
 
     options = results["options"]
-    task = results["data"].get("task", DEFAULT_TASK)
     # What is recorded differs from transformers' defaults; these have others on the command line.
     told = training_options(results)
     training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
     method = training.get("method", "bkd")
-    of_machine = WITHOUT_INFLUENCE | options_with("place", *TASKS.keys() - {task})
+    of_machine = WITHOUT_INFLUENCE | options_with("place", *TASKS.keys() - {task_of(results["data"]).name})
     if told.get("distillation_loss", METHODS[method].distillation_loss) == "none":
         of_machine |= options_with("student")  # they are about a teacher that there is not
     recipe = {
@@ -238,7 +237,7 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
 def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list[EvalResult]:
     data, metrics = results["data"], results["student"]["metrics"]
     counts, name = data["class_counts"], one_line(data["name"])
-    task = TASKS[data.get("task", DEFAULT_TASK)]
+    task = task_of(data)
     split = data.get("eval_split") or results["options"]["data"].get("eval_split_name")
     return [
         EvalResult(
@@ -302,7 +301,7 @@ def _citations(sources: Iterable[str]) -> list[str]:
 
 def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
     data, student, teacher = results["data"], results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
-    many, few, task = data["many_shot_threshold"], data["few_shot_threshold"], data.get("task", DEFAULT_TASK)
+    many, few, task = data["many_shot_threshold"], data["few_shot_threshold"], task_of(data).name
     groups = shot_groups(data["class_counts"], many, few)
     bounds = {"many_shot": f"> {many}", "medium_shot": f"{few} to {many}", "few_shot": f"< {few}"}
     rows = []
@@ -333,7 +332,7 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
         cells += [_percent(values[index]) for values in accuracies.values()]
         return [*cells, f"{100 * low[index]:.0f} – {100 * high[index]:.0f}" if tested[index] else "–"]
 
-    task = data.get("task", DEFAULT_TASK)
+    task = task_of(data).name
     header = ["class", f"training {task}s", f"test {task}s", *accuracies, "95 % interval"]
     if counts.size <= _MAX_LISTED_CLASSES:
         return {"header": header, "rows": [row(index) for index in order], "groups": None}
@@ -357,7 +356,7 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
 
 def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
     """What was trained, and how: a row for each question, a column for each model that was trained in this run."""
-    task = results["data"].get("task", DEFAULT_TASK)
+    task = task_of(results["data"]).name
     models = [model for model in ("teacher", "student") if (results.get(model) or {}).get("training")]
     rows: dict[str, list[str]] = {}
     for model in models:

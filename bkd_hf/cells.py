@@ -299,7 +299,7 @@ class CellRunner:
             splits = load_splits(arguments)
             return describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
         except InputError as error:
-            self.say(f"WARNING: Nobody knows whether the images of finished cells are still the same: {error}")
+            self.say(f"WARNING: Nobody knows whether the examples of finished cells are still the same: {error}")
             return None
 
     def _start(self, cell: Cell, log: Path, slot: int = 0, options: Sequence[str] = ()) -> subprocess.Popen:

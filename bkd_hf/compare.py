@@ -15,12 +15,12 @@ from .comparison import BASELINES, METRICS, Comparison
 from .comparison_plots import save_comparison_plots
 from .files import replacing, write_text
 from .methods import RECOMMENDED
-from .tasks import DEFAULT_TASK, worded
+from .tasks import task_of
 from .text import code, markdown, spreadsheet
 
 _ONE_SEED = (
-    "\\* One seed: the interval is of a bootstrap over the test images, each model's drawn apart. It tells what other "
-    "test images would give, not what other seeds would, which often differ by more."
+    "\\* One seed: the interval is of a bootstrap over the test {task}s, each model's drawn apart. It tells what "
+    "other test {task}s would give, not what other seeds would, which often differ by more."
 )
 
 
@@ -48,7 +48,7 @@ def save_comparison(comparison: Comparison, folder: str | os.PathLike[str], note
 def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequence[str] = ()) -> str:
     """Return the tables as Markdown."""
     data, shown, methods = comparison.data, comparison.shown_metrics(), comparison.methods
-    counts, head, task = data["class_counts"], ["method", "n", *shown], data.get("task", DEFAULT_TASK)
+    counts, head, task = data["class_counts"], ["method", "n", *shown], task_of(data).name
     if comparison.differing_options:
         differing = [f"{code(k)} is {markdown(' or '.join(v))}" for k, v in comparison.differing_options.items()]
         notes = [f"**Not all methods were run with the same options**: {'; '.join(differing)}.", *notes]
@@ -84,7 +84,7 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
                 f"## Differences to `{baseline}`",
                 "Percentage points, paired by seed; in brackets the 95 % confidence interval (Student's t, n ≥ 2). "
                 "Bold: the interval leaves out 0.",
-                *([worded(_ONE_SEED, task)] if _has_stars(rows) else []),
+                *([_ONE_SEED.format(task=task)] if _has_stars(rows) else []),
                 _table(head, rows),
             ]
     adjusted = [method for method in methods if not comparison.adjusts_itself(method)]

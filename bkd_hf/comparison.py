@@ -33,7 +33,7 @@ SHARED_TEACHERS = "shared_teachers"
 #: Methods that the others are compared with, seed by seed.
 BASELINES = ("ce", "kd")
 _CONFIDENCE = 0.95
-# Of batches there are "images in a step".
+# Of batches there are "examples in a step".
 _MAY_DIFFER = {*WITHOUT_INFLUENCE, *BATCH_CUT, "global_batch_size", "seed", "data_seed", "teacher_model_name_or_path"}
 
 
@@ -111,8 +111,8 @@ class Comparison:
                 )
             if any(results["data"][part] != self.data[part] for part in ("fingerprint", "eval_fingerprint")):
                 raise InputError(
-                    f"{names[0]} and {source} are of different images (data set, ratio or split): a comparison would "
-                    "tell nothing."
+                    f"{names[0]} and {source} are of different examples (data set, ratio or split): a comparison "
+                    "would tell nothing."
                 )
             method, seed = results["method"], results["seed"]
             other = self.cells.setdefault(method, {}).setdefault(seed, results)
@@ -245,7 +245,7 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
         method_defaults(results["options"]["training"].get("method", "bkd"))
         | {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}
         | {"method of the teacher": (results.get("teacher") or {}).get("method")}
-        | {"images in a step": effective_batch_size(results)}
+        | {"examples in a step": effective_batch_size(results)}
         | _settled_prior(results["options"]["training"])
         | ({} if results.get("teacher") else dict.fromkeys(ABOUT_TEACHER, ...))
         for results in cells

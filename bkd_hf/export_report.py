@@ -32,6 +32,14 @@ def _models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {**of_teacher, **found[name]} for name in _TITLES if name in found}
 
 
+def share_asked(results: dict[str, Any]) -> str:
+    """Return the sentence that says so if the student was not asked about all evaluation images; else an empty one."""
+    asked, known = results["export"].get("num_eval_images"), results["data"]["num_eval_images"]
+    if asked in (None, known):
+        return ""
+    return f"The student was asked about {asked:,} of {known:,} test images, of each class in proportion."
+
+
 def table(results: dict[str, Any]) -> list[list[str]]:
     """Return size, time and accuracy of each model as rows for the card, the first of which is the header."""
     models = _models(results)
@@ -49,6 +57,7 @@ def lines(results: dict[str, Any]) -> list[str]:
     header, *rows = table(results)
     difference = results["export"]["largest_logit_difference"]
     told = [f"ONNX: logits as torch's, to {difference:.1g}. Accuracies in %, times on this CPU:"]
+    told += filter(None, [share_asked(results)])
     for title, size, one, many, *accuracies in rows:
         groups = ", ".join(f"{name} {value}" for name, value in zip(header[4:], accuracies, strict=True))
         told.append(f"{title}: {size} MB, {one} ms for 1 image, {many} for 32; {groups}")

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 
 from .files import replacing, why_broken
 from .metrics import shot_groups
-from .tasks import DEFAULT_TASK, worded
 
 # `Figure` throughout, never pyplot or rcParams: no display, no state that threads share, nothing to close.
 
@@ -38,24 +37,15 @@ PERCENT: dict[str, Any] = {"ylim": (-4, 104), "yticks": range(0, 101, 20)}  # ro
 
 
 def save_figures(
-    figures: Mapping[str, Callable[[], Figure]],
-    folder: str | os.PathLike[str],
-    only_missing: bool = False,
-    task: str = DEFAULT_TASK,
+    figures: Mapping[str, Callable[[], Figure]], folder: str | os.PathLike[str], only_missing: bool = False
 ) -> list[Path]:
-    """Draw figures, by the names of their files, into a folder, which is made; return their paths.
-
-    Axes are about the examples of the task.
-    """
+    """Draw figures, by the names of their files, into a folder, which is made; return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
         if not only_missing or why_broken(folder / name):
             with replacing(folder / name) as path:
-                figure = draw()
-                for label in (axis.label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
-                    label.set_text(worded(label.get_text(), task))
-                figure.savefig(path, format="png", dpi=DPI, facecolor="white")
+                draw().savefig(path, format="png", dpi=DPI, facecolor="white")
     return [folder / name for name in figures]
 
 

@@ -110,7 +110,7 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
             warn(f"{option}: nobody knows what it was trained on. {error}")
     fingerprint, method = origin["data"]["fingerprint"], origin.get("method")
     if fingerprint not in (None, data["fingerprint"]):
-        warn(f"{option} was trained on other images (another data set, ratio or split) than the student will be.")
+        warn(f"{option} was trained on other examples (another data set, ratio or split) than the student will be.")
     of_student = arguments.training.method
     if method not in (None, METHODS[of_student].teacher):
         published = f"the published teacher of {of_student} is trained by {METHODS[of_student].teacher}"
@@ -153,15 +153,15 @@ def _check_above_chance(
         return
     accuracy, chance = sum(accuracies) / len(accuracies), 1 / len(accuracies)
     message = (
-        f"{option} is right for {100 * accuracy:.1f} % of the evaluation images (mean over classes), where guessing "
+        f"{option} is right for {100 * accuracy:.1f} % of the evaluation examples (mean over classes), where guessing "
         f"gives {100 * chance:.1f} %"
     )
     if verdict is None:
-        warnings.warn(f"{message}: {sum(num_images)} images are too few to tell whether it guesses.", stacklevel=3)
+        warnings.warn(f"{message}: {sum(num_images)} examples are too few to tell whether it guesses.", stacklevel=3)
         return
     if not force:
         raise InputError(
-            f"{message}: its classes or its image processor are not what they seem. Check id2label and "
-            "preprocessor_config.json; --force_teacher uses it all the same, --finetune_teacher trains it first."
+            f"{message}: its classes or its inputs are not what they seem. Check id2label and its image "
+            "processor or tokenizer; --force_teacher uses it all the same, --finetune_teacher trains it first."
         )
     warnings.warn(f"{message}; it is used all the same (--force_teacher).", stacklevel=3)

@@ -98,7 +98,7 @@ def check_means(class_counts: Sequence[int] | np.ndarray, class_names: Mapping[i
     """Raise an `InputError` that names the classes without a training image, which have no mean."""
     if empty := np.flatnonzero(np.asarray(class_counts) == 0).tolist():
         raise InputError(
-            f"--head_init class_mean: there is no training image of {names_of(empty, class_names)}, so no mean. Use "
+            f"--head_init class_mean: there is no training example of {names_of(empty, class_names)}, so no mean. Use "
             "--head_init random."
         )
 

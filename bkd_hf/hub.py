@@ -312,8 +312,8 @@ def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any],
         raise InputError(f"{folder}: config.json does not load: nothing was pushed. Have it made again.")
     if not any(name.startswith(("preprocessor", "tokenizer")) for name in files):
         warnings.warn(
-            f"{folder} has no preprocessor_config.json: the published model cannot be used by a pipeline. Save its "
-            "image processor there (from Python: give it to the trainer as processing_class).",
+            f"{folder} has neither an image processor nor a tokenizer: the published model cannot be used by a "
+            "pipeline. Save it there (from Python: give it to the trainer as processing_class).",
             stacklevel=4,
         )
     results = load_results(folder)

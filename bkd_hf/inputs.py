@@ -23,7 +23,7 @@ from .metrics import LongTailEvaluation, shot_groups
 from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_config, load_processor
 from .options import ModelArguments, RunArguments
 from .streams import Stream, StreamedImages, load_stream, sample_of
-from .tasks import DEFAULT_TASK, TEXT_COLUMN, fresh_task
+from .tasks import TEXT_COLUMN, fresh_task, task_of
 from .text_data import TextDataset, fresh_tokenizer, limit_length, same_tokens, set_max_length
 from .views import same_pixels, set_image_size
 
@@ -249,8 +249,8 @@ def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
 
 
 def warn_of_untested_classes(data: dict[str, Any]) -> None:
-    """Name classes without an evaluation image."""
-    counts, unit = data["eval_class_counts"], data.get("task", DEFAULT_TASK)
+    """Name classes without an evaluation example."""
+    counts, unit = data["eval_class_counts"], task_of(data).name
     untested = [name for name, count in zip(data["class_names"], counts, strict=True) if not count]
     if untested:
         shown = ", ".join(untested[:5]) + (", …" if len(untested) > 5 else "")

@@ -77,7 +77,7 @@ def log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: to
         empty = (counts == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
-                f"{len(empty)} of {len(counts)} classes have no training image (first: class {empty[0]}): the "
+                f"{len(empty)} of {len(counts)} classes have no training example (first: class {empty[0]}): the "
                 "logarithm of their frequency is not finite. Remove the class."
             )
     require(

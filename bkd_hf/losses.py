@@ -86,7 +86,7 @@ def class_balanced_weights(
     Args:
         class_counts: C numbers of training images.
         beta: β in [0, 1).
-        missing: What to do with a class that has no image: `"error"`, or `"clamp"` to count it as one image.
+        missing: What to do with a class that has no image: `"error"`, or `"clamp"` to count it as one example.
 
     Returns:
         C weights, float64, on the CPU, summing to C.
@@ -102,8 +102,8 @@ def class_balanced_weights(
     empty = np.flatnonzero(counts == 0)
     if empty.size and missing == "error":
         raise ValueError(
-            f"{empty.size} of {counts.size} classes have no training image (first: class {empty[0]}): their "
-            'weight is not defined. Remove the class, or pass missing="clamp" to count it as one image.'
+            f"{empty.size} of {counts.size} classes have no training example (first: class {empty[0]}): their "
+            'weight is not defined. Remove the class, or pass missing="clamp" to count it as one example.'
         )
     counts = np.maximum(counts, 1)
     with np.errstate(divide="ignore"):

@@ -128,7 +128,7 @@ class MeasuringTrainer(Trainer):
         num_answers = self._evaluation.num_answers
         if has_length(dataset) and num_answers != len(dataset) and (num_answers or self._is_measuring):
             raise InputError(
-                f"The evaluation has answers about {num_answers} of {len(dataset)} images, so it is not what it is "
+                f"The evaluation has answers about {num_answers} of {len(dataset)} examples, so it is not what it is "
                 "called. Check --accelerator_config, and that all examples have labels."
             )
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})

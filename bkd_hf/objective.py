@@ -264,7 +264,7 @@ class Objective:
 
     def _measured(self, name: str, option: str) -> float:
         if self.measure is None:
-            raise ValueError(f"--{option} needs a trainer, which looks at training images.")
+            raise ValueError(f"--{option} needs a trainer, which looks at training examples.")
         return self.measure(name)
 
     @property
@@ -351,8 +351,8 @@ class Objective:
         counts = self.known_class_counts() if needing else torch.ones(1)
         if empty := (counts == 0).nonzero().flatten().tolist():
             raise InputError(
-                f"{len(empty)} of {len(counts)} classes have no training image ({names_of(empty, class_names)}), and "
-                f"{needing[0]} needs their numbers of images. Remove these classes, or count each as one image by "
+                f"{len(empty)} of {len(counts)} classes have no training example ({names_of(empty, class_names)}), "
+                f"and {needing[0]} needs their numbers. Remove these classes, or count each as one example by "
                 "--empty_classes clamp."
             )
 

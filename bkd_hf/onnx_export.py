@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .announcer import Announcer
 from .card import build, choices_of_card
-from .data import fingerprint_like, labels_of
+from .data import fingerprint_like, labels_of, limit_examples
 from .errors import InputError
 from .export_report import FIGURE_NAME, lines
 from .files import lock, replacing, try_json, write_text
@@ -49,6 +49,9 @@ from .teacher import load_teacher
 from .text import one_line
 from .views import output_size
 
+#: Evaluation images that each is asked about at most, of each class in proportion, and one at least: three models on a
+#: CPU could take hours for more, and what rounding costs is seen on these.
+EVALUATION_IMAGES = 5000
 _BATCH = 32
 
 
@@ -134,7 +137,8 @@ def _export(arguments: RunArguments, results: dict[str, Any], say: Announcer) ->
         prefer_channels_last(student)
         answers = {"student": torch_answers(student)}
         answers |= {name: onnx_answers(path, threads) for name, path in paths.items()}
-        say(f"{len(evaluation):,} evaluation images are answered in torch, as ONNX and in int8, on the CPU.")
+        of = f"{len(evaluation):,} of {results['data']['num_eval_images']:,} evaluation images"
+        say(f"{of} are answered in torch, as ONNX and in int8, on the CPU.")
         metrics, difference, tolerance = compare(
             answers, _batches(evaluation), long_tail_evaluation(results["data"], 0.0)
         )
@@ -156,6 +160,7 @@ def _export(arguments: RunArguments, results: dict[str, Any], say: Announcer) ->
         "largest_logit_difference": difference,
         "tolerance": tolerance,
         "num_calibration_images": len(calibration),
+        "num_eval_images": len(evaluation),
         "device": cpu_name(),
         "cpu_threads": threads,
         "models": models,
@@ -174,9 +179,10 @@ def _images(
             "trained and evaluated on: put them back, or train anew."
         )
     chosen = choose_calibration_images(labels_of(splits["train"]), results["seed"])
+    number = max(EVALUATION_IMAGES, len(data["class_names"]))
+    asked = limit_examples(splits["eval"], number, "export", results["seed"])
     # Not kept: each is seen once.
-    views = [ImageDataset(split, processor, cache_images="none")
-             for split in (splits["train"].select(chosen), splits["eval"])]  # fmt: skip
+    views = [ImageDataset(split, processor, cache_images="none") for split in (splits["train"].select(chosen), asked)]
     return views[0], views[1]
 
 

@@ -43,7 +43,7 @@ from .figures import (
     tidy,
 )
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD
-from .tasks import DEFAULT_TASK
+from .tasks import task_of
 from .text import figure as figure_text
 
 _GROUP_SHADES = {"many_shot": "#ffffff", "medium_shot": "#f1f1f1", "few_shot": "#e2e2e2"}
@@ -87,7 +87,7 @@ def save_plots(results: dict[str, Any], folder: str | os.PathLike[str], only_mis
     model without a teacher, which may be one itself, `confusion.png`; of one that was exported `latency.png`. With
     `only_missing`, those that are there and load are left as they are.
     """
-    return save_figures(_figures(results), folder, only_missing, results["data"].get("task", DEFAULT_TASK))
+    return save_figures(_figures(results), folder, only_missing)
 
 
 def figure_names(results: dict[str, Any]) -> list[str]:
@@ -132,10 +132,12 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     _draw_training_images(images_axes, data, width)
     _draw_classes(class_axes, data, width)
     handles = _draw_class_accuracies(class_axes, results)
+    if len(_models(results)) == 1:  # a teacher's own run, say: nobody's student
+        handles[0].set_label("this model")
     _draw_group_accuracies(group_axes, results)
     images_axes.tick_params(labelbottom=False, bottom=len(data["class_counts"]) <= _MAX_NAMED_CLASSES)
     if untested := sum(count == 0 for count in data["eval_class_counts"]):
-        class_axes.set_xlabel(f"{class_axes.get_xlabel()}; {untested:,} without test images")
+        class_axes.set_xlabel(f"{class_axes.get_xlabel()}; {untested:,} without test {task_of(data).name}s")
     legend_axes.set_axis_off()
     legend_axes.legend(handles=handles, loc="center", frameon=False, fontsize=TEXT, handlelength=3)
     return figure
@@ -178,7 +180,7 @@ def _draw_training_images(axes: Axes, data: dict[str, Any], width: float) -> Non
     smallest, largest = max(1, counts.min()), max(1, counts.max())
     # A log scale has no zero to start from: half of the smallest class leaves it a bar that can be seen.
     top = largest * (largest / smallest) ** 0.12 * 1.4
-    axes.set(yscale="log", ylim=(smallest / 2, top), ylabel="training images\n(log scale)")
+    axes.set(yscale="log", ylim=(smallest / 2, top), ylabel=f"training {task_of(data).name}s\n(log scale)")
     if counts.size <= _MAX_NAMED_CLASSES:
         bars = axes.bar(ranks, counts, width=0.7, color=NEUTRAL, zorder=2)
         numbers = [f"{count:,}" for count in counts]
@@ -198,11 +200,11 @@ def _draw_classes(axes: Axes, data: dict[str, Any], width: float) -> None:
     num_classes, names = len(data["class_counts"]), _class_labels(data)
     if names:
         set_names(axes, "x", range(1, num_classes + 1), names, width)
-        axes.set_xlabel("class (most training images first)")
+        axes.set_xlabel(f"class (most training {task_of(data).name}s first)")
     else:
         ticks = MaxNLocator(7, integer=True, steps=_TICK_STEPS).tick_values(1, num_classes)
         ticks = [1, *(tick for tick in ticks if 1 < tick <= num_classes)]
-        axes.set(xticks=ticks, xlabel="rank of the class (1: most training images)")
+        axes.set(xticks=ticks, xlabel=f"rank of the class (1: most training {task_of(data).name}s)")
         axes.xaxis.set_major_formatter("{x:,.0f}")
     for name, (start, end) in _shade_groups(axes, data).items():
         if end - start >= _MIN_NAMED_STRETCH * num_classes:
@@ -267,7 +269,7 @@ def _draw_group_accuracies(axes: Axes, results: dict[str, Any]) -> None:
         metrics = results[model]["metrics"]
         values = percent([metrics["accuracy"], *(metrics.get(f"{name}_accuracy") for name in present)])
         axes.plot(range(len(values)), values, **point_style(model))
-    axes.set(xlim=(-0.5, len(present) + 0.5), xlabel="classes, by training images")
+    axes.set(xlim=(-0.5, len(present) + 0.5), xlabel=f"classes, by training {task_of(results['data']).name}s")
     axes.set_xticks(range(len(present) + 1), ["all", *(labels[name] for name in present)])
     axes.tick_params(bottom=False, labelleft=False)
     tidy(axes)
@@ -364,6 +366,7 @@ def plot_confusion(results: dict[str, Any], model: str = "student", max_classes:
 
 def _plot_confusion_matrix(results: dict[str, Any], model: str, names: list[str], sized: list[str]) -> Figure:
     tested, order = np.asarray(results["data"]["eval_class_counts"]), _largest_first(results["data"])
+    unit = task_of(results["data"]).name
     shares = np.diag(class_accuracies(results[model]))
     for true, predicted, number in results[model]["confusions"]:
         shares[true, predicted] = 100 * number / tested[true]
@@ -378,11 +381,11 @@ def _plot_confusion_matrix(results: dict[str, Any], model: str, names: list[str]
     # By hand: scikit-learn's ConfusionMatrixDisplay writes every zero, and cannot leave rows out.
     image = axes.imshow(shares, cmap=colours, norm=scale, aspect="auto")
     bar = figure.colorbar(image, ax=axes, shrink=0.6, ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100])
-    bar.set_label("share of the true class's test images (%)", fontsize=TEXT)
+    bar.set_label(f"share of the true class's test {unit}s (%)", fontsize=TEXT)
     bar.ax.tick_params(labelsize=SMALL)
     centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL}
     for row in np.flatnonzero(tested[order] == 0).tolist():
-        axes.text((order.size - 1) / 2, row, "no test images", **centred)
+        axes.text((order.size - 1) / 2, row, f"no test {unit}s", **centred)
     if order.size <= _MAX_NUMBERED_CLASSES:
         for row, column in np.argwhere(shares > 0).tolist():
             share = shares[row, column]
@@ -390,21 +393,21 @@ def _plot_confusion_matrix(results: dict[str, Any], model: str, names: list[str]
     set_names(axes, "x", range(order.size), [names[index] for index in order], 5.0)
     set_names(axes, "y", range(order.size), [sized[index] for index in order])
     axes.tick_params(length=0)
-    axes.set(xlabel="predicted class", ylabel="true class (training images)")
+    axes.set(xlabel="predicted class", ylabel=f"true class (training {unit}s)")
     axes.xaxis.label.set_fontsize(TEXT)
     axes.yaxis.label.set_fontsize(TEXT)
     return figure
 
 
 def _plot_largest_confusions(results: dict[str, Any], model: str, sized: list[str]) -> Figure:
-    tested = results["data"]["eval_class_counts"]
+    tested, unit = results["data"]["eval_class_counts"], task_of(results["data"]).name
     # By images, not by share: only the most frequent ones are in the results, and a class with a single test image
     # would always come first.
     largest = sorted(results[model]["confusions"], key=lambda c: (-c[2], tested[c[0]]))
     confusions, others = largest[:_NUM_CONFUSIONS], largest[_NUM_CONFUSIONS:]
-    label = "share of the true class's test images (%)"
+    label = f"share of the true class's test {unit}s (%)"
     if others and others[0][2] == (least := confusions[-1][2]):
-        label += f"\nnot drawn: other confusions of {least:,} test image{'s' if least > 1 else ''} each"
+        label += f"\nnot drawn: other confusions of {least:,} test {unit}{'s' if least > 1 else ''} each"
     confusions.sort(key=lambda c: -c[2] / tested[c[0]])
     shares = [100 * number / tested[true] for true, _, number in confusions]
 
@@ -416,14 +419,14 @@ def _plot_largest_confusions(results: dict[str, Any], model: str, sized: list[st
     numbers = [f"{number:,} of {tested[true]:,}" for true, _, number in confusions]
     axes.bar_label(bars, labels=numbers, fontsize=SMALL, padding=3)
     if not confusions:
-        axes.text(0.5, 0.5, "every test image is classified correctly", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, f"every test {unit} is classified correctly", transform=axes.transAxes, ha="center")
     labels = [f"{sized[true]} → {sized[predicted]}" for true, predicted, _ in confusions]
     set_names(axes, "y", range(len(labels)), labels)
     longest = max(shares, default=100.0)
     end = 1.25 * longest  # room for the numbers
     ticks = MaxNLocator(6, steps=_TICK_STEPS).tick_values(0, longest)
     axes.set(xlim=(0, end), xticks=[tick for tick in ticks if tick <= min(100, end)], xlabel=label)
-    axes.set(ylim=(max(1, len(shares)) - 0.4, -0.6), ylabel="true → predicted class\n(training images)")
+    axes.set(ylim=(max(1, len(shares)) - 0.4, -0.6), ylabel=f"true → predicted class\n(training {unit}s)")
     axes.tick_params(axis="y", length=0)
     tidy(axes, grid=None)  # it would run through the numbers
     return figure

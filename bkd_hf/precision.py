@@ -116,7 +116,7 @@ def settle_precision(options: RunArguments, model: nn.Module, inputs: Inputs) ->
     precision = faster_precision(rates)
     _set_precision(options, precision)
     shown = ", ".join(f"{rate:,.1f} in {name}" for name, rate in rates.items())
-    inputs.say(f"Precision: {precision}. Images a second of a training step, measured on this machine: {shown}.")
+    inputs.say(f"Precision: {precision}. Examples a second of a training step, measured on this machine: {shown}.")
 
 
 def share_precision(options: RunArguments) -> None:

@@ -66,7 +66,7 @@ def check_before_work(arguments: RunArguments) -> None:
             )
         if options.training.feature_cache != "off" and (options.distils and options.training.teacher_cache == "off"):
             raise InputError(
-                "--feature_cache needs --teacher_cache with a teacher, whose answers need the images. Use "
+                "--feature_cache needs --teacher_cache with a teacher, whose answers need the examples. Use "
                 "--teacher_cache auto, or --feature_cache off."
             )
         if adapter == "lora":
@@ -131,8 +131,8 @@ def _check_cache(args: BKDConfig) -> None:
     ):
         raise InputError(
             f"--teacher_cache {args.teacher_cache} needs --sampler instance, --train_sampling_strategy random or "
-            "sequential, and neither split_batches nor dispatch_batches of --accelerator_config: else an image is not "
-            "drawn once an epoch, or not in a known view. Use --teacher_cache off."
+            "sequential, and neither split_batches nor dispatch_batches of --accelerator_config: else an example is "
+            "not drawn once an epoch, or not in a known view. Use --teacher_cache off."
         )
     folder = Path(args.teacher_cache).expanduser()
     try:

@@ -74,7 +74,7 @@ from .run_folder import (
     what_is_told,
 )
 from .targets import describe_targets, why_collapsed
-from .tasks import fresh_task
+from .tasks import fresh_task, task_of
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
 from .training_data import check_features
@@ -94,7 +94,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
     Raises:
         InputError: If something that the user gave cannot work.
     """
-    started, say = time.perf_counter(), Announcer(arguments.model.task)
+    started, say = time.perf_counter(), Announcer()
     output_dir = Path(arguments.training.output_dir)
     threads = set_num_threads(arguments.model.num_threads)
     keep_freed_memory()
@@ -132,7 +132,7 @@ def _is_still_the_same(arguments: RunArguments, say: Announcer) -> bool:
     try:
         _, data = _load_data(arguments)
     except InputError as error:
-        say(f"WARNING: Nobody knows whether the images of this run are still the same: {error}")
+        say(f"WARNING: Nobody knows whether the examples of this run are still the same: {error}")
     else:
         if not _claim(arguments, identity_of(arguments, data)):
             return False
@@ -154,7 +154,7 @@ def _load_data(arguments: RunArguments) -> tuple[dict[str, Any], dict[str, Any]]
     data = describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds, recorded)
     check_same(
         (data["fingerprint"], data["eval_fingerprint"]),
-        lambda *_: f"--dataset_name {options.dataset_name} has other images on one machine than on the main one.",
+        lambda *_: f"--dataset_name {options.dataset_name} has other examples on one machine than on the main one.",
     )
     return splits, data
 
@@ -163,7 +163,7 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     """Check all that may be wrong, from what is quick to find out to what takes long, and train."""
     say.stage("Data")
     splits, data = _load_data(arguments)
-    counts = data["class_counts"]
+    counts, unit = data["class_counts"], task_of(data).name
     warn_of_untested_classes(data)
     of_teacher = arguments.for_teacher()
     names = dict(enumerate(data["class_names"]))
@@ -173,7 +173,7 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
         if args.head_init == "class_mean":
             check_means(counts, names)
     say(
-        f"{data['name']}: {data['num_train_images']:,} training images of {len(counts)} classes, {max(counts):,} to "
+        f"{data['name']}: {data['num_train_images']:,} training {unit}s of {len(counts)} classes, {max(counts):,} to "
         f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
         f"{_device_name(arguments, threads)}"
     )
@@ -209,7 +209,7 @@ def _train(
     if choose_workers(args, inputs.images["train"], inputs.threads) and not options.is_teacher:
         workers = args.dataloader_num_workers
         why = "" if inputs.images["train"].in_memory else ": they do not stay in memory"
-        say(f"Images are prepared by {workers} worker{'s' if workers > 1 else ''} a process{why}.")
+        say(f"Examples are prepared by {workers} worker{'s' if workers > 1 else ''} a process{why}.")
     check_features(inputs.images["train"], args)
     identity = identity_of(options, data, with_teacher=False)
     if _claim(options, identity):
@@ -357,7 +357,7 @@ def _fit(
         shift = about_head["head_bias_shift"] = trainer.head_bias_shift.tolist()
         least, most = (data["class_names"][shift.index(extreme)] for extreme in (min(shift), max(shift)))
         say(
-            f"The head's bias was fitted to training images, each class counting the same (--head_bias): from "
+            f"The head's bias was fitted to training examples, each class counting the same (--head_bias): from "
             f"{min(shift):+.2f} ({least!r}) to {max(shift):+.2f} ({most!r})."
         )
     trainer.save_model()

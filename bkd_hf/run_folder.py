@@ -87,7 +87,7 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
     if found and then != now and (not is_to_train or (has_results and not damage)):
         found = _why_other(record or {}, arguments, identity, then)
     batches = re.findall(r"(--\w*global_batch_size) is (\d+) there", found)
-    keep = f"; {' '.join(map(' '.join, batches))} keeps the images of a step" if batches else ""
+    keep = f"; {' '.join(map(' '.join, batches))} keeps the examples of a step" if batches else ""
     if found and arguments.is_teacher:
         raise InputError(
             f"The teacher in {output_dir} was trained otherwise: {found}{keep}. Use --overwrite to train it anew, "
@@ -376,8 +376,8 @@ def is_cut_otherwise(checkpoint: str | os.PathLike[str], args: BKDConfig) -> str
     if not is_known or (size, processes) == (args.per_device_train_batch_size, args.world_size):
         return ""
     return (
-        f" It was saved by {processes} process{'es' if processes > 1 else ''} with {size} images at a time, now there "
-        f"are {args.world_size} with {args.per_device_train_batch_size}: each step has the same images in the same "
-        "views, and the weights agree up to rounding, unless there is BatchNorm (it sees other parts of a batch) or "
-        "dropout (it draws other numbers)."
+        f" It was saved by {processes} process{'es' if processes > 1 else ''} with {size} examples at a time, now "
+        f"there are {args.world_size} with {args.per_device_train_batch_size}: each step has the same examples in the "
+        "same views, and the weights agree up to rounding, unless there is BatchNorm (it sees other parts of a batch) "
+        "or dropout (it draws other numbers)."
     )

@@ -204,6 +204,7 @@ class Export(TypedDict):
     largest_logit_difference: Amount  # between ONNX and torch, on the evaluation images
     tolerance: Amount
     num_calibration_images: Count  # of the training, for int8
+    num_eval_images: NotRequired[Count]  # that accuracies and differences are of; missing: all
     device: str
     cpu_threads: Positive
     models: ExportedModels
@@ -306,12 +307,12 @@ def _misfits(results: dict[str, Any]) -> Iterator[str]:
     images = data["eval_class_counts"]
     for name in ("class_counts", "eval_class_counts"):
         if len(data[name]) != len(data["class_names"]) or not any(data[name]):
-            yield f"data.{name}: not a number for each of {len(data['class_names'])} classes, or no image at all"
+            yield f"data.{name}: not a number for each of {len(data['class_names'])} classes, or no example at all"
     for name, model in _models(results):
         for part in ("metrics", "post_hoc_metrics"):
             accuracies = (model.get(part) or {}).get("per_class_accuracy")
             if accuracies is not None and [value is None for value in accuracies] != [not n for n in images]:
-                yield f"{name}.{part}.per_class_accuracy: not one for each class with test images"
+                yield f"{name}.{part}.per_class_accuracy: not one for each class with test examples"
         if len(model.get("answers", images)) != len(images):
             yield f"{name}.answers: not a number for each class"
         if any(max(confusion[:2]) >= len(images) for confusion in model["confusions"]):

@@ -21,7 +21,7 @@ from .options import UNKNOWN_LICENSE
 from .reading import read_text
 from .results import ONNX_FILES, RESULTS_NAME, load_results, save_json
 from .schema import check_repo_id
-from .tasks import DEFAULT_TASK, check_of_images
+from .tasks import check_of_images, task_of
 from .text import one_line
 
 SPACE_FOLDER = "space"
@@ -44,7 +44,7 @@ def build_space(
     check_repo_id(space_id)
     publication = prepare(folder, model_id or space_id, license=license)
     results = load_results(folder) if RESULTS_NAME in publication.files else {}
-    check_of_images("--space", results.get("data", {}).get("task", DEFAULT_TASK))
+    check_of_images("--space", task_of(results.get("data", {})).name)
     if RESULTS_NAME not in publication.files or _PROCESSOR not in publication.files:
         raise InputError(
             f"--space: {folder} has no {RESULTS_NAME} or no {_PROCESSOR}: name the output folder of a run."

@@ -145,7 +145,7 @@ def measured(name: str, statistics: dict[str, Any] | None) -> float:
             "prior_in_teacher": ("--distillation_prior teacher", "--distillation_prior counts"),
         }[name]
         raise InputError(
-            f"{option} looks at training images first, which needs a training set with a length and random access, "
+            f"{option} looks at training examples first, which needs a training set with a length and random access, "
             f"and a known distillation loss. Use {way_out}."
         )
     return statistics[name]
@@ -163,11 +163,11 @@ def why_collapsed(statistics: dict[str, Any], class_names: Sequence[str]) -> str
     if share > _MOST_FAVOURED and share > _FAR_BEYOND_ITS_SHARE * own:
         return (
             f"{100 * share:.0f} % of the distillation targets name {class_names[statistics['favoured_class']]!r}, the "
-            f"class of {100 * own:.1f} % of the images"
+            f"class of {100 * own:.1f} % of the examples"
         )
     if target < _LEAST_AGREEMENT * teacher:
         return (
-            f"the distillation targets are right for {100 * target:.0f} % of the training images, the teacher for "
+            f"the distillation targets are right for {100 * target:.0f} % of the training examples, the teacher for "
             f"{100 * teacher:.0f} %"
         )
     return None
@@ -184,11 +184,11 @@ def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> 
         power = f"{power[:-1]}, prior left in the teacher {statistics['prior_in_teacher']:.2f})"
     kept = f"; of their mass {100 * statistics['top_k_mass']:.1f} % is kept" if "top_k_mass" in statistics else ""
     return (
-        f"Targets{power} of {statistics['num_images']:,} training images: right for "
+        f"Targets{power} of {statistics['num_images']:,} training examples: right for "
         f"{100 * statistics['target_agreement']:.0f} % (teacher {100 * statistics['teacher_agreement']:.0f} %); mass "
-        f"in % (share of the images): {shifts}; most often {class_names[statistics['favoured_class']]!r}, "
-        f"{100 * statistics['favoured_share']:.0f} % ({100 * statistics['favoured_label_share']:.0f} % of the images)"
-        f"{kept}."
+        f"in % (share of the examples): {shifts}; most often {class_names[statistics['favoured_class']]!r}, "
+        f"{100 * statistics['favoured_share']:.0f} % ({100 * statistics['favoured_label_share']:.0f} % of the "
+        f"examples){kept}."
     )
 
 
@@ -212,15 +212,15 @@ def answers_about_sample(
     logits, labels = data.answers(lambda batch: teacher(**split_inputs(batch)[1]), np.sort(numbers))
     if logits.isnan().any():
         raise TeacherLogitsError(
-            "The teacher's logits are not finite (NaN) for training images, before the first step. Check the "
-            "teacher's weights and precision (try without --fp16/--bf16), and the images."
+            "The teacher's logits are not finite (NaN) for training examples, before the first step. Check the "
+            "teacher's weights and precision (try without --fp16/--bf16), and the examples."
         )
     if teacher.known_classes is not None:
         kept = (labels[:, None] == teacher.known_classes.cpu()).any(dim=1)
         logits, labels = logits[kept], labels[kept]
     if not len(labels):
         raise InputError(
-            "No training image that was looked at is of a class that the teacher knows: there is nothing to "
+            "No training example that was looked at is of a class that the teacher knows: there is nothing to "
             "distil. Use another teacher, or a --method without one."
         )
     return logits, labels

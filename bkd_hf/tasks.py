@@ -1,6 +1,8 @@
 """What is classified: images, or texts. What a run has to know of either, beside how its examples are made.
 
 How data of a task are found is in `bkd_hf.loading`, how its examples become a model's inputs in `bkd_hf.inputs`.
+Cards, tables and figures call an example by the name of its task ([`task_of`]); a message that runs of any task may
+give says "example".
 """
 
 from __future__ import annotations
@@ -156,18 +158,12 @@ def task_of_columns(columns: list[str]) -> Task:
     return next((task for task in TASKS.values() if task.column in columns), TASKS[DEFAULT_TASK])
 
 
+def task_of(data: Mapping[str, Any]) -> Task:
+    """Return the task of a run, from the `data` section of its results."""
+    return TASKS[data.get("task", DEFAULT_TASK)]
+
+
 def task_of_model(model: Any) -> str:
     """Return the name of a model's task, by its first input."""
     first = getattr(model, "main_input_name", None)
     return next((task.name for task in TASKS.values() if task.main_input == first), DEFAULT_TASK)
-
-
-def worded(text: str, task: str) -> str:
-    """Have our own words about images be about the examples of another task; what is quoted stays as it is."""
-    if task == DEFAULT_TASK:
-        return text
-
-    def word(found: re.Match[str]) -> str:
-        return (f"{found[1]} " if found[1] else "") + (task.capitalize() if found[2] == "I" else task)
-
-    return re.sub(r"(?<![\w.'\"/-])(?:([Aa])n )?([Ii])mage(?=s?\b)", word, text)

@@ -41,7 +41,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from . import modeling_cifar_resnet, modeling_cosine_head  # noqa: F401 (makes them known to the Auto classes)
 from .errors import InputError
 from .models import label_names, on_the_hub, why_not_alike
-from .tasks import DEFAULT_TASK, TASKS, worded
+from .tasks import DEFAULT_TASK, TASKS
 from .text import normal, one_line
 
 #: Inputs with this prefix go to the teacher, without it.
@@ -305,8 +305,9 @@ def load_teacher(
 
 def _not_loadable(teacher: str, error: Exception, task: str) -> InputError:
     where = "a folder here" if os.path.isdir(teacher) else f"no folder here; {on_the_hub()}"
-    kind = worded("an image classifier", task)
-    return InputError(f"The teacher {teacher!r} cannot be loaded as {kind} ({where}): {one_line(error, 300)}")
+    return InputError(
+        f"The teacher {teacher!r} cannot be loaded as a classifier of {task}s ({where}): {one_line(error, 300)}"
+    )
 
 
 def check_numbers_of_classes(

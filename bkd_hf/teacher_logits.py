@@ -99,7 +99,7 @@ class LogitsFolder:
         size, missing = self.num_views * self._num_bytes / 1e6, self._num_missing / self.num_views
         state = f"{100 * (1 - missing):.0f} % of it is there" if missing else "all of it is there"
         return (
-            f"{self.num_views:,} view{'s' if self.num_views > 1 else ''} × {self.shape[0]:,} images × "
+            f"{self.num_views:,} view{'s' if self.num_views > 1 else ''} × {self.shape[0]:,} examples × "
             f"{self.shape[1]:,} {self.unit}, {size:,.1f} MB in {self.folder.parent}; {state}"
         )
 
@@ -260,8 +260,8 @@ def precompute_logits(
             logits = gather(teacher(batch)).detach().float().cpu().numpy()[: num_examples - number * per_round]
             if (np.isnan(logits) | np.isposinf(logits)).any():
                 raise TeacherLogitsError(
-                    f"{folder.what} are not finite (NaN or Inf) for training images, in view {view}. Check the "
-                    "weights and the precision (try without --fp16/--bf16), and the images."
+                    f"{folder.what} are not finite (NaN or Inf) for training examples, in view {view}. Check the "
+                    "weights and the precision (try without --fp16/--bf16), and the examples."
                 )
             with np.errstate(over="ignore"):
                 stored = folder.pack(logits)
@@ -356,7 +356,7 @@ def describe_views(dataset: Any, sampler: str, option: str = "--teacher_cache") 
     """
     if sampler != "instance":
         raise InputError(
-            f"{option} does not go with --sampler {sampler}: how often an image is drawn in an epoch, and so "
+            f"{option} does not go with --sampler {sampler}: how often an example is drawn in an epoch, and so "
             f"how many views it has, differs from epoch to epoch. Use {option} off."
         )
     if hasattr(dataset, "describe_views"):

@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from .models import label_names
 from .plots import plot_class_accuracy
-from .results import describe_classes
+from .results import describe_classes, described_task
+from .tasks import task_of_model
 
 
 class ClassFigures(TrainerCallback):
@@ -41,7 +42,8 @@ class ClassFigures(TrainerCallback):
         counts, step = measured.class_counts.astype(int).tolist(), state.global_step
         names = label_names(self.trainer.model.config) or [str(number) for number in range(len(counts))]
         results = {
-            "data": describe_classes(names, counts, measured.labelled.tolist(), *measured.thresholds),
+            "data": describe_classes(names, counts, measured.labelled.tolist(), *measured.thresholds)
+            | described_task(task_of_model(self.trainer.model)),
             **self.known,
             "student": {"model": f"after step {step:,}", "metrics": measured.compute()["metrics"]},
         }

@@ -14,7 +14,7 @@ import numpy as np
 
 from .methods import METHODS, RECOMMENDED, corrects
 from .results import adjusts_itself
-from .tasks import DEFAULT_TASK, worded
+from .tasks import task_of
 
 # Below this share of the teacher's accuracy, and of the tested classes that are ever answered, something went wrong.
 _FAR_BELOW = 0.8
@@ -42,8 +42,7 @@ class Verdict:
 
 def judge(results: dict[str, Any]) -> Verdict:
     """Judge the student of a run, from the content of its `results.json`."""
-    task = results["data"].get("task", DEFAULT_TASK)
-    return Verdict(*_compare(results), [worded(warning, task) for warning in _warnings(results)])
+    return Verdict(*_compare(results), _warnings(results))
 
 
 def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -119,5 +118,6 @@ def _warnings(results: dict[str, Any]) -> list[str]:
     most = times.argmax()
     if times[most] > _TOO_OFTEN and answers[most] > _MANY_ANSWERS * answers.sum():
         name = data["class_names"][most]
-        found.append(f"{name!r} is answered {times[most]:.1f} times as often as it occurs among the test images.")
+        among = f"among the test {task_of(data).name}s"
+        found.append(f"{name!r} is answered {times[most]:.1f} times as often as it occurs {among}.")
     return found

@@ -297,7 +297,7 @@ def test_the_default_is_for_data_of_peoples_own(finished, copy, run_here):
     assert sum(student["answers"]) == 400
     card = (finished / "README.md").read_text()
     assert "The student started from the teacher's weights." in card
-    assert "of 344 training images: right for" in card
+    assert "of 344 training examples: right for" in card
     # The first line under the table.
     output = run_here(*QUICK, "--output_dir", str(copy))
     assert output.partition("└")[2].splitlines()[1].startswith("The student is ")
@@ -418,7 +418,7 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     )  # fmt: skip
     assert "--max_class_count has no effect" in output
     assert "has no evaluation split" in output
-    assert "Images are prepared by" in output
+    assert "Examples are prepared by" in output
     results = load_results(tmp_path / "run")
     assert results["data"]["name"] == "data"
     assert "1 of 4 classes (grey) have no evaluation image" in output

@@ -141,7 +141,7 @@ def test_results_of_an_earlier_version_are_refused(cells):
 
 def test_cells_of_other_images_are_refused(cells):
     cells[3]["data"]["fingerprint"] = "another split"
-    with pytest.raises(InputError, match=r"first.* and fourth are of different images"):
+    with pytest.raises(InputError, match=r"first.* and fourth are of different examples"):
         Comparison(cells, ["first", "second", "third", "fourth", "fifth", "sixth", "seventh"])
 
 

@@ -231,7 +231,7 @@ def test_other_evaluation_images_are_named_before_a_finished_run_is_reported(tmp
     assert "eval_fingerprint is " in refused_in_one_line(*run(*argv))
     shutil.rmtree(tmp_path / "data")
     code, said = run(*argv)
-    assert (code, "Nobody knows whether the images of this run are still the same" in said) == (0, True)
+    assert (code, "Nobody knows whether the examples of this run are still the same" in said) == (0, True)
 
 
 @pytest.mark.parametrize("name", ["results.json", "model.safetensors", "config.json"])

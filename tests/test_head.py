@@ -213,7 +213,7 @@ def test_class_means_by_hand(tmp_path):
     model = with_class_means(Bare(), Examples(features, [0, 0, 1, 1, 1]), tmp_path)
     torch.testing.assert_close(model.classifier.weight, 30 / 2.8 * torch.eye(2))
     torch.testing.assert_close(model.classifier.bias, torch.zeros(2))
-    with pytest.raises(InputError, match="there is no training image of 2, so no mean"):
+    with pytest.raises(InputError, match="there is no training example of 2, so no mean"):
         with_class_means(Bare(num_labels=3), Examples(features, [0, 0, 1, 1, 1]), tmp_path)
 
 

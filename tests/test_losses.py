@@ -396,7 +396,7 @@ def test_no_gradient_reaches_the_teacher(name):
         (lambda s, t, y: ldam_loss(s, y, [1, 2, 3]), "5 classes, the counts have shape"),
         (lambda s, t, y: ldam_loss(s, y, COUNTS, max_margin=-0.1), "max_margin must be"),
         (lambda s, t, y: ldam_loss(s, y, COUNTS, scale=0), "scale must be"),
-        (lambda s, t, y: balanced_softmax_loss(s, y, [5, 4, 3, 2, 0]), "no training image .first: class 4."),
+        (lambda s, t, y: balanced_softmax_loss(s, y, [5, 4, 3, 2, 0]), "no training example .first: class 4."),
         (lambda s, t, y: logit_adjustment_loss(s, y, COUNTS, float("nan")), "tau must be"),
         (lambda s, t, y: dive_loss(s, t, power=0), "power must be"),
         (lambda s, t, y: dive_loss(s, t, temperature=0), "temperature must be"),

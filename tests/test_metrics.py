@@ -40,7 +40,7 @@ def test_answers_that_are_no_numbers_are_refused(row):
         lambda: long_tail_metrics(logits, labels, [5, 5, 5]),
         lambda: expected_calibration_error(logits, labels),
     ):
-        with pytest.raises(NotFiniteError, match="logits of image 1 are not finite"):
+        with pytest.raises(NotFiniteError, match="logits of example 1 are not finite"):
             measure()
     # A teacher that does not know a class says −∞ of it.
     assert long_tail_metrics(np.array([[0, -math.inf]]), np.array([0]), [5, 5])["accuracy"] == 1.0
@@ -95,9 +95,9 @@ def test_after_an_image_without_an_answer_parts_have_no_metrics():
     parts = [LongTailAccumulator([5, 5]) for _ in range(2)]
     parts[0].update(np.zeros((2, 2)), np.array([0, 1]), first=0)
     parts[1].update(np.array([[0, 1], [0, math.nan]]), np.array([0, 1]), first=2)
-    with pytest.raises(NotFiniteError, match="logits of image 3 are not finite"):
+    with pytest.raises(NotFiniteError, match="logits of example 3 are not finite"):
         parts[0].merge(parts[1]).compute()
-    with pytest.raises(ValueError, match="No image has been measured"):
+    with pytest.raises(ValueError, match="No example has been measured"):
         LongTailAccumulator([5, 5]).compute()
 
 

@@ -406,7 +406,7 @@ def test_repeated_images_are_augmented_otherwise_each_time():
         ),
         (
             lambda p: trainer_for(p, teacher=None, method="balanced-softmax", class_counts=[20, 10, 5, 3, 0]).train(),
-            "no training image",
+            "no training example",
         ),
     ],
 )

@@ -49,7 +49,7 @@ def pixels(number: int, seed: int) -> np.ndarray:
 
 def test_files_answer_as_the_model_does_for_any_number_of_images(tmp_path):
     # Attention and a cosine head; convolutions are in the run below. An export takes seconds: all others of
-    # tests/architectures.py were tried by hand.
+    # tests/architectures.py are in the table of model_cards/onnx/README.md.
     torch.manual_seed(0)
     tiny("ViT", 1).save_pretrained(tmp_path / "model")
     model = load_classifier(str(tmp_path / "model"), NAMES, cosine_scale=7.0).eval()
@@ -173,6 +173,8 @@ def test_results_of_an_export(exported):
     assert 0 < results["export"]["largest_logit_difference"] < results["export"]["tolerance"] < 0.1
     assert results["export"]["num_calibration_images"] == 51 + 51 + 51 + 32 + 20 + 12 + 8 + 5 + 3 + 2
     assert results["export"]["cpu_threads"] == 1
+    assert results["export"]["num_eval_images"] == 400
+    assert "The student was asked about" not in (exported / "README.md").read_text()
     assert {(exported / name).stat().st_size for name in FILES} == {models[n]["bytes"] for n in ("onnx", "int8")}
     assert models["int8"]["bytes"] < models["onnx"]["bytes"] / 2
     assert all(model["seconds"]["1"] > 0 for model in models.values())
@@ -257,6 +259,16 @@ def test_a_teacher_trained_in_the_run_is_timed(copy, capsys):
     shutil.copytree(given, copy / "teacher")
     (copy / "onnx" / "model.onnx").unlink()
     assert "teacher" in export_run(recorded_arguments(copy), Announcer())["export"]["models"]
+
+
+def test_of_a_large_evaluation_set_a_part_is_asked(copy, monkeypatch):
+    monkeypatch.setattr(onnx_export, "EVALUATION_IMAGES", 100)
+    results = export_run(recorded_arguments(copy), Announcer())
+    assert results["export"]["num_eval_images"] == 100
+    assert results["export"]["models"]["onnx"]["metrics"]["accuracy"] * 100 % 1 == pytest.approx(0, abs=1e-6)
+    told = "The student was asked about 100 of 400 test images, of each class in proportion."
+    assert told in lines(results)
+    assert told in (copy / "README.md").read_text()
 
 
 def test_other_images_are_refused(copy):

@@ -322,6 +322,8 @@ def test_a_model_alone_is_nobodys_student(ten):
     title = plot_confusion(ten).get_suptitle()
     assert title.startswith("Confusions: ")
     assert "student" not in title + "".join(text.get_text() for text in plot_confusion(ten).texts)
+    (shown,) = plot_class_accuracy(ten).axes[3].get_legend().get_texts()
+    assert shown.get_text() == "this model"
 
 
 # ---- Confusions -----------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_a_run_goes_on_in_the_precision_that_was_measured_when_it_began(tmp_path
     output = run_here(*options_for(first))
     assert {*steps} == {"fp32", "bf16"}
     assert "1 CPU thread, fp32 or bf16." in output
-    assert "Precision: bf16. Images a second of a training step, measured on this machine: " in output
+    assert "Precision: bf16. Examples a second of a training step, measured on this machine: " in output
     hardware = load_results(first)["hardware"]
     assert hardware["precision"] == "bf16"
     assert hardware["precision_rates"]["bf16"] == 2 * hardware["precision_rates"]["fp32"]

@@ -233,10 +233,10 @@ def test_another_number_of_processes_goes_on_with_the_same_global_batch(tmp_path
     assert not (folder / "results.json").exists()
     assert json.loads((folder / "bkd_run.json").read_text())["training"]["global_batch_size"] == 32
     error = refused_in_one_line(*run(*vit, *two, "--output_dir", folder))
-    assert "--global_batch_size is 32 there, 16 here; --global_batch_size 32 keeps the images of a step" in error
+    assert "--global_batch_size is 32 there, 16 here; --global_batch_size 32 keeps the examples of a step" in error
     code, said = run(*vit, *two, "--global_batch_size", 32, "--output_dir", folder)
     assert code == 0, said
-    assert "It was saved by 2 processes with 16 images at a time, now there are 1 with 16" in said
+    assert "It was saved by 2 processes with 16 examples at a time, now there are 1 with 16" in said
 
     # Only the first process gets it, and both stop after the same step.
     folder = tmp_path / "1 to 2"

@@ -218,14 +218,14 @@ def test_statistics_by_hand():
     assert (found["favoured_class"], found["favoured_share"], found["favoured_label_share"]) == (2, 0.5, 0.0)
     line = describe_targets({**found, "power": 0.5}, ["a", "b", "c"])
     assert "right for 50 % (teacher 100 %)" in line
-    assert "few 45 (0); most often 'c', 50 % (0 % of the images)" in line
+    assert "few 45 (0); most often 'c', 50 % (0 % of the examples)" in line
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({}, None),
-        ({"target_agreement": 0.14}, "right for 14 % of the training images, the teacher for 60 %"),
+        ({"target_agreement": 0.14}, "right for 14 % of the training examples, the teacher for 60 %"),
         ({"target_agreement": 0.16}, None),
         ({"favoured_share": 0.9, "favoured_label_share": 0.02}, "90 % of the distillation targets name 'b'"),
         ({"favoured_share": 0.9, "favoured_label_share": 0.2}, None),
@@ -301,7 +301,7 @@ def test_a_look_with_a_partial_teacher(tmp_path):
     assert math.isfinite(found["mass"]["few_shot"])
     unknowing = FrozenTeacher(resnet(1), columns=[None, None, None, None, 4])
     trainer = trainer_for(tmp_path, teacher=unknowing, method="bkd")
-    with pytest.raises(InputError, match="No training image that was looked at is of a class that the teacher knows"):
+    with pytest.raises(InputError, match="No training example that was looked at is of a class that the teach"):
         trainer.look_at_targets(num_images=1)
 
 
@@ -324,7 +324,7 @@ def test_nothing_to_look_at(tmp_path, monkeypatch):
 
 
 def test_measured_needs_images_to_look_at(tmp_path):
-    with pytest.raises(InputError, match="--class_balance_power measured looks at training images first"):
+    with pytest.raises(InputError, match="--class_balance_power measured looks at training examples first"):
         trainer_with_own_loss(tmp_path, method="bkd-calibrated")
 
 
@@ -370,7 +370,7 @@ def test_only_what_the_teacher_still_holds_is_taken_out(tmp_path):
 def test_no_such_prior(tmp_path):
     with pytest.raises(InputError, match="--distillation_prior must be one of auto, counts, teacher, got uniform"):
         BKDConfig(output_dir="unused", use_cpu=True, distillation_prior="uniform")
-    with pytest.raises(InputError, match="--distillation_prior teacher looks at training images first"):
+    with pytest.raises(InputError, match="--distillation_prior teacher looks at training examples first"):
         trainer_with_own_loss(tmp_path, method="bkd", distillation_prior="teacher").train()
 
 

@@ -386,7 +386,7 @@ def test_what_killed_runs_left_is_removed(tmp_path):
 
 
 def test_size_is_said(tmp_path):
-    assert str(compute(tmp_path)) == f"2 views × 10 images × 3 classes, 0.0 MB in {tmp_path}; 50 % of it is there"
+    assert str(compute(tmp_path)) == f"2 views × 10 examples × 3 classes, 0.0 MB in {tmp_path}; 50 % of it is there"
     assert str(compute(tmp_path, view=0)).endswith("all of it is there")
 
 
@@ -491,7 +491,7 @@ def test_two_processes_compute_what_one_reads(tmp_path):
     ]  # fmt: skip
     both = start_two(*options, "--per_device_train_batch_size", "16", "--output_dir", tmp_path / "two")
     assert [process.wait() for process in both] == [0, 0], [process.output for process in both]
-    assert "Teacher cache: 2 views × 344 images × 10 classes" in both[0].output
+    assert "Teacher cache: 2 views × 344 examples × 10 classes" in both[0].output
     teacher = ["--teacher_model_name_or_path", tmp_path / "two" / "teacher"]
     code, said = run(*options, *teacher, "--per_device_train_batch_size", "32", "--output_dir", tmp_path / "one")
     assert code == 0, said

@@ -320,7 +320,7 @@ def test_teacher_that_guesses_is_refused(finished, tmp_path, run_here):  # noqa:
     # The right names, the wrong rows: what alignment by name cannot see.
     teacher = changed(finished / "teacher", tmp_path / "teacher", [5, 6, 7, 8, 9, 0, 1, 2, 3, 4], DIGITS)
     message = refused(*options_for(tmp_path, teacher))
-    assert "% of the evaluation images (mean over classes), where guessing gives 10.0 %" in message
+    assert "% of the evaluation examples (mean over classes), where guessing gives 10.0 %" in message
     assert "--force_teacher" in message
     output = run_here(*options_for(tmp_path, teacher), "--force_teacher", "--num_train_epochs", "1")
     assert "it is used all the same (--force_teacher)" in output

@@ -25,8 +25,8 @@ from bkd_hf import (
 )
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.docstrings import GROUPS, docstrings
+from bkd_hf.plots import plot_class_accuracy, plot_confusion
 from bkd_hf.rehearsal import check_before_work
-from bkd_hf.tasks import worded
 from bkd_hf.text_data import fresh_tokenizer, same_tokens, set_max_length
 from bkd_hf.training_data import collator_of
 from tests.test_cli import run_here  # noqa: F401
@@ -161,18 +161,6 @@ def test_batches_are_padded_for_student_and_teacher(tokenizer):
     assert not any(name.startswith("teacher_") for name in TextDataset(data, tokenizer, tokenizer)[0])
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("An image classifier for images.", "A text classifier for texts."),
-        ("Images of 'image' at a/image.png, in data.images: --image_size", None),
-    ],
-)
-def test_words_of_a_task(text, expected):
-    assert worded(text, "image") == text
-    assert worded(text, "text") == (expected or text.replace("Images of", "Texts of"))
-
-
 # ---- Bad input
 
 
@@ -237,6 +225,9 @@ def test_a_run_on_texts(run_here, tmp_path):  # noqa: F811
     assert " training texts of 10 classes" in output
     assert "image" not in output
     results = load_results(folder)
+    shown = [plot(results).axes for plot in (plot_class_accuracy, plot_confusion)]
+    labels = [axes[0].get_ylabel() for axes in shown]
+    assert labels == ["training texts\n(log scale)", "true class (training texts)"]
     assert (results["data"]["task"], results["data"]["hub_id"], results["student"]["hub_id"]) == ("text", None, None)
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag == "text-classification"

@@ -165,10 +165,10 @@ class LongTailAccumulator:
 
     def _metrics(self) -> dict[str, Any]:
         if not self.num_images:
-            raise ValueError("No image has been measured.")
+            raise ValueError("No example has been measured.")
         if self.not_finite is not None:
             raise NotFiniteError(
-                f"The logits of image {self.not_finite} are not finite (NaN or Inf): they answer nothing. The model "
+                f"The logits of example {self.not_finite} are not finite (NaN or Inf): they answer nothing. The model "
                 "has diverged, or its precision has too small a range."
             )
         tested = self.labelled > 0
@@ -241,7 +241,7 @@ def post_hoc_logit_adjustment(
         raise ValueError(f"There are {counts.size} class counts, but the logits have {np.shape(logits)[-1]} classes.")
     if (counts == 0).any():
         raise ValueError(
-            f"Class {counts.argmin()} has no training image: the logarithm of its frequency is not finite."
+            f"Class {counts.argmin()} has no training example: the logarithm of its frequency is not finite."
         )
     return np.asarray(logits, dtype=np.float64) - _log_frequencies(counts, tau)
 

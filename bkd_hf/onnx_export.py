@@ -51,7 +51,7 @@ from .views import output_size
 
 #: Evaluation images that each is asked about at most, of each class in proportion, and one at least: three models on a
 #: CPU could take hours for more, and what rounding costs is seen on these.
-EVALUATION_IMAGES = 5000
+EVALUATION_IMAGES = 10_000
 _BATCH = 32
 
 

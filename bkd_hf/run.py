@@ -392,18 +392,17 @@ def _look_at_targets(
             "--distillation_prior teacher takes out only that."
         )
     if collapse := why_collapsed(statistics, class_names):
+        # At p = 1/T not the re-weighting is to blame, but the teacher, as after the first steps of a training.
         over_corrects = statistics.get("power", 0.0) > 1 / options.training.temperature
+        wrong, way_out = f"The distillation targets collapse: {collapse}.", "a teacher that was trained longer"
+        if over_corrects:
+            way_out = f"--class_balance_power auto, a lower --temperature, or {way_out}"
         if over_corrects and not options.model.force_distillation:
             raise InputError(
-                f"The distillation targets collapse: {collapse}. A student would learn that. In another "
-                "--output_dir, try --class_balance_power auto, a lower --temperature, or a teacher that was "
-                "trained longer; --force_distillation uses these targets all the same."
+                f"{wrong} A student would learn that. In another --output_dir, try {way_out}; --force_distillation "
+                "uses these targets all the same."
             )
-        # Not the re-weighting, but the teacher is to blame for the rest, as after the first steps of a training.
-        say(
-            f"WARNING: The distillation targets collapse: {collapse}. Train the teacher longer "
-            "(--teacher_num_train_epochs)."
-        )
+        say(f"WARNING: {wrong} Try {way_out}.")
     return statistics
 
 

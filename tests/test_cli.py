@@ -315,6 +315,7 @@ def test_collapsing_targets_are_refused_unless_forced(tmp_path, run_here):
     output = run_here(*options, "--force_distillation")  # the same folder: the teacher is kept
     assert "Using the teacher in" in output
     assert "WARNING: The distillation targets collapse" in output
+    assert "Try --class_balance_power auto, a lower --temperature, or" in output
     targets = load_results(tmp_path / "run")["student"]["targets"]
     assert targets["power"] == 5.0
     assert targets["target_agreement"] < 0.25 * targets["teacher_agreement"]

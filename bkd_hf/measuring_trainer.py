@@ -118,11 +118,11 @@ class MeasuringTrainer(Trainer):
         elif self.long_tail is not None and not (self.compute_metrics or self.preprocess_logits_for_metrics):
             accumulator = self.long_tail.accumulator()
         self._evaluation = EvaluationMeter(self.accelerator, self.args.label_smoothing_factor, accumulator)
-        # Loaders take numbers from the common generator, how many depends on their workers: the training must not
-        # notice.
         uses_deepspeed, trains = self.is_deepspeed_enabled, self.deepspeed is not None
         self.is_deepspeed_enabled = uses_deepspeed and trains  # which takes no model that it does not train
         try:
+            # Loaders take numbers from the common generator, how many depends on their workers: the training must not
+            # notice.
             with torch.random.fork_rng(devices=[]):
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix

@@ -45,7 +45,7 @@ _NOT_FOR_CELLS = {
     "--output_dir": "give it once",
     "--overwrite": "delete the folders of the cells that are to run anew",
     "--resume_from_checkpoint": "an interrupted cell resumes by itself",
-    "--max_steps": "use --num_train_epochs",
+    "--max_steps": "use --num_train_epochs; only with --streaming it is needed",
     "--push_to_hub": f"push the cells that you choose by {' '.join(program('publish'))}",
 }
 _KINDS = ("plain", "teacher", "distilling")
@@ -136,9 +136,9 @@ def plan_cells(
     for name, values in (("methods", list(methods)), ("seeds", list(seeds))):
         if len(set(values)) < len(values):
             raise InputError(f"--{name} {' '.join(map(str, values))}: each may be given once.")
-    for token in options:
-        option = token.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        if option in _NOT_FOR_CELLS:
+    given = [token.split("=")[0].replace("-", "_").replace("__", "--", 1) for token in options]
+    for option in given:
+        if option in _NOT_FOR_CELLS and not (option == "--max_steps" and "--streaming" in given):  # it has no epochs
             raise InputError(f"{option} cannot be set for a comparison: {_NOT_FOR_CELLS[option]}.")
         if option.startswith("--teacher_") and not any(map(_distils, methods)):
             distilling = ", ".join(filter(_distils, METHODS))
@@ -356,7 +356,7 @@ class CellRunner:
         times = [entry["elapsed_seconds"] for entry in student["history"] if "loss" in entry]
         per_step = (times[-1] - times[0]) / (_TIMED_STEPS - window)
         steps_per_epoch = math.ceil(results["data"]["num_train_images"] / effective_batch_size(results))
-        num_steps = args.num_train_epochs * steps_per_epoch
+        num_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * steps_per_epoch
         evaluated = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
         evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args)
         return wall - student["training"]["seconds"] + evaluating + per_step * num_steps

@@ -106,7 +106,8 @@ def why_not_stored(error: BaseException) -> str | None:
 def why_alone(error: BaseException) -> str | None:
     """Say that another process of a run is gone or silent, if an error of torch tells that; else `None`."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    if "DistError" not in names and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
+    is_of_gloo = isinstance(error, RuntimeError) and re.search("gloo|pair closure", str(error))
+    if "DistError" not in names and not is_of_gloo:
         return None
     said = re.sub(r"^\[\S*\] ", "", first_line(error))
     return (

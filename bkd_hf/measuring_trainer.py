@@ -74,6 +74,7 @@ class MeasuringTrainer(Trainer):
     #: The long-tail metrics; `None` without class counts.
     long_tail: LongTailEvaluation | None = None
     _is_measuring = False
+    is_deepspeed_enabled: bool
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._clock_offsets: dict[str, float] = {}
@@ -117,12 +118,17 @@ class MeasuringTrainer(Trainer):
         elif self.long_tail is not None and not (self.compute_metrics or self.preprocess_logits_for_metrics):
             accumulator = self.long_tail.accumulator()
         self._evaluation = EvaluationMeter(self.accelerator, self.args.label_smoothing_factor, accumulator)
-        # Loaders take numbers from the common generator, how many depends on their workers: the training must not
-        # notice.
-        with torch.random.fork_rng(devices=[]):
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
+        uses_deepspeed, trains = self.is_deepspeed_enabled, self.deepspeed is not None
+        self.is_deepspeed_enabled = uses_deepspeed and trains  # which takes no model that it does not train
+        try:
+            # Loaders take numbers from the common generator, how many depends on their workers: the training must not
+            # notice.
+            with torch.random.fork_rng(devices=[]):
+                output = super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
+        finally:
+            self.is_deepspeed_enabled = uses_deepspeed
         found = self._evaluation.finish()
         dataset: Any = dataloader.dataset
         num_answers = self._evaluation.num_answers

@@ -163,7 +163,7 @@ def rehearse(args: BKDConfig) -> None:
     Raises:
         InputError: Naming the option, if that cannot be done.
     """
-    if args.deepspeed:  # which prepares a process for one model
+    if args.deepspeed:  # its file is for the batches of the real training
         return
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -55,22 +56,30 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
         )
 
 
+def start_deepspeed_anew(args: Any) -> None:
+    """Have accelerate take this training's DeepSpeed: it keeps the first of a process, and refuses a second.
+
+    Where its file says nothing of them, gradients are clipped as the options say, and not at a norm of 1.
+    """
+    if args.deepspeed_plugin is not None:
+        AcceleratorState._reset_state()
+        args.deepspeed_plugin.deepspeed_config.setdefault("gradient_clipping", args.max_grad_norm)
+
+
 def check_deepspeed(args: Any, distils: bool) -> None:
-    """Refuse what would save no model, and a teacher under DeepSpeed, which prepares a process for one model.
+    """Refuse what would save no model, and a teacher under ZeRO-3, which leaves each process a part of its weights.
 
     Raises:
-        InputError: Naming what does the same.
+        InputError: Naming the way out.
     """
     gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-    config = getattr(args, "hf_deepspeed_config", None)
-    if config is not None and config.is_zero3() and not config.get_value(gathers, False):
+    plugin = args.deepspeed_plugin
+    if not (plugin and plugin.zero_stage == 3):
+        return
+    if distils:
+        raise InputError("--deepspeed: ZeRO-3 does not go with a teacher. Use ZeRO-2, or --fsdp, which spreads both.")
+    if not plugin.hf_ds_config.get_value(gathers, False):
         raise InputError(f'--deepspeed: ZeRO-3 would save no whole model. Set "{gathers}" to true in its file.')
-    if distils and (args.deepspeed or launcher_shards("DEEPSPEED")):
-        raise InputError(
-            "DeepSpeed prepares a process for one model, and here a teacher is the second. Use --fsdp, which spreads "
-            f"both; or train the teacher alone with DeepSpeed, by --method ce --output_dir {args.output_dir}_teacher, "
-            f"and the student without it, by --teacher_model_name_or_path {args.output_dir}_teacher."
-        )
 
 
 def tell_of_layers(accelerator: Accelerator, args: Any, model: nn.Module) -> None:

@@ -39,7 +39,7 @@ from .models import start_from_teacher
 from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
-from .sharding import check_engine, spread_large_teacher, tell_of_layers
+from .sharding import check_engine, spread_large_teacher, start_deepspeed_anew, tell_of_layers
 from .stopping import StopAtSigterm
 from .streams import sample_of
 from .targets import NUM_IMAGES, answers_about_sample, look, measured
@@ -206,6 +206,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator as `Trainer`, and look which engine it is."""
+        start_deepspeed_anew(self.args)
         super().create_accelerator_and_postprocess()
         check_engine(self.args, self.accelerator)
 

@@ -108,12 +108,15 @@ def run(*argv: Any, **options: Any) -> tuple[int, str]:
     return process.wait(), process.output
 
 
-def start_two(*argv: Any, nodes: Sequence[Sequence[Any]] = ()) -> list[Run]:
-    """Start a run of two processes, of one machine or, with options for each, of two."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return free.getsockname()[1]
+
+
+def start_two(*argv: Any, nodes: Sequence[Sequence[Any]] = ()) -> list[Run]:
+    """Start a run of two processes, of one machine or, with options for each, of two."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     local = [{"LOCAL_WORLD_SIZE": "1" if nodes else "2", "LOCAL_RANK": "0" if nodes else rank} for rank in "01"]
     own = nodes or ((), ())
     return [Run(*argv, *own[rank], "--use_cpu", "true", RANK=str(rank), **local[rank], **shared) for rank in range(2)]

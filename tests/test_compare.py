@@ -309,6 +309,12 @@ def test_a_teacher_for_other_classes_is_trained_once_a_seed(tmp_path):
     assert [cell.name for cell in cells if cell.is_teacher] == ["teacher ce seed 0", "teacher ce seed 1"]
 
 
+def test_streams_are_compared_by_their_steps(tmp_path):
+    options = ["--dataset_name", "shards", "--streaming", "true", "--class_counts", "counts.json", "--max_steps", "5"]
+    cells = plan_cells(["ce", "kd"], [0], tmp_path, RUN_SCRIPT, options)
+    assert [cell.parse().training.max_steps for cell in cells] == [5, 5]
+
+
 def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
     secret, place = "hf_" + "x" * 30, str(tmp_path / "private")
     options = ["--hub_token", secret, f"--token={secret}", "--hub-token", secret, "--dataset_name", place]
@@ -335,6 +341,7 @@ def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
         (["ce"], [0, 0], [], "--seeds 0 0"),
         (["ce"], [0], ["--seed", "3"], "--seed cannot be set for a comparison: use --seeds"),
         (["ce"], [0], ["--method=kd"], "--method cannot be set"),
+        (["ce"], [0], ["--max_steps", "5"], "--max_steps cannot be set for a comparison: use --num_train_epochs"),
         (["ce"], [0], ["--teacher_learning_rate", "1"], "--teacher_learning_rate: none of --methods ce has"),
         (
             ["ce", "kd"],

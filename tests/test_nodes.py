@@ -1,17 +1,20 @@
-"""Several machines, as processes that are told to be on different ones; forked, so that none has to import torch."""
+"""Several machines: two real launchers, and processes that are told to be on two; forked, as importing torch costs."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 from bkd_hf import load_processor
 from bkd_hf.commands.run import main
-from tests.faults import Run, in_two_processes, refused_in_one_line, same_outcome, start_two, weights
+from tests.conftest import REPOSITORY, WORKER_ENVIRONMENT
+from tests.faults import Run, free_port, in_two_processes, refused_in_one_line, same_outcome, start_two, weights
 from tests.test_stopping import SHORT, wait_for
 from tests.tiny_models import tiny_vit
 
@@ -64,6 +67,25 @@ def test_two_machines_with_disks_of_their_own_do_the_same_run(tmp_path, vit, who
     assert not (there / "results.json").exists()
     said = ends(start_two(*vit, nodes=nodes), 0, 0)
     assert "This run is finished" in said[0]
+
+
+def test_two_launchers_with_homes_of_their_own_do_the_same_run(tmp_path, vit, whole):
+    words = ["torchrun", "--nnodes", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    words += [REPOSITORY / "scripts/run_bkd.py", *vit, "--method", "ce"]
+    launched, folders = [], [tmp_path / name / "run" for name in "ab"]
+    for folder in folders:
+        own = {name: str(folder.parent / name.lower()) for name in ("HOME", "HF_HOME", "TMPDIR")}
+        own["MPLCONFIGDIR"] = matplotlib.get_cachedir()  # or each would look for all fonts
+        Path(own["TMPDIR"]).mkdir(parents=True)
+        argv, environment = [*map(str, words), "--output_dir", str(folder)], WORKER_ENVIRONMENT | own
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        launched.append(subprocess.Popen(argv, env=environment, **pipes))
+    said = [process.communicate()[0] for process in launched]
+    assert [process.returncode for process in launched] == [0, 0], said
+    (main,) = (folder for folder in folders if (folder / "results.json").exists())
+    same_outcome(main, whole / "teacher")
+    (other,) = {*folders} - {main}
+    assert [path.name for path in other.iterdir()] == ["checkpoint-24"]  # the best one, which it had to load
 
 
 def test_machines_that_are_told_different_things_are_refused(tmp_path, vit):

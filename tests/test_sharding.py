@@ -1,15 +1,18 @@
-"""FSDP2, in two forked processes on the CPU: accelerate's own, which is made to take gloo for a device's backend."""
+"""FSDP2 and DeepSpeed, in two forked processes on the CPU, where accelerate takes gloo for a device's backend."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate.state
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForImageClassification
 
@@ -24,6 +27,7 @@ from tests.tiny_models import tiny_vit
 
 pytestmark = pytest.mark.slow
 
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 COUNTS = [30, 20, 10, 5, 2]
 SHARDS = {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 
@@ -39,7 +43,8 @@ def trainer_of(folder: Path, model: Any, teacher: Any = None, **options: Any) ->
     settings = {
         "method": "ce" if teacher is None else "bkd", "num_train_epochs": 2, "learning_rate": 0.01, "logging_steps": 1,
         "per_device_train_batch_size": 32 // int(os.environ.get("WORLD_SIZE", "1")), "save_strategy": "epoch",
-        "eval_strategy": "epoch", "optim": "adamw_torch", "use_cpu": True, "disable_tqdm": True, **options,
+        "eval_strategy": "epoch", "optim": "adamw_torch", "use_cpu": True, "disable_tqdm": True,
+        "max_grad_norm": 2.0, **options,
     }  # fmt: skip
     data = Examples(examples(77, 8))
     args = BKDConfig(str(folder), **settings)
@@ -60,13 +65,7 @@ def trained(*args: Any, resume_from: Path | None = None, **options: Any) -> tupl
 
 
 def take_gloo_for_a_device() -> None:
-    prepare = accelerate.state.PartialState._prepare_backend
-
-    def prepare_backend(*args: Any, **kwargs: Any) -> tuple:
-        backend, kind = prepare(*args, **kwargs)
-        return backend, DistributedType.MULTI_XPU if kind == DistributedType.MULTI_CPU else kind
-
-    accelerate.state.PartialState._prepare_backend = prepare_backend
+    accelerate.state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_XPU)
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
 
@@ -99,6 +98,21 @@ def spread(folder: Path) -> dict[str, Any]:
     return found
 
 
+def with_deepspeed(folder: Path) -> dict[str, Any]:
+    """Train two models in one process; the file says nothing of clipping, so it is as the options say."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    take_gloo_for_a_device()
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # needs a compiler
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    file = {"zero_optimization": {"stage": 2}, "zero_force_ds_cpu_optimizer": False, **dict.fromkeys(sizes, "auto")}
+    trained(folder / "zero2 teacher", tiny_vit(2, 5), deepspeed=file, use_cpu=False)
+    teacher = load_teacher(str(folder / "zero2 teacher"))
+    measured = trainer_of(folder / "none", teacher.as_classifier(), deepspeed=file, use_cpu=False).evaluate()
+    found = trained(folder / "zero2", tiny_vit(1, 5), teacher, deepspeed=file, use_cpu=False)
+    leave_process_group()
+    return {"deepspeed": found, "measured with deepspeed": measured["eval_loss"]}
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """A folder, and what one process found, and two."""
@@ -107,10 +121,14 @@ def outcomes(tmp_path_factory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     teacher = load_teacher(str(folder / "one teacher"))
     one["measured"] = trainer_of(folder / "none", teacher.as_classifier()).evaluate()["eval_loss"]
     one["given"] = trained(folder / "one", tiny_vit(1, 5), teacher)
-    return folder, one, in_two_processes(spread, folder)[0]
+    two = in_two_processes(spread, folder)[0]
+    return folder, one, two | (in_two_processes(with_deepspeed, folder)[0] if HAS_DEEPSPEED else {})
 
 
-@pytest.mark.parametrize("case", ["teacher", "given", "resumed", "cached", "spread teacher"])
+DEEPSPEED = pytest.param("deepspeed", marks=pytest.mark.skipif(not HAS_DEEPSPEED, reason="is not installed"))
+
+
+@pytest.mark.parametrize("case", ["teacher", "given", "resumed", "cached", "spread teacher", DEEPSPEED])
 def test_losses_and_weights_are_those_of_one_process(outcomes, case):
     _, one, two = outcomes
     (losses, weights), (expected_losses, expected) = two[case], one["teacher" if case == "teacher" else "given"]
@@ -122,19 +140,21 @@ def test_losses_and_weights_are_those_of_one_process(outcomes, case):
 
 def test_a_teacher_is_measured_and_models_are_whole(outcomes):
     folder, one, two = outcomes
-    assert two["measured"] == pytest.approx(one["measured"], rel=5e-7)
+    for case in {"measured", "measured with deepspeed"} & {*two}:
+        assert two[case] == pytest.approx(one["measured"], rel=5e-7)
     model = load_classifier(str(folder / "resnet"), list("abcde"), trust_remote_code=True)
     load_weights_strictly(model, str(folder / "resnet"))
     assert model.config.architectures == ["CifarResNetForImageClassification"]
     assert model.config.auto_map["AutoConfig"] == "modeling_cifar_resnet.CifarResNetConfig"
 
 
-def test_deepspeed_with_a_teacher_is_refused(monkeypatch):
-    args = BKDConfig("out", method="ce", use_cpu=True)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    sharding.check_deepspeed(args, distils=False)
-    with pytest.raises(InputError, match=r"by --method ce --output_dir out_teacher, and the student without it"):
-        sharding.check_deepspeed(args, distils=True)
+def test_zero3_with_a_teacher_is_refused():
+    args = SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
+    for distils, error in ((True, "not go with a teacher. Use ZeRO-2, or --fsdp"), (False, "save no whole model")):
+        with pytest.raises(InputError, match=error):
+            sharding.check_deepspeed(args, distils)
+    args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
+    sharding.check_deepspeed(args, distils=True)
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "timm"])

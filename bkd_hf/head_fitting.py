@@ -42,10 +42,11 @@ def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: b
     if labels is None or sharded or not head_biases(student):
         logger.warning("The head's bias stays as it was learned: it cannot be fitted here (--head_bias).")
         return None
-    answers = data.answers(lambda batch: student(**split_inputs(batch)[0]).logits, sample_for_bias(labels, args.seed))
-    if args.head_bias == "auto" and not favours_a_class(*answers):
+    sample = sample_for_bias(labels, args.seed)
+    logits, labels_of_sample = data.answers(lambda batch: student(**split_inputs(batch)[0]).logits, sample)
+    if args.head_bias == "auto" and not favours_a_class(logits, labels_of_sample):
         return None
-    shift = broadcast_object_list([balancing_shift(*answers)])[0]  # processes may round otherwise
+    shift = broadcast_object_list([balancing_shift(logits, labels_of_sample)])[0]  # processes may round otherwise
     shift_logits(student, shift)
     return shift
 

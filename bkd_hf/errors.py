@@ -125,7 +125,8 @@ def keep_printing() -> None:
         elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook put there
             stream.flush()
             raw = _Unfailing(stream.fileno(), "w", closefd=False)
-            buffered, lines = io.BufferedWriter(raw), stream.line_buffering
+            # An unbuffered one, as of `python -u`, writes through to where nothing waits; here the buffer does.
+            buffered, lines = io.BufferedWriter(raw), stream.line_buffering or stream.write_through
             safe = io.TextIOWrapper(buffered, stream.encoding, "replace", None, lines, stream.write_through)
             setattr(sys, name, safe)
     if logging.lastResort is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import subprocess
 import sys
 
@@ -28,6 +29,25 @@ def work():
 
 sys.exit(run_script(work, "again"))
 """
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_lines_are_read_at_once_from_an_unbuffered_interpreter(stream):
+    """As containers start it (`python -u`, PYTHONUNBUFFERED)."""
+    code = f"""
+import sys
+from bkd_hf.errors import keep_printing
+keep_printing()
+print("said", file=sys.{stream})
+sys.stdin.read()
+"""
+    command = [sys.executable, "-u", "-c", code]
+    pipes = {"stdin": subprocess.PIPE, stream: subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, **pipes) as process:
+        reader = getattr(process, stream)
+        is_said, _, _ = select.select([reader], [], [], 30)
+        process.stdin.close()
+        assert is_said
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from .errors import InputError
 from .loading import DEMOS
 from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision, launcher_shards
 from .methods import RECOMMENDED
-from .models import cifar_resnet_depth
 from .options import (
     NOT_FOR_TEACHER,
     OPTIONS,
@@ -52,12 +51,19 @@ _COMMON_TRAINING_OPTIONS = {
     "save_total_limit", "enable_jit_checkpoint", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_revision",
 }  # fmt: skip
-#: transformers' defaults are made for fine-tuning; from fresh weights they learn next to nothing.
+#: By task: transformers' defaults are made for fine-tuning; from fresh weights they learn next to nothing.
 _FRESH_WEIGHTS_DEFAULTS = {
-    "optim": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4, "decay_all_parameters": True,
-    "max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.025, "num_train_epochs": 200.0,
-    "per_device_train_batch_size": 128, "per_device_eval_batch_size": 500,
+    "image": {
+        "optim": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4, "decay_all_parameters": True,
+        "max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.025, "num_train_epochs": 200.0,
+        "per_device_train_batch_size": 128, "per_device_eval_batch_size": 500,
+    },
+    "text": {
+        "learning_rate": 2e-3, "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
+        "num_train_epochs": 20.0, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 200,
+    },
 }  # fmt: skip
+_FRESH_TEXT_MODEL = "bert-2x128"
 #: As a number of workers: not said, so to be chosen by the images and the machine.
 CHOOSE_WORKERS = -1
 #: Where the script's policy differs from TrainingArguments': a run says what it does, and can be continued.
@@ -86,7 +92,8 @@ Options for the teacher's training alone are written --teacher_OPTION, for any t
 A YAML file given by --config holds the same options, one `name: value` a line, and those of the teacher in a section
 `teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs, or with
 --task text the text recipe, on docstrings. Without --config and --optim, cifar-resnet-… models are trained by SGD
-(rate 0.1, cosine, 200 epochs, batch 128).
+(rate 0.1, cosine, 200 epochs, batch 128), and bert-… by AdamW (rate 2e-3, cosine, 20 epochs, batch 32); of texts the
+default model is bert-2x128.
 """
 
 
@@ -106,6 +113,8 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         parser.print_help()
         raise SystemExit(0)
     command_line, for_teacher = _split_off_teacher(parser, argv)
+    if parser.parse_known_args(command_line)[0].task == "text":
+        parser.set_defaults(model_name_or_path=_FRESH_TEXT_MODEL)
     first_look = parser.parse_known_args(command_line)[0]
     config = first_look.config and _find_recipe(first_look.config)
     if config is None and "dataset_name" not in _names(parser, command_line) and first_look.task == "text":
@@ -117,8 +126,8 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     if config is not None:
         from_file, for_teacher_from_file = _split_off_teacher(parser, _read_config(parser, config))
         of_teacher = for_teacher_from_file
-    elif first_look.optim == parser.get_default("optim") and cifar_resnet_depth(first_look.model_name_or_path):
-        parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS)
+    elif first_look.optim == parser.get_default("optim") and (task := fresh_task(first_look.model_name_or_path)):
+        parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS[task])
 
     namespace = parser.parse_args([*from_file, *command_line])
     is_pretrained = fresh_task(namespace.model_name_or_path) is None
@@ -286,6 +295,8 @@ def _build_parser(show_all: bool = False) -> _Parser:
         if action.choices is not None and len(",".join(map(str, action.choices))) > 40:
             action.metavar = "NAME"
         action.help = _OWN_HELP.get(action.dest, action.help)
+        if any(option.startswith("--no_") for option in action.option_strings):
+            action.help = argparse.SUPPRESS  # the opposite of an option that is shown
         if action.dest in own_fields:
             own_group._group_actions.append(action)
         elif action.dest in inherited:

@@ -120,7 +120,6 @@ def load_classifier(
     try:
         model, info = TASKS[task].auto_model.from_pretrained(
             name,
-            num_labels=len(class_names),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **overrides,

@@ -54,7 +54,7 @@ class ModelArguments:
 
     model_name_or_path: str = _option(
         "cifar-resnet-32",
-        "Student: a Hub id, a folder, or cifar-resnet-20|32|44|56|110 (texts: bert-LAYERSxWIDTH) for fresh weights.",
+        "Student: a Hub id, a folder, or cifar-resnet-8|20|32|44|56|110 (texts: bert-LAYERSxWIDTH) for fresh weights.",
     )
     teacher_model_name_or_path: Annotated[str | None, "student"] = _option(
         None,

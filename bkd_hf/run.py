@@ -276,7 +276,7 @@ def _load_model(
     torch.manual_seed(args.seed)  # fresh weights, and fresh heads of pretrained models
     kwargs = options.model.from_pretrained_kwargs()
     size = options.model.image_size or FRESH_IMAGE_SIZE
-    with _without_load_report():  # a table of what is said below in a sentence
+    with _without("modeling_utils", "LOAD REPORT"):  # a table of what is said below in a sentence
         model = load_classifier(name, data["class_names"], size, args.cosine_scale, processor=processor, **kwargs)
     if args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
@@ -295,11 +295,13 @@ def _load_model(
 
 
 @contextmanager
-def _without_load_report() -> Iterator[None]:
-    def is_something_else(record: Any) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+def _without(module: str, words: str) -> Iterator[None]:
+    """Leave out what a module of transformers logs with these words."""
 
-    logger = logging.get_logger("transformers.modeling_utils")
+    def is_something_else(record: Any) -> bool:
+        return words not in record.getMessage()
+
+    logger = logging.get_logger(f"transformers.{module}")
     logger.addFilter(is_something_else)
     try:
         yield
@@ -351,7 +353,9 @@ def _fit(
     checkpoint = on_main_process(lambda: last_complete_checkpoint(args.output_dir))
     if checkpoint is not None:
         say(f"Continuing from {Path(checkpoint).name}.{is_cut_otherwise(checkpoint, args)}")
-    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    # Steps that are given as a share of all are numbers in a checkpoint; what differs else is refused by now.
+    with _without("trainer_utils", "do not match the ones in the `trainer_state.json`"):
+        outcome = trainer.train(resume_from_checkpoint=checkpoint)
     about_head = {}
     if trainer.head_bias_shift is not None:
         shift = about_head["head_bias_shift"] = trainer.head_bias_shift.tolist()
@@ -385,8 +389,9 @@ def _look_at_targets(
     if statistics is None:
         return None
     say(describe_targets(statistics, class_names))
-    prior = statistics.get("prior_in_teacher", 1.0)
-    if prior < 0.5 and options.training.distillation_prior != "teacher":
+    prior, counts = statistics.get("prior_in_teacher", 1.0), trainer.class_counts
+    is_long_tailed = counts is not None and max(counts) > 2 * min(counts)
+    if prior < 0.5 and is_long_tailed and options.training.distillation_prior != "teacher":
         say(
             f"WARNING: The teacher's answers leave the class frequencies out already (of 1, {prior:.2f} is left): "
             "--distillation_prior teacher takes out only that."

@@ -175,20 +175,25 @@ def why_collapsed(statistics: dict[str, Any], class_names: Sequence[str]) -> str
 
 def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> str:
     """Return the statistics in one line (arguments as [`why_collapsed`])."""
-    shifts = ", ".join(
-        f"{name.removesuffix('_shot')} {100 * mass:.0f} ({100 * statistics['labels'][name]:.0f})"
+
+    def share(of_targets: float, of_examples: float) -> str:
+        return f"{100 * of_targets:.0f} % ({100 * of_examples:.0f} % of the examples)"
+
+    shares = [
+        f"{name.removesuffix('_shot')}-shot classes {share(mass, statistics['labels'][name])}"
         for name, mass in statistics["mass"].items()
-    )
-    power = f" (class_balance_power {statistics['power']:.2g})" if "power" in statistics else ""
+    ]
+    about = [f"class_balance_power {statistics['power']:.2g}"] if "power" in statistics else []
     if "prior_in_teacher" in statistics:
-        power = f"{power[:-1]}, prior left in the teacher {statistics['prior_in_teacher']:.2f})"
-    kept = f"; of their mass {100 * statistics['top_k_mass']:.1f} % is kept" if "top_k_mass" in statistics else ""
+        about.append(f"the teacher holds {statistics['prior_in_teacher']:.2f} of the class frequencies")
+    most = share(statistics["favoured_share"], statistics["favoured_label_share"])
+    kept = f"; {100 * statistics['top_k_mass']:.1f} % of it is kept" if "top_k_mass" in statistics else ""
+    told = f" ({'; '.join(about)})" if about else ""
     return (
-        f"Targets{power} of {statistics['num_images']:,} training examples: right for "
-        f"{100 * statistics['target_agreement']:.0f} % (teacher {100 * statistics['teacher_agreement']:.0f} %); mass "
-        f"in % (share of the examples): {shifts}; most often {class_names[statistics['favoured_class']]!r}, "
-        f"{100 * statistics['favoured_share']:.0f} % ({100 * statistics['favoured_label_share']:.0f} % of the "
-        f"examples){kept}."
+        f"Targets{told} of {statistics['num_images']:,} training examples: right "
+        f"for {100 * statistics['target_agreement']:.0f} % (teacher {100 * statistics['teacher_agreement']:.0f} %); "
+        f"probability of {', '.join(shares)}{kept}; most often "
+        f"{class_names[statistics['favoured_class']]!r}, {most}."
     )
 
 

@@ -133,7 +133,7 @@ _BATCHES = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2 --t
         (_BATCHES, None),
         ("--per_device_train_batch_size 32 --teacher_per_device_train_batch_size 8", None),
         ("--per_device_train_batch_size 8 --global_batch_size 32 --teacher_global_batch_size 8", None),
-        (_BATCHES.replace("16", "8"), "--global_batch_size is 32 there, 16 here; --global_batch_size 32 keeps the im"),
+        (_BATCHES.replace("16", "8"), "--global_batch_size is 32 there, 16 here; --global_batch_size 32 keeps the ex"),
         (
             _BATCHES.replace(" 4", " 2"),
             "--teacher_global_batch_size is 8 there, 4 here; --teacher_global_",

@@ -218,7 +218,7 @@ def test_statistics_by_hand():
     assert (found["favoured_class"], found["favoured_share"], found["favoured_label_share"]) == (2, 0.5, 0.0)
     line = describe_targets({**found, "power": 0.5}, ["a", "b", "c"])
     assert "right for 50 % (teacher 100 %)" in line
-    assert "few 45 (0); most often 'c', 50 % (0 % of the examples)" in line
+    assert "few-shot classes 45 % (0 % of the examples); most often 'c', 50 % (0 % of the examples)" in line
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,9 @@ def test_only_what_the_teacher_still_holds_is_taken_out(tmp_path):
     torch.testing.assert_close(trainer.class_weights, torch.ones(5))
     counts = trainer_for(tmp_path, teacher=Balanced(), **{**options, "distillation_prior": "counts"})
     torch.testing.assert_close(counts.class_weights, WEIGHTS.float() ** 0.5)
-    assert "the teacher holds 0.00 of the class frequencies" in describe_targets(counts.look_at_targets(), list("01234"))
+    assert "the teacher holds 0.00 of the class frequencies" in describe_targets(
+        counts.look_at_targets(), list("01234")
+    )
 
 
 def test_no_such_prior(tmp_path):

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .arguments import SCRIPT_DEFAULTS
-from .card_training import losses_of, sources_of, sources_of_operations, training_rows
+from .card_training import losses_of, method_options, sources_of, sources_of_operations, training_rows
 from .config import METHOD_OPTIONS, method_defaults, option_is_used
 from .export_report import share_asked
 from .export_report import table as export_table
@@ -119,7 +119,7 @@ def build(
     environment.filters |= {"text": markdown, "code": code, "code_block": code_block}
     literal = functools.partial(json.dumps, ensure_ascii=False)
     environment.filters |= {"literal": literal, "percent": _percent, "number": "{:,}".format}
-    options = training_options(results)
+    options = method_options(results)
     sources = [*sources_of(options), *sources_of_operations(results["options"]["data"])]
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         task=task,

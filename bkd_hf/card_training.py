@@ -31,6 +31,13 @@ _LOSSES: dict[str, Mapping[str, Loss | None]] = {
 }
 
 
+def method_options(results: dict[str, Any]) -> dict[str, Any]:
+    """Options of the student's training, its losses as they came out: logit adjustment at τ = 0 is cross-entropy."""
+    options = training_options(results)
+    is_plain = _is_plain("classification_loss", options, results["student"].get("settled_options", {}))
+    return {**options, "classification_loss": "cross_entropy"} if is_plain else options
+
+
 def losses_of(options: dict[str, Any]) -> list[Loss]:
     """The losses of the method; one of a user's own, which no registry has here, is left out."""
     found = [registry.get(options.get(part, "none")) for part, registry in _LOSSES.items()]
@@ -88,7 +95,7 @@ def training_rows(results: dict[str, Any]) -> dict[str, Any]:
             head += f", adapter {adapter}{low_rank}" + (f": {trained:,} trained" if trained is not None else "")
         for title, value in {
             "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters){head}",
-            "method": f"{method}: {_loss(options)}",
+            "method": f"{method}: {_loss(options, results[model].get('settled_options', {}))}",
             "epochs, steps": f"{about['epochs']:g}, {about['steps']:,}",
             f"{task}s in a step": f"{effective_batch_size(results, model):,} = "
             f"{options['per_device_train_batch_size']} × {options['gradient_accumulation_steps']} accumulated × "
@@ -103,18 +110,32 @@ def training_rows(results: dict[str, Any]) -> dict[str, Any]:
     return {"models": models, "rows": rows}
 
 
-def _loss(options: dict[str, Any]) -> str:
-    """E.g. "cross_entropy + bkd (temperature 2, distillation_weight 1, class_balance_beta 0.9999)"."""
+def _loss(options: dict[str, Any], settled: Mapping[str, float]) -> str:
+    """E.g. "cross_entropy + bkd (temperature 2, class_balance_beta 0.9999, class_balance_power 1 (measured))"."""
     terms = []
     for part in ("classification_loss", "distillation_loss"):
         if options.get(part) not in (None, "none"):
             told = {name: options.get(name) for name in used_by(part, options)}
             numbers = [
-                name if value is True else f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+                name if value is True else f"{name} {_settled(value, settled.get(name))}"
                 for name, value in told.items()
                 if value is not None and value is not False
             ]
-            terms.append(options[part] + (f" ({', '.join(numbers)})" if numbers else ""))
+            plain = ": plain cross-entropy" if _is_plain(part, options, settled) else ""
+            terms.append(options[part] + (f" ({', '.join(numbers)}{plain})" if numbers else ""))
     about = {"class_weighting": "none", "sampler": "instance", "empty_classes": "error"}
     others = [f"{part} {options[part]}" for part, usual in about.items() if options.get(part) not in (None, usual)]
     return " + ".join(terms) + "".join(f", {other}" for other in others)
+
+
+def _is_plain(part: str, options: Mapping[str, Any], settled: Mapping[str, float]) -> bool:
+    """Whether a loss is a logit adjustment by nothing, as where τ came out as 0."""
+    name = "logit_adjustment_tau"
+    return options.get(part) == "logit_adjustment" and settled.get(name, options.get(name)) == 0
+
+
+def _settled(value: Any, number: float | None) -> str:
+    """E.g. "2", or of an option that was left open "0.71 (measured)"."""
+    if not isinstance(value, str):
+        return f"{value:g}"
+    return value if number is None else f"{number:.3g} ({value})"

@@ -348,6 +348,7 @@ def _fit(
             "started_from_teacher": trainer.student_started_from_teacher,
             "targets": _look_at_targets(options, trainer, data["class_names"], say),
         }
+    settled = trainer.bkd_objective.settled
     checkpoint = on_main_process(lambda: last_complete_checkpoint(args.output_dir))
     if checkpoint is not None:
         say(f"Continuing from {Path(checkpoint).name}.{is_cut_otherwise(checkpoint, args)}")
@@ -370,6 +371,7 @@ def _fit(
         **about_adapter,
         **about_teacher,
         **about_head,
+        "settled_options": settled,
         "training": clock.summary(trainer, data["num_train_images"]),
         "history": history_of(trainer.state),
     }

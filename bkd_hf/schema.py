@@ -108,6 +108,14 @@ class Targets(TypedDict):
     top_k_mass: NotRequired[Fraction]  # with `teacher_cache_top_k`
 
 
+class SettledOptions(TypedDict):
+    """Options that the losses look at and that may be left open (see `Objective.settled`), as they came out."""
+
+    class_balance_power: NotRequired[Amount]
+    distillation_prior: NotRequired[Fraction]
+    logit_adjustment_tau: NotRequired[Real]
+
+
 class Model(TypedDict):
     """A teacher or a student; of a teacher there are post-hoc metrics only if it was trained on these very images."""
 
@@ -125,6 +133,7 @@ class Model(TypedDict):
     training: NotRequired[TrainingSummary]
     history: NotRequired[list[HistoryEntry]]
     method: NotRequired[str | None]  # of a teacher, where it is known
+    settled_options: NotRequired[SettledOptions]
     head_bias_shift: NotRequired[list[Real]]  # C numbers that were added in the end, where a bias was fitted
     started_from_teacher: NotRequired[bool]  # of a student that has one
     targets: NotRequired[Targets | None]  # of such a student, where its method has any

@@ -157,6 +157,24 @@ def test_all_that_the_loss_is_made_of_is_told(results):
     assert "Logit Standardization in Knowledge Distillation" in card
 
 
+def test_options_that_were_left_open_are_told_as_they_came_out(results):
+    training = results["options"]["training"] | {"method": "bkd-calibrated", "classification_loss": "logit_adjustment",
+                                                 "class_balance_power": "measured", "logit_adjustment_tau": "auto"}  # fmt: skip
+    results["options"]["training"] = training
+    card = str(build(results))  # of an earlier version, which did not record them
+    assert r"class\_balance\_power measured" in card
+    assert "Trained with Logit-adjusted cross-entropy; " in card
+    results["student"]["settled_options"] = {"class_balance_power": 0.71, "logit_adjustment_tau": 0.58}
+    card = str(build(results))
+    assert r"logit\_adjustment\_tau 0.58 (auto)) + bkd (" in card
+    assert r"class\_balance\_power 0.71 (measured))" in card
+    results["student"]["settled_options"] = {"class_balance_power": 1.0, "logit_adjustment_tau": 0.0}
+    card = str(build(results))
+    assert "Trained with Cross-entropy; " in card
+    assert "2007.07314" not in card
+    assert r"logit\_adjustment\_tau 0 (auto): plain cross-entropy) + bkd (" in card
+
+
 def test_what_is_done_to_training_images_is_told(results):
     results["options"]["data"]["train_operations"] = ["autoaugment", "cutout", "of_a_user"]
     card = str(build(results))

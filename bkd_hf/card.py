@@ -20,6 +20,7 @@ from .card_training import losses_of, method_options, sources_of, sources_of_ope
 from .config import METHOD_OPTIONS, method_defaults, option_is_used
 from .export_report import share_asked
 from .export_report import table as export_table
+from .head_fitting import describe_bias_shift
 from .methods import METHODS
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
@@ -28,7 +29,7 @@ from .plots import figure_names
 from .reading import read_card
 from .results import check_schema, describe_command, load_results, training_options
 from .schema import check_repo_id
-from .targets import describe_targets
+from .targets import describe_targets, why_collapsed
 from .tasks import TASKS, task_of
 from .text import code, code_block, markdown, one_line
 from .verdict import free_alternatives, judge
@@ -130,6 +131,10 @@ def build(
         verdict=judge(results),
         alternatives={name: found for name, found in free_alternatives(results).items() if "tau" in found},
         targets=describe_targets(student["targets"], data["class_names"]) if student.get("targets") else None,
+        collapse=why_collapsed(student["targets"], data["class_names"]) if student.get("targets") else None,
+        bias_shift=describe_bias_shift(student["head_bias_shift"], data["class_names"])
+        if "head_bias_shift" in student
+        else None,
         data=data,
         eval_split=data.get("eval_split"),
         dataset_id=dataset_id,
@@ -137,7 +142,7 @@ def build(
         teacher=teacher,
         code_of=_code_of(student),
         figures={figure.removesuffix(".png"): f"figures/{figure}" for figure in figure_names(results)},
-        parts=[title for title, _ in sources],
+        parts=[title for title, _ in sources_of(options)],
         formulas=[loss.formula for loss in losses_of(options)],
         citations=_citations(source for _, source in sources if source),
         accuracies=_accuracy_rows(results),
@@ -205,6 +210,8 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     }
     if dataset_id is not None:
         recipe["dataset_name"] = dataset_id
+    if options["data"].get("train_augmentation") == "none":
+        recipe.pop("horizontal_flip", None)  # there is nothing to mirror
     teacher_method = METHODS[method].teacher
     teacher = chosen(options["teacher_training"], of_machine | NOT_FOR_TEACHER, method_defaults(teacher_method))
     if teacher.get("method") == teacher_method:

@@ -60,6 +60,20 @@ def sources_of(options: dict[str, Any]) -> list[tuple[str, str | None]]:
     return found
 
 
+def _augmentation(results: dict[str, Any], model: str) -> str | None:
+    """How the training images were varied; `None` where that is not known, or they are texts."""
+    data = results["options"]["data"]
+    views = results[model].get("augmentation", data.get("train_augmentation"))
+    if views is None or task_of(results["data"]).name != "image":
+        return None
+    if views != "none":
+        views += ", mirrored half of the time" if data.get("horizontal_flip", True) else ", not mirrored"
+    operations = [
+        OPERATIONS[name].title if name in OPERATIONS else name for name in data.get("train_operations") or ()
+    ]
+    return ", then ".join([views, ", ".join(operations)] if operations else [views])
+
+
 def sources_of_operations(options: dict[str, Any]) -> list[tuple[str, str | None]]:
     """Title and number on arXiv of what is done to the pixels of training images; a user's own has no name here."""
     known = [OPERATIONS[name] for name in options.get("train_operations") or () if name in OPERATIONS]
@@ -103,11 +117,12 @@ def training_rows(results: dict[str, Any]) -> dict[str, Any]:
             "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
             f"{options['weight_decay']:g}{layers}{ema}",
             "schedule": schedule,
+            "augmentation": _augmentation(results, model),
             "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
             f"{about['images_per_second']:,.0f} {task}s a second",
         }.items():
-            rows.setdefault(title, []).append(markdown(value))
-    return {"models": models, "rows": rows}
+            rows.setdefault(title, []).append("–" if value is None else markdown(value))
+    return {"models": models, "rows": {title: values for title, values in rows.items() if {*values} != {"–"}}}
 
 
 def _loss(options: dict[str, Any], settled: Mapping[str, float]) -> str:

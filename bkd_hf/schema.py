@@ -133,6 +133,7 @@ class Model(TypedDict):
     training: NotRequired[TrainingSummary]
     history: NotRequired[list[HistoryEntry]]
     method: NotRequired[str | None]  # of a teacher, where it is known
+    augmentation: NotRequired[str]  # of its training images, where it was trained on images in this run
     settled_options: NotRequired[SettledOptions]
     head_bias_shift: NotRequired[list[Real]]  # C numbers that were added in the end, where a bias was fitted
     started_from_teacher: NotRequired[bool]  # of a student that has one
@@ -234,6 +235,7 @@ TrainingOptions = _training_options()
 class DataOptions(TypedDict):
     """Options about data that are read again."""
 
+    train_augmentation: NotRequired[str | None]
     train_operations: NotRequired[list[str] | None]
 
 
@@ -322,8 +324,9 @@ def _misfits(results: dict[str, Any]) -> Iterator[str]:
             accuracies = (model.get(part) or {}).get("per_class_accuracy")
             if accuracies is not None and [value is None for value in accuracies] != [not n for n in images]:
                 yield f"{name}.{part}.per_class_accuracy: not one for each class with test examples"
-        if len(model.get("answers", images)) != len(images):
-            yield f"{name}.answers: not a number for each class"
+        for part in ("answers", "head_bias_shift"):
+            if len(model.get(part, images)) != len(images):
+                yield f"{name}.{part}: not a number for each class"
         if any(max(confusion[:2]) >= len(images) for confusion in model["confusions"]):
             yield f"{name}.confusions: there is no such class"
         if targets := model.get("targets"):

@@ -158,9 +158,10 @@ def test_all_that_the_loss_is_made_of_is_told(results):
 
 
 def test_options_that_were_left_open_are_told_as_they_came_out(results):
-    training = results["options"]["training"] | {"method": "bkd-calibrated", "classification_loss": "logit_adjustment",
-                                                 "class_balance_power": "measured", "logit_adjustment_tau": "auto"}  # fmt: skip
-    results["options"]["training"] = training
+    results["options"]["training"] |= {
+        "method": "bkd-calibrated", "classification_loss": "logit_adjustment", "class_balance_power": "measured",
+        "logit_adjustment_tau": "auto",
+    }  # fmt: skip
     card = str(build(results))  # of an earlier version, which did not record them
     assert r"class\_balance\_power measured" in card
     assert "Trained with Logit-adjusted cross-entropy; " in card
@@ -178,9 +179,42 @@ def test_options_that_were_left_open_are_told_as_they_came_out(results):
 def test_what_is_done_to_training_images_is_told(results):
     results["options"]["data"]["train_operations"] = ["autoaugment", "cutout", "of_a_user"]
     card = str(build(results))
-    assert "; AutoAugment by the policy for CIFAR-10; cutout:" in card
+    assert "cutout:" not in card  # it is no loss
+    row = next(
+        line for line in card.splitlines() if line.startswith("| augmentation | none, then AutoAugment by the ")
+    )
+    assert row.endswith(r"policy for CIFAR-10, cutout, of\_a\_user |")
     assert "1805.09501" in card
     assert "1708.04552" in card
+    results["options"]["data"] |= {"train_augmentation": "auto", "train_operations": None}
+    results["teacher"]["augmentation"], results["student"]["augmentation"] = "none", "pad_crop"
+    assert r"| augmentation | none | pad\_crop, mirrored half of the time |" in str(build(results))
+    results["options"]["data"]["horizontal_flip"] = False
+    assert r"| augmentation | none | pad\_crop, not mirrored |" in str(build(results))
+
+
+def test_options_without_effect_are_not_in_the_recipe(results):
+    assert "horizontal_flip" not in yaml.safe_load(to_recipe(results))  # nothing is augmented
+    results["options"]["data"]["train_augmentation"] = "pad_crop"
+    assert yaml.safe_load(to_recipe(results))["horizontal_flip"] is True
+
+
+def test_what_happened_to_the_head_and_the_targets_is_told(results):
+    card = str(build(results))
+    assert "bias" not in card
+    assert "collapse" not in card
+    results["student"]["head_bias_shift"] = [-0.5, 0.25, *[0.0] * 8]
+    results["student"]["targets"] = {
+        "num_images": 100, "target_agreement": 0.1, "teacher_agreement": 0.9, "mass": {}, "labels": {},
+        "favoured_class": 9, "favoured_share": 0.98, "favoured_label_share": 0.01,
+    }  # fmt: skip
+    card = str(build(results))
+    assert "each class counting the same (--head\\_bias): from -0.50 ('0') to +0.25 ('1')." in card
+    limits = card.partition("## Limitations")[2].partition("## How it was trained")[0]
+    assert "98 % of the distillation targets name '9', the class of 1.0 % of the examples" in limits
+    results["student"]["head_bias_shift"] = [0.0]
+    with pytest.raises(InputError, match="head_bias_shift: not a number for each class"):
+        build(results)
 
 
 def test_an_average_of_weights_is_told(results):

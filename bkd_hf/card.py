@@ -143,7 +143,7 @@ def build(
         code_of=_code_of(student),
         figures={figure.removesuffix(".png"): f"figures/{figure}" for figure in figure_names(results)},
         parts=[title for title, _ in sources_of(options)],
-        formulas=[loss.formula for loss in losses_of(options)],
+        formulas=[loss.formula for loss in losses_of(options) if loss.formula],
         citations=_citations(source for _, source in sources if source),
         accuracies=_accuracy_rows(results),
         classes=_class_table(results),

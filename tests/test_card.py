@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.card import build, to_recipe
+from bkd_hf.methods import CLASSIFICATION_LOSSES, Loss
 from bkd_hf.metrics import LongTailAccumulator
 from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
 from bkd_hf.run_folder import what_is_told
@@ -222,6 +223,14 @@ def test_an_average_of_weights_is_told(results):
     results["options"]["training"]["ema_decay"] = 0.999
     assert ", weights averaged (EMA, decay 0.999)" in str(build(results))
     assert yaml.safe_load(to_recipe(results))["ema_decay"] == 0.999
+
+
+def test_a_loss_without_a_formula_leaves_no_gap(results, monkeypatch):
+    def plain(logits, labels): ...
+
+    monkeypatch.setitem(CLASSIFICATION_LOSSES, "plain", Loss(plain))
+    results["options"]["training"] |= {"classification_loss": "plain", "distillation_loss": "none"}
+    assert "\nTrained with plain.\nThe student" in str(build(results))
 
 
 def test_two_classes():

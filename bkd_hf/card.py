@@ -31,7 +31,7 @@ from .results import check_schema, describe_command, load_results, training_opti
 from .schema import check_repo_id
 from .targets import describe_targets, why_collapsed
 from .tasks import TASKS, task_of
-from .text import code, code_block, markdown, one_line
+from .text import code, code_block, difference, markdown, one_line
 from .verdict import free_alternatives, judge
 
 # Models that are not part of transformers: what each is, and the file with its code.
@@ -275,7 +275,7 @@ def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
         row = [title, f"**{_percent(student[key])}**"]
         if teacher is not None:
             row.insert(1, _percent(teacher.get(key)))
-            row.append(f"{100 * (student[key] - teacher[key]):+.1f}" if teacher.get(key) is not None else "–")
+            row.append(f"{difference(teacher[key], student[key]):+.1f}" if teacher.get(key) is not None else "–")
         rows.append(row)
     return rows
 
@@ -324,13 +324,15 @@ def _limits(results: dict[str, Any]) -> dict[str, Any]:
     names = [markdown(name) for name in data["class_names"]]
     order = np.argsort(accuracies, kind="stable")  # nan comes last
     worst, num_images = order[0], data["num_eval_images"]
-    lost = {name: teacher.get(key := f"{name}_shot_accuracy", 0) - metrics.get(key, np.inf)
-            for name in ("many", "medium", "few")}  # fmt: skip
+    groups = {name: f"{name}_shot_accuracy" for name in ("many", "medium", "few")}
+    lost = {
+        name: difference(metrics[key], teacher[key]) for name, key in groups.items() if key in {*metrics} & {*teacher}
+    }
     return {
         "weak": [f"{names[i]} ({_percent(accuracies[i])} %)" for i in order if accuracies[i] < _WEAK_ACCURACY],
         "worst": {"name": names[worst], "accuracy": accuracies[worst], "images": int(tested[worst])},
         "worst_interval": wilson_interval(round(accuracies[worst] * tested[worst]), tested[worst]),
-        "lost": {name: points for name, points in lost.items() if points >= 0.005},
+        "lost": {name: points for name, points in lost.items() if points >= 0.5},
         "untested": [names[i] for i in np.flatnonzero(tested == 0)],
         "barely": [names[i] for i in np.flatnonzero((tested > 0) & (tested < _FEW_TEST_IMAGES))],
         "few_test_images": _FEW_TEST_IMAGES,

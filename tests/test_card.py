@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from scipy.stats import binomtest
 
 from bkd_hf import InputError, load_results, shot_groups
+from bkd_hf.announcer import Announcer
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.card import build, to_recipe
 from bkd_hf.methods import CLASSIFICATION_LOSSES, Loss
@@ -107,6 +108,13 @@ def test_table_of_teacher_and_student(results):
     assert few[0] == "few-shot (< 20 training images; classes: 5)"
     assert few[1:3] == [f"{100 * teacher['few_shot_accuracy']:.1f}", f"**{100 * student['few_shot_accuracy']:.1f}**"]
     assert few[3] == f"{100 * (student['few_shot_accuracy'] - teacher['few_shot_accuracy']):+.1f}"
+
+
+def test_differences_are_those_of_the_numbers_that_are_shown(results, capsys):
+    results["teacher"]["metrics"]["accuracy"], results["student"]["metrics"]["accuracy"] = 0.84956, 0.92244
+    assert "| overall | 85.0 | **92.2** | +7.2 |" in str(build(results))  # not +7.3
+    Announcer().table(results)
+    assert re.search(r"overall +│ +85\.0 +│ +92\.2 +│ +\+7\.2", capsys.readouterr().out)
 
 
 def test_class_table_tells_how_little_five_images_say():

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .tasks import task_of
-from .text import one_line, printable
+from .text import difference, one_line, printable
 from .verdict import judge
 
 _TABLE_ROWS = (
@@ -47,10 +47,10 @@ class Announcer:
         for name in ("", *models, *(["difference"] if len(models) == 2 else [])):
             table.add_column(name, justify="right" if name else "left")
         for title, key in _TABLE_ROWS:
-            values = [100 * model["metrics"][key] for model in models.values() if key in model["metrics"]]
-            differences = [f"{values[1] - values[0]:+.1f}"] if len(values) == 2 else []
+            values = [model["metrics"][key] for model in models.values() if key in model["metrics"]]
+            differences = [f"{difference(*values):+.1f}"] if len(values) == 2 else []
             if values:
-                table.add_row(title, *(f"{value:.1f}" for value in values), *differences)
+                table.add_row(title, *(f"{100 * value:.1f}" for value in values), *differences)
         self._console.print(table)
         verdict = judge(results)
         for sentence in (verdict.sentence, *verdict.warnings):

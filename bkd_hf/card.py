@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,22 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .arguments import SCRIPT_DEFAULTS
-from .config import ADAPTER_RANK, HEAD_SCALE, METHOD_OPTIONS, method_defaults, option_is_used, used_by
+from .card_training import losses_of, method_options, sources_of, sources_of_operations, training_rows
+from .config import METHOD_OPTIONS, method_defaults, option_is_used
 from .export_report import share_asked
 from .export_report import table as export_table
-from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, Loss
+from .head_fitting import describe_bias_shift
+from .methods import METHODS
 from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
-from .operations import OPERATIONS
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
 from .reading import read_card
-from .results import check_schema, describe_command, effective_batch_size, load_results, training_options
+from .results import check_schema, describe_command, load_results, training_options
 from .schema import check_repo_id
-from .targets import describe_targets
+from .targets import describe_targets, why_collapsed
 from .tasks import TASKS, task_of
-from .text import code, code_block, markdown, one_line
+from .text import code, code_block, difference, markdown, one_line
 from .verdict import free_alternatives, judge
 
 # Models that are not part of transformers: what each is, and the file with its code.
@@ -56,23 +57,6 @@ _METRICS = (  # title, key in `long_tail_metrics`, and its name in the metadata,
     ("worst class", "worst_class_accuracy", None),
     ("calibration error (ECE; lower is better)", "expected_calibration_error", None),
 )
-# What the card says of choices that are no losses: title, and number on arXiv. Losses say it in their docstrings.
-_SOURCES: dict[str, dict[Any, tuple[str, str]]] = {
-    "class_weighting": {
-        "reweight": ("class weights by the effective number of examples", "1901.05555"),
-        "drw": ("deferred re-weighting", "1906.07413"),
-    },
-    "sampler": {"class_balanced": ("class-balanced sampling", "1910.09217")},
-    "logit_standardization": {True: ("logit standardization", "2403.01427")},
-    "adapter": {
-        "lora": ("low-rank updates of pretrained weights (LoRA)", "2106.09685"),
-        "bitfit": ("biases and normalisation layers alone (BitFit)", "2106.10199"),
-    },
-}
-_LOSSES: dict[str, Mapping[str, Loss | None]] = {
-    "classification_loss": CLASSIFICATION_LOSSES,
-    "distillation_loss": DISTILLATION_LOSSES,
-}
 
 
 def build(
@@ -136,8 +120,8 @@ def build(
     environment.filters |= {"text": markdown, "code": code, "code_block": code_block}
     literal = functools.partial(json.dumps, ensure_ascii=False)
     environment.filters |= {"literal": literal, "percent": _percent, "number": "{:,}".format}
-    options = training_options(results)
-    sources = [*_sources(options), *_sources_of_operations(results["options"]["data"])]
+    options = method_options(results)
+    sources = [*sources_of(options), *sources_of_operations(results["options"]["data"])]
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         task=task,
         title=title or f"{name}, trained by {method} on {data['name'].rpartition('/')[2]}",
@@ -147,6 +131,10 @@ def build(
         verdict=judge(results),
         alternatives={name: found for name, found in free_alternatives(results).items() if "tau" in found},
         targets=describe_targets(student["targets"], data["class_names"]) if student.get("targets") else None,
+        collapse=why_collapsed(student["targets"], data["class_names"]) if student.get("targets") else None,
+        bias_shift=describe_bias_shift(student["head_bias_shift"], data["class_names"])
+        if "head_bias_shift" in student
+        else None,
         data=data,
         eval_split=data.get("eval_split"),
         dataset_id=dataset_id,
@@ -154,14 +142,14 @@ def build(
         teacher=teacher,
         code_of=_code_of(student),
         figures={figure.removesuffix(".png"): f"figures/{figure}" for figure in figure_names(results)},
-        parts=[title for title, _ in sources],
-        formulas=[loss.formula for loss in _losses(options)],
+        parts=[title for title, _ in sources_of(options)],
+        formulas=[loss.formula for loss in losses_of(options) if loss.formula],
         citations=_citations(source for _, source in sources if source),
         accuracies=_accuracy_rows(results),
         classes=_class_table(results),
         is_best_checkpoint=options["load_best_model_at_end"],
         limits=_limits(results),
-        trainings=_training_rows(results),
+        trainings=training_rows(results),
         command=results.get("command") or describe_command(["--config", "recipe.yaml"]),
         recipe=to_recipe(results, dataset_id),
         exported=export_table(results) if "export" in results else None,
@@ -222,6 +210,8 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     }
     if dataset_id is not None:
         recipe["dataset_name"] = dataset_id
+    if options["data"].get("train_augmentation") == "none":
+        recipe.pop("horizontal_flip", None)  # there is nothing to mirror
     teacher_method = METHODS[method].teacher
     teacher = chosen(options["teacher_training"], of_machine | NOT_FOR_TEACHER, method_defaults(teacher_method))
     if teacher.get("method") == teacher_method:
@@ -262,34 +252,6 @@ def _code_of(model: dict[str, Any]) -> tuple[str, str] | None:
     return _WITH_CODE.get(model.get("architecture", ""))
 
 
-def _losses(options: dict[str, Any]) -> list[Loss]:
-    """The losses of the method; one of a user's own, which no registry has here, is left out."""
-    found = [registry.get(options.get(part, "none")) for part, registry in _LOSSES.items()]
-    return [loss for loss in found if loss is not None]
-
-
-def _sources(options: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """Title and number on arXiv of each part of the method."""
-    found: list[tuple[str, str | None]] = []
-    parts = ("classification_loss", "class_weighting", "sampler", "distillation_loss", "logit_standardization",
-             "adapter")  # fmt: skip
-    for part in parts:
-        choice = options.get(part, "none")
-        if loss := _LOSSES.get(part, {}).get(choice):
-            found.append((loss.title, loss.source))
-        elif choice in _SOURCES.get(part, {}):
-            found.append(_SOURCES[part][choice])
-    if options.get("layer_decay") not in (None, 1):
-        found.append(("layer-wise learning-rate decay", "2106.08254"))
-    return found
-
-
-def _sources_of_operations(options: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """Title and number on arXiv of what is done to the pixels of training images; a user's own has no name here."""
-    known = [OPERATIONS[name] for name in options.get("train_operations") or () if name in OPERATIONS]
-    return [(operation.title, operation.source) for operation in known]
-
-
 def _citations(sources: Iterable[str]) -> list[str]:
     """Entries for papers on arXiv; one that `references.bib` lacks gets its number alone."""
     entries = _REFERENCES.read_text(encoding="utf-8").strip().split("\n\n")
@@ -313,7 +275,7 @@ def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
         row = [title, f"**{_percent(student[key])}**"]
         if teacher is not None:
             row.insert(1, _percent(teacher.get(key)))
-            row.append(f"{100 * (student[key] - teacher[key]):+.1f}" if teacher.get(key) is not None else "–")
+            row.append(f"{difference(teacher[key], student[key]):+.1f}" if teacher.get(key) is not None else "–")
         rows.append(row)
     return rows
 
@@ -354,67 +316,6 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _training_rows(results: dict[str, Any]) -> dict[str, Any]:
-    """What was trained, and how: a row for each question, a column for each model that was trained in this run."""
-    task = task_of(results["data"]).name
-    models = [model for model in ("teacher", "student") if (results.get(model) or {}).get("training")]
-    rows: dict[str, list[str]] = {}
-    for model in models:
-        options, about = training_options(results, model), results[model]["training"]
-        method = results[model].get("method") or "ce" if model == "teacher" else results.get("method") or "bkd"
-        schedule = options["lr_scheduler_type"]
-        if options.get("lr_step_epochs"):
-            steps = zip(options["lr_step_epochs"], options["lr_step_factors"], strict=True)
-            schedule = "steps: " + ", ".join(f"× {factor:g} from epoch {epoch:g}" for epoch, factor in steps)
-            if options.get("lr_warmup_epochs"):
-                schedule += f"; epochs of warm-up: {options['lr_warmup_epochs']:g}"
-        elif options.get("warmup_steps"):
-            schedule += f", warm-up {options['warmup_steps']:g}"
-        ema = f", weights averaged (EMA, decay {decay:g})" if (decay := options.get("ema_decay")) else ""
-        layers = f", a layer's rate {decay:g} times that above" if (decay := options.get("layer_decay")) else ""
-        momentum = f" with momentum {options['momentum']:g}" if options.get("momentum") else ""
-        processes, seconds = results["hardware"]["num_processes"], about["seconds"]
-        minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-        scale = options.get("head_scale") or HEAD_SCALE
-        head = f", cosine head with scale {scale:g}" if options.get("head") == "cosine" else ""
-        if adapter := options.get("adapter"):
-            trained, rank = results[model].get("num_trained_parameters"), options.get("adapter_rank") or ADAPTER_RANK
-            low_rank = f" of rank {rank}, α {options.get('adapter_alpha') or 2 * rank:g}" if adapter == "lora" else ""
-            head += f", adapter {adapter}{low_rank}" + (f": {trained:,} trained" if trained is not None else "")
-        for title, value in {
-            "model": f"{results[model]['model']} ({results[model]['num_parameters']:,} parameters){head}",
-            "method": f"{method}: {_loss(options)}",
-            "epochs, steps": f"{about['epochs']:g}, {about['steps']:,}",
-            f"{task}s in a step": f"{effective_batch_size(results, model):,} = "
-            f"{options['per_device_train_batch_size']} × {options['gradient_accumulation_steps']} accumulated × "
-            f"{processes} process{'es' if processes > 1 else ''}",
-            "optimizer": f"{options['optim']}{momentum}, learning rate {options['learning_rate']:g}, weight decay "
-            f"{options['weight_decay']:g}{layers}{ema}",
-            "schedule": schedule,
-            "time": f"{f'{seconds:.0f} s' if seconds < 120 else minutes}, "
-            f"{about['images_per_second']:,.0f} {task}s a second",
-        }.items():
-            rows.setdefault(title, []).append(markdown(value))
-    return {"models": models, "rows": rows}
-
-
-def _loss(options: dict[str, Any]) -> str:
-    """E.g. "cross_entropy + bkd (temperature 2, distillation_weight 1, class_balance_beta 0.9999)"."""
-    terms = []
-    for part in ("classification_loss", "distillation_loss"):
-        if options.get(part) not in (None, "none"):
-            told = {name: options.get(name) for name in used_by(part, options)}
-            numbers = [
-                name if value is True else f"{name} {value if isinstance(value, str) else f'{value:g}'}"
-                for name, value in told.items()
-                if value is not None and value is not False
-            ]
-            terms.append(options[part] + (f" ({', '.join(numbers)})" if numbers else ""))
-    about = {"class_weighting": "none", "sampler": "instance", "empty_classes": "error"}
-    others = [f"{part} {options[part]}" for part, usual in about.items() if options.get(part) not in (None, usual)]
-    return " + ".join(terms) + "".join(f", {other}" for other in others)
-
-
 def _limits(results: dict[str, Any]) -> dict[str, Any]:
     """What the section on limitations tells: names of classes (escaped), and numbers."""
     data, metrics = results["data"], results["student"]["metrics"]
@@ -423,13 +324,15 @@ def _limits(results: dict[str, Any]) -> dict[str, Any]:
     names = [markdown(name) for name in data["class_names"]]
     order = np.argsort(accuracies, kind="stable")  # nan comes last
     worst, num_images = order[0], data["num_eval_images"]
-    lost = {name: teacher.get(key := f"{name}_shot_accuracy", 0) - metrics.get(key, np.inf)
-            for name in ("many", "medium", "few")}  # fmt: skip
+    groups = {name: f"{name}_shot_accuracy" for name in ("many", "medium", "few")}
+    lost = {
+        name: difference(metrics[key], teacher[key]) for name, key in groups.items() if key in {*metrics} & {*teacher}
+    }
     return {
         "weak": [f"{names[i]} ({_percent(accuracies[i])} %)" for i in order if accuracies[i] < _WEAK_ACCURACY],
         "worst": {"name": names[worst], "accuracy": accuracies[worst], "images": int(tested[worst])},
         "worst_interval": wilson_interval(round(accuracies[worst] * tested[worst]), tested[worst]),
-        "lost": {name: points for name, points in lost.items() if points >= 0.005},
+        "lost": {name: points for name, points in lost.items() if points >= 0.5},
         "untested": [names[i] for i in np.flatnonzero(tested == 0)],
         "barely": [names[i] for i in np.flatnonzero((tested > 0) & (tested < _FEW_TEST_IMAGES))],
         "few_test_images": _FEW_TEST_IMAGES,

@@ -51,6 +51,15 @@ def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: b
     return shift
 
 
+def describe_bias_shift(shift: Sequence[float], class_names: Sequence[str]) -> str:
+    """Say what was added to the answers of C classes, see [`fit_bias`]."""
+    ends = (f"{end:+.2f} ({class_names[shift.index(end)]!r})" for end in (min(shift), max(shift)))
+    return (
+        "In the end the head's bias was fitted to training examples, each class counting the same (--head_bias): from "
+        f"{' to '.join(ends)}."
+    )
+
+
 def start_from_class_means(student: nn.Module, data: TrainingData, args: BKDConfig) -> None:
     """Set the vector of each class in the head to the mean of its training images' features, normalised.
 

@@ -111,22 +111,27 @@ class Loss:
 
     @property
     def title(self) -> str:
-        """First sentence of its docstring, without the source."""
-        return inspect.getdoc(self.function).partition("\n")[0].partition(" (")[0].rstrip(".:")  # type: ignore[union-attr]
+        """First sentence of its docstring, without the source; its name where it has none."""
+        return (self._docstring or self.function.__name__).partition("\n")[0].partition(" (")[0].rstrip(".:")
 
     @property
     def source(self) -> str | None:
         """Number on arXiv of the paper that its docstring names."""
-        found = re.search(r"arXiv (\d{4}\.\d{5})", inspect.getdoc(self.function) or "")
+        found = re.search(r"arXiv (\d{4}\.\d{4,5})\b", self._docstring)
         return found and found[1]
 
     @property
     def formula(self) -> str:
-        """The indented lines of its docstring."""
-        lines = (inspect.getdoc(self.function) or "").splitlines()
-        start = next((i for i, line in enumerate(lines) if line.startswith("    ")), len(lines))
-        end = next((i for i, line in enumerate(lines[start:], start) if not line.strip()), len(lines))
-        return "\n".join(line.strip() for line in lines[start:end])
+        """The first indented paragraph of its docstring; empty if there is none."""
+        paragraphs = re.split(r"\n\s*?\n", self._docstring)[1:]
+        found = [text for text in paragraphs if text.startswith("    ")]
+        if not found and len(paragraphs) == 1 and " = " in paragraphs[0]:
+            found = paragraphs  # alone, it has lost its indent: Python takes off what all lines share
+        return "\n".join(line.strip() for text in found[:1] for line in text.splitlines())
+
+    @property
+    def _docstring(self) -> str:
+        return inspect.getdoc(self.function) or ""
 
     def needs(self, name: str) -> bool:
         """Whether its function, or its mixture, takes an input."""

@@ -287,6 +287,16 @@ class Objective:
             return 1.0
         return max(0.0, 1.0 + self.prior * (1.0 - self.power * self.options.temperature))
 
+    @property
+    def settled(self) -> dict[str, float]:
+        """The numbers that options came out as which the losses look at and which may be left open: p, κ, τ."""
+        found = {}
+        if self.has_teacher and self.balances_distillation:
+            found = {"class_balance_power": self.power, "distillation_prior": self.prior}
+        if self.own["classification_loss"] is None and "tau" in self.loss("classification_loss").shared:  # type: ignore[union-attr]
+            found["logit_adjustment_tau"] = self.tau
+        return found
+
     def _raised(self, weights: torch.Tensor, power: float | None = None) -> torch.Tensor:
         """The weights to the power of p · κ, as all distillation losses get them, own ones too."""
         power = self.power * self.prior if power is None else power

@@ -28,13 +28,13 @@ class Operation(NamedTuple):
             magnitudes are chosen. Returns H×W×3 bytes.
         num_draws: Random numbers for an image.
         title: What the card calls it.
-        source: Number of the paper on arXiv.
+        source: Number of the paper on arXiv; `None` for what has none.
     """
 
     apply: Callable[[np.ndarray, np.ndarray, Size], np.ndarray]
     num_draws: int
     title: str
-    source: str
+    source: str | None
 
 
 # ---- Kernels: each is one change of an image, at a magnitude -------------------------------------------------------

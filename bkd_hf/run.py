@@ -26,7 +26,7 @@ from .errors import InputError
 from .files import try_json, unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
 from .head import the_head
-from .head_fitting import check_means, class_vectors
+from .head_fitting import check_means, class_vectors, describe_bias_shift
 from .hub import CARD_NAME, publish_run
 from .inputs import (
     Inputs,
@@ -350,6 +350,7 @@ def _fit(
             "started_from_teacher": trainer.student_started_from_teacher,
             "targets": _look_at_targets(options, trainer, data["class_names"], say),
         }
+    settled = trainer.bkd_objective.settled
     checkpoint = on_main_process(lambda: last_complete_checkpoint(args.output_dir))
     if checkpoint is not None:
         say(f"Continuing from {Path(checkpoint).name}.{is_cut_otherwise(checkpoint, args)}")
@@ -358,12 +359,8 @@ def _fit(
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     about_head = {}
     if trainer.head_bias_shift is not None:
-        shift = about_head["head_bias_shift"] = trainer.head_bias_shift.tolist()
-        least, most = (data["class_names"][shift.index(extreme)] for extreme in (min(shift), max(shift)))
-        say(
-            f"The head's bias was fitted to training examples, each class counting the same (--head_bias): from "
-            f"{min(shift):+.2f} ({least!r}) to {max(shift):+.2f} ({most!r})."
-        )
+        about_head["head_bias_shift"] = trainer.head_bias_shift.tolist()
+        say(describe_bias_shift(about_head["head_bias_shift"], data["class_names"]))
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", outcome.metrics)
@@ -374,6 +371,8 @@ def _fit(
         **about_adapter,
         **about_teacher,
         **about_head,
+        **({"augmentation": images["train"].augmentation} if options.model.task == "image" else {}),
+        "settled_options": settled,
         "training": clock.summary(trainer, data["num_train_images"]),
         "history": history_of(trainer.state),
     }

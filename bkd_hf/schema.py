@@ -108,6 +108,14 @@ class Targets(TypedDict):
     top_k_mass: NotRequired[Fraction]  # with `teacher_cache_top_k`
 
 
+class SettledOptions(TypedDict):
+    """Options that the losses look at and that may be left open (see `Objective.settled`), as they came out."""
+
+    class_balance_power: NotRequired[Amount]
+    distillation_prior: NotRequired[Fraction]
+    logit_adjustment_tau: NotRequired[Real]
+
+
 class Model(TypedDict):
     """A teacher or a student; of a teacher there are post-hoc metrics only if it was trained on these very images."""
 
@@ -125,6 +133,8 @@ class Model(TypedDict):
     training: NotRequired[TrainingSummary]
     history: NotRequired[list[HistoryEntry]]
     method: NotRequired[str | None]  # of a teacher, where it is known
+    augmentation: NotRequired[str]  # of its training images, where it was trained on images in this run
+    settled_options: NotRequired[SettledOptions]
     head_bias_shift: NotRequired[list[Real]]  # C numbers that were added in the end, where a bias was fitted
     started_from_teacher: NotRequired[bool]  # of a student that has one
     targets: NotRequired[Targets | None]  # of such a student, where its method has any
@@ -225,6 +235,7 @@ TrainingOptions = _training_options()
 class DataOptions(TypedDict):
     """Options about data that are read again."""
 
+    train_augmentation: NotRequired[str | None]
     train_operations: NotRequired[list[str] | None]
 
 
@@ -313,8 +324,9 @@ def _misfits(results: dict[str, Any]) -> Iterator[str]:
             accuracies = (model.get(part) or {}).get("per_class_accuracy")
             if accuracies is not None and [value is None for value in accuracies] != [not n for n in images]:
                 yield f"{name}.{part}.per_class_accuracy: not one for each class with test examples"
-        if len(model.get("answers", images)) != len(images):
-            yield f"{name}.answers: not a number for each class"
+        for part in ("answers", "head_bias_shift"):
+            if len(model.get(part, images)) != len(images):
+                yield f"{name}.{part}: not a number for each class"
         if any(max(confusion[:2]) >= len(images) for confusion in model["confusions"]):
             yield f"{name}.confusions: there is no such class"
         if targets := model.get("targets"):

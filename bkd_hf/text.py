@@ -85,6 +85,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+def difference(first: float, second: float) -> float:
+    """Percentage points from one fraction to another: the difference of the numbers that are shown, with one digit."""
+    return round(round(100 * second, 1) - round(100 * first, 1), 1)
+
+
 def names_of(numbers: Sequence[int], class_names: Mapping[int, str], most: int = 5) -> str:
     """Name the first few of some classes; one without a name is called by its number."""
     shown = ", ".join(str(class_names.get(number, number)) for number in numbers[:most])

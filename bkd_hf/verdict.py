@@ -54,7 +54,7 @@ def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not teacher:
         adjusted = None if adjusts_itself(results) else student.get("post_hoc_metrics")
         return {_adjusted("student", adjusted): adjusted} if adjusted else {}
-    found = {"the teacher": teacher["metrics"]}
+    found = {"its teacher": teacher["metrics"]}
     if adjusted := adjusted_teacher(results):
         found[_adjusted("teacher", adjusted)] = adjusted
     return found
@@ -87,10 +87,24 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
         if key == "accuracy" or not is_balanced
     )
     subject = "student" if results["teacher"] else "student as it was trained"
+    free = ", which costs nothing" if "tau" in other else ""
+    compared = f"{best}{free}: {numbers}{_may_be_chance(student, other, results['data'])}."
     if len(better) == len(_COMPARED):
-        return True, f"The {subject} is better than {best}, which costs nothing: {numbers}."
+        return True, f"The {subject} is better than {compared}"
     what = f"better only {better[0]} than" if better else "NOT better than"
-    return False, f"The {subject} is {what} {best}, which costs nothing: {numbers}. {_try(results)}"
+    return False, f"The {subject} is {what} {compared} {_try(results)}"
+
+
+def _may_be_chance(first: dict[str, Any], second: dict[str, Any], data: dict[str, Any]) -> str:
+    """Say so where other test images may turn the difference of two overall accuracies: the 95 % interval holds 0.
+
+    Which images each model is right about is not in the results, so it is that of unpaired accuracies: rather wide.
+    """
+    p, n = np.array([first["accuracy"], second["accuracy"]]), data["num_eval_images"]
+    half = 1.96 * np.sqrt((p * (1 - p)).clip(0).sum() / n)
+    if abs(p[0] - p[1]) >= half:
+        return ""
+    return f"; with {n:,} test {task_of(data).name}s a difference below {100 * half:.1f} points may be chance"
 
 
 def _try(results: dict[str, Any]) -> str:
@@ -113,7 +127,8 @@ def _warnings(results: dict[str, Any]) -> list[str]:
     tested = images > 0
     num_answered, num_tested = int((answers[tested] > 0).sum()), int(tested.sum())
     if num_answered < _FEW_ANSWERED * num_tested:
-        found.append(f"Only {num_answered:,} of the {num_tested:,} tested classes are ever answered.")
+        are = "is" if num_answered == 1 else "are"
+        found.append(f"Only {num_answered:,} of the {num_tested:,} tested classes {are} ever answered.")
     times = np.where(tested, answers / np.maximum(images, 1), 0)
     most = times.argmax()
     if times[most] > _TOO_OFTEN and answers[most] > _MANY_ANSWERS * answers.sum():

@@ -14,8 +14,10 @@ from huggingface_hub import ModelCard
 from scipy.stats import binomtest
 
 from bkd_hf import InputError, load_results, shot_groups
+from bkd_hf.announcer import Announcer
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.card import build, to_recipe
+from bkd_hf.methods import CLASSIFICATION_LOSSES, Loss
 from bkd_hf.metrics import LongTailAccumulator
 from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
 from bkd_hf.run_folder import what_is_told
@@ -108,6 +110,13 @@ def test_table_of_teacher_and_student(results):
     assert few[3] == f"{100 * (student['few_shot_accuracy'] - teacher['few_shot_accuracy']):+.1f}"
 
 
+def test_differences_are_those_of_the_numbers_that_are_shown(results, capsys):
+    results["teacher"]["metrics"]["accuracy"], results["student"]["metrics"]["accuracy"] = 0.84956, 0.92244
+    assert "| overall | 85.0 | **92.2** | +7.2 |" in str(build(results))  # not +7.3
+    Announcer().table(results)
+    assert re.search(r"overall +│ +85\.0 +│ +92\.2 +│ +\+7\.2", capsys.readouterr().out)
+
+
 def test_class_table_tells_how_little_five_images_say():
     results = results_with([50, 5], [40, 5])
     header = "| class | training images | test images | teacher | student | 95 % interval |"
@@ -157,12 +166,64 @@ def test_all_that_the_loss_is_made_of_is_told(results):
     assert "Logit Standardization in Knowledge Distillation" in card
 
 
+def test_options_that_were_left_open_are_told_as_they_came_out(results):
+    results["options"]["training"] |= {
+        "method": "bkd-calibrated", "classification_loss": "logit_adjustment", "class_balance_power": "measured",
+        "logit_adjustment_tau": "auto",
+    }  # fmt: skip
+    card = str(build(results))  # of an earlier version, which did not record them
+    assert r"class\_balance\_power measured" in card
+    assert "Trained with Logit-adjusted cross-entropy; " in card
+    results["student"]["settled_options"] = {"class_balance_power": 0.71, "logit_adjustment_tau": 0.58}
+    card = str(build(results))
+    assert r"logit\_adjustment\_tau 0.58 (auto)) + bkd (" in card
+    assert r"class\_balance\_power 0.71 (measured))" in card
+    results["student"]["settled_options"] = {"class_balance_power": 1.0, "logit_adjustment_tau": 0.0}
+    card = str(build(results))
+    assert "Trained with Cross-entropy; " in card
+    assert "2007.07314" not in card
+    assert r"logit\_adjustment\_tau 0 (auto): plain cross-entropy) + bkd (" in card
+
+
 def test_what_is_done_to_training_images_is_told(results):
     results["options"]["data"]["train_operations"] = ["autoaugment", "cutout", "of_a_user"]
     card = str(build(results))
-    assert "; AutoAugment by the policy for CIFAR-10; cutout:" in card
+    assert "cutout:" not in card  # it is no loss
+    row = next(
+        line for line in card.splitlines() if line.startswith("| augmentation | none, then AutoAugment by the ")
+    )
+    assert row.endswith(r"policy for CIFAR-10, cutout, of\_a\_user |")
     assert "1805.09501" in card
     assert "1708.04552" in card
+    results["options"]["data"] |= {"train_augmentation": "auto", "train_operations": None}
+    results["teacher"]["augmentation"], results["student"]["augmentation"] = "none", "pad_crop"
+    assert r"| augmentation | none | pad\_crop, mirrored half of the time |" in str(build(results))
+    results["options"]["data"]["horizontal_flip"] = False
+    assert r"| augmentation | none | pad\_crop, not mirrored |" in str(build(results))
+
+
+def test_options_without_effect_are_not_in_the_recipe(results):
+    assert "horizontal_flip" not in yaml.safe_load(to_recipe(results))  # nothing is augmented
+    results["options"]["data"]["train_augmentation"] = "pad_crop"
+    assert yaml.safe_load(to_recipe(results))["horizontal_flip"] is True
+
+
+def test_what_happened_to_the_head_and_the_targets_is_told(results):
+    card = str(build(results))
+    assert "bias" not in card
+    assert "collapse" not in card
+    results["student"]["head_bias_shift"] = [-0.5, 0.25, *[0.0] * 8]
+    results["student"]["targets"] = {
+        "num_images": 100, "target_agreement": 0.1, "teacher_agreement": 0.9, "mass": {}, "labels": {},
+        "favoured_class": 9, "favoured_share": 0.98, "favoured_label_share": 0.01,
+    }  # fmt: skip
+    card = str(build(results))
+    assert "each class counting the same (--head\\_bias): from -0.50 ('0') to +0.25 ('1')." in card
+    limits = card.partition("## Limitations")[2].partition("## How it was trained")[0]
+    assert "98 % of the distillation targets name '9', the class of 1.0 % of the examples" in limits
+    results["student"]["head_bias_shift"] = [0.0]
+    with pytest.raises(InputError, match="head_bias_shift: not a number for each class"):
+        build(results)
 
 
 def test_an_average_of_weights_is_told(results):
@@ -170,6 +231,14 @@ def test_an_average_of_weights_is_told(results):
     results["options"]["training"]["ema_decay"] = 0.999
     assert ", weights averaged (EMA, decay 0.999)" in str(build(results))
     assert yaml.safe_load(to_recipe(results))["ema_decay"] == 0.999
+
+
+def test_a_loss_without_a_formula_leaves_no_gap(results, monkeypatch):
+    def plain(logits, labels): ...
+
+    monkeypatch.setitem(CLASSIFICATION_LOSSES, "plain", Loss(plain))
+    results["options"]["training"] |= {"classification_loss": "plain", "distillation_loss": "none"}
+    assert "\nTrained with plain.\nThe student" in str(build(results))
 
 
 def test_two_classes():

@@ -169,6 +169,9 @@ def test_labels_and_targets_ask_for_balanced_answers_on_average(tmp_path, power,
     options = {"method": "bkd-calibrated", "class_balance_power": power, "student_init": "model"}
     trainer = trainer_for(tmp_path, model=resnet(0), per_device_train_batch_size=40, max_steps=1, **options)
     assert trainer.bkd_objective.tau == tau
+    p = trainer.bkd_objective.power
+    settled = {"class_balance_power": p, "distillation_prior": 1.0, "logit_adjustment_tau": tau}
+    assert trainer.bkd_objective.settled == settled
     batch = torch.stack([example["pixel_values"] for example in images()])
     labels = torch.tensor([example["labels"] for example in images()])
     with torch.no_grad():

@@ -19,22 +19,24 @@ from typing import Any
 
 import torch
 
+from .distillation_losses import (
+    dist_loss,
+    dive_log_targets,
+    dive_loss,
+    dkd_loss,
+    ltkd_log_targets,
+    ltkd_loss,
+    wsl_loss,
+)
 from .losses import (
     balanced_distillation_loss,
     balanced_log_targets,
     balanced_softmax_loss,
     cross_entropy_loss,
-    dist_loss,
-    dive_log_targets,
-    dive_loss,
-    dkd_loss,
     focal_loss,
     kd_loss,
     ldam_loss,
     logit_adjustment_loss,
-    ltkd_log_targets,
-    ltkd_loss,
-    wsl_loss,
 )
 from .top_k import top_k_distillation_loss
 

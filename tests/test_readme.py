@@ -10,10 +10,8 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 import bkd_hf
 from bkd_hf import load_results
@@ -33,9 +31,7 @@ def block_after(marker: str) -> str:
 
 
 def test_its_python_runs(tmp_path):
-    image = (load_digits().images[0] * 255 / 16).astype(np.uint8)
-    Image.fromarray(image).save(tmp_path / "digit.png")
-    code = "\n".join(block_after(f"test: {name}") for name in ("quick start", "own loss", "inference"))
+    code = "\n".join(block_after(f"test: {name}") for name in ("quick start", "own loss"))
     process = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -45,7 +41,7 @@ def test_its_python_runs(tmp_path):
         timeout=250,
     )
     assert process.returncode == 0, process.stderr
-    assert re.search(r"'label': '\d'", process.stdout.splitlines()[-1])
+    assert re.search(r"^{'label': '\d'", process.stdout, re.M)
 
 
 def test_two_commands_do_all_the_set_up():

@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainingArguments
 
 from .machine import precision_of
 from .metrics import NotFiniteError
+from .sharding import own_part
 from .teacher_logits import TeacherLogitsError
 
 _NO_STEP = torch.iinfo(torch.int64).max
@@ -81,7 +81,7 @@ class FiniteGuard:
 
     def check_weights(self, model: nn.Module, step: int) -> None:
         """Stop before a student is saved whose weights a step with a finite loss has spoilt; raises as above."""
-        tensors = [t.to_local() if isinstance(t, DTensor) else t for t in (*model.parameters(), *model.buffers())]
+        tensors = [own_part(tensor) for tensor in (*model.parameters(), *model.buffers())]
         # In buffers −∞ may be a mask.
         self.watch("student", torch.stack([(t < math.inf).all().to(self.args.device) for t in tensors]), step)
         self.stop_if_not_finite()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar
 
 from transformers import TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 
 from .compatibility import DTYPES, check_together, find_accumulation, options_without_effect, require
 from .errors import InputError
@@ -398,6 +399,8 @@ class BKDConfig(TrainingArguments):
         self._check()
         join_process_group(self)
         super().__post_init__()
+        # Under ZeRO-3 transformers would load a part of each model, also of a teacher; all are whole until they train.
+        unset_hf_deepspeed_config()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = find_accumulation(self)
         if self.mixed_precision == "fp16" and self.device.type == "cpu":

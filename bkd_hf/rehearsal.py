@@ -71,7 +71,7 @@ def check_before_work(arguments: RunArguments) -> None:
             )
         if adapter == "lora":
             import_peft()
-    check_deepspeed(arguments.training, arguments.distils)
+    check_deepspeed(arguments.training)
     rehearse(arguments.training)
     if trains_teacher:
         with arguments.naming_teacher_options():
@@ -113,7 +113,7 @@ def _check_publishing(arguments: RunArguments) -> None:
 def _check_name(option: str, path: Any) -> None:
     """Refuse what can be no name of a file or folder; it may be that of neither."""
     try:
-        if path is not None:
+        if path is not None and not str(path).startswith("{"):  # --deepspeed may be JSON
             os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass

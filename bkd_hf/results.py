@@ -237,7 +237,7 @@ def describe_model(name: str, model: nn.Module, measured: LongTailAccumulator) -
         "model": without_folders(name) if name else bare_type(classifier).__name__,
         "hub_id": hub_id(name) if name and fresh_task(name) is None else None,
         "architecture": bare_type(classifier).__name__,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "num_parameters": sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters()),
         "num_eval_images": measured.num_images,
         **measured.compute(),
     }

@@ -66,19 +66,15 @@ def start_deepspeed_anew(args: Any) -> None:
         args.deepspeed_plugin.deepspeed_config.setdefault("gradient_clipping", args.max_grad_norm)
 
 
-def check_deepspeed(args: Any, distils: bool) -> None:
-    """Refuse what would save no model, and a teacher under ZeRO-3, which leaves each process a part of its weights.
+def check_deepspeed(args: Any) -> None:
+    """Refuse what would save no model.
 
     Raises:
         InputError: Naming the way out.
     """
     gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     plugin = args.deepspeed_plugin
-    if not (plugin and plugin.zero_stage == 3):
-        return
-    if distils:
-        raise InputError("--deepspeed: ZeRO-3 does not go with a teacher. Use ZeRO-2, or --fsdp, which spreads both.")
-    if not plugin.hf_ds_config.get_value(gathers, False):
+    if plugin and plugin.zero_stage == 3 and not plugin.hf_ds_config.get_value(gathers, False):
         raise InputError(f'--deepspeed: ZeRO-3 would save no whole model. Set "{gathers}" to true in its file.')
 
 
@@ -122,6 +118,17 @@ def in_bare_type(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.__class__ = kind
+
+
+def own_part(weight: Any) -> torch.Tensor:
+    """Return what this process has of a weight that may be spread."""
+    if isinstance(weight, DTensor):
+        return weight.to_local()
+    part = getattr(weight, "ds_tensor", None)
+    if part is None:
+        return weight
+    # ZeRO-3 fills up the parts of the last processes with anything.
+    return part[: max(0, weight.ds_numel - part.numel() * torch.distributed.get_rank(weight.ds_process_group))]
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:

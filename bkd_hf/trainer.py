@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
@@ -208,6 +209,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         """Make the accelerator as `Trainer`, and look which engine it is."""
         start_deepspeed_anew(self.args)
         super().create_accelerator_and_postprocess()
+        unset_hf_deepspeed_config()  # as the options did: that was set again
         check_engine(self.args, self.accelerator)
 
     # ---- The loss -------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ import torch
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForImageClassification
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from bkd_hf import BKDConfig, BKDTrainer, load_classifier, sharding
+from bkd_hf import BKDConfig, BKDTrainer, TrainingDivergedError, load_classifier, sharding
 from bkd_hf.errors import InputError
 from bkd_hf.machine import leave_process_group
 from bkd_hf.models import load_weights_strictly
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.slow
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 COUNTS = [30, 20, 10, 5, 2]
+ANY_OPTIMIZER = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+ALL_SPREAD = {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
 SHARDS = {"fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
 
 
@@ -48,6 +51,7 @@ def trainer_of(folder: Path, model: Any, teacher: Any = None, **options: Any) ->
     }  # fmt: skip
     data = Examples(examples(77, 8))
     args = BKDConfig(str(folder), **settings)
+    assert not is_deepspeed_zero3_enabled()  # or transformers would load a part of each model
     return BKDTrainer(model, teacher, args, train_dataset=data, eval_dataset=Examples(data[:37]), class_counts=COUNTS)
 
 
@@ -104,13 +108,22 @@ def with_deepspeed(folder: Path) -> dict[str, Any]:
     take_gloo_for_a_device()
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # needs a compiler
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    file = {"zero_optimization": {"stage": 2}, "zero_force_ds_cpu_optimizer": False, **dict.fromkeys(sizes, "auto")}
-    trained(folder / "zero2 teacher", tiny_vit(2, 5), deepspeed=file, use_cpu=False)
-    teacher = load_teacher(str(folder / "zero2 teacher"))
-    measured = trainer_of(folder / "none", teacher.as_classifier(), deepspeed=file, use_cpu=False).evaluate()
-    found = trained(folder / "zero2", tiny_vit(1, 5), teacher, deepspeed=file, use_cpu=False)
+    found = {}
+    for stage in (2, 3):
+        name, zero = f"ZeRO-{stage}", {"stage": stage, **ALL_SPREAD}
+        file = {"zero_optimization": zero, **ANY_OPTIMIZER, **dict.fromkeys(sizes, "auto")}
+        options: dict[str, Any] = {"deepspeed": file, "use_cpu": False}
+        found[f"teacher, {name}"] = trained(folder / name, tiny_vit(2, 5), **options)
+        teacher = load_teacher(str(folder / name))
+        found[f"measured, {name}"] = trainer_of(folder / "none", teacher.as_classifier(), **options).evaluate()[
+            "eval_loss"
+        ]
+        found[f"given, {name}"] = trained(folder / "given", tiny_vit(1, 5), str(folder / name), **options)
+        with pytest.raises(TrainingDivergedError):  # by its weights
+            trained(folder / "diverged", tiny_vit(1, 5), optim="sgd", learning_rate=1e38, weight_decay=1e5,
+                    max_steps=1, eval_strategy="no", **options)  # fmt: skip
     leave_process_group()
-    return {"deepspeed": found, "measured with deepspeed": measured["eval_loss"]}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +138,17 @@ def outcomes(tmp_path_factory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     return folder, one, two | (in_two_processes(with_deepspeed, folder)[0] if HAS_DEEPSPEED else {})
 
 
-DEEPSPEED = pytest.param("deepspeed", marks=pytest.mark.skipif(not HAS_DEEPSPEED, reason="is not installed"))
+CASES = ["teacher", "given", "resumed", "cached", "spread teacher"]
+DEEPSPEED = [f"{of}, ZeRO-{stage}" for of in ("teacher", "given") for stage in (2, 3)] if HAS_DEEPSPEED else []
 
 
-@pytest.mark.parametrize("case", ["teacher", "given", "resumed", "cached", "spread teacher", DEEPSPEED])
+@pytest.mark.parametrize("case", CASES + DEEPSPEED)
 def test_losses_and_weights_are_those_of_one_process(outcomes, case):
     _, one, two = outcomes
-    (losses, weights), (expected_losses, expected) = two[case], one["teacher" if case == "teacher" else "given"]
+    (losses, weights), (expected_losses, expected) = (
+        two[case],
+        one["teacher" if case.startswith("teacher") else "given"],
+    )
     assert losses == pytest.approx(expected_losses, rel=5e-7)
     assert (weights - expected).norm() / expected.norm() < 1e-5
     if case == "resumed":
@@ -140,7 +157,7 @@ def test_losses_and_weights_are_those_of_one_process(outcomes, case):
 
 def test_a_teacher_is_measured_and_models_are_whole(outcomes):
     folder, one, two = outcomes
-    for case in {"measured", "measured with deepspeed"} & {*two}:
+    for case in (case for case in two if case.startswith("measured")):
         assert two[case] == pytest.approx(one["measured"], rel=5e-7)
     model = load_classifier(str(folder / "resnet"), list("abcde"), trust_remote_code=True)
     load_weights_strictly(model, str(folder / "resnet"))
@@ -148,13 +165,10 @@ def test_a_teacher_is_measured_and_models_are_whole(outcomes):
     assert model.config.auto_map["AutoConfig"] == "modeling_cifar_resnet.CifarResNetConfig"
 
 
-def test_zero3_with_a_teacher_is_refused():
-    args = SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(zero_stage=3))
-    for distils, error in ((True, "not go with a teacher. Use ZeRO-2, or --fsdp"), (False, "save no whole model")):
-        with pytest.raises(InputError, match=error):
-            sharding.check_deepspeed(args, distils)
-    args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
-    sharding.check_deepspeed(args, distils=True)
+def test_zero3_that_would_save_no_model_is_refused():
+    with pytest.raises(InputError, match="save no whole model"):
+        sharding.check_deepspeed(SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(zero_stage=3)))
+    sharding.check_deepspeed(SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2)))
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "timm"])

@@ -321,7 +321,7 @@ def _limits(results: dict[str, Any]) -> dict[str, Any]:
     data, metrics = results["data"], results["student"]["metrics"]
     teacher = (results["teacher"] or {}).get("metrics") or {}
     accuracies, tested = _class_accuracies(results["student"]), np.asarray(data["eval_class_counts"])
-    names = [markdown(name) for name in data["class_names"]]
+    names = [f"'{markdown(name)}'" for name in data["class_names"]]  # in quotes, for they may hold commas
     order = np.argsort(accuracies, kind="stable")  # nan comes last
     worst, num_images = order[0], data["num_eval_images"]
     groups = {name: f"{name}_shot_accuracy" for name in ("many", "medium", "few")}

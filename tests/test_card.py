@@ -131,8 +131,9 @@ def test_weak_and_untested_classes_are_named():
     results = results_with([200, 50, 5, 3], [50, 50, 50, 0])
     results["student"]["metrics"]["per_class_accuracy"][2] = 0.02
     limits = str(build(results)).partition("## Limitations")[2]
-    assert "1 of 4 classes is recognised less than one time in five**: class 2 (2.0 %)" in limits
-    assert "1 class has no test image, so nothing is known of it: class 3" in limits
+    weak = "1 of 4 classes is recognised less than one time in five**: 'class 2' (2.0 %). "
+    assert f"{weak}Do not rely on the model for it." in limits
+    assert "1 class has no test image, so nothing is known of it: 'class 3'." in limits
 
 
 @pytest.mark.parametrize(

@@ -166,8 +166,8 @@ def load_dataset_of(
         raise InputError(f"{name}: column {label_column!r} has one class only; there is nothing to learn.")
     if (empty := counts == 0).any():
         raise InputError(
-            f"{name}: {name_classes(splits['train'], LABEL_COLUMN, empty)} {have(empty.sum())} a name but no {task} in "
-            f"split {train_name!r}. Remove such names, or give the split that has their {task}s."
+            f"{name}: {name_classes(splits['train'], LABEL_COLUMN, empty)} {have(empty.sum())} a name but no {task} "
+            f"in split {train_name!r}. Remove such names, or give the split that has their {task}s."
         )
     if "eval" not in splits:
         splits = _carve_evaluation_split(task, name, splits["train"], counts, split_seed)

@@ -26,6 +26,7 @@ from .metrics import shot_groups, wilson_interval
 from .models import cifar_resnet_depth
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
+from .program import without_checkout
 from .reading import read_card
 from .results import check_schema, describe_command, load_results, training_options
 from .schema import check_repo_id
@@ -150,7 +151,7 @@ def build(
         is_best_checkpoint=options["load_best_model_at_end"],
         limits=_limits(results),
         trainings=training_rows(results),
-        command=results.get("command") or describe_command(["--config", "recipe.yaml"]),
+        command=without_checkout(results.get("command") or describe_command(["--config", "recipe.yaml"])),
         recipe=to_recipe(results, dataset_id),
         exported=export_table(results) if "export" in results else None,
         share_asked=share_asked(results) if "export" in results else "",
@@ -321,7 +322,7 @@ def _limits(results: dict[str, Any]) -> dict[str, Any]:
     data, metrics = results["data"], results["student"]["metrics"]
     teacher = (results["teacher"] or {}).get("metrics") or {}
     accuracies, tested = _class_accuracies(results["student"]), np.asarray(data["eval_class_counts"])
-    names = [markdown(name) for name in data["class_names"]]
+    names = [f"'{markdown(name)}'" for name in data["class_names"]]  # in quotes, for they may hold commas
     order = np.argsort(accuracies, kind="stable")  # nan comes last
     worst, num_images = order[0], data["num_eval_images"]
     groups = {name: f"{name}_shot_accuracy" for name in ("many", "medium", "few")}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .comparison import BASELINES, METRICS, Comparison
+from .comparison import BASELINES, ENOUGH_SEEDS, METRICS, Comparison
 from .comparison_plots import save_comparison_plots
 from .files import replacing, write_text
 from .methods import RECOMMENDED
@@ -83,7 +83,7 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
             parts += [
                 f"## Differences to `{baseline}`",
                 "Percentage points, paired by seed; in brackets the 95 % confidence interval (Student's t, n ≥ 2). "
-                "Bold: the interval leaves out 0.",
+                f"Bold: the interval leaves out 0, and n ≥ {ENOUGH_SEEDS}.",
                 *([_ONE_SEED.format(task=task)] if _has_stars(rows) else []),
                 _table(head, rows),
             ]

@@ -32,6 +32,8 @@ METRICS = {
 SHARED_TEACHERS = "shared_teachers"
 #: Methods that the others are compared with, seed by seed.
 BASELINES = ("ce", "kd")
+#: From so many seeds on a difference is called clear: two that happen to agree give an interval of any smallness.
+ENOUGH_SEEDS = 3
 _CONFIDENCE = 0.95
 # Of batches there are "examples in a step".
 _MAY_DIFFER = {*WITHOUT_INFLUENCE, *BATCH_CUT, "global_batch_size", "seed", "data_seed", "teacher_model_name_or_path"}
@@ -60,8 +62,8 @@ class Mean:
 
     @property
     def is_clear(self) -> bool:
-        """Whether its interval leaves out 0."""
-        return self.low is not None and self.high is not None and self.low * self.high > 0
+        """Whether its interval leaves out 0, and is of enough seeds to be trusted."""
+        return self.n >= ENOUGH_SEEDS and self.low is not None and self.high is not None and self.low * self.high > 0
 
     @classmethod
     def of(cls, values: Sequence[float], paired: bool = False) -> Mean | None:

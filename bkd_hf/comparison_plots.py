@@ -77,8 +77,10 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
                 axes.plot(values, [y] * len(values), "o", clip_on=False, **dots)
             estimate, colour = comparison.estimate(method, metric), _colour(method)
             style: dict[str, Any] = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 2, "linewidth": 1.2}
-            axes.errorbar(estimate.mean, y, xerr=estimate.std, clip_on=False, **style)
-            lowest, highest = min(lowest, *values), max(highest, *values)
+            bar = _bar(estimate)
+            axes.errorbar(estimate.mean, y, xerr=bar, clip_on=False, **style)
+            left, right = (0.0, 0.0) if bar is None else bar.ravel()
+            lowest, highest = min(lowest, *values, estimate.mean - left), max(highest, *values, estimate.mean + right)
         set_names(axes, "y", range(len(methods)), [figure_text(method, 40) for method in methods])
         room = max(0.15 * (highest - lowest), 2.0)
         # Nothing is below 0 or above 100; markers there may stand over the border.
@@ -109,7 +111,7 @@ def plot_leaderboard(comparison: ComparedRuns) -> Figure:
                 "capsize": 2,
                 "linewidth": 1.0,
             }
-            axes.errorbar(*points[method], xerr=overall.std, yerr=few.std, **style)
+            axes.errorbar(*points[method], xerr=_bar(overall), yerr=_bar(few), **style)
     axes.margins(0.08)
     # Names stand in a column beside the axes, for the points of good methods lie close together.
     heights = np.linspace(0.02, 0.98, max(len(points), 2))
@@ -157,6 +159,13 @@ def plot_teacher_and_student(comparison: ComparedRuns) -> Figure:
         axes.set_xlabel("teacher (%)", fontsize=TEXT)
     figure.supylabel("student (%)", fontsize=TEXT)
     return figure
+
+
+def _bar(estimate: Any) -> np.ndarray | None:
+    """The standard deviation below and above a mean (2×1), as far as it lies in 0 to 100 %; `None` of one seed."""
+    if estimate.std is None:
+        return None
+    return np.array([[min(estimate.std, estimate.mean)], [min(estimate.std, 100 - estimate.mean)]])
 
 
 def _colour(method: str) -> str:

@@ -22,6 +22,7 @@ from .image_folders import IMAGE_COLUMN, LABEL_COLUMN
 from .reading import check_file
 from .sampling import hash_uniform
 from .tasks import TEXT_COLUMN, task_of_columns
+from .text import quoted
 
 logger = logging.get_logger(__name__)
 
@@ -382,9 +383,9 @@ def check_complete(dataset: datasets.Dataset, column: str, what: str, where: str
 
 
 def name_classes(dataset: datasets.Dataset, label_column: str, classes: np.ndarray) -> str:
-    """E.g. "2 of 10 classes (cat, dog)", given which as booleans."""
+    """E.g. "2 of 10 classes ('cat', 'dog')", given which as booleans."""
     feature = dataset.features[label_column]
     named = isinstance(feature, datasets.ClassLabel)
-    names = [feature.int2str(c) if named else str(c) for c in np.flatnonzero(classes).tolist()]
+    names = [feature.int2str(c) if named else c for c in np.flatnonzero(classes).tolist()]
     total = feature.num_classes if named else classes.size
-    return f"{len(names)} of {total} classes ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+    return f"{len(names)} of {total} classes ({quoted(names)})"

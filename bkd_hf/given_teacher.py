@@ -16,6 +16,7 @@ from .models import prefer_channels_last
 from .options import ModelArguments, RunArguments
 from .results import RESULTS_NAME, describe_model, load_results
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
+from .text import quoted
 from .trainer import BKDTrainer
 
 
@@ -34,8 +35,7 @@ class Match:
     def lack(self, class_names: list[str]) -> str:
         """Say which classes it lacks."""
         missing = [name for name, column in zip(class_names, self.columns, strict=True) if column is None]
-        shown = ", ".join(missing[:20]) + (f" and {len(missing) - 20} more" if len(missing) > 20 else "")
-        return f"has no output for {len(missing)} of {len(class_names)} classes: {shown}"
+        return f"has no output for {len(missing)} of {len(class_names)} classes: {quoted(missing, 20)}"
 
 
 def match_teacher(arguments: RunArguments, class_names: list[str]) -> Match:
@@ -66,8 +66,7 @@ def match_teacher(arguments: RunArguments, class_names: list[str]) -> Match:
     columns = align_labels(names, class_names, options.read_teacher_label_map())
     match = Match(columns)
     if not any(column is not None for column in columns):
-        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-        return Match(why_trained=f"its head is for other classes ({shown})")
+        return Match(why_trained=f"its head is for other classes ({quoted(names, 3)})")
     if None in columns and not options.allow_partial_teacher:
         raise InputError(
             f"{option} {match.lack(class_names)}. --teacher_label_map tells what they are called there; "

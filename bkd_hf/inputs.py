@@ -24,6 +24,7 @@ from .models import FRESH_IMAGE_SIZE, cifar_resnet_depth, load_config, load_proc
 from .options import ModelArguments, RunArguments
 from .streams import Stream, StreamedImages, load_stream, sample_of
 from .tasks import TEXT_COLUMN, fresh_task, task_of
+from .text import have, quoted
 from .text_data import TextDataset, fresh_tokenizer, limit_length, same_tokens, set_max_length
 from .views import same_pixels, set_image_size
 
@@ -253,9 +254,8 @@ def warn_of_untested_classes(data: dict[str, Any]) -> None:
     counts, unit = data["eval_class_counts"], task_of(data).name
     untested = [name for name, count in zip(data["class_names"], counts, strict=True) if not count]
     if untested:
-        shown = ", ".join(untested[:5]) + (", …" if len(untested) > 5 else "")
         warnings.warn(
-            f"{len(untested)} of {len(counts)} classes ({shown}) have no evaluation {unit}: they are in no accuracy "
-            "and cannot be the worst class.",
+            f"{len(untested)} of {len(counts)} classes ({quoted(untested)}) {have(len(untested))} no evaluation "
+            f"{unit}: no accuracy tells of {'it' if len(untested) == 1 else 'them'}, nor can the worst class.",
             stacklevel=3,
         )

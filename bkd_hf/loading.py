@@ -20,7 +20,7 @@ from .docstrings import GROUPS, docstrings
 from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features, files_below, load_image_folder
 from .tasks import TASKS, TEXT_COLUMN, task_of_columns
-from .text import normal, one_line
+from .text import have, normal, one_line
 
 logger = logging.get_logger(__name__)
 
@@ -164,10 +164,10 @@ def load_dataset_of(
     counts = np.asarray(class_counts(splits["train"]))
     if counts.size < 2:
         raise InputError(f"{name}: column {label_column!r} has one class only; there is nothing to learn.")
-    if (counts == 0).any():
+    if (empty := counts == 0).any():
         raise InputError(
-            f"{name}: {name_classes(splits['train'], LABEL_COLUMN, counts == 0)} have a name but no {task} in split "
-            f"{train_name!r}. Remove these names, or give the split that has their {task}s."
+            f"{name}: {name_classes(splits['train'], LABEL_COLUMN, empty)} {have(empty.sum())} a name but no {task} "
+            f"in split {train_name!r}. Remove such names, or give the split that has their {task}s."
         )
     if "eval" not in splits:
         splits = _carve_evaluation_split(task, name, splits["train"], counts, split_seed)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .metrics import check_class_counts
+from .text import have
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -77,8 +78,8 @@ def log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: to
         empty = (counts == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(
-                f"{len(empty)} of {len(counts)} classes have no training example (first: class {empty[0]}): the "
-                "logarithm of their frequency is not finite. Remove the class."
+                f"{len(empty)} of {len(counts)} classes {have(len(empty))} no training example (first: class "
+                f"{empty[0]}): the logarithm of a frequency of 0 is not finite. Remove the class."
             )
     require(
         counts.shape == like.shape[-1:],

@@ -63,6 +63,7 @@ from .loss_inputs import (
     standardized,
 )
 from .metrics import check_class_counts
+from .text import have
 
 __all__ = [
     "IGNORE_INDEX", "Reduction", "balanced_distillation_loss", "balanced_log_targets", "balanced_softmax_loss",
@@ -102,8 +103,8 @@ def class_balanced_weights(
     empty = np.flatnonzero(counts == 0)
     if empty.size and missing == "error":
         raise ValueError(
-            f"{empty.size} of {counts.size} classes have no training example (first: class {empty[0]}): their "
-            'weight is not defined. Remove the class, or pass missing="clamp" to count it as one example.'
+            f"{empty.size} of {counts.size} classes {have(empty.size)} no training example (first: class "
+            f'{empty[0]}), so no weight. Remove the class, or pass missing="clamp" to count it as one example.'
         )
     counts = np.maximum(counts, 1)
     with np.errstate(divide="ignore"):

@@ -14,7 +14,7 @@ from .errors import InputError
 from .loss_inputs import IGNORE_INDEX
 from .losses import class_balanced_weights, deferred_weights, example_weights
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
-from .text import names_of
+from .text import have, names_of
 from .top_k import TopK
 
 
@@ -361,9 +361,9 @@ class Objective:
         counts = self.known_class_counts() if needing else torch.ones(1)
         if empty := (counts == 0).nonzero().flatten().tolist():
             raise InputError(
-                f"{len(empty)} of {len(counts)} classes have no training example ({names_of(empty, class_names)}), "
-                f"and {needing[0]} needs their numbers. Remove these classes, or count each as one example by "
-                "--empty_classes clamp."
+                f"{len(empty)} of {len(counts)} classes {have(len(empty))} no training example "
+                f"({names_of(empty, class_names)}), and {needing[0]} needs a number of each. Remove such classes, or "
+                "count each as one example by --empty_classes clamp."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,15 @@ def script_of(command: str) -> Path | None:
     """Return the script to call for a command; `None` outside of a checkout, and where `bkd-hf` was called itself."""
     path = _FOLDER / SCRIPTS[command]
     return path if path.is_file() and not sys.argv[0].startswith(f"{PROGRAM} ") else None
+
+
+def without_checkout(command: str) -> str:
+    """Return a command as whoever has the package calls it: a script by its module, a recipe by its name."""
+    for name, script in SCRIPTS.items():
+        command = re.sub(
+            rf"^([a-z][\w ]*(?: --num_processes \d+)?) scripts/{script}(?= |$)", rf"\1 -m bkd_hf {name}", command
+        )
+    return re.sub(r"( --config[ =])scripts/recipes/(\w+)\.yaml(?= |$)", r"\1\2", command)
 
 
 def program(command: str, launcher: Sequence[str] = ()) -> list[str]:

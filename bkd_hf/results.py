@@ -216,6 +216,7 @@ def describe_run(
         "method": training.method_label,
         "seed": training.seed,
         "command": None if command is None else describe_command(command, training.world_size),
+        "command_is_shortened": command is not None and _told(command) != _told(command, lambda value, option: value),
         "data": data,
         "teacher": teacher,
         "student": student,
@@ -318,7 +319,7 @@ def describe_command(arguments: Sequence[str], num_processes: int = 1, called_by
     """
     processes = ["--num_processes", str(num_processes)] if num_processes > 1 else []
     words = called_by or program("run", ["accelerate", "launch", *processes])
-    return shlex.join([*words, *told_arguments(arguments, _shown, _OF_PUBLISHING)])
+    return shlex.join([*words, *_told(arguments)])
 
 
 def told_arguments(
@@ -347,6 +348,10 @@ def _shown(value: str, option: str) -> str:
     if value.startswith("scripts/"):  # the recipes in a checkout are where they are for everybody
         return value
     return Path(value).name if option in _FOLDER_OPTIONS else without_folders(value)
+
+
+def _told(arguments: Sequence[str], show: Callable[[str, str], str] = _shown) -> list[str]:
+    return told_arguments(arguments, show, _OF_PUBLISHING)
 
 
 def describe_hardware(args: BKDConfig) -> dict[str, Any]:

@@ -258,6 +258,7 @@ class Results(TypedDict):
     method: NotRequired[str]  # the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
     seed: Integer
     command: NotRequired[str | None]  # what was called; `null` from Python
+    command_is_shortened: NotRequired[bool]  # whether files and folders in it are named without those around them
     data: Data
     teacher: Model | None  # `null` where the student's method has none
     student: Model

@@ -91,9 +91,18 @@ def difference(first: float, second: float) -> float:
 
 
 def names_of(numbers: Sequence[int], class_names: Mapping[int, str], most: int = 5) -> str:
-    """Name the first few of some classes; one without a name is called by its number."""
-    shown = ", ".join(str(class_names.get(number, number)) for number in numbers[:most])
-    return one_line(shown, 200) + (", …" if len(numbers) > most else "")
+    """Name the first few of some classes, in quotes; one without a name is called by its number."""
+    return quoted([class_names.get(number, number) for number in numbers], most)
+
+
+def quoted(names: Sequence[str | int], most: int = 5) -> str:
+    """List the first few of some names, in quotes, for they may hold commas; numbers are bare."""
+    return one_line(", ".join(map(repr, names[:most])), 200) + (", …" if len(names) > most else "")
+
+
+def have(number: int) -> str:
+    """The verb after so many things."""
+    return "has" if number == 1 else "have"
 
 
 def suggestion(name: str, known: Sequence[str]) -> str:

@@ -19,7 +19,15 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.card import build, to_recipe
 from bkd_hf.methods import CLASSIFICATION_LOSSES, Loss
 from bkd_hf.metrics import LongTailAccumulator
-from bkd_hf.results import describe_command, describe_model, describe_training, hub_id, recordable, without_folders
+from bkd_hf.results import (
+    describe_command,
+    describe_model,
+    describe_run,
+    describe_training,
+    hub_id,
+    recordable,
+    without_folders,
+)
 from bkd_hf.run_folder import what_is_told
 from tests.conftest import REPOSITORY
 
@@ -131,8 +139,9 @@ def test_weak_and_untested_classes_are_named():
     results = results_with([200, 50, 5, 3], [50, 50, 50, 0])
     results["student"]["metrics"]["per_class_accuracy"][2] = 0.02
     limits = str(build(results)).partition("## Limitations")[2]
-    assert "1 of 4 classes is recognised less than one time in five**: class 2 (2.0 %)" in limits
-    assert "1 class has no test image, so nothing is known of it: class 3" in limits
+    weak = "1 of 4 classes is recognised less than one time in five**: 'class 2' (2.0 %). "
+    assert f"{weak}Do not rely on the model for it." in limits
+    assert "1 class has no test image, so nothing is known of it: 'class 3'." in limits
 
 
 @pytest.mark.parametrize(
@@ -279,7 +288,7 @@ def test_names_cannot_break_the_page():
 
 def test_results_of_earlier_versions_have_a_card_too():
     card = str(build(CARDS / "cifar100_lt_40_epochs_two_threads"))
-    assert "accelerate launch scripts/run_bkd.py --config recipe.yaml" in card
+    assert "accelerate launch -m bkd_hf run --config recipe.yaml" in card
 
 
 def test_same_results_give_the_same_card_and_are_not_changed(results):
@@ -347,6 +356,18 @@ def test_command_tells_nothing_of_the_machine():
         "--teacher_model_name_or_path vit --config scripts/recipes/digits.yaml --alpha 2 --model_name_or_path max/vit "
         """--teacher_cache=max --accelerator_config '{"x": "y"}' --lr_step_epochs 1 2"""
     )
+
+
+@pytest.mark.parametrize(("folder", "is_shortened"), [("/home/max/birds", True), ("max/birds", False)])
+def test_a_command_with_shortened_folders_is_said_to_be_one(results, tmp_path, folder, is_shortened):
+    training = parse_arguments(["--output_dir", "x"], digits_recipe=RECIPES / "digits.yaml").training
+    command = ["--dataset_name", folder, "--output_dir", "x", "--hub_token", "hf_abc"]
+    told = describe_run(training, results["data"], results["student"], results["teacher"], command=command)
+    assert told["command_is_shortened"] is is_shortened
+    results |= {name: told[name] for name in ("command", "command_is_shortened")}
+    card = str(build(results))
+    assert "accelerate launch -m bkd_hf run --dataset_name " in card
+    assert ("are named without the folders" in card) is is_shortened
 
 
 @pytest.mark.parametrize(

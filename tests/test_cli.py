@@ -422,7 +422,7 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     assert "Examples are prepared by" in output
     results = load_results(tmp_path / "run")
     assert results["data"]["name"] == "data"
-    assert "1 of 4 classes (grey) have no evaluation image" in output
+    assert "1 of 4 classes ('grey') has no evaluation image" in output
     assert results["data"]["class_names"] == ["blue", "green", "grey", "red"]
     assert results["data"]["class_counts"] == [2, 5, 1, 10]
     assert results["student"]["metrics"]["per_class_accuracy"][2] is None

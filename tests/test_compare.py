@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -98,6 +99,13 @@ def test_differences_are_paired_by_seed(cells):
     assert comparison.difference("bkd", "focal", "overall") is None
 
 
+def test_two_seeds_that_agree_are_not_bold(cells):
+    two = [cell("ce", 0, 0.30), cell("ce", 1, 0.32), cell("bkd", 0, 0.355), cell("bkd", 1, 0.375)]
+    markdown = to_markdown(Comparison(two))
+    assert "| bkd | 2 | +5.5 [+5.5, +5.5] |" in markdown
+    assert "Bold: the interval leaves out 0, and n ≥ 3." in markdown
+
+
 def test_one_seed_is_resampled_over_test_images(cells):
     images = [40] * 10
     for results in cells:
@@ -106,7 +114,7 @@ def test_one_seed_is_resampled_over_test_images(cells):
     half = 196 * ((0.4 * 0.6 + 0.33 * 0.67) / 400) ** 0.5  # two independent binomials, as normal
     assert difference.low == pytest.approx(7 - half, abs=0.6)
     assert difference.high == pytest.approx(7 + half, abs=0.6)
-    assert str(difference).startswith("**+7.0** [")
+    assert str(difference).startswith("+7.0 [")  # which no single seed makes clear
     assert str(difference).endswith("]*")
     markdown = to_markdown(Comparison(cells))
     assert (
@@ -236,9 +244,14 @@ def test_files(cells, tmp_path):
 def test_axes_end_where_accuracies_do(cells):
     for cell in cells:
         cell["student"]["metrics"]["worst_class_accuracy"] = 0.0
+    for number, accuracy in enumerate([1.0, 1.0, 0.9]):
+        cells[number]["student"]["metrics"]["accuracy"] = accuracy  # 96.7 ± 5.8
     for axes in plot_comparison(Comparison(cells)).axes:
         low, high = axes.get_xlim()
         assert 0 <= low < high <= 100
+        for container in axes.containers:
+            x = np.concatenate([line.get_xdata() for line in container[1]] or [[low]])
+            assert low <= x.min() <= x.max() <= high
 
 
 def test_no_figure_of_teachers_without_teachers(cells, tmp_path):

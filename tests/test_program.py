@@ -21,7 +21,7 @@ import bkd_hf
 from bkd_hf.__main__ import main
 from bkd_hf.cells import plan_cells
 from bkd_hf.machine import launcher_accumulation
-from bkd_hf.program import PROGRAM, SCRIPTS, program, script_of
+from bkd_hf.program import PROGRAM, SCRIPTS, program, script_of, without_checkout
 from tests.conftest import REPOSITORY
 
 ELSEWHERE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -55,6 +55,22 @@ def test_commands_are_told_as_they_were_called(monkeypatch, tmp_path):
     assert program("run", launcher) == [*launcher, "-m", "bkd_hf", "run"]
     (cell,) = plan_cells(["ce"], [0], tmp_path, script_of("run"))
     assert cell.command(launcher).startswith("accelerate launch -m bkd_hf run --method ce --seed 0 ")
+
+
+@pytest.mark.parametrize(
+    ("told", "called"),
+    [
+        (
+            "accelerate launch --num_processes 2 scripts/run_bkd.py --config scripts/recipes/text.yaml --seed 1",
+            "accelerate launch --num_processes 2 -m bkd_hf run --config text --seed 1",
+        ),
+        ("accelerate launch scripts/run_bkd.py", "accelerate launch -m bkd_hf run"),
+        ("python scripts/compare.py --seeds 0", "python -m bkd_hf compare --seeds 0"),
+        ("bkd-hf run --output_dir scripts/run_bkd.py", "bkd-hf run --output_dir scripts/run_bkd.py"),
+    ],
+)
+def test_others_need_no_checkout(told, called):
+    assert without_checkout(told) == called
 
 
 def test_launchers_are_read_up_to_the_module_too(monkeypatch):

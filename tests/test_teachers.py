@@ -290,7 +290,7 @@ def test_teacher_that_lacks_classes(finished, tmp_path, run_here):  # noqa: F811
     names = ["0", "1", "2", "drei", "4", "5", "6", "7", "8", "neun"]
     teacher = changed(finished / "teacher", tmp_path / "teacher", names=names)
     message = refused(*options_for(tmp_path, teacher))
-    assert "has no output for 2 of 10 classes: 3, 9." in message
+    assert "has no output for 2 of 10 classes: '3', '9'." in message
     assert "--allow_partial_teacher" in message
     (tmp_path / "map.json").write_text(json.dumps({"3": "drei", "9": 9}))
     output = run_here(*options_for(tmp_path, teacher), "--teacher_label_map", str(tmp_path / "map.json"))
@@ -365,7 +365,7 @@ def test_teacher_for_other_classes_is_fine_tuned_first(tmp_path, run_here):  # n
     load_classifier("cifar-resnet-8", ["cat", "dog"], image_size=16).save_pretrained(tmp_path / "pets")
     load_processor("cifar-resnet-8", image_size=16, image_mean=[0.2] * 3).save_pretrained(tmp_path / "pets")
     output = run_here(*options_for(tmp_path, tmp_path / "pets"), "--teacher_num_train_epochs", "3")
-    assert "is fine-tuned on the data first: its head is for other classes (cat, dog)." in output
+    assert "is fine-tuned on the data first: its head is for other classes ('cat', 'dog')." in output
     assert "learned from scratch: classifier.bias, classifier.weight; all else starts from its weights" in output
     assert "no effect" not in output
     results = load_results(tmp_path / "run")

@@ -44,7 +44,7 @@ def test_kinds_of_counts(kind):
 
 
 def test_classes_without_images():
-    with pytest.raises(ValueError, match=r"1 of 3 classes have no training example \(first: class 1\)"):
+    with pytest.raises(ValueError, match=r"1 of 3 classes has no training example \(first: class 1\)"):
         class_balanced_weights([5, 0, 2])
     torch.testing.assert_close(class_balanced_weights([5, 0, 2], missing="clamp"), class_balanced_weights([5, 1, 2]))
 

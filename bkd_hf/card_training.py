@@ -71,7 +71,7 @@ def _augmentation(results: dict[str, Any], model: str) -> str | None:
     operations = [
         OPERATIONS[name].title if name in OPERATIONS else name for name in data.get("train_operations") or ()
     ]
-    return ", then ".join([views, ", ".join(operations)] if operations else [views])
+    return ", ".join(operations if operations and views == "none" else [views, *operations])
 
 
 def sources_of_operations(options: dict[str, Any]) -> list[tuple[str, str | None]]:

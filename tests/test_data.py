@@ -149,7 +149,7 @@ def test_never_more_than_a_class_has():
     labels = [0] * 10 + [1] * 3 + [2] * 9
     features = datasets.Features({"label": datasets.ClassLabel(names=["a", "b", "c"])})
     dataset = datasets.Dataset.from_dict({"label": labels}, features=features)
-    with pytest.raises(InputError, match=r"1 of 3 classes \(b\) cannot give .* class 1 has 3, its share is 7"):
+    with pytest.raises(InputError, match=r"1 of 3 classes \('b'\) cannot give .* class 1 has 3, its share is 7"):
         make_long_tailed(dataset, "label", 2, max_count=10)
     assert class_counts(make_long_tailed(dataset, "label", 2), "label") == [4, 2, 2]  # by default it fits
 

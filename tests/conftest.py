@@ -5,6 +5,8 @@ import os
 # Before any Hugging Face library is imported: the tests need no network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Before torch is: threads that wait for each other on shared cores should not keep these busy.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 from pathlib import Path

@@ -464,6 +464,7 @@ def test_cells_share_the_split_and_a_seed_its_teacher(compared):
     assert results["ce", 0]["student"]["metrics"] != results["ce", 1]["student"]["metrics"]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_skipped_and_interrupted_ones_resume(compared, tmp_path):
     folder = Path(shutil.copytree(compared, tmp_path / "out"))
     # The teacher's path is an option of a cell: the copy stands for the folder itself.
@@ -478,6 +479,7 @@ def test_finished_cells_are_skipped_and_interrupted_ones_resume(compared, tmp_pa
     assert (compared / "ce" / "seed0" / "results.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_tables_from_results_alone(compared, tmp_path):
     for path in compared.rglob("results.json"):
         target = tmp_path / "in" / path.relative_to(compared)

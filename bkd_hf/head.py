@@ -18,11 +18,13 @@ from .modeling_cosine_head import CosineHeadForImageClassification
 _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
 #: Training images of a class, and in all, to which a head's bias is fitted.
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
-#: A class is favoured if it is answered so many times as often as it occurs; and so it may be after a bias was fitted,
+#: A class is favoured if it is answered so many times as often as it occurs; and so it may be after the bias was fitted,
 #: which leaves other images, that the model has not seen, some room below the former.
 TOO_OFTEN, OFTEN = 3.0, 2.0
-#: Numbers that logits are multiplied by, one after the other, until the best answers are balanced too.
-SHARPNESS = tuple(1.5**k for k in range(8))
+#: A class with n images counts n / (n + FEW) of one with many, as it tells so much less of images not seen.
+FEW = 5
+#: The least step of [`least_lowering`], in logits.
+_STEP = 1e-3
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -149,22 +151,67 @@ def favours_a_class(logits: torch.Tensor, labels: torch.Tensor, times: float | N
         labels: N class numbers.
         times: More than so many; `TOO_OFTEN` if not given.
     """
-    answers, num_classes = logits.argmax(dim=1), logits.shape[1]
-    shares = [
-        torch.bincount(answers[labels == c], minlength=num_classes) / (labels == c).sum() for c in labels.unique()
-    ]
-    return bool(torch.stack(shares).sum(dim=0).max() > (TOO_OFTEN if times is None else times))
+    times_answered = _times_answered(logits.cpu().argmax(dim=1), _shares(labels.cpu()), logits.shape[1])
+    return bool(times_answered.max() > (TOO_OFTEN if times is None else times))
+
+
+def _shares(labels: torch.Tensor) -> torch.Tensor:
+    """Return what each of N images counts for where each class counts 1."""
+    return 1 / torch.bincount(labels).double()[labels]
+
+
+def _times_answered(answers: torch.Tensor, shares: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Return how many times as often as it occurs each class is answered; rounded, as sums depend on their order."""
+    return torch.bincount(answers, shares, minlength=num_classes).round(decimals=9)
+
+
+def least_lowering(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the least that has to be taken off a classifier's logits so that it favours no class.
+
+    The class that is answered most is lowered until it is answered no more than `OFTEN` times as often as it occurs in
+    training images, each *class* counting the same, then the next, until none is left. All others stay as they are, so
+    a class that the model does not know is not answered for its own sake. It is the ascending auction of the
+    assignment problem (Bertsekas, 1988, Annals of Operations Research 14): classes have room for so many images, what
+    is taken off is their price, and the prices that it ends with are the least at which nobody is turned away, in
+    whatever order they rise.
+
+    Args:
+        logits: N×C.
+        labels: N class numbers.
+
+    Returns:
+        C numbers ≤ 0 (float64), but for images with the very same logits, which no lowering can part.
+    """
+    z, shares = logits.detach().cpu().double(), _shares(labels.cpu())
+    shift, answers = z.new_zeros(z.shape[1]), z.argmax(dim=1)
+    while True:
+        times_answered = _times_answered(answers, shares, z.shape[1])
+        favoured = int(times_answered.argmax())
+        if times_answered[favoured] <= OFTEN:
+            return shift
+        images = torch.nonzero(answers == favoured).flatten()
+        scores = z[images] + shift
+        own = scores[:, favoured].clone()
+        scores[:, favoured] = -torch.inf
+        others, their_classes = scores.max(dim=1)
+        margins, order = (own - others).sort(descending=True)
+        num_kept = int((shares[images][order].cumsum(dim=0).round(decimals=9) <= OFTEN).sum())
+        num_kept = int((margins > margins[num_kept]).sum())
+        if num_kept == 0:
+            return shift
+        lowering = max((margins[num_kept - 1] + margins[num_kept]).item() / 2, _STEP)
+        shift[favoured] -= lowering
+        lost = order[margins < lowering]
+        answers[images[lost]] = their_classes[lost]
 
 
 def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return what has to be added to a classifier's logits so that it favours no class.
+    """Return what has to be added to a classifier's logits so that its mean answer is the uniform distribution.
 
-    The b at which the cross-entropy of s · (z + b) is least on training images, each *class* counting the same: at
-    s = 1 the mean answer is then the uniform distribution, whatever prior the training has left in z. It is the
-    re-training of the classifier on balanced data (Kang et al., 2020, arXiv 1910.09217), of its bias alone; convex,
-    with C unknowns. A normal prior with variance 1 on each number keeps it small where there are few images to tell
-    from. A model that is sure of nothing can have uniform means, and still answer one class far too often: s grows
-    until it does not, as softmax(s · z) becomes the best answer alone.
+    The b at which the cross-entropy of z + b is least on training images, each *class* counting the same, whatever
+    prior the training has left in z. It is the re-training of the classifier on balanced data (Kang et al., 2020,
+    arXiv 1910.09217), of its bias alone; convex, with C unknowns. Where there are few images to tell from it stays
+    small: a class with n of them counts n / (n + `FEW`), and each number has a normal prior with variance 1.
 
     Args:
         logits: N×C.
@@ -174,25 +221,16 @@ def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         C numbers (float64), with mean 0 over the classes that have images.
     """
     z, y = logits.detach().cpu().double(), labels.cpu()
-    for sharpness in SHARPNESS:
-        shift = _fitted_shift(z, y, sharpness)
-        if not favours_a_class(z + shift, y, OFTEN):
-            break
-    return shift
-
-
-def _fitted_shift(z: torch.Tensor, y: torch.Tensor, sharpness: float) -> torch.Tensor:
-    counts = torch.bincount(y, minlength=z.shape[1])
-    present = counts > 0
-    weights = (1 / counts.clamp_min(1).double())[y]
+    present = torch.bincount(y, minlength=z.shape[1]) > 0
+    counts = torch.bincount(y)[y]
+    weights = _shares(y) * counts / (counts + FEW)
     num_effective = weights.sum() ** 2 / (weights**2).sum()
     shift = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([shift], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        answers = sharpness * (z + shift)[:, present]
-        losses = F.cross_entropy(answers, (present.cumsum(0) - 1)[y], reduction="none")
+        losses = F.cross_entropy((z + shift)[:, present], (present.cumsum(0) - 1)[y], reduction="none")
         loss = (weights * losses).sum() / weights.sum() + (shift**2).sum() / (2 * num_effective)
         loss.backward()
         return loss

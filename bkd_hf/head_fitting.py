@@ -15,7 +15,15 @@ from transformers.utils import logging
 from .config import HEAD_SCALE, BKDConfig
 from .data import choose_per_class
 from .errors import InputError
-from .head import balancing_shift, favours_a_class, head_biases, sample_for_bias, shift_logits, the_head
+from .head import (
+    balancing_shift,
+    favours_a_class,
+    head_biases,
+    least_lowering,
+    sample_for_bias,
+    shift_logits,
+    the_head,
+)
 from .teacher import split_inputs
 from .text import names_of
 from .training_data import TrainingData, training_labels
@@ -27,12 +35,14 @@ IMAGES_PER_CLASS, NUM_IMAGES = 1000, 100_000
 
 
 def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: bool) -> torch.Tensor | None:
-    """Take out of a student's answers the prior that the training has left in them (see [`balancing_shift`]).
+    """Have a student favour no class, by the bias of its head.
 
     Args:
         student: In evaluation mode; the bias of its head is changed.
         data: The training images.
-        args: With `head_bias` `"balanced"`, or `"auto"`: only if a class is favoured.
+        args: With `head_bias` `"balanced"`, or `"auto"`: only if a class is favoured. The prior that the training has
+            left is taken out (see [`balancing_shift`]); what is still answered too often is lowered (see
+            [`least_lowering`]).
         sharded: Whether the weights are spread over processes.
 
     Returns:
@@ -46,7 +56,9 @@ def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: b
     logits, labels_of_sample = data.answers(lambda batch: student(**split_inputs(batch)[0]).logits, sample)
     if args.head_bias == "auto" and not favours_a_class(logits, labels_of_sample):
         return None
-    shift = broadcast_object_list([balancing_shift(logits, labels_of_sample)])[0]  # processes may round otherwise
+    shift = balancing_shift(logits, labels_of_sample)
+    shift += least_lowering(logits.cpu() + shift, labels_of_sample)
+    shift = broadcast_object_list([shift])[0]  # processes may round otherwise
     shift_logits(student, shift)
     return shift
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,10 @@ class Objective:
         self.class_counts = None if class_counts is None else torch.as_tensor(class_counts)
         self.has_teacher = has_teacher
         self.known_classes = known_classes
-        self.own = {"classification_loss": classification_loss, "distillation_loss": distillation_loss}
+        self.own = {
+            "classification_loss": classification_loss and partial(_own_classification, classification_loss),
+            "distillation_loss": distillation_loss and partial(_own_distillation, distillation_loss),
+        }
         self.measure = measure
         self._weights_of: dict[float, torch.Tensor] = {}  # by β
 
@@ -106,13 +109,10 @@ class Objective:
     # ---- The two terms --------------------------------------------------------------------------------------------
 
     def _classification(self, z: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
-        w, own = self.classification_weights(progress), self.own["classification_loss"]
-        if own is not None:
-            values = _per_example("classification", own(z, y), y) * example_weights(y, w, like=z)
-        else:
-            values = self._values("classification_loss", logits=z, labels=y, class_weights=w)
-            _per_example("classification", values, y)
-        if w is None or not self.divides_by_weights:
+        w = self.classification_weights(progress)
+        values = self._values("classification_loss", logits=z, labels=y, class_weights=w)
+        _per_example("classification", values, y)
+        if w is None or self.loss("classification_loss").mean_over_examples:  # type: ignore[union-attr]
             return values
         # A weighted mean divides by the sum of the weights over the whole step. Divided by their mean instead, the
         # values of all losses have one and the same plain mean.
@@ -120,16 +120,12 @@ class Objective:
         return values / (example_weights(y, w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
 
     def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
-        w, known, own = self.distillation_weights(progress), self.known_classes, self.own["distillation_loss"]
-        n = self._device_counts
+        w, n, known = self.distillation_weights(progress), self._device_counts, self.known_classes
         if known is not None:
             z_s, z_t, y = z_s[:, known], z_t[:, known], _among(known, y)
             w, n = (None if of_class is None else of_class[known] for of_class in (w, n))
-        if own is not None:
-            values = own(z_s, z_t, y, w)
-        else:
-            inputs = {"student_logits": z_s, "teacher_logits": z_t, "labels": y, "class_weights": w, "class_counts": n}
-            values = self._values("distillation_loss", **inputs)
+        inputs = {"student_logits": z_s, "teacher_logits": z_t, "labels": y, "class_weights": w, "class_counts": n}
+        values = self._values("distillation_loss", **inputs)
         _per_example("distillation", values, y)
         return values if known is None else torch.where(y == IGNORE_INDEX, 0.0, values)
 
@@ -181,7 +177,7 @@ class Objective:
         """Weights of the classification loss and of the distillation loss, after `epoch` epochs of training."""
         loss = self.loss("distillation_loss")
         if loss is None:
-            return constant(epoch, self.options.distillation_weight if self.distils else 0.0)
+            return constant(epoch, 0.0)
         given = {"epoch": epoch, "weight": self.options.distillation_weight}
         return call(loss.mixture, given | self.options.loss_arguments("distillation_loss"))
 
@@ -218,32 +214,27 @@ class Objective:
     # ---- What the options choose ----------------------------------------------------------------------------------
 
     def loss(self, part: str) -> Loss | None:
-        """The registry's line for `"classification_loss"` or `"distillation_loss"`; `None` for none."""
+        """The registry's line for `"classification_loss"` or `"distillation_loss"`, or an own one; `None` for none."""
         registry = CLASSIFICATION_LOSSES if part == "classification_loss" else DISTILLATION_LOSSES
-        return registry[getattr(self.options, part)]
+        line, own = registry[getattr(self.options, part)], self.own[part]
+        return line if own is None else Loss(own, mixture=constant if line is None else line.mixture)
 
     @property
     def distils(self) -> bool:
         """Whether there is a distillation loss."""
-        return self.own["distillation_loss"] is not None or self.loss("distillation_loss") is not None
+        return self.loss("distillation_loss") is not None
 
     @property
     def has_known_targets(self) -> bool:
         """Whether it is known what the student imitates (see [`log_targets`])."""
         loss = self.loss("distillation_loss")
-        return self.own["distillation_loss"] is None and loss is not None and loss.targets is not None
+        return loss is not None and loss.targets is not None
 
     @property
     def balances_distillation(self) -> bool:
         """Whether the distillation loss takes class weights."""
         loss = self.loss("distillation_loss")
-        return self.own["distillation_loss"] is not None or (loss is not None and loss.needs("class_weights"))
-
-    @property
-    def divides_by_weights(self) -> bool:
-        """Whether the mean of the weighted classification loss divides by the sum of the weights."""
-        loss = self.loss("classification_loss")
-        return self.own["classification_loss"] is not None or not loss.mean_over_examples  # type: ignore[union-attr]
+        return loss is not None and loss.needs("class_weights")
 
     @property
     def power(self) -> float:
@@ -293,7 +284,7 @@ class Objective:
         found = {}
         if self.has_teacher and self.balances_distillation:
             found = {"class_balance_power": self.power, "distillation_prior": self.prior}
-        if self.own["classification_loss"] is None and "tau" in self.loss("classification_loss").shared:  # type: ignore[union-attr]
+        if "tau" in self.loss("classification_loss").shared:  # type: ignore[union-attr]
             found["logit_adjustment_tau"] = self.tau
         return found
 
@@ -304,9 +295,9 @@ class Objective:
 
     def _arguments(self, part: str) -> dict[str, Any]:
         """Values of the options of a loss, with a number for `auto`; the power is in the weights already."""
-        arguments = self.options.loss_arguments(part)
-        if "power" in arguments and "power" in self.loss(part).shared:  # type: ignore[union-attr]
-            del arguments["power"]
+        arguments = self.options.loss_arguments(part) if self.own[part] is None else {}
+        if "power" in self.loss(part).shared:  # type: ignore[union-attr]
+            arguments.pop("power", None)
         if arguments.get("tau") == "auto":
             arguments["tau"] = self.tau
         return arguments
@@ -354,7 +345,7 @@ class Objective:
         options, needing = self.options, []
         if options.class_weighting != "none":
             needing.append(f"--class_weighting {options.class_weighting}")
-        if self.own["classification_loss"] is None and self.loss("classification_loss").needs("class_counts"):  # type: ignore[union-attr]
+        if self.loss("classification_loss").needs("class_counts"):  # type: ignore[union-attr]
             needing.append(f"--classification_loss {options.classification_loss}")
         if self.has_teacher and self.balances_distillation:
             needing.append(f"--distillation_loss {options.distillation_loss}")
@@ -387,6 +378,19 @@ def check_head(options: Any, model_config: Any) -> None:
     scale, option = getattr(model_config, "cosine_scale", wanted), "head" if "--head" in why else "ldam"
     if scale != wanted:
         raise InputError(f"--{option}_scale is {wanted}, but the student's cosine head has the scale {scale}.")
+
+
+def _own_classification(
+    own: Callable[..., torch.Tensor], logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None
+) -> torch.Tensor:
+    values = _per_example("classification", own(logits, labels), labels)
+    return values * example_weights(labels, class_weights, like=logits)
+
+
+def _own_distillation(
+    own: Callable[..., torch.Tensor], student_logits: Any, teacher_logits: Any, labels: Any, class_weights: Any
+) -> torch.Tensor:
+    return own(student_logits, teacher_logits, labels, class_weights)
 
 
 def _per_example(kind: str, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,11 @@ TOO_OFTEN, OFTEN = 3.0, 2.0
 SHARPNESS = tuple(1.5**k for k in range(8))
 
 
+def num_labels(model: nn.Module) -> int | None:
+    """Return a model's number of classes, where its configuration tells."""
+    return getattr(getattr(model, "config", None), "num_labels", None)
+
+
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the part of a classifier that is specific to its classes, by name: what maps features to logits."""
     if isinstance(model, CosineHeadForImageClassification):
@@ -33,11 +38,10 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_children() if name in _NAMES}
     if found:
         return found
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     last = [
         (name, module)
         for name, module in model.named_modules()
-        if getattr(getattr(module, "weight", None), "shape", (None,))[0] == num_labels
+        if getattr(getattr(module, "weight", None), "shape", (None,))[0] == num_labels(model)
     ]
     return dict(last[-1:])
 
@@ -112,8 +116,8 @@ def head_biases(model: nn.Module) -> list[nn.Parameter]:
     for head in head_modules(model).values():
         biases = [parameter for name, parameter in head.named_parameters() if name.split(".")[-1] == "bias"]
         last += biases[-1:]
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    return [bias for bias in last if num_labels is None or bias.shape == (num_labels,)]
+    number = num_labels(model)
+    return [bias for bias in last if number is None or bias.shape == (number,)]
 
 
 @torch.no_grad()

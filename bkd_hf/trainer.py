@@ -30,7 +30,7 @@ from .callbacks import (
 )
 from .config import BKDConfig
 from .errors import InputError, TrainingStopped
-from .head import prepare_head
+from .head import num_labels, prepare_head
 from .head_fitting import fit_bias, start_from_class_means
 from .loss_inputs import IGNORE_INDEX
 from .losses import cross_entropy_loss, example_weights
@@ -50,7 +50,6 @@ from .teacher import (
     FrozenTeacher,
     check_numbers_of_classes,
     load_teacher,
-    num_labels,
     split_inputs,
     why_not_start_from,
 )

@@ -36,10 +36,6 @@ class FiniteGuard:
         self.accelerator, self.args = accelerator, args
         self._first_bad_steps = torch.full((len(_MODELS),), _NO_STEP, device=args.device)
 
-    def reset(self) -> None:
-        """Forget what was noted: a training begins."""
-        self._first_bad_steps.fill_(_NO_STEP)
-
     def watch(self, model: str, is_finite: torch.Tensor, step: int) -> None:
         """Note whether something is finite.
 

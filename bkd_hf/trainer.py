@@ -101,7 +101,6 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
 
     # The loss is a mean over the whole optimizer step: Trainer must not divide it by the accumulation steps again.
     loss_is_scaled_for_ga = True
-    _meter: LossMeter
 
     def __init__(
         self,
@@ -400,12 +399,12 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         Raises:
             TrainingStopped: With `enable_jit_checkpoint`, after SIGTERM: the end of the process, if it is not caught.
         """
-        self.set_up_trial(kwargs.get("trial"))
+        if (trial := kwargs.get("trial")) is not None:
+            self._hp_search_setup(trial)  # Trainer would make the student first, by the options of the last trial
         if self.model is not None and self.model_wrapped is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
             self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self._meter = LossMeter(self.accelerator)
-        self._guard.reset()
+        self._guard, self._meter = FiniteGuard(self.accelerator, self.args), LossMeter(self.accelerator)
         self._has_new_weights = True
         _ = self.class_weights  # their power may have to be measured first
         if self.args.head_init == "class_mean" and not resume_from_checkpoint:

@@ -72,8 +72,8 @@ from .text import have
 __all__ = [
     "IGNORE_INDEX", "Reduction", "balanced_distillation_loss", "balanced_log_targets", "balanced_softmax_loss",
     "bkd_loss", "class_balanced_weights", "cross_entropy_loss", "deferred_weights", "dist_loss", "dive_log_targets",
-    "dive_loss", "dkd_loss", "example_weights", "focal_loss", "kd_loss", "ldam_loss", "logit_adjustment_loss",
-    "ltkd_log_targets", "ltkd_loss", "wsl_loss",
+    "dive_loss", "dkd_loss", "example_weights", "focal_loss", "have_started", "kd_loss", "ldam_loss",
+    "logit_adjustment_loss", "ltkd_log_targets", "ltkd_loss", "wsl_loss",
 ]  # fmt: skip
 
 
@@ -134,8 +134,12 @@ def deferred_weights(
     Returns:
         `class_weights`, or ones of the same shape, type and device.
     """
-    start_epoch = 0.0 if start is None else start * num_epochs if start < 1 else start
-    return class_weights if epoch >= start_epoch else torch.ones_like(class_weights)
+    return class_weights if have_started(start, epoch, num_epochs) else torch.ones_like(class_weights)
+
+
+def have_started(start: float | None, epoch: float, num_epochs: float) -> bool:
+    """Whether [`deferred_weights`] are in force; arguments as there."""
+    return epoch >= (0.0 if start is None else start * num_epochs if start < 1 else start)
 
 
 def kd_loss(

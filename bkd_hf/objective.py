@@ -12,7 +12,7 @@ import torch
 
 from .errors import InputError
 from .loss_inputs import IGNORE_INDEX
-from .losses import class_balanced_weights, deferred_weights, example_weights
+from .losses import class_balanced_weights, deferred_weights, example_weights, have_started
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
 from .text import have, names_of
 from .top_k import TopK
@@ -154,8 +154,7 @@ class Objective:
     def _top_k(self, z_s: torch.Tensor, rows: torch.Tensor, progress: Progress) -> torch.Tensor:
         k, start = self.options.teacher_cache_top_k, self.options.deferred_reweighting_start
         w = self.distillation_weights(progress)
-        # 0 while weights are uniform, −1 when they are in force.
-        phase = int(deferred_weights(torch.full((1,), -1), start, progress.epoch, progress.num_epochs).clamp(max=0))
+        phase = -1 if have_started(start, progress.epoch, progress.num_epochs) else 0
         given = {"student_logits": z_s, "top_k": rows, "class_weights": w, "k": k, "phase": phase}
         given |= {"reduction": "none", **self._arguments("distillation_loss")}
         return call(self.loss("distillation_loss").top_k, given)  # type: ignore[union-attr, arg-type]

@@ -52,8 +52,8 @@ class Objective:
             values, which are multiplied by the labels' class weights.
         distillation_loss: Used instead of the option's: called with the logits of student and teacher (B×C), labels
             (B) and class weights (C), it returns B values.
-        measure: Returns a statistic of the look at the targets (see `bkd_hf.targets.look`): `"power"`, where
-            `class_balance_power` is `"measured"`, and `"prior_in_teacher"`, where `distillation_prior` is `"teacher"`.
+        look: Looks at the targets (see `bkd_hf.targets.look`), or returns `None` if it cannot; called where
+            `class_balance_power` is `"measured"`, or `distillation_prior` is `"teacher"`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Objective:
         known_classes: torch.Tensor | None = None,
         classification_loss: Callable[..., torch.Tensor] | None = None,
         distillation_loss: Callable[..., torch.Tensor] | None = None,
-        measure: Callable[[str], float] | None = None,
+        look: Callable[[], dict[str, Any] | None] | None = None,
     ):
         self.options = options
         self.device = device
@@ -76,7 +76,7 @@ class Objective:
             "classification_loss": classification_loss and partial(_own_classification, classification_loss),
             "distillation_loss": distillation_loss and partial(_own_distillation, distillation_loss),
         }
-        self.measure = measure
+        self.look = look
         self._weights_of: dict[float, torch.Tensor] = {}  # by β
 
     def __call__(
@@ -243,19 +243,25 @@ class Objective:
             return 1 / self.options.temperature
         if power != "measured":
             return power
-        return self._measured("power", "class_balance_power measured")
+        return self._measured("power", "--class_balance_power measured", "--class_balance_power auto")
 
     @property
     def prior(self) -> float:
         """κ, how much of the class frequencies the teacher is taken to hold: all, or as much as was measured."""
         if self.options.distillation_prior != "teacher" or not self.balances_distillation:
             return 1.0
-        return self._measured("prior_in_teacher", "distillation_prior teacher")
+        return self._measured("prior_in_teacher", "--distillation_prior teacher", "--distillation_prior counts")
 
-    def _measured(self, name: str, option: str) -> float:
-        if self.measure is None:
-            raise ValueError(f"--{option} needs a trainer, which looks at training examples.")
-        return self.measure(name)
+    def _measured(self, name: str, option: str, way_out: str) -> float:
+        if self.look is None:
+            raise ValueError(f"{option} needs a trainer, which looks at training examples.")
+        statistics = self.look()
+        if statistics is None:
+            raise InputError(
+                f"{option} looks at training examples first, which needs a training set with a length and random "
+                f"access, and a known distillation loss. Use {way_out}."
+            )
+        return statistics[name]
 
     @property
     def is_calibrated(self) -> bool:

@@ -137,20 +137,6 @@ def target_statistics(
     }
 
 
-def measured(name: str, statistics: dict[str, Any] | None) -> float:
-    """Return `power` or `prior_in_teacher` from a look; raise an `InputError` if there was none to be had."""
-    if statistics is None:
-        option, way_out = {
-            "power": ("--class_balance_power measured", "--class_balance_power auto"),
-            "prior_in_teacher": ("--distillation_prior teacher", "--distillation_prior counts"),
-        }[name]
-        raise InputError(
-            f"{option} looks at training examples first, which needs a training set with a length and random access, "
-            f"and a known distillation loss. Use {way_out}."
-        )
-    return statistics[name]
-
-
 def why_collapsed(statistics: dict[str, Any], class_names: Sequence[str]) -> str | None:
     """Return why a student should not learn these targets; `None` if nothing speaks against them.
 

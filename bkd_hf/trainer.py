@@ -43,7 +43,7 @@ from .reading_trainer import ReadingTrainer
 from .sharding import check_engine, spread_large_teacher, start_deepspeed_anew, tell_of_layers
 from .stopping import StopAtSigterm
 from .streams import sample_of
-from .targets import NUM_IMAGES, answers_about_sample, look, measured
+from .targets import NUM_IMAGES, answers_about_sample, look
 from .tasks import task_of_model
 from .teacher import (
     TEACHER_LOGITS,
@@ -186,10 +186,16 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         check_numbers_of_classes(self.model, self.teacher_model, self.class_counts)
 
         known = None if self.teacher_model is None else self.teacher_model.known_classes
-        losses, measure = (classification_loss, distillation_loss), lambda name: measured(name, self.look_at_targets())
         # Trainer itself writes `objective` in a search for hyperparameters.
         self.bkd_objective = Objective(
-            args, self.class_counts, args.device, self.teacher_model is not None, known, *losses, measure
+            args,
+            self.class_counts,
+            args.device,
+            has_teacher=self.teacher_model is not None,
+            known_classes=known,
+            classification_loss=classification_loss,
+            distillation_loss=distillation_loss,
+            look=self.look_at_targets,
         )
         if train_dataset is not None or self.teacher_model is not None:
             self.bkd_objective.check(getattr(self.model, "config", None))

@@ -381,19 +381,11 @@ def bkd_loss(
     return reduce_labelled(ce + alpha * kd, labels, reduction)
 
 
-def example_weights(
-    labels: torch.Tensor, class_weights: torch.Tensor | None, like: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return each example's weight: its class's, or 1 without class weights, and 0 where the label is −100.
-
-    Args:
-        labels: B integers.
-        class_weights: C weights, or `None`.
-        like: Gives type and device; those of the weights if not given.
-    """
+def example_weights(labels: torch.Tensor, class_weights: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Each example's weight, in the type of `like`: its class's, or 1 without any, and 0 where the label is −100."""
     counted = labels != IGNORE_INDEX
     if class_weights is None:
-        return counted.to(torch.float32 if like is None else like.dtype)
-    weights = class_weights if like is None else class_weights.to(device=like.device, dtype=like.dtype)
+        return counted.to(like.dtype)
+    weights = class_weights.to(device=like.device, dtype=like.dtype)
     # Out-of-range labels are reported by the losses, with a message; here they only must not crash.
     return weights[labels.long().clamp(0, len(weights) - 1)] * counted

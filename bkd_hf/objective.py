@@ -117,7 +117,7 @@ class Objective:
         # A weighted mean divides by the sum of the weights over the whole step. Divided by their mean instead, the
         # values of all losses have one and the same plain mean.
         mean = progress.mean_weight
-        return values / (example_weights(y, w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
+        return values / (example_weights(y, w, like=w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
 
     def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
         w, n, known = self.distillation_weights(progress), self._device_counts, self.known_classes

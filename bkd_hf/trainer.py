@@ -267,7 +267,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         weights = self.classification_weights
         if weights is not None and batch_samples and num_items is not None:
-            total = torch.stack([example_weights(b["labels"].to(device), weights).sum() for b in batch_samples]).sum()
+            labels = [batch["labels"].to(device) for batch in batch_samples]
+            total = torch.stack([example_weights(each, weights, like=weights).sum() for each in labels]).sum()
             if self.args.average_tokens_across_devices:
                 total = self.accelerator.reduce(total, reduction="sum")
             self._mean_weight_of_step = total / num_items

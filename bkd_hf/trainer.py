@@ -130,9 +130,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             # Trainer would cut each batch among the GPUs by DataParallel, and the number of its examples with it.
             logger.warning_once(f"The first of {args.n_gpu} GPUs is used: `accelerate launch` uses all.")
             args._n_gpu = 1
-        any_dataset = eval_dataset if train_dataset is None else train_dataset
         if data_collator is None:
-            data_collator = collator_of(any_dataset)
+            data_collator = collator_of(eval_dataset if train_dataset is None else train_dataset)
         self._stop, self.class_figures = StopAtSigterm(), ClassFigures(self)
         # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
         adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
@@ -241,10 +240,9 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         outputs = model(**student_inputs)
         counted = labels != IGNORE_INDEX
         if model.training:
-            teacher_logits = self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
+            z_s, z_t = outputs.logits, self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
             is_top_k = self.args.teacher_cache_top_k is not None and self.teacher_cache is not None
-            progress = self._progress(num_items_in_batch)
-            losses = self.bkd_objective(outputs.logits, teacher_logits, labels, progress, is_top_k)
+            losses = self.bkd_objective(z_s, z_t, labels, self._progress(num_items_in_batch), is_top_k)
             self._meter.add(losses, counted)
         else:
             smoothing = self.args.label_smoothing_factor
@@ -357,9 +355,9 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
             return None
-        chosen = ("temperature", "class_balance_beta", "class_balance_power", "distillation_prior",
-                  "logit_standardization")  # fmt: skip
-        seen = num_images, args.distillation_loss, *(getattr(args, name) for name in chosen)
+        chosen = ("distillation_loss", "temperature", "class_balance_beta", "class_balance_power",
+                  "distillation_prior", "logit_standardization")  # fmt: skip
+        seen = num_images, *(getattr(args, name) for name in chosen)
         if seen not in self._looks:
             data = self._new_training_data()
             logits, labels = answers_about_sample(self.teacher_model, data, num_images, args)

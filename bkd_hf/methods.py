@@ -40,19 +40,9 @@ from .losses import (
 )
 from .top_k import top_k_distillation_loss
 
-_INPUTS = frozenset(
-    [
-        "logits",
-        "student_logits",
-        "teacher_logits",
-        "labels",
-        "class_counts",
-        "class_weights",
-        "reduction",
-        "epoch",
-        "weight",
-    ]
-)
+# What losses and mixtures are called with; their other arguments are options.
+_OF_LOSSES = {"logits", "student_logits", "teacher_logits", "labels", "class_counts", "class_weights", "reduction"}
+_OF_MIXTURES = {"epoch", "weight"}
 
 
 @lru_cache
@@ -109,7 +99,7 @@ class Loss:
         parameters = [
             parameter for function in (self.function, self.mixture) for parameter in _parameters(function).values()
         ]
-        return {p.name: p.default for p in parameters if p.name not in _INPUTS}
+        return {p.name: p.default for p in parameters if p.name not in _OF_LOSSES | _OF_MIXTURES}
 
     @property
     def title(self) -> str:

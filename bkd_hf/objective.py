@@ -148,8 +148,7 @@ class Objective:
         if self.balances_distillation:
             final = self._raised(self.final_weights().double()).log().float().cpu()[None]
             shifts = final if options.deferred_reweighting_start is None else torch.cat([shifts, final])
-        arguments = {name: value for name, value in self._arguments("distillation_loss").items() if name != "power"}
-        return TopK(options.teacher_cache_top_k, shifts.to(self.device), **arguments)
+        return TopK(options.teacher_cache_top_k, shifts.to(self.device), **self._arguments("distillation_loss"))
 
     def _top_k(self, z_s: torch.Tensor, rows: torch.Tensor, progress: Progress) -> torch.Tensor:
         k, start = self.options.teacher_cache_top_k, self.options.deferred_reweighting_start

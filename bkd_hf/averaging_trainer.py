@@ -2,19 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import AdaptingTrainer
-from .callbacks import WeightAverage
 from .errors import InputError
 
 #: In a checkpoint, the weights that training goes on from; its `model.safetensors` holds their average.
 RAW_WEIGHTS_NAME = "raw_weights.pt"
+
+
+class WeightAverage(TrainerCallback):
+    """The exponential moving average of a model's weights, where the option `ema_decay` asks for it.
+
+        average ← d · average + (1 − d) · weights,    d = min(ema_decay, (1 + n) / (10 + n))
+
+    after each optimizer step, n of which came before; it begins with the weights after the first. d grows as in
+    TensorFlow's `ExponentialMovingAverage`, or the first weights would make up most of it for 1 / (1 − ema_decay)
+    steps. The statistics of BatchNorm are averaged too, as by timm's `ModelEmaV3` and torchvision's references:
+    those of the latest weights do not fit weights that are, on average, older. Integers, and buffers that are not
+    finite (masks), are copied.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Have the weights stand for themselves."""
+        self._average: AveragedModel | None = None
+        #: Where the weights of a training that goes on are, whose model holds their average.
+        self.raw_weights: Path | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.ema_decay is None or self._average is not None:  # a smaller batch is tried: the same training
+            return
+        self._average = AveragedModel(model, use_buffers=True)
+        self._average.n_averaged.fill_(state.global_step)
+        buffers = zip(self._average.module.buffers(), model.buffers(), strict=True)
+        self._copied = [(to, of) for to, of in buffers if not (of.is_floating_point() and of.isfinite().all())]
+        if self.raw_weights is not None:
+            model.load_state_dict(torch.load(self.raw_weights, map_location="cpu", weights_only=True))
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._average is None:
+            return
+        n = int(self._average.n_averaged)  # on the CPU: no device is waited for
+        self._average.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + n) / (10 + n)))
+        self._average.update_parameters(model)
+        for to, of in self._copied:
+            to.copy_(of)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._average is not None:
+            self._show(model)
+        self.forget()
+
+    @contextmanager
+    def in_place_of_weights(self, model: nn.Module) -> Iterator[None]:
+        """Have a model hold the average while it is looked at; all processes have to call it."""
+        if self._average is None:
+            yield
+            return
+        self._show(model)
+        try:
+            yield
+        finally:
+            self._swap(model)
+
+    def _show(self, model: nn.Module) -> None:
+        # Each process has statistics of its own; those of the main one are saved.
+        broadcast([buffer for buffer in self._average.module.buffers() if buffer.is_floating_point()])  # type: ignore
+        self._swap(model)
+
+    @torch.no_grad()
+    def _swap(self, model: nn.Module) -> None:
+        """Exchange weights and average, in their places: optimizers and wrappers know the model's tensors."""
+        average: Any = self._average.module  # type: ignore[union-attr]
+        pairs = list(zip(*(chain(each.parameters(), each.buffers()) for each in (model, average)), strict=True))
+        for weight, mean in pairs:
+            kept = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(kept)
 
 
 class AveragingTrainer(AdaptingTrainer):

@@ -12,11 +12,12 @@ from .loss_inputs import (
     IGNORE_INDEX,
     Reduction,
     at_least_float32,
-    check_labels,
-    check_logits,
-    check_temperature,
+    check_not_negative,
+    check_positive,
+    checked_logits,
     indices,
     reduce,
+    reduce_labelled,
     require,
     softened_divergence,
 )
@@ -41,10 +42,8 @@ def dive_loss(
         power: Power of the teacher's probabilities, > 0; 0.5, and α = 0.5, are the paper's. A public reproduction,
             whose teacher had flatter answers than the paper's, did better with T = 6 and power 1, the same targets.
     """
-    require(0 < power < float("inf"), f"power must be a finite number > 0, got {power}.")
-    check_temperature(temperature)
-    check_logits(student_logits, teacher_logits)
-    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
+    check_positive(power=power)
+    student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature)
     log_targets = dive_log_targets(teacher_logits, temperature, power)
     return reduce(softened_divergence(log_targets, student_logits, temperature), reduction)
 
@@ -74,20 +73,18 @@ def dkd_loss(
 
     Args:
         student_logits: B×C, C ≥ 2.
-        temperature: T > 0.
         alpha: α ≥ 0, weight of the target class.
         beta: β ≥ 0, weight of the non-target classes.
     """
-    _check_weights(alpha=alpha, beta=beta)
-    student_logits, teacher_logits = _checked(student_logits, teacher_logits, temperature, labels)
+    check_not_negative(alpha=alpha, beta=beta)
+    student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature, labels)
     student_others, teacher_others = _without_label(student_logits, labels), _without_label(teacher_logits, labels)
     student_pair = _label_and_others(student_logits / temperature, student_others / temperature, labels)
     teacher_pair = _label_and_others(teacher_logits / temperature, teacher_others / temperature, labels)
     target = softened_divergence(F.log_softmax(teacher_pair, dim=-1), student_pair, 1.0)
     others = F.log_softmax(teacher_others / temperature, dim=-1)
     non_target = softened_divergence(others, student_others, temperature)
-    counted = (labels != IGNORE_INDEX).to(target.dtype)
-    return reduce((alpha * temperature**2 * target + beta * non_target) * counted, reduction, counted)
+    return reduce_labelled(alpha * temperature**2 * target + beta * non_target, labels, reduction)
 
 
 def wsl_loss(
@@ -103,11 +100,8 @@ def wsl_loss(
 
     An example that the student knows better than the teacher does counts less. ω is a constant for the gradient. The
     paper's weight of WSL beside the cross-entropy is 2.5, on ImageNet (`--alpha 2.5`).
-
-    Args:
-        temperature: T > 0.
     """
-    student_logits, teacher_logits = _checked(student_logits, teacher_logits, temperature, labels)
+    student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature, labels)
     student_ce, teacher_ce = (
         F.cross_entropy(logits, labels.long(), ignore_index=IGNORE_INDEX, reduction="none")
         for logits in (student_logits.detach(), teacher_logits)
@@ -115,7 +109,7 @@ def wsl_loss(
     weights = -torch.expm1(-student_ce / (teacher_ce + 1e-7))  # 0 where the label is ignored
     log_targets = F.log_softmax(teacher_logits / temperature, dim=-1)
     losses = weights * softened_divergence(log_targets, student_logits, temperature)
-    return reduce(losses, reduction, (labels != IGNORE_INDEX).to(losses.dtype))
+    return reduce_labelled(losses, labels, reduction)
 
 
 def dist_loss(
@@ -141,14 +135,14 @@ def dist_loss(
         beta: β ≥ 0.
         gamma: γ ≥ 0.
     """
-    _check_weights(beta=beta, gamma=gamma)
-    student_logits, teacher_logits = _checked(student_logits, teacher_logits, temperature, labels)
+    check_not_negative(beta=beta, gamma=gamma)
+    student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature, labels)
     p_s, p_t = (F.softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
     counted = (labels != IGNORE_INDEX).to(p_s.dtype)
     between_classes = 1 - _correlation(p_s, p_t, torch.ones_like(p_s), dim=1)
     between_examples = 1 - _correlation(p_s, p_t, counted[:, None], dim=0).mean()
     losses = temperature**2 * (beta * between_classes + gamma * between_examples)
-    return reduce(losses * counted, reduction, counted)
+    return reduce_labelled(losses, labels, reduction)
 
 
 def ltkd_loss(
@@ -174,13 +168,11 @@ def ltkd_loss(
 
     Args:
         student_logits: B×C, C ≥ 3.
-        class_counts: C numbers of training images.
-        temperature: T > 0.
         alpha: α ≥ 0, weight of the part between groups.
         beta: β ≥ 0, weight of the part within groups.
     """
-    _check_weights(alpha=alpha, beta=beta)
-    student_logits, teacher_logits = _checked(student_logits, teacher_logits, temperature, labels)
+    check_not_negative(alpha=alpha, beta=beta)
+    student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature, labels)
     groups = _thirds(class_counts, like=student_logits)
     log_p_s, log_p_t = (F.log_softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
     log_b_s, log_b_t = _log_groups(log_p_s, groups), _balanced_log_groups(log_p_t, groups, labels)
@@ -188,8 +180,7 @@ def ltkd_loss(
     within = sum(
         softened_divergence(F.log_softmax(log_p_t[:, group], dim=-1), log_p_s[:, group], 1.0) for group in groups
     )
-    counted = (labels != IGNORE_INDEX).to(between.dtype)
-    return reduce(temperature**2 * (alpha * between + beta * within) * counted, reduction, counted)
+    return reduce_labelled(temperature**2 * (alpha * between + beta * within), labels, reduction)
 
 
 def ltkd_log_targets(
@@ -205,20 +196,6 @@ def ltkd_log_targets(
     for group, shift in zip(groups, shifts.unbind(dim=1), strict=True):
         targets[:, group] += shift[:, None]
     return targets
-
-
-def _checked(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float, labels: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    check_temperature(temperature)
-    check_logits(student_logits, teacher_logits)
-    check_labels(student_logits, labels)
-    return at_least_float32(student_logits, teacher_logits.detach())
-
-
-def _check_weights(**weights: float) -> None:
-    for name, value in weights.items():
-        require(0 <= value < float("inf"), f"{name} must be a finite number ≥ 0, got {value}.")
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor, mass: torch.Tensor, dim: int) -> torch.Tensor:

@@ -18,13 +18,18 @@ from .modeling_cosine_head import CosineHeadForImageClassification
 _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
 #: Training images of a class, and in all, to which a head's bias is fitted.
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
-#: A class is favoured if it is answered so many times as often as it occurs; and so it may be after the bias was fitted,
-#: which leaves other images, that the model has not seen, some room below the former.
+#: A class is favoured if it is answered so many times as often as it occurs; and so it may be after the bias was
+#: fitted, which leaves other images, that the model has not seen, some room below the former.
 TOO_OFTEN, OFTEN = 3.0, 2.0
 #: A class with n images counts n / (n + FEW) of one with many, as it tells so much less of images not seen.
 FEW = 5
 #: The least step of [`least_lowering`], in logits.
 _STEP = 1e-3
+
+
+def num_labels(model: nn.Module) -> int | None:
+    """Return a model's number of classes, where its configuration tells."""
+    return getattr(getattr(model, "config", None), "num_labels", None)
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -35,11 +40,10 @@ def head_modules(model: nn.Module) -> dict[str, nn.Module]:
     found = {name: module for name, module in model.named_children() if name in _NAMES}
     if found:
         return found
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
     last = [
         (name, module)
         for name, module in model.named_modules()
-        if getattr(getattr(module, "weight", None), "shape", (None,))[0] == num_labels
+        if getattr(getattr(module, "weight", None), "shape", (None,))[0] == num_labels(model)
     ]
     return dict(last[-1:])
 
@@ -114,8 +118,8 @@ def head_biases(model: nn.Module) -> list[nn.Parameter]:
     for head in head_modules(model).values():
         biases = [parameter for name, parameter in head.named_parameters() if name.split(".")[-1] == "bias"]
         last += biases[-1:]
-    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    return [bias for bias in last if num_labels is None or bias.shape == (num_labels,)]
+    number = num_labels(model)
+    return [bias for bias in last if number is None or bias.shape == (number,)]
 
 
 @torch.no_grad()

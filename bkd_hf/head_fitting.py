@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.utils import logging
 
@@ -24,6 +23,7 @@ from .head import (
     shift_logits,
     the_head,
 )
+from .nodes import on_main_process
 from .teacher import split_inputs
 from .text import names_of
 from .training_data import TrainingData, training_labels
@@ -54,12 +54,16 @@ def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: b
         return None
     sample = sample_for_bias(labels, args.seed)
     logits, labels_of_sample = data.answers(lambda batch: student(**split_inputs(batch)[0]).logits, sample)
-    if args.head_bias == "auto" and not favours_a_class(logits, labels_of_sample):
-        return None
-    shift = balancing_shift(logits, labels_of_sample)
-    shift += least_lowering(logits.cpu() + shift, labels_of_sample)
-    shift = broadcast_object_list([shift])[0]  # processes may round otherwise
-    shift_logits(student, shift)
+
+    def fitted() -> torch.Tensor | None:
+        if args.head_bias == "auto" and not favours_a_class(logits, labels_of_sample):
+            return None
+        shift = balancing_shift(logits, labels_of_sample)
+        return shift + least_lowering(logits.cpu() + shift, labels_of_sample)
+
+    shift = on_main_process(fitted)  # other processes may round otherwise
+    if shift is not None:
+        shift_logits(student, shift)
     return shift
 
 
@@ -107,7 +111,7 @@ def start_from_class_means(student: nn.Module, data: TrainingData, args: BKDConf
         for hook in hooks:
             hook.remove()
     one_hot = F.one_hot(of_class, num_classes).double()
-    means = broadcast_object_list([one_hot.T @ found.double() / one_hot.sum(dim=0)[:, None]])[0]
+    means = on_main_process(lambda: one_hot.T @ found.double() / one_hot.sum(dim=0)[:, None])
     scale, widths = args.cosine_scale or HEAD_SCALE, [layer.weight.shape[1] for layer in layers]
     with torch.no_grad():
         for layer, vectors, inputs in zip(layers, means.split(widths, dim=1), found.split(widths, dim=1), strict=True):

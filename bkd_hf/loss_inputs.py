@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -20,9 +21,7 @@ IGNORE_INDEX = -100
 
 def at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Convert to the widest of their types, at least float32."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
@@ -69,6 +68,12 @@ def reduce(losses: torch.Tensor, reduction: str, mass: torch.Tensor | None = Non
     raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}.')
 
 
+def reduce_labelled(losses: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
+    """As [`reduce`], where examples labelled −100 count for nothing."""
+    counted = (labels != IGNORE_INDEX).to(losses.dtype)
+    return reduce(losses * counted, reduction, counted)
+
+
 def log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """C logarithms of class counts, in type and on the device of `like`; a `ValueError` if one is 0."""
     if isinstance(class_counts, torch.Tensor) and class_counts.device.type != "cpu":
@@ -100,13 +105,23 @@ def require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_temperature(temperature: float) -> None:
-    """Raise a `ValueError` unless the temperature is a finite number > 0."""
-    require(0 < temperature < float("inf"), f"temperature must be a finite number > 0, got {temperature}.")
+def check_positive(**numbers: float) -> None:
+    """Raise a `ValueError` unless all are finite numbers > 0."""
+    for name, number in numbers.items():
+        require(0 < number < float("inf"), f"{name} must be a finite number > 0, got {number}.")
 
 
-def check_logits(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> None:
-    """Raise a `ValueError` unless the logits of student and teacher are both B×C."""
+def check_not_negative(**numbers: float) -> None:
+    """Raise a `ValueError` unless all are finite numbers ≥ 0."""
+    for name, number in numbers.items():
+        require(0 <= number < float("inf"), f"{name} must be a finite number ≥ 0, got {number}.")
+
+
+def checked_logits(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float, labels: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """The logits of both in one type, the teacher's as constants; a `ValueError` unless all inputs fit together."""
+    check_positive(temperature=temperature)
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits.dim() != 2:
             raise ValueError(f"{name} must be (batch, classes), got shape {tuple(logits.shape)}.")
@@ -120,6 +135,9 @@ def check_logits(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> 
             f"Student and teacher must see the same batch: {student_logits.shape[0]} examples against "
             f"{teacher_logits.shape[0]}."
         )
+    if labels is not None:
+        check_labels(student_logits, labels)
+    return at_least_float32(student_logits, teacher_logits.detach())
 
 
 def check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:

@@ -7,6 +7,8 @@ the class weights, ``n`` the class counts. Arguments that mean the same in every
 - `labels`: B integers in [0, C); examples labelled −100 are ignored. A mean over no example is not a number.
 - `class_weights`: C positive weights, e.g. of [`class_balanced_weights`]; `None` for 1.
 - `class_counts`: C numbers of training images.
+- `temperature`: T > 0.
+- `label_smoothing`: share ε of the target that is spread evenly over the classes.
 - `reduction`: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
 
 Losses compute in float32 at least (float64 for float64 inputs). All raise a `ValueError` if shapes do not fit, the
@@ -51,13 +53,15 @@ from .loss_inputs import (
     Reduction,
     at_least_float32,
     check_labels,
-    check_logits,
-    check_temperature,
+    check_not_negative,
+    check_positive,
+    checked_logits,
     checked_weights,
     indices,
     log_counts,
     log_weights,
     reduce,
+    reduce_labelled,
     require,
     softened_divergence,
     standardized,
@@ -68,8 +72,8 @@ from .text import have
 __all__ = [
     "IGNORE_INDEX", "Reduction", "balanced_distillation_loss", "balanced_log_targets", "balanced_softmax_loss",
     "bkd_loss", "class_balanced_weights", "cross_entropy_loss", "deferred_weights", "dist_loss", "dive_log_targets",
-    "dive_loss", "dkd_loss", "example_weights", "focal_loss", "kd_loss", "ldam_loss", "logit_adjustment_loss",
-    "ltkd_log_targets", "ltkd_loss", "wsl_loss",
+    "dive_loss", "dkd_loss", "example_weights", "focal_loss", "have_started", "kd_loss", "ldam_loss",
+    "logit_adjustment_loss", "ltkd_log_targets", "ltkd_loss", "wsl_loss",
 ]  # fmt: skip
 
 
@@ -130,8 +134,12 @@ def deferred_weights(
     Returns:
         `class_weights`, or ones of the same shape, type and device.
     """
-    start_epoch = 0.0 if start is None else start * num_epochs if start < 1 else start
-    return class_weights if epoch >= start_epoch else torch.ones_like(class_weights)
+    return class_weights if have_started(start, epoch, num_epochs) else torch.ones_like(class_weights)
+
+
+def have_started(start: float | None, epoch: float, num_epochs: float) -> bool:
+    """Whether [`deferred_weights`] are in force; arguments as there."""
+    return epoch >= (0.0 if start is None else start * num_epochs if start < 1 else start)
 
 
 def kd_loss(
@@ -149,7 +157,6 @@ def kd_loss(
     has learned.
 
     Args:
-        temperature: T > 0.
         standardize: Whether z_t and z_s are standardized first (see [`balanced_distillation_loss`]).
     """
     return balanced_distillation_loss(
@@ -178,17 +185,12 @@ def balanced_distillation_loss(
     assumes one whose softmax(z_t) is calibrated on them (see the top of this module).
 
     Args:
-        class_weights: C positive weights, or `None` for plain [`kd_loss`].
-        temperature: T > 0.
         power: p ≥ 0; `"auto"` is 1/T, 0 is plain [`kd_loss`].
         standardize: Whether z_t and z_s are first replaced by (z − mean(z)) / std(z), over the classes of an example
             (logit standardization: Sun et al., 2024, arXiv 2403.01427, algorithm 1): the student need not reach the
             size of the teacher's logits then.
     """
-    check_temperature(temperature)
-    check_logits(student_logits, teacher_logits)
-    student_logits, teacher_logits = at_least_float32(student_logits, teacher_logits.detach())
-
+    student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature)
     log_targets = balanced_log_targets(teacher_logits, class_weights, temperature, power, standardize)
     student_logits = standardized(student_logits) if standardize else student_logits
     return reduce(softened_divergence(log_targets, student_logits, temperature), reduction)
@@ -206,13 +208,10 @@ def balanced_log_targets(
         log softmax(z_t / T + p · log w)
 
     Args:
-        teacher_logits: B×C.
-        class_weights: C positive weights; `None` for none.
-        temperature: T > 0.
         power: p ≥ 0, or `"auto"` for 1/T.
         standardize: Whether z_t is standardized first.
     """
-    check_temperature(temperature)
+    check_positive(temperature=temperature)
     power = 1 / temperature if power == "auto" else power
     require(0 <= power < float("inf"), f'power must be a finite number ≥ 0, or "auto", got {power}.')
     (teacher_logits,) = at_least_float32(teacher_logits)
@@ -233,13 +232,9 @@ def cross_entropy_loss(
 
         CE = −w_y · Σ_c q_c · log softmax(z)_c,    q = (1 − ε) · 1_y + ε / C
 
-    ε is the label smoothing, so at its default of 0 that is −w_y · log softmax(z)_y. With weights the mean divides by
-    the sum of the labels' weights, as in torch; with weights and smoothing, torch weighs each term of the sum by its
-    own class instead of the whole by the label's.
-
-    Args:
-        label_smoothing: Share of the target spread evenly over the classes.
-        class_weights: C positive weights, e.g. of [`class_balanced_weights`]; `None` for 1.
+    Without label smoothing (ε = 0) that is −w_y · log softmax(z)_y. With weights the mean divides by the sum of the
+    labels' weights, as in torch; with weights and smoothing, torch weighs each term of the sum by its own class
+    instead of the whole by the label's.
     """
     check_labels(logits, labels)
     (logits,) = at_least_float32(logits)
@@ -270,12 +265,12 @@ def focal_loss(
         gamma: γ ≥ 0; 0 gives the cross-entropy. The default is that of the long-tail literature (Cao et al., 2019);
             Lin et al. use 2, for detection.
     """
-    require(0 <= gamma < float("inf"), f"gamma must be a finite number ≥ 0, got {gamma}.")
+    check_not_negative(gamma=gamma)
     ce = cross_entropy_loss(logits, labels, reduction="none", class_weights=class_weights)
     # 1 − exp(−ce) without cancellation; the floor keeps the slope of the power finite at ce = 0 for γ < 1.
     uncertainty = -torch.expm1(-ce)
     focus = uncertainty.clamp_min(torch.finfo(ce.dtype).tiny) ** gamma if gamma else torch.ones_like(ce)
-    return reduce(focus * ce, reduction, (labels != IGNORE_INDEX).to(ce.dtype))
+    return reduce_labelled(focus * ce, labels, reduction)
 
 
 def ldam_loss(
@@ -298,10 +293,9 @@ def ldam_loss(
         logits: B×C, ``scale`` times a cosine.
         max_margin: Margin of the rarest class, in units of the cosine.
         scale: s > 0, the scale that is already in the logits.
-        class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
     """
-    require(0 <= max_margin < float("inf"), f"max_margin must be a finite number ≥ 0, got {max_margin}.")
-    require(0 < scale < float("inf"), f"scale must be a finite number > 0, got {scale}.")
+    check_not_negative(max_margin=max_margin)
+    check_positive(scale=scale)
     check_labels(logits, labels)
     (logits,) = at_least_float32(logits)
     log_n = log_counts(class_counts, like=logits)
@@ -324,11 +318,7 @@ def balanced_softmax_loss(
 
         BS = CE(z + log n, y)
 
-    with CE as in [`cross_entropy_loss`], label smoothing included.
-
-    Args:
-        label_smoothing: Share of the target spread evenly over the classes.
-        class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
+    with CE as in [`cross_entropy_loss`], label smoothing and class weights included.
     """
     return logit_adjustment_loss(
         logits, labels, class_counts, 1.0, label_smoothing, reduction=reduction, class_weights=class_weights
@@ -348,12 +338,11 @@ def logit_adjustment_loss(
 
         LA = CE(z + τ · log π, y),    π_c = n_c / Σ_k n_k
 
-    with CE as in [`cross_entropy_loss`], label smoothing included. τ = 1 is [`balanced_softmax_loss`].
+    with CE as in [`cross_entropy_loss`], label smoothing and class weights included. τ = 1 is
+    [`balanced_softmax_loss`].
 
     Args:
         tau: τ, a finite number.
-        label_smoothing: Share of the target spread evenly over the classes.
-        class_weights: C positive weights; `None` for 1. The mean divides by the sum of the labels' weights.
     """
     require(abs(tau) < float("inf"), f"tau must be a finite number, got {tau}.")
     check_labels(logits, labels)
@@ -381,32 +370,22 @@ def bkd_loss(
     *class*-balanced and lifts the tail.
 
     Args:
-        labels: B integers in [0, C); examples labelled −100 are ignored by both terms.
-        class_weights: C positive weights, e.g. of [`class_balanced_weights`]; `None` gives CE + α · KD.
-        temperature: T > 0.
+        labels: Examples labelled −100 are ignored by both terms.
+        class_weights: `None` gives CE + α · KD.
         alpha: α ≥ 0, the weight of the distillation term.
         power: p as in [`balanced_distillation_loss`].
     """
-    require(0 <= alpha < float("inf"), f"alpha must be a finite number ≥ 0, got {alpha}.")
+    check_not_negative(alpha=alpha)
     ce = cross_entropy_loss(student_logits, labels, reduction="none")
     kd = balanced_distillation_loss(student_logits, teacher_logits, class_weights, temperature, "none", power)
-    counted = (labels != IGNORE_INDEX).to(ce.dtype)
-    return reduce((ce + alpha * kd) * counted, reduction, counted)
+    return reduce_labelled(ce + alpha * kd, labels, reduction)
 
 
-def example_weights(
-    labels: torch.Tensor, class_weights: torch.Tensor | None, like: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return each example's weight: its class's, or 1 without class weights, and 0 where the label is −100.
-
-    Args:
-        labels: B integers.
-        class_weights: C weights, or `None`.
-        like: Gives type and device; those of the weights if not given.
-    """
+def example_weights(labels: torch.Tensor, class_weights: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Each example's weight, in the type of `like`: its class's, or 1 without any, and 0 where the label is −100."""
     counted = labels != IGNORE_INDEX
     if class_weights is None:
-        return counted.to(torch.float32 if like is None else like.dtype)
-    weights = class_weights if like is None else class_weights.to(device=like.device, dtype=like.dtype)
+        return counted.to(like.dtype)
+    weights = class_weights.to(device=like.device, dtype=like.dtype)
     # Out-of-range labels are reported by the losses, with a message; here they only must not crash.
     return weights[labels.long().clamp(0, len(weights) - 1)] * counted

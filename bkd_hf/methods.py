@@ -14,7 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -40,22 +40,12 @@ from .losses import (
 )
 from .top_k import top_k_distillation_loss
 
-_INPUTS = frozenset(
-    [
-        "logits",
-        "student_logits",
-        "teacher_logits",
-        "labels",
-        "class_counts",
-        "class_weights",
-        "reduction",
-        "epoch",
-        "weight",
-    ]
-)
+# What losses and mixtures are called with; their other arguments are options.
+_OF_LOSSES = {"logits", "student_logits", "teacher_logits", "labels", "class_counts", "class_weights", "reduction"}
+_OF_MIXTURES = {"epoch", "weight"}
 
 
-@cache
+@lru_cache
 def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(function).parameters
 
@@ -109,7 +99,7 @@ class Loss:
         parameters = [
             parameter for function in (self.function, self.mixture) for parameter in _parameters(function).values()
         ]
-        return {p.name: p.default for p in parameters if p.name not in _INPUTS}
+        return {p.name: p.default for p in parameters if p.name not in _OF_LOSSES | _OF_MIXTURES}
 
     @property
     def title(self) -> str:

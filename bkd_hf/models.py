@@ -364,19 +364,19 @@ def prefer_channels_last(model: nn.Module) -> bool:
     return True
 
 
-def on_the_hub() -> str:
-    """Say where a model was looked for that is no folder."""
+def place_of(name: str) -> str:
+    """Say where a model was looked for."""
+    if os.path.isdir(name):
+        return "a folder here"
     offline = "HF_HUB_OFFLINE is set, so the Hub was not asked, and it is not among the downloads"
-    return offline if is_offline_mode() else "on the Hub"
+    return f"no folder here; {offline if is_offline_mode() else 'on the Hub'}"
 
 
 def not_loadable(name: str, error: Exception, task: str = DEFAULT_TASK) -> InputError:
     """Say in one line why a model's files cannot be used."""
-    where = "a folder here" if os.path.isdir(name) else f"no folder here; {on_the_hub()}"
-    why = one_line(first_line(error), 300)
     return InputError(
-        f"The model {one_line(name, 80)} cannot be loaded ({where}): {why}. Give a Hub id, a folder written by "
-        f"save_pretrained, or {TASKS[task].fresh_names} for fresh weights."
+        f"The model {one_line(name, 80)} cannot be loaded ({place_of(name)}): {one_line(first_line(error), 300)}. "
+        f"Give a Hub id, a folder written by save_pretrained, or {TASKS[task].fresh_names} for fresh weights."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from .errors import InputError
 from .loss_inputs import IGNORE_INDEX
-from .losses import class_balanced_weights, deferred_weights, example_weights
+from .losses import class_balanced_weights, deferred_weights, example_weights, have_started
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
 from .text import have, names_of
 from .top_k import TopK
@@ -52,8 +52,8 @@ class Objective:
             values, which are multiplied by the labels' class weights.
         distillation_loss: Used instead of the option's: called with the logits of student and teacher (B×C), labels
             (B) and class weights (C), it returns B values.
-        measure: Returns a statistic of the look at the targets (see `bkd_hf.targets.look`): `"power"`, where
-            `class_balance_power` is `"measured"`, and `"prior_in_teacher"`, where `distillation_prior` is `"teacher"`.
+        look: Looks at the targets (see `bkd_hf.targets.look`), or returns `None` if it cannot; called where
+            `class_balance_power` is `"measured"`, or `distillation_prior` is `"teacher"`.
     """
 
     def __init__(
@@ -65,15 +65,18 @@ class Objective:
         known_classes: torch.Tensor | None = None,
         classification_loss: Callable[..., torch.Tensor] | None = None,
         distillation_loss: Callable[..., torch.Tensor] | None = None,
-        measure: Callable[[str], float] | None = None,
+        look: Callable[[], dict[str, Any] | None] | None = None,
     ):
         self.options = options
         self.device = device
         self.class_counts = None if class_counts is None else torch.as_tensor(class_counts)
         self.has_teacher = has_teacher
         self.known_classes = known_classes
-        self.own = {"classification_loss": classification_loss, "distillation_loss": distillation_loss}
-        self.measure = measure
+        self.own = {
+            "classification_loss": classification_loss and partial(_own_classification, classification_loss),
+            "distillation_loss": distillation_loss and partial(_own_distillation, distillation_loss),
+        }
+        self.look = look
         self._weights_of: dict[float, torch.Tensor] = {}  # by β
 
     def __call__(
@@ -106,30 +109,23 @@ class Objective:
     # ---- The two terms --------------------------------------------------------------------------------------------
 
     def _classification(self, z: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
-        w, own = self.classification_weights(progress), self.own["classification_loss"]
-        if own is not None:
-            values = _per_example("classification", own(z, y), y) * example_weights(y, w, like=z)
-        else:
-            values = self._values("classification_loss", logits=z, labels=y, class_weights=w)
-            _per_example("classification", values, y)
-        if w is None or not self.divides_by_weights:
+        w = self.classification_weights(progress)
+        values = self._values("classification_loss", logits=z, labels=y, class_weights=w)
+        _per_example("classification", values, y)
+        if w is None or self.loss("classification_loss").mean_over_examples:  # type: ignore[union-attr]
             return values
         # A weighted mean divides by the sum of the weights over the whole step. Divided by their mean instead, the
         # values of all losses have one and the same plain mean.
         mean = progress.mean_weight
-        return values / (example_weights(y, w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
+        return values / (example_weights(y, w, like=w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
 
     def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
-        w, known, own = self.distillation_weights(progress), self.known_classes, self.own["distillation_loss"]
-        n = self._device_counts
+        w, n, known = self.distillation_weights(progress), self._device_counts, self.known_classes
         if known is not None:
             z_s, z_t, y = z_s[:, known], z_t[:, known], _among(known, y)
             w, n = (None if of_class is None else of_class[known] for of_class in (w, n))
-        if own is not None:
-            values = own(z_s, z_t, y, w)
-        else:
-            inputs = {"student_logits": z_s, "teacher_logits": z_t, "labels": y, "class_weights": w, "class_counts": n}
-            values = self._values("distillation_loss", **inputs)
+        inputs = {"student_logits": z_s, "teacher_logits": z_t, "labels": y, "class_weights": w, "class_counts": n}
+        values = self._values("distillation_loss", **inputs)
         _per_example("distillation", values, y)
         return values if known is None else torch.where(y == IGNORE_INDEX, 0.0, values)
 
@@ -152,14 +148,12 @@ class Objective:
         if self.balances_distillation:
             final = self._raised(self.final_weights().double()).log().float().cpu()[None]
             shifts = final if options.deferred_reweighting_start is None else torch.cat([shifts, final])
-        arguments = {name: value for name, value in self._arguments("distillation_loss").items() if name != "power"}
-        return TopK(options.teacher_cache_top_k, shifts.to(self.device), **arguments)
+        return TopK(options.teacher_cache_top_k, shifts.to(self.device), **self._arguments("distillation_loss"))
 
     def _top_k(self, z_s: torch.Tensor, rows: torch.Tensor, progress: Progress) -> torch.Tensor:
         k, start = self.options.teacher_cache_top_k, self.options.deferred_reweighting_start
         w = self.distillation_weights(progress)
-        # 0 while weights are uniform, −1 when they are in force.
-        phase = int(deferred_weights(torch.full((1,), -1), start, progress.epoch, progress.num_epochs).clamp(max=0))
+        phase = -1 if have_started(start, progress.epoch, progress.num_epochs) else 0
         given = {"student_logits": z_s, "top_k": rows, "class_weights": w, "k": k, "phase": phase}
         given |= {"reduction": "none", **self._arguments("distillation_loss")}
         return call(self.loss("distillation_loss").top_k, given)  # type: ignore[union-attr, arg-type]
@@ -181,7 +175,7 @@ class Objective:
         """Weights of the classification loss and of the distillation loss, after `epoch` epochs of training."""
         loss = self.loss("distillation_loss")
         if loss is None:
-            return constant(epoch, self.options.distillation_weight if self.distils else 0.0)
+            return constant(epoch, 0.0)
         given = {"epoch": epoch, "weight": self.options.distillation_weight}
         return call(loss.mixture, given | self.options.loss_arguments("distillation_loss"))
 
@@ -218,32 +212,27 @@ class Objective:
     # ---- What the options choose ----------------------------------------------------------------------------------
 
     def loss(self, part: str) -> Loss | None:
-        """The registry's line for `"classification_loss"` or `"distillation_loss"`; `None` for none."""
+        """The registry's line for `"classification_loss"` or `"distillation_loss"`, or an own one; `None` for none."""
         registry = CLASSIFICATION_LOSSES if part == "classification_loss" else DISTILLATION_LOSSES
-        return registry[getattr(self.options, part)]
+        line, own = registry[getattr(self.options, part)], self.own[part]
+        return line if own is None else Loss(own, mixture=constant if line is None else line.mixture)
 
     @property
     def distils(self) -> bool:
         """Whether there is a distillation loss."""
-        return self.own["distillation_loss"] is not None or self.loss("distillation_loss") is not None
+        return self.loss("distillation_loss") is not None
 
     @property
     def has_known_targets(self) -> bool:
         """Whether it is known what the student imitates (see [`log_targets`])."""
         loss = self.loss("distillation_loss")
-        return self.own["distillation_loss"] is None and loss is not None and loss.targets is not None
+        return loss is not None and loss.targets is not None
 
     @property
     def balances_distillation(self) -> bool:
         """Whether the distillation loss takes class weights."""
         loss = self.loss("distillation_loss")
-        return self.own["distillation_loss"] is not None or (loss is not None and loss.needs("class_weights"))
-
-    @property
-    def divides_by_weights(self) -> bool:
-        """Whether the mean of the weighted classification loss divides by the sum of the weights."""
-        loss = self.loss("classification_loss")
-        return self.own["classification_loss"] is not None or not loss.mean_over_examples  # type: ignore[union-attr]
+        return loss is not None and loss.needs("class_weights")
 
     @property
     def power(self) -> float:
@@ -253,19 +242,25 @@ class Objective:
             return 1 / self.options.temperature
         if power != "measured":
             return power
-        return self._measured("power", "class_balance_power measured")
+        return self._measured("power", "--class_balance_power measured", "--class_balance_power auto")
 
     @property
     def prior(self) -> float:
         """κ, how much of the class frequencies the teacher is taken to hold: all, or as much as was measured."""
         if self.options.distillation_prior != "teacher" or not self.balances_distillation:
             return 1.0
-        return self._measured("prior_in_teacher", "distillation_prior teacher")
+        return self._measured("prior_in_teacher", "--distillation_prior teacher", "--distillation_prior counts")
 
-    def _measured(self, name: str, option: str) -> float:
-        if self.measure is None:
-            raise ValueError(f"--{option} needs a trainer, which looks at training examples.")
-        return self.measure(name)
+    def _measured(self, name: str, option: str, way_out: str) -> float:
+        if self.look is None:
+            raise ValueError(f"{option} needs a trainer, which looks at training examples.")
+        statistics = self.look()
+        if statistics is None:
+            raise InputError(
+                f"{option} looks at training examples first, which needs a training set with a length and random "
+                f"access, and a known distillation loss. Use {way_out}."
+            )
+        return statistics[name]
 
     @property
     def is_calibrated(self) -> bool:
@@ -293,7 +288,7 @@ class Objective:
         found = {}
         if self.has_teacher and self.balances_distillation:
             found = {"class_balance_power": self.power, "distillation_prior": self.prior}
-        if self.own["classification_loss"] is None and "tau" in self.loss("classification_loss").shared:  # type: ignore[union-attr]
+        if "tau" in self.loss("classification_loss").shared:  # type: ignore[union-attr]
             found["logit_adjustment_tau"] = self.tau
         return found
 
@@ -304,9 +299,9 @@ class Objective:
 
     def _arguments(self, part: str) -> dict[str, Any]:
         """Values of the options of a loss, with a number for `auto`; the power is in the weights already."""
-        arguments = self.options.loss_arguments(part)
-        if "power" in arguments and "power" in self.loss(part).shared:  # type: ignore[union-attr]
-            del arguments["power"]
+        arguments = self.options.loss_arguments(part) if self.own[part] is None else {}
+        if "power" in self.loss(part).shared:  # type: ignore[union-attr]
+            arguments.pop("power", None)
         if arguments.get("tau") == "auto":
             arguments["tau"] = self.tau
         return arguments
@@ -354,7 +349,7 @@ class Objective:
         options, needing = self.options, []
         if options.class_weighting != "none":
             needing.append(f"--class_weighting {options.class_weighting}")
-        if self.own["classification_loss"] is None and self.loss("classification_loss").needs("class_counts"):  # type: ignore[union-attr]
+        if self.loss("classification_loss").needs("class_counts"):  # type: ignore[union-attr]
             needing.append(f"--classification_loss {options.classification_loss}")
         if self.has_teacher and self.balances_distillation:
             needing.append(f"--distillation_loss {options.distillation_loss}")
@@ -387,6 +382,19 @@ def check_head(options: Any, model_config: Any) -> None:
     scale, option = getattr(model_config, "cosine_scale", wanted), "head" if "--head" in why else "ldam"
     if scale != wanted:
         raise InputError(f"--{option}_scale is {wanted}, but the student's cosine head has the scale {scale}.")
+
+
+def _own_classification(
+    own: Callable[..., torch.Tensor], logits: torch.Tensor, labels: torch.Tensor, class_weights: torch.Tensor | None
+) -> torch.Tensor:
+    values = _per_example("classification", own(logits, labels), labels)
+    return values * example_weights(labels, class_weights, like=logits)
+
+
+def _own_distillation(
+    own: Callable[..., torch.Tensor], student_logits: Any, teacher_logits: Any, labels: Any, class_weights: Any
+) -> torch.Tensor:
+    return own(student_logits, teacher_logits, labels, class_weights)
 
 
 def _per_example(kind: str, losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -194,11 +194,6 @@ class OptimizingTrainer(Trainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def set_up_trial(self, trial: Any) -> None:
-        """Set the options of a trial, if there is one: Trainer would make the student first, by those of the last."""
-        if trial is not None:
-            self._hp_search_setup(trial)
-
     def _hp_search_setup(self, trial: Any) -> None:
         """Set the options of a trial as `Trainer` does; those that were left to the method follow it."""
         super()._hp_search_setup(trial)

@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import has_length
@@ -129,10 +128,12 @@ class ReadingTrainer(Trainer):
     def _begin_epoch(self, epoch: int) -> None:
         self._training_data.set_epoch(epoch)
         teacher, top_k = self.teacher_model, self.bkd_objective.top_k
-        asked = {
-            TEACHER_LOGITS: lambda batch: (top_k.take if top_k else nn.Identity())(teacher(**split_inputs(batch)[1])),  # type: ignore[misc]
-            FEATURES: self._compute_features,
-        }
+
+        def ask_teacher(batch: dict[str, Any]) -> torch.Tensor:
+            logits = teacher(**split_inputs(batch)[1])  # type: ignore[misc]
+            return logits if top_k is None else top_k.take(logits)
+
+        asked = {TEACHER_LOGITS: ask_teacher, FEATURES: self._compute_features}
         self._training_data.fill(epoch, asked, self._train_batch_size)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 
 from .config import BKDConfig
 from .errors import InputError
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, LongTailEvaluation, shot_groups
+from .nodes import on_main_process
 from .objective import Objective
 from .teacher import FrozenTeacher, split_inputs
 from .teacher_logits import TeacherLogitsError
@@ -137,20 +137,6 @@ def target_statistics(
     }
 
 
-def measured(name: str, statistics: dict[str, Any] | None) -> float:
-    """Return `power` or `prior_in_teacher` from a look; raise an `InputError` if there was none to be had."""
-    if statistics is None:
-        option, way_out = {
-            "power": ("--class_balance_power measured", "--class_balance_power auto"),
-            "prior_in_teacher": ("--distillation_prior teacher", "--distillation_prior counts"),
-        }[name]
-        raise InputError(
-            f"{option} looks at training examples first, which needs a training set with a length and random access, "
-            f"and a known distillation loss. Use {way_out}."
-        )
-    return statistics[name]
-
-
 def why_collapsed(statistics: dict[str, Any], class_names: Sequence[str]) -> str | None:
     """Return why a student should not learn these targets; `None` if nothing speaks against them.
 
@@ -255,12 +241,13 @@ def look(
         options, weights, counts = objective.options, objective.final_weights(), objective.known_class_counts().clone()
         if objective.known_classes is not None:
             counts[np.setdiff1d(np.arange(len(counts)), objective.known_classes.cpu())] = 0
-        # Both numbers are those of the first process: the devices of others may round otherwise.
-        prior = broadcast_object_list([prior_in_teacher(teacher_logits, labels, counts)])[0]
+        # Both numbers are those of the main process: the devices of others may round otherwise.
+        prior = on_main_process(lambda: prior_in_teacher(teacher_logits, labels, counts))
         share = prior if options.distillation_prior == "teacher" else 1.0
         if options.class_balance_power == "measured":
-            power = strongest_power(teacher_logits, labels, weights**share, options.temperature)
-            power = broadcast_object_list([power])[0]
+            power = on_main_process(
+                lambda: strongest_power(teacher_logits, labels, weights**share, options.temperature)
+            )
         else:
             power = objective.power
         found, exponent = {"power": power, "prior_in_teacher": prior}, power * share

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -40,7 +39,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from . import modeling_cifar_resnet, modeling_cosine_head  # noqa: F401 (makes them known to the Auto classes)
 from .errors import InputError
-from .models import label_names, on_the_hub, why_not_alike
+from .head import num_labels
+from .models import label_names, place_of, why_not_alike
 from .tasks import DEFAULT_TASK, TASKS
 from .text import normal, one_line
 
@@ -160,11 +160,6 @@ def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         raise ValueError(f'The batch has no "labels", only {", ".join(inputs)}.')
     names = [k for k in inputs if k.startswith(TEACHER_PREFIX) and k != TEACHER_LOGITS]
     return own, {k.removeprefix(TEACHER_PREFIX): inputs[k] for k in names} or own, labels
-
-
-def num_labels(model: nn.Module) -> int | None:
-    """Return a model's number of classes, where its configuration tells."""
-    return getattr(getattr(model, "config", None), "num_labels", None)
 
 
 def teacher_label_names(teacher: str, task: str = DEFAULT_TASK, **from_pretrained_kwargs: Any) -> list[str] | int:
@@ -304,9 +299,9 @@ def load_teacher(
 
 
 def _not_loadable(teacher: str, error: Exception, task: str) -> InputError:
-    where = "a folder here" if os.path.isdir(teacher) else f"no folder here; {on_the_hub()}"
     return InputError(
-        f"The teacher {teacher!r} cannot be loaded as a classifier of {task}s ({where}): {one_line(error, 300)}"
+        f"The teacher {teacher!r} cannot be loaded as a classifier of {task}s ({place_of(teacher)}): "
+        f"{one_line(error, 300)}"
     )
 
 

@@ -32,6 +32,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
 from huggingface_hub import constants
+from numpy.lib.recfunctions import structured_to_unstructured, unstructured_to_structured
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedConfig
@@ -210,16 +211,11 @@ class TopKFolder(LogitsFolder):
 
     def pack(self, rows: np.ndarray) -> np.ndarray:
         """As there."""
-        stored, begin = np.empty((len(rows), 1), self.dtype), 0
-        for name in self.dtype.names or ():
-            width = self.dtype[name].shape[0]
-            stored[name][:, 0] = rows[:, begin : begin + width]
-            begin += width
-        return stored
+        return unstructured_to_structured(rows, self.dtype)[:, None]
 
     def unpack(self, stored: np.ndarray) -> np.ndarray:
         """As there."""
-        return np.concatenate([stored[name][:, 0].astype(np.float32) for name in self.dtype.names or ()], axis=1)
+        return structured_to_unstructured(stored[:, 0], np.float32)
 
 
 def precompute_logits(

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .loss_inputs import (
     Reduction,
     at_least_float32,
-    check_temperature,
+    check_positive,
     log_weights,
     reduce,
     softened_divergence,
@@ -91,7 +91,7 @@ def top_k_distillation_loss(
         reduction: As for all losses.
         standardize: Whether z_s is standardized, as z_t was.
     """
-    check_temperature(temperature)
+    check_positive(temperature=temperature)
     student_logits, top_k = at_least_float32(student_logits, top_k.detach())
     classes, targets = top_k[:, k : 2 * k].long(), top_k[:, :k] / temperature
     if class_weights is not None:

@@ -30,7 +30,7 @@ from .callbacks import (
 )
 from .config import BKDConfig
 from .errors import InputError, TrainingStopped
-from .head import prepare_head
+from .head import num_labels, prepare_head
 from .head_fitting import fit_bias, start_from_class_means
 from .loss_inputs import IGNORE_INDEX
 from .losses import cross_entropy_loss, example_weights
@@ -43,14 +43,13 @@ from .reading_trainer import ReadingTrainer
 from .sharding import check_engine, spread_large_teacher, start_deepspeed_anew, tell_of_layers
 from .stopping import StopAtSigterm
 from .streams import sample_of
-from .targets import NUM_IMAGES, answers_about_sample, look, measured
+from .targets import NUM_IMAGES, answers_about_sample, look
 from .tasks import task_of_model
 from .teacher import (
     TEACHER_LOGITS,
     FrozenTeacher,
     check_numbers_of_classes,
     load_teacher,
-    num_labels,
     split_inputs,
     why_not_start_from,
 )
@@ -102,7 +101,6 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
 
     # The loss is a mean over the whole optimizer step: Trainer must not divide it by the accumulation steps again.
     loss_is_scaled_for_ga = True
-    _meter: LossMeter
 
     def __init__(
         self,
@@ -132,9 +130,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             # Trainer would cut each batch among the GPUs by DataParallel, and the number of its examples with it.
             logger.warning_once(f"The first of {args.n_gpu} GPUs is used: `accelerate launch` uses all.")
             args._n_gpu = 1
-        any_dataset = eval_dataset if train_dataset is None else train_dataset
         if data_collator is None:
-            data_collator = collator_of(any_dataset)
+            data_collator = collator_of(eval_dataset if train_dataset is None else train_dataset)
         self._stop, self.class_figures = StopAtSigterm(), ClassFigures(self)
         # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
         adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
@@ -188,10 +185,16 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         check_numbers_of_classes(self.model, self.teacher_model, self.class_counts)
 
         known = None if self.teacher_model is None else self.teacher_model.known_classes
-        losses, measure = (classification_loss, distillation_loss), lambda name: measured(name, self.look_at_targets())
         # Trainer itself writes `objective` in a search for hyperparameters.
         self.bkd_objective = Objective(
-            args, self.class_counts, args.device, self.teacher_model is not None, known, *losses, measure
+            args,
+            self.class_counts,
+            args.device,
+            has_teacher=self.teacher_model is not None,
+            known_classes=known,
+            classification_loss=classification_loss,
+            distillation_loss=distillation_loss,
+            look=self.look_at_targets,
         )
         if train_dataset is not None or self.teacher_model is not None:
             self.bkd_objective.check(getattr(self.model, "config", None))
@@ -237,10 +240,9 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         outputs = model(**student_inputs)
         counted = labels != IGNORE_INDEX
         if model.training:
-            teacher_logits = self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
+            z_s, z_t = outputs.logits, self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
             is_top_k = self.args.teacher_cache_top_k is not None and self.teacher_cache is not None
-            progress = self._progress(num_items_in_batch)
-            losses = self.bkd_objective(outputs.logits, teacher_logits, labels, progress, is_top_k)
+            losses = self.bkd_objective(z_s, z_t, labels, self._progress(num_items_in_batch), is_top_k)
             self._meter.add(losses, counted)
         else:
             smoothing = self.args.label_smoothing_factor
@@ -263,7 +265,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         weights = self.classification_weights
         if weights is not None and batch_samples and num_items is not None:
-            total = torch.stack([example_weights(b["labels"].to(device), weights).sum() for b in batch_samples]).sum()
+            labels = [batch["labels"].to(device) for batch in batch_samples]
+            total = torch.stack([example_weights(each, weights, like=weights).sum() for each in labels]).sum()
             if self.args.average_tokens_across_devices:
                 total = self.accelerator.reduce(total, reduction="sum")
             self._mean_weight_of_step = total / num_items
@@ -352,9 +355,9 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             return None
         if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
             return None
-        chosen = ("temperature", "class_balance_beta", "class_balance_power", "distillation_prior",
-                  "logit_standardization")  # fmt: skip
-        seen = num_images, args.distillation_loss, *(getattr(args, name) for name in chosen)
+        chosen = ("distillation_loss", "temperature", "class_balance_beta", "class_balance_power",
+                  "distillation_prior", "logit_standardization")  # fmt: skip
+        seen = num_images, *(getattr(args, name) for name in chosen)
         if seen not in self._looks:
             data = self._new_training_data()
             logits, labels = answers_about_sample(self.teacher_model, data, num_images, args)
@@ -401,12 +404,12 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         Raises:
             TrainingStopped: With `enable_jit_checkpoint`, after SIGTERM: the end of the process, if it is not caught.
         """
-        self.set_up_trial(kwargs.get("trial"))
+        if (trial := kwargs.get("trial")) is not None:
+            self._hp_search_setup(trial)  # Trainer would make the student first, by the options of the last trial
         if self.model is not None and self.model_wrapped is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
             self.model.__dict__.pop("_is_accelerate_prepared", None)
-        self._meter = LossMeter(self.accelerator)
-        self._guard.reset()
+        self._guard, self._meter = FiniteGuard(self.accelerator, self.args), LossMeter(self.accelerator)
         self._has_new_weights = True
         _ = self.class_weights  # their power may have to be measured first
         if self.args.head_init == "class_mean" and not resume_from_checkpoint:

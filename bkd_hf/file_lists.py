@@ -12,8 +12,8 @@ from typing import Any
 
 import datasets
 
-from .data import IMAGE_COLUMN, LABEL_COLUMN
 from .errors import InputError
+from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .reading import check_file, read_json, read_text
 from .text import normal, one_line
 
@@ -162,13 +162,11 @@ def build_split_from_files(
         names = _read_class_names(class_names, num_classes)
     elif names is None:
         names = _folder_names(files["train"], labels["train"]) or [str(label) for label in range(num_classes)]
-    features = datasets.Features({IMAGE_COLUMN: datasets.Image(), LABEL_COLUMN: datasets.ClassLabel(names=names)})
-    columns = {
-        split: {IMAGE_COLUMN: [str(file) for file in files[split]], LABEL_COLUMN: labels[split]} for split in lists
-    }
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_dict(columns[split], features=features) for split in lists}
-    )
+    features, splits = class_features(names), datasets.DatasetDict()
+    for split in lists:
+        columns = {IMAGE_COLUMN: [str(file) for file in files[split]], LABEL_COLUMN: labels[split]}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
 
 
 def _file(folder: str | os.PathLike[str], name: str) -> Path:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, DynamoBackend, gather_object, send_to_device
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, StackDataset, Subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
 from transformers.trainer_utils import has_length, seed_worker
 from transformers.utils import logging
@@ -107,17 +107,6 @@ def check_features(dataset: Any, args: BKDConfig) -> None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-class _LabelsAlone(Dataset):
-    def __init__(self, labels: Any):
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [{"labels": int(label)} for label in self.labels[indices]]
 
 
 class TrainingData:
@@ -351,7 +340,8 @@ class TrainingData:
         """
         args, examples, collator = self.args, self.examples, self.collator
         if FEATURES in self.computed:
-            examples, collator = _LabelsAlone(training_labels(self.dataset)), default_data_collator
+            labels: Any = training_labels(self.dataset)
+            examples, collator = StackDataset(labels=labels.tolist()), default_data_collator
         elif self.computed and hasattr(examples, "for_student_alone"):
             examples = examples.for_student_alone()
         self._with_columns = []

@@ -31,12 +31,12 @@ from .augmentations import AUGMENTATIONS, SMALL_IMAGE_SIZE, move_and_mirror
 from .data import LABEL_COLUMN, class_counts, fingerprint, labels_of
 from .decoding import (
     KeptImages,
-    RawImages,
     StoredImages,
     decode_image,
     decode_part,
     may_be_reduced,
     open_image,
+    reading,
     shared_images,
     upright_rgb,
 )
@@ -219,10 +219,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return self._examples(images, counters, self.labels[images])
 
     def of_others(
-        self, images: RawImages, keys: np.ndarray, labels: np.ndarray, data_seed: int, epoch: int
+        self, images: list[dict[str, Any]], keys: np.ndarray, labels: np.ndarray, data_seed: int, epoch: int
     ) -> list[dict[str, Any]]:
-        """Return examples of other images, rendered as those in here; `keys` stand for their indices."""
-        others = copy.copy(self)
+        """Return examples of other stored images, rendered as those in here; `keys` stand for their indices."""
+        others: Any = copy.copy(self)
         others._stored, others._kept, others.data_seed = images, None, data_seed
         others._epoch = torch.tensor([epoch])
         return others._examples(np.arange(len(keys)), keys, labels)
@@ -277,7 +277,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _processed(self, index: int) -> dict[str, np.ndarray]:
         """H×W×3 bytes for each model: what its processor makes of an image."""
-        with self._stored.reading(index) as stored:
+        with reading(self._stored, index) as stored:
             image = decode_image(stored)
         return {name: rendering.view(image) for name, rendering in self._renderings.items()}
 
@@ -288,7 +288,7 @@ class ImageDataset(torch.utils.data.Dataset):
         if image is not None:
             box, mirrored = choose(*image.size)
         else:
-            with self._stored.reading(index) as stored:
+            with reading(self._stored, index) as stored:
                 image, box, mirrored = decode_part(stored, choose, self._reduced_for)
         return {name: rendering.part(image, box, mirrored) for name, rendering in self._renderings.items()}
 
@@ -300,7 +300,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def _original(self, index: int) -> Image.Image:
         kept = self._kept_original(index)
         if kept is None:
-            with self._stored.reading(index) as stored:
+            with reading(self._stored, index) as stored:
                 kept = decode_image(stored)
         return kept
 
@@ -337,7 +337,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         for index in logging.tqdm(range(len(self)), desc="Decoding images", leave=False):
             if self._needs_originals:
-                with self._stored.reading(index) as stored, open_image(stored) as image:
+                with reading(self._stored, index) as stored, open_image(stored) as image:
                     reduced = may_be_reduced(image, self._reduced_for)
                     pixels = np.zeros((0, 0, 3), np.uint8) if reduced else np.asarray(upright_rgb(image))
                 yield pixels
@@ -350,7 +350,7 @@ class ImageDataset(torch.utils.data.Dataset):
             return 3 * len(self) * sum(math.prod(rendering.size) for rendering in self._renderings.values())
         sample, pixels = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int).tolist(), []
         for index in sample:
-            with self._stored.reading(index) as stored, open_image(stored) as image:
+            with reading(self._stored, index) as stored, open_image(stored) as image:
                 pixels.append(0 if may_be_reduced(image, self._reduced_for) else math.prod(image.size))
         return round(3 * len(self) * np.mean(pixels))
 
@@ -426,7 +426,7 @@ def channel_statistics(dataset: datasets.Dataset, max_images: int = 4096) -> tup
     images = StoredImages(dataset)
     count, total, total_squares = 0, np.zeros(3), np.zeros(3)
     for index in np.linspace(0, len(dataset) - 1, num=min(max_images, len(dataset)), dtype=int).tolist():
-        with images.reading(index) as stored:
+        with reading(images, index) as stored:
             pixels = np.asarray(decode_image(stored)).reshape(-1, 3) / 255
         count += len(pixels)
         total += pixels.sum(axis=0)

@@ -33,7 +33,6 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 
 from .data import fingerprint
-from .decoding import RawImages
 from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .images import ImageDataset, collate_images
@@ -205,7 +204,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             labels = np.array([self.stream.number_of(example[LABEL_COLUMN]) for example in members])
             keys = [hashlib.blake2b(_content(image), digest_size=8).digest() for image in images]
             numbers = np.frombuffer(b"".join(keys), np.int64)
-            examples += self.sample.of_others(RawImages(images), numbers, labels, self.data_seed, number)
+            examples += self.sample.of_others(images, numbers, labels, self.data_seed, number)
         return examples
 
 

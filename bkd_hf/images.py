@@ -6,7 +6,6 @@ Augmentation is a function of (seed, epoch, index): the same pixels for any numb
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import io
 import json
@@ -126,6 +125,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise InputError(f"cache_images must be one of {', '.join(CACHE_IMAGES)}, got {cache_images!r}.")
         self.labels = labels_of(dataset, LABEL_COLUMN)
         self.distinguishes_repetitions = True  # see SampledExamples
+        self.collator = collate_images  # what puts its examples together to a batch
         self.class_counts = class_counts(dataset, LABEL_COLUMN)
         self.class_names: list[str] = dataset.features[LABEL_COLUMN].names
         self.augmentation, self.horizontal_flip, self.data_seed = augmentation, horizontal_flip, data_seed
@@ -168,11 +168,6 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         size = max(max(rendering.size) for rendering in self._renderings.values())
         return not self.in_memory or self._needs_originals or size > SMALL_IMAGE_SIZE or bool(self.operations)
-
-    @property
-    def collator(self) -> Callable:
-        """What puts its examples together to a batch."""
-        return collate_images
 
     def for_student_alone(self) -> ImageDataset:
         """Return the same views without those for the teacher, which then cost nothing, at the same epoch always."""
@@ -253,14 +248,13 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _operated(self, views: dict[str, np.ndarray], counters: np.ndarray) -> dict[str, np.ndarray]:
         """The same views after the operations."""
-        numbers = [np.arange(OPERATIONS[name].num_draws) for name in self.operations]
+        counts, size = [OPERATIONS[name].num_draws for name in self.operations], self._renderings["pixel_values"].size
         draws = [
-            hash_uniform(self.data_seed, int(self._epoch), counters[:, None], place, number)
-            for place, number in enumerate(numbers)
+            hash_uniform(self.data_seed, int(self._epoch), counters[:, None], place, np.arange(count))
+            for place, count in enumerate(counts)
         ]
         for name, seen in views.items():
             channels = self._renderings[name].channels
-            size = self._renderings["pixel_values"].size
             views[name] = operate(seen[..., channels], self.operations, draws, size)[..., channels]
         return views
 
@@ -283,7 +277,11 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _part(self, index: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """H×W×3 bytes for each model: a part of an image."""
-        choose = functools.partial(self._choose, draws)
+
+        def choose(width: int, height: int) -> tuple[Box, bool]:
+            boxes, mirrored = AUGMENTATIONS[self.augmentation].views(width, height, draws[None])
+            return tuple(boxes[0].tolist()), bool(mirrored[0]) and self.horizontal_flip
+
         image = self._kept_original(index)
         if image is not None:
             box, mirrored = choose(*image.size)
@@ -291,11 +289,6 @@ class ImageDataset(torch.utils.data.Dataset):
             with reading(self._stored, index) as stored:
                 image, box, mirrored = decode_part(stored, choose, self._reduced_for)
         return {name: rendering.part(image, box, mirrored) for name, rendering in self._renderings.items()}
-
-    def _choose(self, draws: np.ndarray, width: int, height: int) -> tuple[Box, bool]:
-        """The part that is shown of one image, and whether it is mirrored."""
-        boxes, mirrored = AUGMENTATIONS[self.augmentation].views(width, height, draws[None])
-        return tuple(boxes[0].tolist()), bool(mirrored[0]) and self.horizontal_flip
 
     def _original(self, index: int) -> Image.Image:
         kept = self._kept_original(index)

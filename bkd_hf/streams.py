@@ -77,7 +77,9 @@ class Stream:
         each = -(-SAMPLE_SIZE // num_lanes)
         found = [e for number in range(num_lanes) for e in Lane(self, number, num_lanes, 0).take(each, 1)[1]]
         #: Some examples, from the beginning of each lane, for what has to look at images before training.
-        self.sample = as_dataset(found, self.features)
+        self.sample = datasets.Dataset.from_dict(
+            {name: [example[name] for example in found] for name in (IMAGE_COLUMN, LABEL_COLUMN)}, self.features
+        )
         told = json.dumps([shards.num_shards, class_counts, fingerprint(self.sample)])
         self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest() + "-sampled"
 
@@ -219,12 +221,6 @@ def _content(image: dict[str, Any] | None) -> bytes:
 def sample_of(dataset: Any) -> Any:
     """Return the sample of a stream, for what has to look at examples by number; any other data set as it is."""
     return dataset.sample if isinstance(dataset, (Stream, StreamedImages)) else dataset
-
-
-def as_dataset(examples: list[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
-    """Return examples of a stream, with labels as numbers, as a data set in memory."""
-    columns = {name: [example[name] for example in examples] for name in (IMAGE_COLUMN, LABEL_COLUMN)}
-    return datasets.Dataset.from_dict(columns, features=features)
 
 
 # ---- From a folder or the Hub -------------------------------------------------------------------------------------

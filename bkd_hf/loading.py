@@ -201,11 +201,15 @@ def _load_docstrings() -> datasets.DatasetDict:
 
 
 def _with_test_split(everything: datasets.Dataset, per_class: int) -> datasets.DatasetDict:
-    """Set so many examples of each class aside."""
     wanted = np.full(everything.features[LABEL_COLUMN].num_classes, per_class)
-    test = choose_per_class(labels_of(everything), wanted, seed=0)
-    train = np.setdiff1d(np.arange(len(everything)), test)
-    return datasets.DatasetDict({"train": everything.select(train), "test": everything.select(test)})
+    train, test = _set_aside(everything, wanted, seed=0)
+    return datasets.DatasetDict({"train": train, "test": test})
+
+
+def _set_aside(dataset: datasets.Dataset, wanted: np.ndarray, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return a data set without so many examples of each class, and these."""
+    chosen = choose_per_class(labels_of(dataset), wanted, seed)
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.select(chosen)
 
 
 def open_splits(
@@ -459,11 +463,11 @@ def _carve_evaluation_split(
     task: str, name: str, dataset: datasets.Dataset, counts: np.ndarray, split_seed: int
 ) -> dict[str, datasets.Dataset]:
     wanted = np.minimum(np.maximum(np.round(counts * _CARVED_SHARE), 1), counts - 1).astype(np.int64)
-    chosen = choose_per_class(labels_of(dataset), wanted, split_seed)
-    if chosen.size == 0:
+    train, evaluation = _set_aside(dataset, wanted, split_seed)
+    if len(evaluation) == 0:
         raise InputError(f"{name}: no evaluation split, and too few {task}s to carve one out. Add a test split.")
     logger.warning(
-        f"{name} has no evaluation split: {chosen.size} of its {len(dataset)} {task}s, a fifth of each class, are set "
-        "aside for evaluation."
+        f"{name} has no evaluation split: {len(evaluation)} of its {len(dataset)} {task}s, a fifth of each class, are "
+        "set aside for evaluation."
     )
-    return {"train": dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), "eval": dataset.select(chosen)}
+    return {"train": train, "eval": evaluation}

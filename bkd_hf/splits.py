@@ -171,9 +171,8 @@ def _write_parquet(dataset: datasets.Dataset, folder: Path, split: str) -> None:
 
 def _check_reload(folder: Path, record: dict[str, Any]) -> None:
     """Read everything as a user will, and compare."""
-    expected = {
-        split: (content["fingerprint"], record["class_names"]) for split, content in record["splits"].items()
-    }  # fmt: skip
+    names = record["class_names"]
+    expected = {split: (content["fingerprint"], names) for split, content in record["splits"].items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".reload") as cache:
         loaded = datasets.load_dataset(str(folder), cache_dir=cache)
         found = {

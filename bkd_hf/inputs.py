@@ -202,12 +202,12 @@ def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
     name = args.metric_for_best_model
     if name is None:
         return
-    thresholds = data["many_shot_threshold"], data["few_shot_threshold"]
-    groups = shot_groups(np.asarray(data["class_counts"]), *thresholds).values()
+    evaluation = long_tail_evaluation(data, post_hoc_tau=0.0)
+    groups = shot_groups(np.asarray(evaluation.class_counts), *evaluation.thresholds).values()
     tested = np.asarray(data["eval_class_counts"]) > 0
     labels = np.array([np.flatnonzero(group & tested)[0] for group in groups if (group & tested).any()])
     answers = EvalPrediction(np.zeros((len(labels), len(tested))), labels)
-    names = ["loss", *LongTailEvaluation(data["class_counts"], *thresholds)(answers)]
+    names = ["loss", *evaluation(answers)]
     if name.removeprefix("eval_") not in names:
         raise InputError(f"--metric_for_best_model {name}: the evaluations of this run give {', '.join(names)}.")
 

@@ -73,15 +73,8 @@ class ImageDataset(torch.utils.data.Dataset):
             aspect ratio of 3/4 to 4/3 (for large images).
         horizontal_flip: Whether augmented images are mirrored half of the time.
         operations: What is done to the pixels of these views, one after another, by random numbers that are the same
-            for student and teacher:
-
-            | name | what | source |
-            |---|---|---|
-            | `"autoaugment"` | one of CIFAR-10's 25 sub-policies | arXiv 1805.09501 |
-            | `"randaugment"` | 2 of 14 kernels, magnitude 9 of 30 | arXiv 1909.13719 |
-            | `"trivialaugment_wide"` | 1 of 14 kernels, any magnitude | arXiv 2103.10158 |
-            | `"cutout"` | a black square of half the side | arXiv 1708.04552 |
-            | `"random_erasing"` | half of the time a black rectangle of 2 to 40 % | arXiv 1708.04896 |
+            for student and teacher: `"autoaugment"`, `"randaugment"`, `"trivialaugment_wide"`, `"cutout"`,
+            `"random_erasing"` (see `bkd_hf/operations.py`).
         data_seed: Seed of the augmentation.
         cache_images: `"memory"`: decode every image once, now; `"disk"`: the same, into a file that the processes of
             this machine share and that later runs on the same images find; `"none"`: decode it each time it is seen;

@@ -177,11 +177,6 @@ def choose_workers(args: BKDConfig, dataset: Any, num_threads: int) -> bool:
     They stay alive from epoch to epoch, unless the options say otherwise. Started anew, they would be copies of a
     process that holds a training: on a CPU, whose memory is then copied page by page as the training goes on, an epoch
     of a ResNet-18 began 2 s late.
-
-    Args:
-        args: The options, which are changed.
-        dataset: The training images.
-        num_threads: CPU threads of this process.
     """
     chooses = args.dataloader_num_workers == CHOOSE_WORKERS
     if chooses:

@@ -318,9 +318,7 @@ def count_labels(
 def read_counts(path: str, labels: Any) -> dict[str, int]:
     """Return class counts by name, in the order of the classes' numbers, from a JSON file: by name or number.
 
-    Args:
-        path: The file.
-        labels: What the label column holds.
+    `labels` is what the label column holds.
 
     Raises:
         InputError: If they are no counts, or not of the classes that the labels have.

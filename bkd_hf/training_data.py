@@ -273,10 +273,7 @@ class TrainingData:
     ) -> None:
         """Compute the columns for the view of this epoch, unless they are there.
 
-        Args:
-            epoch: That begins.
-            asked: By the name of the column, what is called with a batch on the device.
-            batch_size: Examples that a process asks about at a time.
+        `asked` is, by the name of the column, what is called with `batch_size` examples on the device.
         """
         for name, folder in self.computed.items():
             ask = asked[name]
@@ -308,12 +305,7 @@ class TrainingData:
     # ---- Batches --------------------------------------------------------------------------------------------------
 
     def stream_loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
-        """Return the batches of a stream, which divides them among processes and workers itself.
-
-        Args:
-            batch_size: Examples per process and micro-batch.
-            accelerator: Of the trainer.
-        """
+        """Return the batches of a stream, which divides them among processes and workers itself."""
         args, images = self.args, self.dataset
         images.batch_size, images.seed = batch_size, args.seed if args.data_seed is None else args.data_seed
         images.num_readers = accelerator.num_processes * max(1, args.dataloader_num_workers)
@@ -332,12 +324,7 @@ class TrainingData:
         return prepare_data_loader(loader, device, 1, 0, put_on_device=True, rng_types=[], dispatch_batches=False)
 
     def loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
-        """Return the examples, cut into global batches (see [`GlobalBatchSampler`]).
-
-        Args:
-            batch_size: Examples per process and micro-batch.
-            accelerator: That is to prepare the loader.
-        """
+        """Return the examples, cut into global batches (see [`GlobalBatchSampler`]); accelerate is to prepare it."""
         args, examples, collator = self.args, self.examples, self.collator
         if FEATURES in self.computed:
             labels: Any = training_labels(self.dataset)

@@ -105,10 +105,6 @@ def check_features(dataset: Any, args: BKDConfig) -> None:
         )
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 class TrainingData:
     """The training examples of a `BKDTrainer`, epoch after epoch.
 
@@ -312,7 +308,6 @@ class TrainingData:
         loader = DataLoader(
             images,
             batch_size=None,
-            collate_fn=_as_it_is,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -27,7 +27,7 @@ from .text import quoted
 logger = logging.get_logger(__name__)
 
 Profile = Literal["exp", "step", "pareto"]
-PROFILES: tuple[Profile, ...] = ("exp", "step", "pareto")
+PROFILES: tuple[Profile, ...] = get_args(Profile)
 #: Shape of ImageNet-LT's tail (Liu et al., 2019).
 PARETO_ALPHA = 6.0
 

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -47,7 +47,7 @@ from .views import Box, PixelBytes, Rendering, same_pixels, whole
 logger = logging.get_logger(__name__)
 
 CacheImages = Literal["auto", "memory", "disk", "none"]
-CACHE_IMAGES: tuple[CacheImages, ...] = ("auto", "memory", "disk", "none")
+CACHE_IMAGES: tuple[CacheImages, ...] = get_args(CacheImages)
 
 #: `cache_images="auto"` keeps decoded images up to this share of the memory that is free.
 _CACHE_SHARE_OF_MEMORY = 0.25

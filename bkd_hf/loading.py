@@ -29,8 +29,6 @@ _VALIDATION_SPLIT_NAMES = ("validation", "valid", "val", "dev")
 _EVAL_SPLIT_NAMES = (*_VALIDATION_SPLIT_NAMES, "test", "eval")
 _CARVED_SHARE = 0.2
 _TEXT_COLUMN_NAMES = ("text", "sentence", "content", "document", "review")
-_DIGITS_TEST_IMAGES_PER_CLASS = 40
-_DOCSTRINGS_TEST_TEXTS_PER_CLASS = 60
 
 
 class NoTestSplitError(InputError):
@@ -187,7 +185,7 @@ def _load_digits() -> datasets.DatasetDict:
         images.append({"bytes": file.getvalue(), "path": None})
     features = class_features([str(name) for name in digits.target_names])
     everything = datasets.Dataset.from_dict({IMAGE_COLUMN: images, LABEL_COLUMN: digits.target}, features=features)
-    return _with_test_split(everything, _DIGITS_TEST_IMAGES_PER_CLASS)
+    return _with_test_split(everything, per_class=40)
 
 
 def _load_docstrings() -> datasets.DatasetDict:
@@ -197,7 +195,7 @@ def _load_docstrings() -> datasets.DatasetDict:
         {TEXT_COLUMN: datasets.Value("string"), LABEL_COLUMN: datasets.ClassLabel(names=list(GROUPS))}
     )
     everything = datasets.Dataset.from_dict({TEXT_COLUMN: texts, LABEL_COLUMN: labels}, features=features)
-    return _with_test_split(everything, _DOCSTRINGS_TEST_TEXTS_PER_CLASS)
+    return _with_test_split(everything, per_class=60)
 
 
 def _with_test_split(everything: datasets.Dataset, per_class: int) -> datasets.DatasetDict:

@@ -238,15 +238,8 @@ def load_stream(
 ) -> dict[str, Any]:
     """Open a training set as a stream, `"train"`; what it is evaluated on, `"eval"`, is written to the disk.
 
-    Args:
-        name: A folder of shards, or a Hub id.
-        counts: JSON file of class counts.
-        config_name: Configuration of a Hub data set.
-        columns: Names of the columns of images and labels; found if not given.
-        splits: Names of the splits to train and to evaluate on; found if not given.
-        buffer_size: As for [`Stream`].
-        cache_dir: Where `datasets` keeps its files.
-        token: Token for private data sets.
+    Arguments are those of [`load_image_dataset`] and [`Stream`]: `counts` is a JSON file of class counts, `columns`
+    are those of images and labels, `splits` those to train and to evaluate on.
 
     Raises:
         InputError: If something is not there, or the counts are not those of the classes.

@@ -60,12 +60,8 @@ def random_resized_crop(width: int, height: int, draws: np.ndarray) -> tuple[np.
 def random_resized_crop_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of a random part of an image (Szegedy et al., 2015, arXiv 1409.4842, section 6).
 
-    The first of ten tries that fits into the image; else the largest central crop within the aspect ratios.
-
-    Args:
-        width: Of the image, in pixels.
-        height: Of the image, in pixels.
-        draws: 4 numbers in [0, 1) per try: area, aspect ratio, position from the left and from the top.
+    The first of ten tries that fits into the image (`draws` as for [`first_fitting_box`]); else the largest central
+    crop within the aspect ratios.
     """
     box = first_fitting_box(width, height, draws, _CROP_AREA, _CROP_ASPECT_RATIO)
     if box is not None:

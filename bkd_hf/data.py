@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -27,7 +27,7 @@ from .text import quoted
 logger = logging.get_logger(__name__)
 
 Profile = Literal["exp", "step", "pareto"]
-PROFILES: tuple[Profile, ...] = ("exp", "step", "pareto")
+PROFILES: tuple[Profile, ...] = get_args(Profile)
 #: Shape of ImageNet-LT's tail (Liu et al., 2019).
 PARETO_ALPHA = 6.0
 
@@ -211,8 +211,7 @@ def labels_of(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) -> np
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise InputError(
             f"The labels in column {label_column!r} are not classes: expected one whole number per "
-            f"{task_of_columns(dataset.column_names).name}, "
-            f"got {dataset.features[label_column]}."
+            f"{task_of_columns(dataset.column_names).name}, got {dataset.features[label_column]}."
         )
     return labels.astype(np.int64)
 
@@ -228,8 +227,7 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
     """
     labels = labels_of(dataset, label_column)
     feature = dataset.features[label_column]
-    num_named = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
-    num_classes = num_named if num_named is not None else int(labels.max(initial=-1)) + 1
+    num_classes = feature.num_classes if isinstance(feature, datasets.ClassLabel) else int(labels.max(initial=-1)) + 1
     if num_classes > _MOST_CLASSES:
         raise InputError(f"Label {num_classes - 1} in column {label_column!r}: no data set has so many classes.")
     if labels.size and (labels.min() < 0 or labels.max() >= num_classes):

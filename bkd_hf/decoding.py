@@ -45,32 +45,23 @@ class StoredImages:
     def __reduce__(self) -> tuple[type[StoredImages], tuple[datasets.Dataset]]:
         return StoredImages, (self.dataset,)
 
-    def _at(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self._column[index if self._rows is None else self._rows[index].as_py()].as_py()
 
-    @contextmanager
-    def reading(self, index: int) -> Iterator[dict[str, Any]]:
-        """Give an image to be decoded, e.g. by [`decode_image`]; an `InputError` says which one is broken."""
-        stored = self._at(index)
-        try:
-            yield stored
-        except InputError:
-            raise
-        except Exception as error:  # of PIL's many decoders: there is no end of kinds
-            where = f" ({stored['path']})" if stored and stored.get("path") else ""
-            raise InputError(
-                f"Image {index}{where} cannot be decoded: {first_line(error)}. Repair or remove it from the data set."
-            ) from error
 
-
-class RawImages(StoredImages):
-    """Images as they are stored that are in no data set."""
-
-    def __init__(self, images: Sequence[dict[str, Any]]):
-        self._images = images
-
-    def _at(self, index: int) -> dict[str, Any]:
-        return self._images[index]
+@contextmanager
+def reading(images: StoredImages | Sequence[dict[str, Any]], index: int) -> Iterator[dict[str, Any]]:
+    """Give a stored image to be decoded, e.g. by [`decode_image`]; an `InputError` says which one is broken."""
+    stored = images[index]
+    try:
+        yield stored
+    except InputError:
+        raise
+    except Exception as error:  # of PIL's many decoders: there is no end of kinds
+        where = f" ({stored['path']})" if stored and stored.get("path") else ""
+        raise InputError(
+            f"Image {index}{where} cannot be decoded: {first_line(error)}. Repair or remove it from the data set."
+        ) from error
 
 
 def decode_image(stored: dict[str, Any]) -> Image.Image:

@@ -12,12 +12,11 @@ from typing import Any
 
 import datasets
 
-from .data import IMAGE_COLUMN, LABEL_COLUMN
 from .errors import InputError
+from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .reading import check_file, read_json, read_text
 from .text import normal, one_line
 
-_FORMS: tuple[Any, ...] = (None, "NFC", "NFD")
 _SOME = 10  # that an error names
 _LONGEST_LABEL = 18  # digits of a number that a table keeps
 
@@ -162,21 +161,20 @@ def build_split_from_files(
         names = _read_class_names(class_names, num_classes)
     elif names is None:
         names = _folder_names(files["train"], labels["train"]) or [str(label) for label in range(num_classes)]
-    features = datasets.Features({IMAGE_COLUMN: datasets.Image(), LABEL_COLUMN: datasets.ClassLabel(names=names)})
-    columns = {
-        split: {IMAGE_COLUMN: [str(file) for file in files[split]], LABEL_COLUMN: labels[split]} for split in lists
-    }
-    return datasets.DatasetDict(
-        {split: datasets.Dataset.from_dict(columns[split], features=features) for split in lists}
-    )
+    features, splits = class_features(names), datasets.DatasetDict()
+    for split in lists:
+        columns = {IMAGE_COLUMN: [str(file) for file in files[split]], LABEL_COLUMN: labels[split]}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
 
 
 def _file(folder: str | os.PathLike[str], name: str) -> Path:
     """Return where a listed file is: a name with accents may be spelled otherwise on the disk than in the list."""
     name = name.lstrip("/")
-    paths = dict.fromkeys(Path(folder, name if form is None else unicodedata.normalize(form, name)) for form in _FORMS)
-    first = next(iter(paths))
-    return first if len(paths) == 1 else next(filter(_is_there, paths), first)
+    if name.isascii():
+        return Path(folder, name)
+    spellings = name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)
+    return next(filter(_is_there, (Path(folder, spelling) for spelling in spellings)), Path(folder, name))
 
 
 def _is_there(path: Path) -> bool:

@@ -142,9 +142,7 @@ def _is_described(folder: Path, files: list[PurePath]) -> bool:
     if any(file.stem == "metadata" or file.suffix in _TABLE_SUFFIXES for file in files):
         return True
     card = folder / "README.md"
-    if not card.exists():
-        return False
-    return bool(read_card(card).get("configs"))
+    return card.exists() and bool(read_card(card).get("configs"))
 
 
 def _split_of(name: str) -> str | None:

@@ -6,7 +6,6 @@ Augmentation is a function of (seed, epoch, index): the same pixels for any numb
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import io
 import json
@@ -14,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -31,12 +30,12 @@ from .augmentations import AUGMENTATIONS, SMALL_IMAGE_SIZE, move_and_mirror
 from .data import LABEL_COLUMN, class_counts, fingerprint, labels_of
 from .decoding import (
     KeptImages,
-    RawImages,
     StoredImages,
     decode_image,
     decode_part,
     may_be_reduced,
     open_image,
+    reading,
     shared_images,
     upright_rgb,
 )
@@ -48,7 +47,7 @@ from .views import Box, PixelBytes, Rendering, same_pixels, whole
 logger = logging.get_logger(__name__)
 
 CacheImages = Literal["auto", "memory", "disk", "none"]
-CACHE_IMAGES: tuple[CacheImages, ...] = ("auto", "memory", "disk", "none")
+CACHE_IMAGES: tuple[CacheImages, ...] = get_args(CacheImages)
 
 #: `cache_images="auto"` keeps decoded images up to this share of the memory that is free.
 _CACHE_SHARE_OF_MEMORY = 0.25
@@ -74,15 +73,8 @@ class ImageDataset(torch.utils.data.Dataset):
             aspect ratio of 3/4 to 4/3 (for large images).
         horizontal_flip: Whether augmented images are mirrored half of the time.
         operations: What is done to the pixels of these views, one after another, by random numbers that are the same
-            for student and teacher:
-
-            | name | what | source |
-            |---|---|---|
-            | `"autoaugment"` | one of CIFAR-10's 25 sub-policies | arXiv 1805.09501 |
-            | `"randaugment"` | 2 of 14 kernels, magnitude 9 of 30 | arXiv 1909.13719 |
-            | `"trivialaugment_wide"` | 1 of 14 kernels, any magnitude | arXiv 2103.10158 |
-            | `"cutout"` | a black square of half the side | arXiv 1708.04552 |
-            | `"random_erasing"` | half of the time a black rectangle of 2 to 40 % | arXiv 1708.04896 |
+            for student and teacher: `"autoaugment"`, `"randaugment"`, `"trivialaugment_wide"`, `"cutout"`,
+            `"random_erasing"` (see `bkd_hf/operations.py`).
         data_seed: Seed of the augmentation.
         cache_images: `"memory"`: decode every image once, now; `"disk"`: the same, into a file that the processes of
             this machine share and that later runs on the same images find; `"none"`: decode it each time it is seen;
@@ -126,6 +118,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise InputError(f"cache_images must be one of {', '.join(CACHE_IMAGES)}, got {cache_images!r}.")
         self.labels = labels_of(dataset, LABEL_COLUMN)
         self.distinguishes_repetitions = True  # see SampledExamples
+        self.collator = collate_images  # what puts its examples together to a batch
         self.class_counts = class_counts(dataset, LABEL_COLUMN)
         self.class_names: list[str] = dataset.features[LABEL_COLUMN].names
         self.augmentation, self.horizontal_flip, self.data_seed = augmentation, horizontal_flip, data_seed
@@ -168,11 +161,6 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         size = max(max(rendering.size) for rendering in self._renderings.values())
         return not self.in_memory or self._needs_originals or size > SMALL_IMAGE_SIZE or bool(self.operations)
-
-    @property
-    def collator(self) -> Callable:
-        """What puts its examples together to a batch."""
-        return collate_images
 
     def for_student_alone(self) -> ImageDataset:
         """Return the same views without those for the teacher, which then cost nothing, at the same epoch always."""
@@ -219,10 +207,10 @@ class ImageDataset(torch.utils.data.Dataset):
         return self._examples(images, counters, self.labels[images])
 
     def of_others(
-        self, images: RawImages, keys: np.ndarray, labels: np.ndarray, data_seed: int, epoch: int
+        self, images: list[dict[str, Any]], keys: np.ndarray, labels: np.ndarray, data_seed: int, epoch: int
     ) -> list[dict[str, Any]]:
-        """Return examples of other images, rendered as those in here; `keys` stand for their indices."""
-        others = copy.copy(self)
+        """Return examples of other stored images, rendered as those in here; `keys` stand for their indices."""
+        others: Any = copy.copy(self)
         others._stored, others._kept, others.data_seed = images, None, data_seed
         others._epoch = torch.tensor([epoch])
         return others._examples(np.arange(len(keys)), keys, labels)
@@ -253,14 +241,13 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _operated(self, views: dict[str, np.ndarray], counters: np.ndarray) -> dict[str, np.ndarray]:
         """The same views after the operations."""
-        numbers = [np.arange(OPERATIONS[name].num_draws) for name in self.operations]
+        counts, size = [OPERATIONS[name].num_draws for name in self.operations], self._renderings["pixel_values"].size
         draws = [
-            hash_uniform(self.data_seed, int(self._epoch), counters[:, None], place, number)
-            for place, number in enumerate(numbers)
+            hash_uniform(self.data_seed, int(self._epoch), counters[:, None], place, np.arange(count))
+            for place, count in enumerate(counts)
         ]
         for name, seen in views.items():
             channels = self._renderings[name].channels
-            size = self._renderings["pixel_values"].size
             views[name] = operate(seen[..., channels], self.operations, draws, size)[..., channels]
         return views
 
@@ -277,30 +264,29 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _processed(self, index: int) -> dict[str, np.ndarray]:
         """H×W×3 bytes for each model: what its processor makes of an image."""
-        with self._stored.reading(index) as stored:
+        with reading(self._stored, index) as stored:
             image = decode_image(stored)
         return {name: rendering.view(image) for name, rendering in self._renderings.items()}
 
     def _part(self, index: int, draws: np.ndarray) -> dict[str, np.ndarray]:
         """H×W×3 bytes for each model: a part of an image."""
-        choose = functools.partial(self._choose, draws)
+
+        def choose(width: int, height: int) -> tuple[Box, bool]:
+            boxes, mirrored = AUGMENTATIONS[self.augmentation].views(width, height, draws[None])
+            return tuple(boxes[0].tolist()), bool(mirrored[0]) and self.horizontal_flip
+
         image = self._kept_original(index)
         if image is not None:
             box, mirrored = choose(*image.size)
         else:
-            with self._stored.reading(index) as stored:
+            with reading(self._stored, index) as stored:
                 image, box, mirrored = decode_part(stored, choose, self._reduced_for)
         return {name: rendering.part(image, box, mirrored) for name, rendering in self._renderings.items()}
-
-    def _choose(self, draws: np.ndarray, width: int, height: int) -> tuple[Box, bool]:
-        """The part that is shown of one image, and whether it is mirrored."""
-        boxes, mirrored = AUGMENTATIONS[self.augmentation].views(width, height, draws[None])
-        return tuple(boxes[0].tolist()), bool(mirrored[0]) and self.horizontal_flip
 
     def _original(self, index: int) -> Image.Image:
         kept = self._kept_original(index)
         if kept is None:
-            with self._stored.reading(index) as stored:
+            with reading(self._stored, index) as stored:
                 kept = decode_image(stored)
         return kept
 
@@ -337,7 +323,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """
         for index in logging.tqdm(range(len(self)), desc="Decoding images", leave=False):
             if self._needs_originals:
-                with self._stored.reading(index) as stored, open_image(stored) as image:
+                with reading(self._stored, index) as stored, open_image(stored) as image:
                     reduced = may_be_reduced(image, self._reduced_for)
                     pixels = np.zeros((0, 0, 3), np.uint8) if reduced else np.asarray(upright_rgb(image))
                 yield pixels
@@ -350,7 +336,7 @@ class ImageDataset(torch.utils.data.Dataset):
             return 3 * len(self) * sum(math.prod(rendering.size) for rendering in self._renderings.values())
         sample, pixels = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int).tolist(), []
         for index in sample:
-            with self._stored.reading(index) as stored, open_image(stored) as image:
+            with reading(self._stored, index) as stored, open_image(stored) as image:
                 pixels.append(0 if may_be_reduced(image, self._reduced_for) else math.prod(image.size))
         return round(3 * len(self) * np.mean(pixels))
 
@@ -426,7 +412,7 @@ def channel_statistics(dataset: datasets.Dataset, max_images: int = 4096) -> tup
     images = StoredImages(dataset)
     count, total, total_squares = 0, np.zeros(3), np.zeros(3)
     for index in np.linspace(0, len(dataset) - 1, num=min(max_images, len(dataset)), dtype=int).tolist():
-        with images.reading(index) as stored:
+        with reading(images, index) as stored:
             pixels = np.asarray(decode_image(stored)).reshape(-1, 3) / 255
         count += len(pixels)
         total += pixels.sum(axis=0)

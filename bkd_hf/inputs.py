@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -30,7 +29,7 @@ from .views import same_pixels, set_image_size
 
 #: What makes a model's inputs of an image, or of a text.
 Processor: TypeAlias = BaseImageProcessor | PreTrainedTokenizerBase
-Examples: TypeAlias = ImageDataset | TextDataset
+Examples: TypeAlias = ImageDataset | StreamedImages | TextDataset
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,8 @@ class Inputs:
 
 def load_own_processor(options: ModelArguments, train: Any) -> Processor:
     """Load what makes a model's inputs; that of fresh weights knows the mean and deviation, or words, of the data."""
-    return _PREPARATIONS[options.task].load(options, train)
-
-
-def _load_image_processor(options: ModelArguments, train: Any) -> BaseImageProcessor:
+    if options.task == "text":
+        return load_tokenizer(options, train)
     name = options.model_name_or_path
     if cifar_resnet_depth(name) is not None:
         return load_processor(name, options.image_size or FRESH_IMAGE_SIZE, *channel_statistics(sample_of(train)))
@@ -102,26 +99,8 @@ def prepare(
     teacher: Processor | None = None,
 ) -> Examples:
     """Make a model's inputs of a split, for training augmented, and its teacher's if that takes others."""
-    return _PREPARATIONS[arguments.model.task].examples(arguments, split, processor, for_training, teacher)
-
-
-def same_inputs(arguments: RunArguments, first: Processor, second: Processor) -> bool:
-    """Whether two processors make the same numbers of the same image, or text."""
-    return _PREPARATIONS[arguments.model.task].same(first, second)
-
-
-def how_they_differ(task: str) -> str:
-    """Say that teacher and student take different inputs."""
-    return f"The teacher takes other {_PREPARATIONS[task].different} for both."
-
-
-def _decode(
-    arguments: RunArguments,
-    split: Any,
-    processor: BaseImageProcessor,
-    for_training: bool,
-    teacher: BaseImageProcessor | None,
-) -> Any:
+    if arguments.model.task == "text":
+        return TextDataset(split, processor, teacher)
     options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
     augmentation = options.train_augmentation if for_training else "none"
     is_stream = isinstance(split, Stream)
@@ -140,32 +119,16 @@ def _decode(
     return StreamedImages(split, images) if is_stream else images
 
 
-def _tokenize(
-    arguments: RunArguments,
-    split: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    for_training: bool,
-    teacher: PreTrainedTokenizerBase | None,
-) -> TextDataset:
-    return TextDataset(split, tokenizer, teacher)
+def same_inputs(arguments: RunArguments, first: Processor, second: Processor) -> bool:
+    """Whether two processors make the same numbers of the same image, or text."""
+    return (same_tokens if arguments.model.task == "text" else same_pixels)(first, second)
 
 
-@dataclass(frozen=True)
-class _Preparation:
-    """How examples of a task become a model's inputs."""
-
-    load: Callable[[ModelArguments, Any], Any]
-    same: Callable[[Any, Any], bool]
-    examples: Callable[..., Examples]
-    different: str
-
-
-_PREPARATIONS = {
-    "image": _Preparation(
-        _load_image_processor, same_pixels, _decode, "pixels than the student: each view of an image is rendered"
-    ),
-    "text": _Preparation(load_tokenizer, same_tokens, _tokenize, "tokens than the student: each text is tokenized"),
-}
+def how_they_differ(task: str) -> str:
+    """Say that teacher and student take different inputs."""
+    if task == "text":
+        return "The teacher takes other tokens than the student: each text is tokenized for both."
+    return "The teacher takes other pixels than the student: each view of an image is rendered for both."
 
 
 def load_splits(arguments: RunArguments) -> dict[str, Any]:
@@ -214,11 +177,6 @@ def choose_workers(args: BKDConfig, dataset: Any, num_threads: int) -> bool:
     They stay alive from epoch to epoch, unless the options say otherwise. Started anew, they would be copies of a
     process that holds a training: on a CPU, whose memory is then copied page by page as the training goes on, an epoch
     of a ResNet-18 began 2 s late.
-
-    Args:
-        args: The options, which are changed.
-        dataset: The training images.
-        num_threads: CPU threads of this process.
     """
     chooses = args.dataloader_num_workers == CHOOSE_WORKERS
     if chooses:
@@ -239,12 +197,12 @@ def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
     name = args.metric_for_best_model
     if name is None:
         return
-    thresholds = data["many_shot_threshold"], data["few_shot_threshold"]
-    groups = shot_groups(np.asarray(data["class_counts"]), *thresholds).values()
+    evaluation = long_tail_evaluation(data, post_hoc_tau=0.0)
+    groups = shot_groups(np.asarray(evaluation.class_counts), *evaluation.thresholds).values()
     tested = np.asarray(data["eval_class_counts"]) > 0
     labels = np.array([np.flatnonzero(group & tested)[0] for group in groups if (group & tested).any()])
     answers = EvalPrediction(np.zeros((len(labels), len(tested))), labels)
-    names = ["loss", *LongTailEvaluation(data["class_counts"], *thresholds)(answers)]
+    names = ["loss", *evaluation(answers)]
     if name.removeprefix("eval_") not in names:
         raise InputError(f"--metric_for_best_model {name}: the evaluations of this run give {', '.join(names)}.")
 

@@ -29,8 +29,6 @@ _VALIDATION_SPLIT_NAMES = ("validation", "valid", "val", "dev")
 _EVAL_SPLIT_NAMES = (*_VALIDATION_SPLIT_NAMES, "test", "eval")
 _CARVED_SHARE = 0.2
 _TEXT_COLUMN_NAMES = ("text", "sentence", "content", "document", "review")
-_DIGITS_TEST_IMAGES_PER_CLASS = 40
-_DOCSTRINGS_TEST_TEXTS_PER_CLASS = 60
 
 
 class NoTestSplitError(InputError):
@@ -92,24 +90,13 @@ def load_text_dataset(
 ) -> datasets.DatasetDict:
     """Load a labelled text data set from wherever it is.
 
-    Args:
-        name: `"docstrings"` (comes with Python, needs no network), a Hub id, a folder written by `save_to_disk`, a
-            folder of CSV, JSON or parquet files, or one such file.
-        text_column: Name of the text column; the only column of text beside the labels, or `"text"` and the like, if
-            not given.
-        config_name: Configuration of a Hub data set.
-        label_column: As for [`load_image_dataset`], and the following.
-        train_split: Name of the training split.
-        eval_split: Name of the evaluation split.
-        split_seed: Which texts are carved out.
-        cache_dir: Where `datasets` keeps its files.
-        token: Token for private data sets.
+    Arguments and errors are those of [`load_image_dataset`], but for two. `name` is `"docstrings"` (comes with Python,
+    needs no network), a Hub id, a folder written by `save_to_disk`, a folder of CSV, JSON or parquet files, or one
+    such file. `text_column` names the text column: the only column of text beside the labels, or `"text"` and the
+    like, if not given.
 
     Returns:
         The splits `"train"` and `"eval"`, each with the columns `"text"` and `"label"` (a `ClassLabel`).
-
-    Raises:
-        InputError: If something is not there, or the labels are not classes.
     """
     options = config_name, text_column, label_column, train_split, eval_split, split_seed, cache_dir, token
     return load_dataset_of("text", name, *options)
@@ -187,7 +174,7 @@ def _load_digits() -> datasets.DatasetDict:
         images.append({"bytes": file.getvalue(), "path": None})
     features = class_features([str(name) for name in digits.target_names])
     everything = datasets.Dataset.from_dict({IMAGE_COLUMN: images, LABEL_COLUMN: digits.target}, features=features)
-    return _with_test_split(everything, _DIGITS_TEST_IMAGES_PER_CLASS)
+    return _with_test_split(everything, per_class=40)
 
 
 def _load_docstrings() -> datasets.DatasetDict:
@@ -197,15 +184,19 @@ def _load_docstrings() -> datasets.DatasetDict:
         {TEXT_COLUMN: datasets.Value("string"), LABEL_COLUMN: datasets.ClassLabel(names=list(GROUPS))}
     )
     everything = datasets.Dataset.from_dict({TEXT_COLUMN: texts, LABEL_COLUMN: labels}, features=features)
-    return _with_test_split(everything, _DOCSTRINGS_TEST_TEXTS_PER_CLASS)
+    return _with_test_split(everything, per_class=60)
 
 
 def _with_test_split(everything: datasets.Dataset, per_class: int) -> datasets.DatasetDict:
-    """Set so many examples of each class aside."""
     wanted = np.full(everything.features[LABEL_COLUMN].num_classes, per_class)
-    test = choose_per_class(labels_of(everything), wanted, seed=0)
-    train = np.setdiff1d(np.arange(len(everything)), test)
-    return datasets.DatasetDict({"train": everything.select(train), "test": everything.select(test)})
+    train, test = _set_aside(everything, wanted, seed=0)
+    return datasets.DatasetDict({"train": train, "test": test})
+
+
+def _set_aside(dataset: datasets.Dataset, wanted: np.ndarray, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return a data set without so many examples of each class, and these."""
+    chosen = choose_per_class(labels_of(dataset), wanted, seed)
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.select(chosen)
 
 
 def open_splits(
@@ -459,11 +450,11 @@ def _carve_evaluation_split(
     task: str, name: str, dataset: datasets.Dataset, counts: np.ndarray, split_seed: int
 ) -> dict[str, datasets.Dataset]:
     wanted = np.minimum(np.maximum(np.round(counts * _CARVED_SHARE), 1), counts - 1).astype(np.int64)
-    chosen = choose_per_class(labels_of(dataset), wanted, split_seed)
-    if chosen.size == 0:
+    train, evaluation = _set_aside(dataset, wanted, split_seed)
+    if len(evaluation) == 0:
         raise InputError(f"{name}: no evaluation split, and too few {task}s to carve one out. Add a test split.")
     logger.warning(
-        f"{name} has no evaluation split: {chosen.size} of its {len(dataset)} {task}s, a fifth of each class, are set "
-        "aside for evaluation."
+        f"{name} has no evaluation split: {len(evaluation)} of its {len(dataset)} {task}s, a fifth of each class, are "
+        "set aside for evaluation."
     )
-    return {"train": dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), "eval": dataset.select(chosen)}
+    return {"train": train, "eval": evaluation}

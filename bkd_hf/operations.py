@@ -79,8 +79,8 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
 
 def _move(image: Image.Image, right: float, down: float, size: Size) -> Image.Image:
     """Move by whole pixels of a view of this size."""
-    steps = (round(int(step) * own / of) for step, own, of in zip((right, down), image.size, size, strict=True))
-    return _affine(image, 1, 0, -next(steps), 0, 1, -next(steps))
+    x, y = (round(int(step) * own / of) for step, own, of in zip((right, down), image.size, size, strict=True))
+    return _affine(image, 1, 0, -x, 0, 1, -y)
 
 
 #: Functions of an image, a share of the largest magnitude in [-1, 1] (its sign means nothing to some), and `Ranges`.

@@ -17,15 +17,10 @@ from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .data import (
-    IMAGE_COLUMN,
-    LABEL_COLUMN,
-    class_counts,
-    fingerprint,
-    stored_images,
-)
+from .data import class_counts, fingerprint, stored_images
 from .errors import InputError
 from .files import write_text
+from .image_folders import LABEL_COLUMN, class_features
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, shot_groups
 from .plots import plot_class_counts
 from .reading import read_json
@@ -176,9 +171,8 @@ def _write_parquet(dataset: datasets.Dataset, folder: Path, split: str) -> None:
 
 def _check_reload(folder: Path, record: dict[str, Any]) -> None:
     """Read everything as a user will, and compare."""
-    expected = {
-        split: (content["fingerprint"], record["class_names"]) for split, content in record["splits"].items()
-    }  # fmt: skip
+    names = record["class_names"]
+    expected = {split: (content["fingerprint"], names) for split, content in record["splits"].items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".reload") as cache:
         loaded = datasets.load_dataset(str(folder), cache_dir=cache)
         found = {
@@ -214,9 +208,7 @@ def _write_card(folder: Path, record: dict[str, Any], license: str) -> None:
     for split, content in parts.items():
         groups = [footer.row_group(i) for footer in _footers(folder, split) for i in range(footer.num_row_groups)]
         infos.add(datasets.SplitInfo(split, sum(group.total_byte_size for group in groups), content["num_images"]))
-    classes = datasets.ClassLabel(names=record["class_names"])
-    features = datasets.Features({IMAGE_COLUMN: datasets.Image(), LABEL_COLUMN: classes})
-    info = datasets.DatasetInfo(features=features, splits=infos)
+    info = datasets.DatasetInfo(features=class_features(record["class_names"]), splits=infos)
     DatasetInfosDict({"default": info}).to_dataset_card_data(metadata)
     card = DatasetCard.from_template(
         metadata,

@@ -33,7 +33,6 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
 
 from .data import fingerprint
-from .decoding import RawImages
 from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .images import ImageDataset, collate_images
@@ -78,7 +77,9 @@ class Stream:
         each = -(-SAMPLE_SIZE // num_lanes)
         found = [e for number in range(num_lanes) for e in Lane(self, number, num_lanes, 0).take(each, 1)[1]]
         #: Some examples, from the beginning of each lane, for what has to look at images before training.
-        self.sample = as_dataset(found, self.features)
+        self.sample = datasets.Dataset.from_dict(
+            {name: [example[name] for example in found] for name in (IMAGE_COLUMN, LABEL_COLUMN)}, self.features
+        )
         told = json.dumps([shards.num_shards, class_counts, fingerprint(self.sample)])
         self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest() + "-sampled"
 
@@ -205,7 +206,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             labels = np.array([self.stream.number_of(example[LABEL_COLUMN]) for example in members])
             keys = [hashlib.blake2b(_content(image), digest_size=8).digest() for image in images]
             numbers = np.frombuffer(b"".join(keys), np.int64)
-            examples += self.sample.of_others(RawImages(images), numbers, labels, self.data_seed, number)
+            examples += self.sample.of_others(images, numbers, labels, self.data_seed, number)
         return examples
 
 
@@ -220,12 +221,6 @@ def _content(image: dict[str, Any] | None) -> bytes:
 def sample_of(dataset: Any) -> Any:
     """Return the sample of a stream, for what has to look at examples by number; any other data set as it is."""
     return dataset.sample if isinstance(dataset, (Stream, StreamedImages)) else dataset
-
-
-def as_dataset(examples: list[dict[str, Any]], features: datasets.Features) -> datasets.Dataset:
-    """Return examples of a stream, with labels as numbers, as a data set in memory."""
-    columns = {name: [example[name] for example in examples] for name in (IMAGE_COLUMN, LABEL_COLUMN)}
-    return datasets.Dataset.from_dict(columns, features=features)
 
 
 # ---- From a folder or the Hub -------------------------------------------------------------------------------------
@@ -243,15 +238,8 @@ def load_stream(
 ) -> dict[str, Any]:
     """Open a training set as a stream, `"train"`; what it is evaluated on, `"eval"`, is written to the disk.
 
-    Args:
-        name: A folder of shards, or a Hub id.
-        counts: JSON file of class counts.
-        config_name: Configuration of a Hub data set.
-        columns: Names of the columns of images and labels; found if not given.
-        splits: Names of the splits to train and to evaluate on; found if not given.
-        buffer_size: As for [`Stream`].
-        cache_dir: Where `datasets` keeps its files.
-        token: Token for private data sets.
+    Arguments are those of [`load_image_dataset`] and [`Stream`]: `counts` is a JSON file of class counts, `columns`
+    are those of images and labels, `splits` those to train and to evaluate on.
 
     Raises:
         InputError: If something is not there, or the counts are not those of the classes.
@@ -323,9 +311,7 @@ def count_labels(
 def read_counts(path: str, labels: Any) -> dict[str, int]:
     """Return class counts by name, in the order of the classes' numbers, from a JSON file: by name or number.
 
-    Args:
-        path: The file.
-        labels: What the label column holds.
+    `labels` is what the label column holds.
 
     Raises:
         InputError: If they are no counts, or not of the classes that the labels have.

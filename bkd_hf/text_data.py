@@ -60,8 +60,7 @@ class TextDataset(torch.utils.data.Dataset):
         teacher_tokenizer: The teacher's; without effect if it gives the same tokens.
     """
 
-    augmentation, data_seed = "none", 0
-    in_memory, needs_workers = True, False  # see ImageDataset
+    needs_workers = False  # see ImageDataset
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, DynamoBackend, gather_object, send_to_device
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, StackDataset, Subset
 from transformers import DataCollatorWithPadding, DefaultDataCollator, default_data_collator
 from transformers.trainer_utils import has_length, seed_worker
 from transformers.utils import logging
@@ -103,21 +103,6 @@ def check_features(dataset: Any, args: BKDConfig) -> None:
             "--train_augmentation none (without --train_operations), --teacher_cache_views K for the features of K "
             "epochs, or --feature_cache off."
         )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-class _LabelsAlone(Dataset):
-    def __init__(self, labels: Any):
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        return [{"labels": int(label)} for label in self.labels[indices]]
 
 
 class TrainingData:
@@ -284,10 +269,7 @@ class TrainingData:
     ) -> None:
         """Compute the columns for the view of this epoch, unless they are there.
 
-        Args:
-            epoch: That begins.
-            asked: By the name of the column, what is called with a batch on the device.
-            batch_size: Examples that a process asks about at a time.
+        `asked` is, by the name of the column, what is called with `batch_size` examples on the device.
         """
         for name, folder in self.computed.items():
             ask = asked[name]
@@ -319,19 +301,13 @@ class TrainingData:
     # ---- Batches --------------------------------------------------------------------------------------------------
 
     def stream_loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
-        """Return the batches of a stream, which divides them among processes and workers itself.
-
-        Args:
-            batch_size: Examples per process and micro-batch.
-            accelerator: Of the trainer.
-        """
+        """Return the batches of a stream, which divides them among processes and workers itself."""
         args, images = self.args, self.dataset
         images.batch_size, images.seed = batch_size, args.seed if args.data_seed is None else args.data_seed
         images.num_readers = accelerator.num_processes * max(1, args.dataloader_num_workers)
         loader = DataLoader(
             images,
             batch_size=None,
-            collate_fn=_as_it_is,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,
@@ -343,15 +319,11 @@ class TrainingData:
         return prepare_data_loader(loader, device, 1, 0, put_on_device=True, rng_types=[], dispatch_batches=False)
 
     def loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
-        """Return the examples, cut into global batches (see [`GlobalBatchSampler`]).
-
-        Args:
-            batch_size: Examples per process and micro-batch.
-            accelerator: That is to prepare the loader.
-        """
+        """Return the examples, cut into global batches (see [`GlobalBatchSampler`]); accelerate is to prepare it."""
         args, examples, collator = self.args, self.examples, self.collator
         if FEATURES in self.computed:
-            examples, collator = _LabelsAlone(training_labels(self.dataset)), default_data_collator
+            labels: Any = training_labels(self.dataset)
+            examples, collator = StackDataset(labels=labels.tolist()), default_data_collator
         elif self.computed and hasattr(examples, "for_student_alone"):
             examples = examples.for_student_alone()
         self._with_columns = []

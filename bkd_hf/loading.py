@@ -90,13 +90,24 @@ def load_text_dataset(
 ) -> datasets.DatasetDict:
     """Load a labelled text data set from wherever it is.
 
-    Arguments and errors are those of [`load_image_dataset`], but for two. `name` is `"docstrings"` (comes with Python,
-    needs no network), a Hub id, a folder written by `save_to_disk`, a folder of CSV, JSON or parquet files, or one
-    such file. `text_column` names the text column: the only column of text beside the labels, or `"text"` and the
-    like, if not given.
+    Args:
+        name: `"docstrings"` (comes with Python, needs no network), a Hub id, a folder written by `save_to_disk`, a
+            folder of CSV, JSON or parquet files, or one such file.
+        text_column: Name of the text column; the only column of text beside the labels, or `"text"` and the like, if
+            not given.
+        config_name: Configuration of a Hub data set.
+        label_column: As for [`load_image_dataset`], and the following.
+        train_split: Name of the training split.
+        eval_split: Name of the evaluation split.
+        split_seed: Which texts are carved out.
+        cache_dir: Where `datasets` keeps its files.
+        token: Token for private data sets.
 
     Returns:
         The splits `"train"` and `"eval"`, each with the columns `"text"` and `"label"` (a `ClassLabel`).
+
+    Raises:
+        InputError: If something is not there, or the labels are not classes.
     """
     options = config_name, text_column, label_column, train_split, eval_split, split_seed, cache_dir, token
     return load_dataset_of("text", name, *options)

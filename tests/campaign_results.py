@@ -22,7 +22,7 @@ from bkd_hf.card import build
 from bkd_hf.compare import save_comparison
 from bkd_hf.comparison import load_comparison
 from bkd_hf.errors import InputError
-from bkd_hf.hub import folder_of_teacher
+from bkd_hf.hub import folders_of_run
 from bkd_hf.plots import save_plots
 from bkd_hf.verdict import judge
 
@@ -136,7 +136,7 @@ def read_by_all(content: bytes, folder: Path) -> str:
     readers: tuple[Callable[[], Any], ...] = (
         lambda: save_comparison(load_comparison([folder]), folder / "compared"),
         lambda: judge_and_draw(folder),
-        lambda: folder_of_teacher(folder),
+        lambda: folders_of_run(folder, "user/name", with_teacher=True),
     )
     for read in readers:
         try:

@@ -54,13 +54,6 @@ def import_onnx() -> None:
         ) from error
 
 
-def onnxruntime_version() -> str:
-    """Return the version of what answered."""
-    import onnxruntime
-
-    return onnxruntime.__version__
-
-
 # ---- Files --------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from .errors import InputError
 from .methods import METHODS
 from .metrics import shot_groups
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments
-from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
+from .results import RESULTS_NAME, adjusts_itself, defaults_of, effective_batch_size, load_results
 
 #: Columns of the tables, and their keys in `long_tail_metrics`.
 METRICS = {
@@ -241,8 +241,7 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
     One that is not recorded, because it is not told or was not there yet, has the default of its method; what is about
     a teacher, without one, has any value.
     """
-    fields = [field for kind in (ModelArguments, DataArguments, BKDConfig) for field in dataclasses.fields(kind)]
-    defaults = {field.name: getattr(field.default, "value", field.default) for field in fields}
+    defaults = defaults_of(ModelArguments) | defaults_of(DataArguments) | defaults_of(BKDConfig)
     told = [
         method_defaults(results["options"]["training"].get("method", "bkd"))
         | {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}

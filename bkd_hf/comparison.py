@@ -15,7 +15,7 @@ from scipy import stats
 from .config import BATCH_CUT, METHOD_OPTIONS, BKDConfig, method_defaults
 from .errors import InputError
 from .methods import METHODS
-from .metrics import shot_groups
+from .metrics import groups_of
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments
 from .results import RESULTS_NAME, adjusts_itself, defaults_of, effective_batch_size, load_results
 
@@ -210,8 +210,9 @@ def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int
     """
     data, rates = results["data"], results["student"]["metrics"].get("per_class_accuracy")
     images = np.asarray(data["eval_class_counts"])
-    groups = shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
-    members = groups.get(key.removesuffix("_accuracy"), np.full(len(images), key == "accuracy")) & (images > 0)
+    members = groups_of(data).get(key.removesuffix("_accuracy"), np.full(len(images), key == "accuracy")) & (
+        images > 0
+    )
     if rates is None or not members.any():
         return None
     generator, n, p = np.random.default_rng(seed), images[members], np.array(rates, dtype=float)[members]

@@ -26,11 +26,11 @@ from .figures import (
     WIDTH,
     add_title,
     class_accuracies,
-    groups_of,
     save_figures,
     set_names,
     tidy,
 )
+from .metrics import groups_of
 from .text import figure as figure_text
 
 _DIAMOND: dict[str, Any] = {"fmt": "D", "markersize": 5, "capsize": 2}

@@ -33,7 +33,6 @@ from .figures import (
     add_title,
     class_accuracies,
     fit_beside,
-    groups_of,
     line_style,
     of_the,
     percent,
@@ -42,7 +41,7 @@ from .figures import (
     set_names,
     tidy,
 )
-from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, groups_of
 from .tasks import task_of
 from .text import figure as figure_text
 

@@ -22,7 +22,7 @@ from .export_report import share_asked
 from .export_report import table as export_table
 from .head_fitting import describe_bias_shift
 from .methods import METHODS
-from .metrics import shot_groups, wilson_interval
+from .metrics import groups_of, wilson_interval
 from .models import cifar_resnet_depth
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
@@ -265,7 +265,7 @@ def _citations(sources: Iterable[str]) -> list[str]:
 def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
     data, student, teacher = results["data"], results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
     many, few, task = data["many_shot_threshold"], data["few_shot_threshold"], task_of(data).name
-    groups = shot_groups(data["class_counts"], many, few)
+    groups = groups_of(data)
     bounds = {"many_shot": f"> {many}", "medium_shot": f"{few} to {many}", "few_shot": f"< {few}"}
     rows = []
     for title, key, _ in _METRICS:

@@ -74,17 +74,18 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
         means(methods),
     ]
     for baseline in BASELINES:
-        rows = []
+        rows, is_resampled = [], False
         for method in [method for method in methods if method != baseline and baseline in methods]:
             differences = [comparison.difference(method, baseline, name) for name in shown]
             n = getattr(comparison.difference(method, baseline, "overall"), "n", 0)
             rows.append([markdown(method), n, *differences])
+            is_resampled |= n == 1 and any(each is not None and each.low is not None for each in differences)
         if rows:
             parts += [
                 f"## Differences to `{baseline}`",
                 "Percentage points, paired by seed; in brackets the 95 % confidence interval (Student's t, n ≥ 2). "
                 f"Bold: the interval leaves out 0, and n ≥ {ENOUGH_SEEDS}.",
-                *([_ONE_SEED.format(task=task)] if _has_stars(rows) else []),
+                *([_ONE_SEED.format(task=task)] if is_resampled else []),
                 _table(head, rows),
             ]
     adjusted = [method for method in methods if not comparison.adjusts_itself(method)]
@@ -103,10 +104,6 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
         parts += ["## Against what costs nothing", verdict]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     return "\n\n".join(parts) + "\n"
-
-
-def _has_stars(rows: list[list[Any]]) -> bool:
-    return any("*" in str(cell).replace("**", "") for row in rows for cell in row[2:])
 
 
 def _against_what_is_free(comparison: Comparison) -> str | None:

@@ -15,9 +15,9 @@ from scipy import stats
 from .config import BATCH_CUT, METHOD_OPTIONS, BKDConfig, method_defaults
 from .errors import InputError
 from .methods import METHODS
-from .metrics import shot_groups
+from .metrics import groups_of
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments
-from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results
+from .results import RESULTS_NAME, adjusts_itself, defaults_of, effective_batch_size, load_results
 
 #: Columns of the tables, and their keys in `long_tail_metrics`.
 METRICS = {
@@ -210,8 +210,9 @@ def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int
     """
     data, rates = results["data"], results["student"]["metrics"].get("per_class_accuracy")
     images = np.asarray(data["eval_class_counts"])
-    groups = shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
-    members = groups.get(key.removesuffix("_accuracy"), np.full(len(images), key == "accuracy")) & (images > 0)
+    members = groups_of(data).get(key.removesuffix("_accuracy"), np.full(len(images), key == "accuracy")) & (
+        images > 0
+    )
     if rates is None or not members.any():
         return None
     generator, n, p = np.random.default_rng(seed), images[members], np.array(rates, dtype=float)[members]
@@ -241,8 +242,7 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
     One that is not recorded, because it is not told or was not there yet, has the default of its method; what is about
     a teacher, without one, has any value.
     """
-    fields = [field for kind in (ModelArguments, DataArguments, BKDConfig) for field in dataclasses.fields(kind)]
-    defaults = {field.name: getattr(field.default, "value", field.default) for field in fields}
+    defaults = defaults_of(ModelArguments) | defaults_of(DataArguments) | defaults_of(BKDConfig)
     told = [
         method_defaults(results["options"]["training"].get("method", "bkd"))
         | {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}

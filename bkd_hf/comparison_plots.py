@@ -6,12 +6,13 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .comparison import Comparison, Mean
 from .figures import (
     BLUE,
     COLOURS,
@@ -25,27 +26,17 @@ from .figures import (
     WIDTH,
     add_title,
     class_accuracies,
-    groups_of,
     save_figures,
     set_names,
     tidy,
 )
+from .metrics import groups_of
 from .text import figure as figure_text
 
-
-class ComparedRuns(Protocol):
-    """What the figures read of methods × seeds (see `bkd_hf.compare.Comparison`)."""
-
-    data: dict[str, Any]
-    methods: list[str]
-    cells: dict[str, dict[int, dict[str, Any]]]
-
-    def shown_metrics(self) -> list[str]: ...
-    def values(self, method: str, metric: str) -> dict[int, float]: ...
-    def estimate(self, method: str, metric: str) -> Any: ...
+_DIAMOND: dict[str, Any] = {"fmt": "D", "markersize": 5, "capsize": 2}
 
 
-def save_comparison_plots(comparison: ComparedRuns, folder: str | os.PathLike[str]) -> list[Path]:
+def save_comparison_plots(comparison: Comparison, folder: str | os.PathLike[str]) -> list[Path]:
     """Draw `comparison.png`, where a method has a teacher `teacher_and_student.png`, and where there are few-shot
     classes `leaderboard.png`; return their paths.
     """
@@ -57,7 +48,7 @@ def save_comparison_plots(comparison: ComparedRuns, folder: str | os.PathLike[st
     return save_figures(figures, folder)
 
 
-def plot_comparison(comparison: ComparedRuns) -> Figure:
+def plot_comparison(comparison: Comparison) -> Figure:
     """Draw each metric of each method: a dot for every seed, the mean, and its standard deviation as a bar."""
     metrics, methods = comparison.shown_metrics(), comparison.methods
     seeds = sorted({len(comparison.cells[method]) for method in methods})
@@ -71,14 +62,13 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
         lowest, highest = 100.0, 0.0
         for y, method in enumerate(methods):
             values = list(comparison.values(method, metric).values())
-            if not values:
+            estimate = comparison.estimate(method, metric)
+            if estimate is None:
                 continue
             if len(values) > 1:
                 axes.plot(values, [y] * len(values), "o", clip_on=False, **dots)
-            estimate, colour = comparison.estimate(method, metric), _colour(method)
-            style: dict[str, Any] = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 2, "linewidth": 1.2}
             bar = _bar(estimate)
-            axes.errorbar(estimate.mean, y, xerr=bar, clip_on=False, **style)
+            axes.errorbar(estimate.mean, y, xerr=bar, clip_on=False, color=_colour(method), linewidth=1.2, **_DIAMOND)
             left, right = (0.0, 0.0) if bar is None else bar.ravel()
             lowest, highest = min(lowest, *values, estimate.mean - left), max(highest, *values, estimate.mean + right)
         set_names(axes, "y", range(len(methods)), [figure_text(method, 40) for method in methods])
@@ -90,28 +80,19 @@ def plot_comparison(comparison: ComparedRuns) -> Figure:
     return figure
 
 
-def plot_leaderboard(comparison: ComparedRuns) -> Figure:
+def plot_leaderboard(comparison: Comparison) -> Figure:
     """Draw each method's few-shot accuracy over its overall accuracy: what lies above and to the right is better."""
     figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
-    add_title(
-        figure,
-        f"Overall and few-shot: {figure_text(comparison.data['name'], 40)}",
-        "means over seeds; bars: standard deviation",
-    )
+    title = f"Overall and few-shot: {figure_text(comparison.data['name'], 40)}"
+    add_title(figure, title, "means over seeds; bars: standard deviation")
     axes = figure.subplots()
     points = {}
     for method in comparison.methods:
         overall, few = comparison.estimate(method, "overall"), comparison.estimate(method, "few")
         if overall is not None and few is not None:
             points[method] = overall.mean, few.mean
-            style: dict[str, Any] = {
-                "fmt": "D",
-                "color": _colour(method),
-                "markersize": 5,
-                "capsize": 2,
-                "linewidth": 1.0,
-            }
-            axes.errorbar(*points[method], xerr=_bar(overall), yerr=_bar(few), **style)
+            x_bar, y_bar = _bar(overall), _bar(few)
+            axes.errorbar(*points[method], y_bar, x_bar, color=_colour(method), linewidth=1.0, **_DIAMOND)
     axes.margins(0.08)
     # Names stand in a column beside the axes, for the points of good methods lie close together.
     heights = np.linspace(0.02, 0.98, max(len(points), 2))
@@ -132,7 +113,7 @@ def plot_leaderboard(comparison: ComparedRuns) -> Figure:
     return figure
 
 
-def plot_teacher_and_student(comparison: ComparedRuns) -> Figure:
+def plot_teacher_and_student(comparison: Comparison) -> Figure:
     """Draw each class's accuracy with the student over that with its teacher, a panel for each distilled method.
 
     Means over seeds; above the diagonal the student is better. Colours and markers are the groups of classes.
@@ -161,7 +142,7 @@ def plot_teacher_and_student(comparison: ComparedRuns) -> Figure:
     return figure
 
 
-def _bar(estimate: Any) -> np.ndarray | None:
+def _bar(estimate: Mean) -> np.ndarray | None:
     """The standard deviation below and above a mean (2×1), as far as it lies in 0 to 100 %; `None` of one seed."""
     if estimate.std is None:
         return None
@@ -184,5 +165,5 @@ def _panels(
     return figure, dict(zip(names, all_axes, strict=False))
 
 
-def _distilled(comparison: ComparedRuns, method: str) -> list[dict[str, Any]]:
+def _distilled(comparison: Comparison, method: str) -> list[dict[str, Any]]:
     return [results for results in comparison.cells[method].values() if results.get("teacher")]

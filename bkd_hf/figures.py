@@ -15,7 +15,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .files import replacing, why_broken
-from .metrics import shot_groups
 
 # `Figure` throughout, never pyplot or rcParams: no display, no state that threads share, nothing to close.
 
@@ -47,11 +46,6 @@ def save_figures(
             with replacing(folder / name) as path:
                 draw().savefig(path, format="png", dpi=DPI, facecolor="white")
     return [folder / name for name in figures]
-
-
-def groups_of(data: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Indices of the many-, medium- and few-shot classes of the `data` section of results."""
-    return shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
 
 
 def percent(fractions: Sequence[float | None]) -> np.ndarray:

@@ -189,7 +189,12 @@ def folders_of_run(folder: str | os.PathLike[str], repo_id: str, with_teacher: b
     """
     folders = {repo_id: Path(folder)}
     if with_teacher:
-        folders[f"{repo_id}-teacher"] = folder_of_teacher(folder)
+        results, teacher = load_results(folder), Path(folder, TEACHER_FOLDER)
+        if not (results["teacher"] or {}).get("training") or not teacher.is_dir():
+            raise InputError(
+                f"--push_teacher: no teacher was trained in {folder}; one that was given is where it comes from."
+            )
+        folders[f"{repo_id}-teacher"] = teacher
     return folders
 
 
@@ -240,26 +245,6 @@ def write_card(publication: Publication, folder: str | os.PathLike[str]) -> Path
     path = Path(folder, CARD_NAME)
     write_text(path, publication.card)
     return path
-
-
-def folder_of_teacher(folder: str | os.PathLike[str]) -> Path:
-    """Find the teacher that was trained in a run.
-
-    Args:
-        folder: Output folder of the finished run.
-
-    Returns:
-        The teacher's folder, for [`publish_folder`].
-
-    Raises:
-        InputError: If no teacher was trained in that run.
-    """
-    results, teacher = load_results(folder), Path(folder) / TEACHER_FOLDER
-    if not (results["teacher"] or {}).get("training") or not teacher.is_dir():
-        raise InputError(
-            f"--push_teacher: no teacher was trained in {folder}; one that was given is where it comes from."
-        )
-    return teacher
 
 
 def check_repo_access(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,11 +34,17 @@ __all__ = [
     "check_class_counts",
     "check_shot_thresholds",
     "expected_calibration_error",
+    "groups_of",
     "long_tail_metrics",
     "post_hoc_logit_adjustment",
     "shot_groups",
     "wilson_interval",
 ]
+
+
+def groups_of(data: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Masks of the many-, medium- and few-shot classes of the `data` section of results."""
+    return shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
 
 
 @dataclass(frozen=True)

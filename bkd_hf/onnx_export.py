@@ -35,7 +35,6 @@ from .onnx_files import (
     import_onnx,
     latencies,
     onnx_answers,
-    onnxruntime_version,
     quantize,
     to_onnx,
     torch_answers,
@@ -122,6 +121,8 @@ def _is_exported(folder: Path, results: dict[str, Any]) -> bool:
 
 def _export(arguments: RunArguments, results: dict[str, Any], say: Announcer) -> dict[str, Any]:
     """Write both files, and return the section `export` of the results."""
+    import onnxruntime
+
     folder, kwargs = Path(arguments.training.output_dir), arguments.model.from_pretrained_kwargs()
     names, threads = results["data"]["class_names"], torch.get_num_threads()
     processor = load_processor(str(folder), **kwargs)
@@ -156,7 +157,7 @@ def _export(arguments: RunArguments, results: dict[str, Any], say: Announcer) ->
         models[name]["metrics"] = found
     return {
         "opset": OPSET,
-        "onnxruntime": onnxruntime_version(),
+        "onnxruntime": onnxruntime.__version__,
         "largest_logit_difference": difference,
         "tolerance": tolerance,
         "num_calibration_images": len(calibration),

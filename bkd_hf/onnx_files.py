@@ -54,13 +54,6 @@ def import_onnx() -> None:
         ) from error
 
 
-def onnxruntime_version() -> str:
-    """Return the version of what answered."""
-    import onnxruntime
-
-    return onnxruntime.__version__
-
-
 # ---- Files --------------------------------------------------------------------------------------------------------
 
 
@@ -175,17 +168,14 @@ def _finish(path: Path, metadata: Mapping[str, str]) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Have libraries keep their advice to themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", None)]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel("ERROR")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 # ---- What they are worth ------------------------------------------------------------------------------------------

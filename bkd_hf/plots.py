@@ -33,7 +33,6 @@ from .figures import (
     add_title,
     class_accuracies,
     fit_beside,
-    groups_of,
     line_style,
     of_the,
     percent,
@@ -42,7 +41,7 @@ from .figures import (
     set_names,
     tidy,
 )
-from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD
+from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, groups_of
 from .tasks import task_of
 from .text import figure as figure_text
 
@@ -143,28 +142,20 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def plot_class_counts(
-    name: str,
-    class_names: Sequence[str],
-    class_counts: Sequence[int],
-    many_shot_threshold: int = MANY_SHOT_THRESHOLD,
-    few_shot_threshold: int = FEW_SHOT_THRESHOLD,
-) -> Figure:
+def plot_class_counts(name: str, class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
     """Draw the training images per class of a data set, as above the accuracies of `plot_class_accuracy`.
 
     Args:
         name: The data set's.
         class_names: C names.
         class_counts: C numbers of training images.
-        many_shot_threshold: Classes with more images are many-shot.
-        few_shot_threshold: Classes with fewer images are few-shot.
     """
     data = {
         "name": name,
         "class_names": class_names,
         "class_counts": class_counts,
-        "many_shot_threshold": many_shot_threshold,
-        "few_shot_threshold": few_shot_threshold,
+        "many_shot_threshold": MANY_SHOT_THRESHOLD,
+        "few_shot_threshold": FEW_SHOT_THRESHOLD,
     }
     height = 3.2 + (not fit_beside(_class_labels(data), 7.0))
     figure = _figure("Training images per class", {"data": data}, height)

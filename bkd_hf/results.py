@@ -268,15 +268,16 @@ def history_of(state: TrainerState) -> list[dict[str, float]]:
 
 def describe_training(args: BKDConfig, relative_to: BKDConfig | None = None) -> dict[str, Any]:
     """Return the options of a training: what differs from another, or from the defaults of `transformers`."""
-    inherited = {f.name: f.default for f in fields(TrainingArguments)}
-    values = recordable(args.to_dict())
-    other = inherited if relative_to is None else recordable(relative_to.to_dict())
+    other = defaults_of(TrainingArguments) if relative_to is None else recordable(relative_to.to_dict())
     # Own options are recorded even at their defaults: they are what the run is about.
     return {
-        name: value
-        for name, value in values.items()
-        if name not in other or value != getattr(other[name], "value", other[name])
+        name: value for name, value in recordable(args.to_dict()).items() if name not in other or value != other[name]
     }
+
+
+def defaults_of(options: type) -> dict[str, Any]:
+    """Return the defaults of a dataclass of options, as `results.json` has them."""
+    return {field.name: getattr(field.default, "value", field.default) for field in fields(options)}
 
 
 def training_options(results: dict[str, Any], model: str = "student") -> dict[str, Any]:
@@ -286,9 +287,8 @@ def training_options(results: dict[str, Any], model: str = "student") -> dict[st
         results: The content of a `results.json`.
         model: `"student"` or `"teacher"`.
     """
-    defaults = {f.name: getattr(f.default, "value", f.default) for f in fields(TrainingArguments)}
     own = results["options"]["teacher_training"] if model == "teacher" else {}
-    return {**defaults, **results["options"]["training"], **own}
+    return {**defaults_of(TrainingArguments), **results["options"]["training"], **own}
 
 
 def effective_batch_size(results: dict[str, Any], model: str = "student") -> int:

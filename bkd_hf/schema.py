@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from .config import METHOD_OPTIONS, BKDConfig
 from .errors import InputError
 from .methods import METHODS
-from .metrics import check_shot_thresholds, shot_groups
+from .metrics import check_shot_thresholds, groups_of
 from .text import one_line
 
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, str_max_length=1_000_000, extra="allow")
@@ -343,7 +343,6 @@ def _wrong_sums(results: dict[str, Any]) -> Iterator[str]:
         if sum(data[name]) != data[total]:
             yield f"data.{total}: it is not the sum of {name}"
     images = np.asarray(data["eval_class_counts"], dtype=float)
-    groups = shot_groups(data["class_counts"], data["many_shot_threshold"], data["few_shot_threshold"])
     for name, model in _models(results):
         if sum(model.get("answers", data["eval_class_counts"])) != data["num_eval_images"]:
             yield f"{name}.answers: their sum is not data.num_eval_images"
@@ -356,7 +355,7 @@ def _wrong_sums(results: dict[str, Any]) -> Iterator[str]:
             accuracies = np.array(metrics["per_class_accuracy"], dtype=float)
             means = {"accuracy": np.nansum(accuracies * images) / images.sum()}
             means |= {"balanced_accuracy": np.nanmean(accuracies), "worst_class_accuracy": np.nanmin(accuracies)}
-            for group, members in groups.items():
+            for group, members in groups_of(data).items():
                 if f"{group}_accuracy" in metrics or images[members].any():
                     means[f"{group}_accuracy"] = np.nansum(accuracies[members]) / max(1, (images[members] > 0).sum())
             for key, mean in means.items():

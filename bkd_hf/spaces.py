@@ -51,7 +51,7 @@ def build_space(
         )
     space = folder / SPACE_FOLDER
     images = _examples(folder, results, examples) if examples else []
-    versions = {name: version.partition("+")[0] for name, version in results["versions"].items()}
+    versions = {name: results["versions"][name].partition("+")[0] for name in ("torch", "transformers")}
     of_model = {name: path for name, path in publication.files.items() if "/" not in name and name != RESULTS_NAME}
     needed = f"--extra-index-url {_CPU_BUILDS}\ntorch>={versions['torch']}"
     if onnx := publication.files.get(ONNX_FILES["onnx"]):

@@ -54,17 +54,11 @@ def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not teacher:
         adjusted = None if adjusts_itself(results) else student.get("post_hoc_metrics")
         return {_adjusted("student", adjusted): adjusted} if adjusted else {}
-    found = {"its teacher": teacher["metrics"]}
-    if adjusted := adjusted_teacher(results):
+    found, adjusted = {"its teacher": teacher["metrics"]}, teacher.get("post_hoc_metrics")
+    preset = METHODS.get((teacher.get("method") or "ce").partition(" ")[0])
+    if adjusted and not (preset and corrects(preset.options())):
         found[_adjusted("teacher", adjusted)] = adjusted
     return found
-
-
-def adjusted_teacher(results: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the metrics of the teacher after post-hoc logit adjustment; `None` where that makes no sense."""
-    teacher = results["teacher"] or {}
-    preset = METHODS.get((teacher.get("method") or "ce").partition(" ")[0])
-    return None if preset and corrects(preset.options()) else teacher.get("post_hoc_metrics")
 
 
 def _adjusted(name: str, metrics: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 from bkd_hf.files import LOCK_NAME
 from tests.campaign_options import CASES, Case
-from tests.campaign_results import mutations
+from tests.campaign_results import mutations, read_by_all
 from tests.faults import CHEAP, DAMAGES, RECIPE, Run, damage, interrupt, main_of, paint, refused_in_one_line, run
 
 from tests.faults import same_outcome, small_disk, start_two, weights  # isort: skip
@@ -210,11 +210,11 @@ def options(output: Path, seed: int) -> Checks:
 
 
 def results(output: Path, seed: int) -> Checks:
-    """Damaged files of `tests/campaign_results.py` are tabulated, or refused in one line."""
+    """Damaged files of `tests/campaign_results.py` are read by all that read results, or refused in one line."""
 
     def check(folder: Path, content: bytes) -> None:
         folder.mkdir(parents=True)
-        (folder / "results.json").write_bytes(content)
+        read_by_all(content, folder)
         code, said = run("--from", folder, "--output_dir", folder / "out", script="compare.py")
         if code:
             refused_in_one_line(code, said)

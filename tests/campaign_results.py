@@ -1,19 +1,14 @@
-"""A long campaign: results of other people, changed at random, through everything that reads them.
+"""Results of other people, changed at random, through everything that reads them: for the campaign, and the suite.
 
-    python -m tests.campaign_results [SEED] [NUMBER]
-
-Each file has to give one clear line, or what its unchanged numbers give. Not collected by pytest.
+Each file has to give one clear line, or what its unchanged numbers give.
 """
 
 from __future__ import annotations
 
-import collections
 import copy
 import json
 import math
 import random
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,7 @@ from bkd_hf.card import build
 from bkd_hf.compare import save_comparison
 from bkd_hf.comparison import load_comparison
 from bkd_hf.errors import InputError
-from bkd_hf.hub import folder_of_teacher
+from bkd_hf.hub import folders_of_run
 from bkd_hf.plots import save_plots
 from bkd_hf.verdict import judge
 
@@ -136,7 +131,7 @@ def read_by_all(content: bytes, folder: Path) -> str:
     readers: tuple[Callable[[], Any], ...] = (
         lambda: save_comparison(load_comparison([folder]), folder / "compared"),
         lambda: judge_and_draw(folder),
-        lambda: folder_of_teacher(folder),
+        lambda: folders_of_run(folder, "user/name", with_teacher=True),
     )
     for read in readers:
         try:
@@ -160,23 +155,3 @@ def judge_and_draw(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text(encoding="utf-8-sig"))
     judge(results)
     save_plots(results, folder / "figures")
-
-
-def main(seed: int = 0, n: int = 250) -> None:
-    """Run the campaign, and say how the files fared."""
-    counts: collections.Counter[str] = collections.Counter()
-    for name, content in mutations(seed, n):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                line = read_by_all(content, Path(folder))
-            except Exception as error:
-                print(f"FAILED {name}: {type(error).__name__}: {str(error)[:300]}")
-                counts["failed"] += 1
-                continue
-        counts["refused" if line else "read"] += 1
-        print(f"{name[:100]}: {line.replace(folder, '') or 'read'}"[:260])
-    print(dict(counts))
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))

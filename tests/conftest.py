@@ -8,8 +8,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # Before torch is: threads that wait for each other on shared cores should not keep these busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import importlib.util
 import json
+import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -83,12 +87,22 @@ def golden() -> dict:
     return json.loads((TESTS / "golden.json").read_text())
 
 
+def load_script(name: str) -> ModuleType:
+    """A script in `scripts/` as a module, without a process for it."""
+    specification = importlib.util.spec_from_file_location(f"script {name}", REPOSITORY / "scripts" / name)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # where its dataclasses look
+    specification.loader.exec_module(module)
+    return module
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch_two_processes() -> tuple[str, ...]:
     """A launcher of two processes on the CPU (`accelerate launch --cpu --num_processes 2` would start one)."""
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    return ("accelerate", "launch", *options.split(), "--main_process_port", str(port))
+    return ("accelerate", "launch", *options.split(), "--main_process_port", str(free_port()))

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -28,7 +26,8 @@ import numpy as np
 from PIL import Image
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.conftest import REPOSITORY, free_port, load_script
+
 RECIPE = REPOSITORY / "scripts" / "recipes" / "digits.yaml"
 #: The cheapest run that has checkpoints within an epoch: 11 steps each, cifar-resnet-8 on the digits.
 CHEAP = (
@@ -40,11 +39,7 @@ CHEAP = (
 
 def main_of(script: str) -> Callable[..., int]:
     """Return what a script in `scripts/` runs."""
-    path = REPOSITORY / "scripts" / script
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.main
+    return load_script(script).main
 
 
 class Run:
@@ -106,12 +101,6 @@ def run(*argv: Any, **options: Any) -> tuple[int, str]:
     """Run a script to its end; return exit code and output."""
     process = Run(*argv, **options)
     return process.wait(), process.output
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def start_two(*argv: Any, nodes: Sequence[Sequence[Any]] = ()) -> list[Run]:

@@ -6,7 +6,6 @@ Prints one JSON object. A process of its own, as the client reads HF_ENDPOINT wh
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -26,17 +25,11 @@ from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_im
 from bkd_hf import hub as bkd_hub
 from bkd_hf.streams import count_labels, load_stream
 from tests.conftest import REPOSITORY
+from tests.faults import main_of
 from tests.hub_server import READ_TOKEN, Hub
 
 torch.set_num_threads(1)
 hub = Hub(os.environ["HF_ENDPOINT"])
-
-
-def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def call(main: Any, *argv: str) -> dict[str, Any]:
@@ -48,7 +41,7 @@ def call(main: Any, *argv: str) -> dict[str, Any]:
 
 def faults(folder: Path) -> dict[str, Any]:
     """Each fault, first passing, then for ever."""
-    publish, found = script("publish").main, {}
+    publish, found = main_of("publish.py"), {}
     bkd_hub.SILENCE = 0.2
     time.sleep = lambda seconds: None  # neither we nor the client wait in earnest
     cases = [
@@ -75,7 +68,7 @@ def faults(folder: Path) -> dict[str, Any]:
 
 def plain_hub(folder: Path) -> dict[str, Any]:
     """A Hub that knows no more than publishing needs; names without a user; what was chosen for a card before."""
-    publish, found = script("publish").main, {}
+    publish, found = main_of("publish.py"), {}
     hub.fail("auth", "404", None)
     before = len(hub.requests())
     found["first"] = call(
@@ -95,7 +88,7 @@ def plain_hub(folder: Path) -> dict[str, Any]:
 
 
 def refusals(folder: Path, scratch: Path) -> dict[str, str]:
-    publish = script("publish").main
+    publish = main_of("publish.py")
     unfinished, old = scratch / "unfinished", scratch / "old"
     for copy in (unfinished, old):
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-*", "teacher"))
@@ -133,7 +126,7 @@ def refusals(folder: Path, scratch: Path) -> dict[str, str]:
     ):
         options = ["--push_to_hub", "--hub_model_id", repo_id, "--output_dir", str(scratch / "no")]
         with mock.patch.dict(os.environ, {"HF_TOKEN": token}):
-            calls[case] = call(script("run_bkd").main, *options)
+            calls[case] = call(main_of("run_bkd.py"), *options)
     assert not (scratch / "no").exists()  # noticed before any work
     calls["license"] = call(publish, str(folder), "--repo_id", "user/x", "--license", "beer")
     calls["read-only token"] = call(publish, str(folder), "--repo_id", "user/x", "--token", READ_TOKEN)
@@ -146,8 +139,9 @@ def refusals(folder: Path, scratch: Path) -> dict[str, str]:
 def dry_run(folder: Path) -> dict[str, Any]:
     before = len(hub.requests())
     outcome = call(
-        script("publish").main, str(folder), "--repo_id", "user/dry", "--license", "mit", "--dry_run", "--push_teacher"
-    )
+        main_of("publish.py"), str(folder), "--repo_id", "user/dry", "--license", "mit", "--dry_run",
+        "--push_teacher",
+    )  # fmt: skip
     return {**outcome, "requests": len(hub.requests()) - before, "card": (folder / "README.md").read_text()}
 
 
@@ -187,18 +181,18 @@ def from_python(scratch: Path) -> dict[str, Any]:
 
 def split_and_spaces(output_dir: Path, scratch: Path) -> dict[str, Any]:
     pushed = call(
-        script("make_long_tailed").main, "--dataset_name", "digits", "--imbalance_ratio", "10", "--seed", "3",
+        main_of("make_long_tailed.py"), "--dataset_name", "digits", "--imbalance_ratio", "10", "--seed", "3",
         "--output_dir", str(scratch / "split"), "--push_to_hub", "user/digits-lt",
     )  # fmt: skip
-    again = call(script("publish").main, str(scratch / "split"), "--repo_id", "user/digits-lt")
+    again = call(main_of("publish.py"), str(scratch / "split"), "--repo_id", "user/digits-lt")
     loaded = datasets.load_dataset("user/digits-lt")
     reloaded = load_image_dataset("user/digits-lt")
     counts = scratch / "counts.json"
     counts.write_text(json.dumps(count_labels("user/digits-lt")))
     stream = load_stream("user/digits-lt", str(counts))
-    space = call(script("publish").main, str(REPOSITORY / "bkd_hf" / "long_tail"), "--repo_id", "user/long_tail")
+    space = call(main_of("publish.py"), str(REPOSITORY / "bkd_hf" / "long_tail"), "--repo_id", "user/long_tail")
     metric = evaluate.load("user/long_tail")
-    app = call(script("publish").main, str(output_dir), "--repo_id", "user/digits", "--space", "user/app", "--private")
+    app = call(main_of("publish.py"), str(output_dir), "--repo_id", "user/digits", "--space", "user/app", "--private")
     value = metric.compute(predictions=[[2.0, 0.0], [1.0, 0.0]], references=[0, 1], class_counts=[500, 5])
     return {
         "pushed": pushed, "again": again["code"], "commits": hub.commits("user/digits-lt", "dataset"),

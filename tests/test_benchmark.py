@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import subprocess
@@ -12,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, load_script
 
 pytestmark = pytest.mark.slow
 
@@ -21,13 +20,7 @@ SCRIPT = REPOSITORY / "scripts" / "benchmark.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT.name)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import csv
-import importlib.util
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +21,9 @@ from bkd_hf.comparison_plots import plot_comparison
 from bkd_hf.errors import TrainingStopped
 from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
-from tests.faults import run
+from tests.faults import main_of, run
 from tests.test_plots import make_results
 
-SCRIPT = REPOSITORY / "scripts" / "compare.py"
 RUN_SCRIPT = REPOSITORY / "scripts" / "run_bkd.py"
 SHORT = ["--num_train_epochs", "2", "--lr_step_epochs", "1", "--lr_step_factors", "0.1", "--num_threads", "1"]
 
@@ -336,7 +333,7 @@ def test_secrets_and_folders_are_told_to_nobody(cells, tmp_path, monkeypatch):
     save_json(cells[0], tmp_path / "results" / "results.json")
     words = ["--from", str(tmp_path / "results"), f"--output_dir={tmp_path}/tables"]
     monkeypatch.setattr(sys, "argv", ["scripts/compare.py", *words])
-    assert main_of(SCRIPT)() == 0
+    assert main_of("compare.py")() == 0
     page = (tmp_path / "tables" / "comparison.md").read_text(encoding="utf-8")
     assert "Made by `python scripts/compare.py --from results --output_dir=tables`." in page
     command = describe_command([*words, *options], called_by=["python", "scripts/compare.py"])
@@ -565,17 +562,9 @@ def test_exit_code_and_message_tell_of_a_failure(tmp_path, stand_in, monkeypatch
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["compare.py", *options])
-    assert main_of(SCRIPT)() == 2
+    assert main_of("compare.py")() == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "x").exists()
-
-
-def main_of(script: Path) -> Callable[[], int]:
-    """The function that the script runs, without a process for it."""
-    specification = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.main

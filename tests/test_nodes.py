@@ -13,8 +13,8 @@ import pytest
 
 from bkd_hf import load_processor
 from bkd_hf.commands.run import main
-from tests.conftest import REPOSITORY, WORKER_ENVIRONMENT
-from tests.faults import Run, free_port, in_two_processes, refused_in_one_line, same_outcome, start_two, weights
+from tests.conftest import REPOSITORY, WORKER_ENVIRONMENT, free_port
+from tests.faults import Run, in_two_processes, refused_in_one_line, same_outcome, start_two, weights
 from tests.test_stopping import SHORT, wait_for
 from tests.tiny_models import tiny_vit
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from bkd_hf import InputError, load_classifier, load_image_dataset, load_processor, load_results, wilson_interval
+from bkd_hf.results import save_json
 from bkd_hf.spaces import build_space, class_facts
 from tests.conftest import REPOSITORY
 from tests.faults import main_of
@@ -39,8 +40,11 @@ def run(tmp_path_factory) -> Path:
     """What is left of a run on the digits, with weights that are trained no further."""
     folder = tmp_path_factory.mktemp("run")
     shutil.copytree(REPOSITORY / "model_cards" / "digits", folder, dirs_exist_ok=True)
+    results = load_results(folder)
+    results["versions"]["commit"] = None  # as where bkd_hf is no checkout
+    save_json(results, folder / "results.json")
     torch.manual_seed(0)
-    model = load_classifier("cifar-resnet-8", load_results(folder)["data"]["class_names"], image_size=16)
+    model = load_classifier("cifar-resnet-8", results["data"]["class_names"], image_size=16)
     model.save_pretrained(folder)
     load_processor("cifar-resnet-8", image_size=16).save_pretrained(folder)
     (folder / "bkd_run.json").write_text(json.dumps({"data": {"dataset_name": "digits"}}))

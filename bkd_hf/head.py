@@ -20,7 +20,7 @@ _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
 #: A class is favoured if it is answered so many times as often as it occurs; and so it may be after the bias was
 #: fitted, which leaves other images, that the model has not seen, some room below the former.
-TOO_OFTEN, OFTEN = 3.0, 2.0
+TOO_OFTEN, OFTEN = 3.0, 1.5
 #: A class with n images counts n / (n + FEW) of one with many, as it tells so much less of images not seen.
 FEW = 5
 #: The least step of [`least_lowering`], in logits.
@@ -164,6 +164,11 @@ def _shares(labels: torch.Tensor) -> torch.Tensor:
     return 1 / torch.bincount(labels).double()[labels]
 
 
+def _trusted_shares(labels: torch.Tensor) -> torch.Tensor:
+    """Return what each of N images counts for where a class with n of them counts n / (n + `FEW`)."""
+    return 1 / (torch.bincount(labels)[labels].double() + FEW)
+
+
 def _times_answered(answers: torch.Tensor, shares: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Return how many times as often as it occurs each class is answered; rounded, as sums depend on their order."""
     return torch.bincount(answers, shares, minlength=num_classes).round(decimals=9)
@@ -172,12 +177,12 @@ def _times_answered(answers: torch.Tensor, shares: torch.Tensor, num_classes: in
 def least_lowering(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the least that has to be taken off a classifier's logits so that it favours no class.
 
-    The class that is answered most is lowered until it is answered no more than `OFTEN` times as often as it occurs in
-    training images, each *class* counting the same, then the next, until none is left. All others stay as they are, so
-    a class that the model does not know is not answered for its own sake. It is the ascending auction of the
-    assignment problem (Bertsekas, 1988, Annals of Operations Research 14): classes have room for so many images, what
-    is taken off is their price, and the prices that it ends with are the least at which nobody is turned away, in
-    whatever order they rise.
+    The class that is answered most is lowered until it is answered no more than `OFTEN` times as often as a class with
+    many training images occurs, where a class with n of them counts n / (n + `FEW`); then the next, until none is left.
+    All others stay as they are, so a class that the model does not know is not answered for its own sake. It is the
+    ascending auction of the assignment problem (Bertsekas, 1988, Annals of Operations Research 14): classes have room
+    for so many images, what is taken off is their price, and the prices that it ends with are the least at which
+    nobody is turned away, in whatever order they rise.
 
     Args:
         logits: N×C.
@@ -186,7 +191,7 @@ def least_lowering(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         C numbers ≤ 0 (float64), but for images with the very same logits, which no lowering can part.
     """
-    z, shares = logits.detach().cpu().double(), _shares(labels.cpu())
+    z, shares = logits.detach().cpu().double(), _trusted_shares(labels.cpu())
     shift, answers = z.new_zeros(z.shape[1]), z.argmax(dim=1)
     while True:
         times_answered = _times_answered(answers, shares, z.shape[1])
@@ -226,8 +231,7 @@ def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     z, y = logits.detach().cpu().double(), labels.cpu()
     present = torch.bincount(y, minlength=z.shape[1]) > 0
-    counts = torch.bincount(y)[y]
-    weights = _shares(y) * counts / (counts + FEW)
+    weights = _trusted_shares(y)
     num_effective = weights.sum() ** 2 / (weights**2).sum()
     shift = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([shift], max_iter=100, line_search_fn="strong_wolfe")

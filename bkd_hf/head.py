@@ -177,9 +177,9 @@ def _times_answered(answers: torch.Tensor, shares: torch.Tensor, num_classes: in
 def least_lowering(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return the least that has to be taken off a classifier's logits so that it favours no class.
 
-    The class that is answered most is lowered until it is answered no more than `OFTEN` times as often as a class with
-    many training images occurs, where a class with n of them counts n / (n + `FEW`); then the next, until none is left.
-    All others stay as they are, so a class that the model does not know is not answered for its own sake. It is the
+    The class that is answered most is lowered until it is answered no more than `OFTEN` times as often as a class of
+    many training images occurs, where one of n images counts n / (n + `FEW`); then the next, until none is left. All
+    others stay as they are, so a class that the model does not know is not answered for its own sake. It is the
     ascending auction of the assignment problem (Bertsekas, 1988, Annals of Operations Research 14): classes have room
     for so many images, what is taken off is their price, and the prices that it ends with are the least at which
     nobody is turned away, in whatever order they rise.

@@ -62,6 +62,11 @@ BATCH_CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _MAY_BE_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass that is an option; metadata as `HfArgumentParser` reads it."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
 def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
     """Which choices look at an option, by what the losses' functions take; the rest of the options hold for all."""
     users: dict[str, dict[str, tuple[str, ...]]] = {
@@ -77,8 +82,8 @@ def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
                 options.append("distillation_weight")
             if part == "distillation_loss" and loss.needs("class_weights"):
                 options += ["class_balance_beta", "deferred_reweighting_start", "distillation_prior"]
-            for option in options:
-                of_part = users.setdefault(option, {})
+            for used in options:
+                of_part = users.setdefault(used, {})
                 of_part[part] = (*of_part.get(part, ()), name)
     return {f.name: users[f.name] for f in fields(BKDConfig) if f.name in users and f.name not in _INHERITED}
 
@@ -120,274 +125,198 @@ class BKDConfig(TrainingArguments):
         UserWarning: If an option has no effect.
     """
 
-    method: str = field(
-        default="bkd",
-        metadata={
-            "help": f"Preset of the four options that follow: {', '.join(METHODS)}. Explicit options win over it."
-        },
+    method: str = option(
+        "bkd", f"Preset of the four options that follow: {', '.join(METHODS)}. Explicit options win over it."
     )
-    classification_loss: str | None = field(
-        default=None, metadata={"help": f"{', '.join(CLASSIFICATION_LOSSES)}; not given: as --method says."}
+    classification_loss: str | None = option(None, f"{', '.join(CLASSIFICATION_LOSSES)}; not given: as --method says.")
+    class_weighting: str | None = option(
+        None,
+        "Class weights in the classification loss: none, reweight (effective number), drw (deferred to "
+        "class_weighting_start); not given: as --method says.",
     )
-    class_weighting: str | None = field(
-        default=None,
-        metadata={
-            "help": "Class weights in the classification loss: none, reweight (effective number), drw (deferred to "
-            "class_weighting_start); not given: as --method says."
-        },
+    distillation_loss: Annotated[str | None, "student"] = option(
+        None, f"{', '.join(DISTILLATION_LOSSES)}; not given: as --method says."
     )
-    distillation_loss: Annotated[str | None, "student"] = field(
-        default=None, metadata={"help": f"{', '.join(DISTILLATION_LOSSES)}; not given: as --method says."}
+    sampler: str | None = option(
+        None,
+        "instance (each image once an epoch) or class_balanced (each class equally often); not given: as --method "
+        "says.",
     )
-    sampler: str | None = field(
-        default=None,
-        metadata={
-            "help": "instance (each image once an epoch) or class_balanced (each class equally often); not given: as "
-            "--method says."
-        },
+    student_init: Annotated[str | None, "student"] = option(
+        None,
+        "What the student starts from: model (the weights of --model_name_or_path), teacher (the teacher's, without "
+        "the class frequencies if labels or targets leave them out), or auto (the teacher's if both are alike, see "
+        "the same pixels, and class_balance_power is below 1: a teacher that is less sure of its training images has "
+        "more to learn); not given: as --method says.",
     )
-    student_init: Annotated[str | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "What the student starts from: model (the weights of --model_name_or_path), teacher (the "
-            "teacher's, without the class frequencies if labels or targets leave them out), or auto (the "
-            "teacher's if both are alike, see the same pixels, and class_balance_power is below 1: a teacher that is "
-            "less sure of its training images has more to learn); not given: as --method says."
-        },
+    head_bias: Annotated[str | None, "student"] = option(
+        None,
+        "The bias of the trained student's head: learned, balanced (fitted again, alone, to training images when the "
+        "training is over, each class counting the same), or auto (balanced if there is a teacher, "
+        "class_balance_power is below 1, and a class is answered over 3 times as often as it occurs); not given: as "
+        "--method says.",
     )
-    head_bias: Annotated[str | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "The bias of the trained student's head: learned, balanced (fitted again, alone, to training "
-            "images when the training is over, each class counting the same), or auto (balanced if there is a "
-            "teacher, class_balance_power is below 1, and a class is answered over 3 times as often as it occurs); "
-            "not given: as --method says."
-        },
+    classification_loss_args: str | None = option(
+        None, "Arguments of the classification loss, a JSON object, e.g. '{\"gamma\": 2}' for focal."
     )
-    classification_loss_args: str | None = field(
-        default=None,
-        metadata={"help": "Arguments of the classification loss, a JSON object, e.g. '{\"gamma\": 2}' for focal."},
+    distillation_loss_args: Annotated[str | None, "student"] = option(
+        None, "Arguments of the distillation loss, a JSON object, e.g. '{\"beta\": 2}' for dkd."
     )
-    distillation_loss_args: Annotated[str | None, "student"] = field(
-        default=None,
-        metadata={"help": "Arguments of the distillation loss, a JSON object, e.g. '{\"beta\": 2}' for dkd."},
+    temperature: Annotated[float, "student"] = option(
+        2.0, "T > 0 of kd and bkd: softens both distributions; raising it also strengthens the rebalancing."
     )
-    temperature: Annotated[float, "student"] = field(
-        default=2.0,
-        metadata={
-            "help": "T > 0 of kd and bkd: softens both distributions; raising it also strengthens the rebalancing."
-        },
+    distillation_weight: Annotated[float, "student"] = option(
+        1.0,
+        "α ≥ 0 of kd and bkd: weight of the distillation loss beside the classification loss.",
+        aliases=["--alpha"],
     )
-    distillation_weight: Annotated[float, "student"] = field(
-        default=1.0,
-        metadata={
-            "help": "α ≥ 0 of kd and bkd: weight of the distillation loss beside the classification loss.",
-            "aliases": ["--alpha"],
-        },
+    class_balance_beta: float = option(
+        0.9999,
+        "β in [0, 1) of the class weights (1-β)/(1-β^n), wherever there are any: 0 gives uniform weights, → 1 the "
+        "inverse class frequency.",
+        aliases=["--beta"],
     )
-    class_balance_beta: float = field(
-        default=0.9999,
-        metadata={
-            "help": "β in [0, 1) of the class weights (1-β)/(1-β^n), wherever there are any: 0 gives uniform weights, "
-            "→ 1 the inverse class frequency.",
-            "aliases": ["--beta"],
-        },
+    empty_classes: str = option(
+        "error",
+        "A class without a training image, where a loss or its weights need their number: error, or clamp (it counts "
+        "as one).",
     )
-    empty_classes: str = field(
-        default="error",
-        metadata={
-            "help": "A class without a training image, where a loss or its weights need their number: error, or clamp "
-            "(it counts as one)."
-        },
+    class_balance_power: Annotated[str | None, "student"] = option(
+        None,
+        "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; auto for "
+        "1/T, which takes the class frequencies out once; or measured, the largest in [1/T, 1] at which the targets "
+        "keep 19 of 20 right answers of the teacher about training images. Not given: as --method says, for bkd 1.",
     )
-    class_balance_power: Annotated[str | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; "
-            "auto for 1/T, which takes the class frequencies out once; or measured, the largest in [1/T, 1] at which "
-            "the targets keep 19 of 20 right answers of the teacher about training images. Not given: as --method "
-            "says, for bkd 1."
-        },
+    distillation_prior: Annotated[str, "student"] = option(
+        "auto",
+        "The class frequencies that bkd takes out of the targets: counts (those of the training images), or teacher "
+        "(as far as its answers about training images still hold them: for a teacher whose training balanced them "
+        "already). auto: teacher, if the teacher was trained here, or left its run, by a method that balances them; "
+        "else counts.",
     )
-    distillation_prior: Annotated[str, "student"] = field(
-        default="auto",
-        metadata={
-            "help": "The class frequencies that bkd takes out of the targets: counts (those of the training images), "
-            "or teacher (as far as its answers about training images still hold them: for a teacher whose "
-            "training balanced them already). auto: teacher, if the teacher was trained here, or left its run, by a "
-            "method that balances them; else counts."
-        },
+    logit_standardization: Annotated[bool, "student"] = option(
+        False,
+        "Have kd and bkd compare logits of mean 0 and standard deviation 1 (Sun et al., 2024): the student need not "
+        "reach the size of the teacher's.",
     )
-    logit_standardization: Annotated[bool, "student"] = field(
-        default=False,
-        metadata={
-            "help": "Have kd and bkd compare logits of mean 0 and standard deviation 1 (Sun et al., 2024): the "
-            "student need not reach the size of the teacher's."
-        },
+    deferred_reweighting_start: Annotated[float | None, "student"] = option(
+        None,
+        "Class weights in the distillation loss are uniform until this epoch (≥ 1), or this fraction of training "
+        "(below 1), and class-balanced from then on. Not given: as --method says, for bkd from the first step, for "
+        "bkd-drw from 0.8.",
     )
-    deferred_reweighting_start: Annotated[float | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "Class weights in the distillation loss are uniform until this epoch (≥ 1), or this fraction of "
-            "training (below 1), and class-balanced from then on. Not given: as --method says, for bkd from the first "
-            "step, for bkd-drw from 0.8."
-        },
+    class_weighting_start: float = option(
+        0.8, "Epoch (≥ 1), or fraction of training (below 1), from which --class_weighting drw weighs."
     )
-    class_weighting_start: float = field(
-        default=0.8,
-        metadata={"help": "Epoch (≥ 1), or fraction of training (below 1), from which --class_weighting drw weighs."},
+    focal_gamma: float = option(1.0, "γ ≥ 0 of focal.")
+    ldam_max_margin: float = option(0.5, "Margin of the rarest class in ldam, a cosine.")
+    ldam_scale: float = option(30.0, "s > 0 of ldam: the logits are s times a cosine.")
+    logit_adjustment_tau: str | None = option(
+        None,
+        "τ of logit_adjustment: a number, or auto for 2 - class_balance_power·T, at least 0: labels and targets, "
+        "which ask for one thing each, then ask for balanced answers on average. Not given: as --method says, 1.",
     )
-    focal_gamma: float = field(default=1.0, metadata={"help": "γ ≥ 0 of focal."})
-    ldam_max_margin: float = field(default=0.5, metadata={"help": "Margin of the rarest class in ldam, a cosine."})
-    ldam_scale: float = field(default=30.0, metadata={"help": "s > 0 of ldam: the logits are s times a cosine."})
-    logit_adjustment_tau: str | None = field(
-        default=None,
-        metadata={
-            "help": "τ of logit_adjustment: a number, or auto for 2 - class_balance_power·T, at least 0: labels and "
-            "targets, which ask for one thing each, then ask for balanced answers on average. Not given: as --method "
-            "says, 1."
-        },
+    dive_temperature: Annotated[float, "student"] = option(2.0, "T > 0 of dive.")
+    dive_alpha: Annotated[float, "student"] = option(
+        0.5, "α in [0, 1] of dive: weight of distillation; the rest is balanced softmax."
     )
-    dive_temperature: Annotated[float, "student"] = field(default=2.0, metadata={"help": "T > 0 of dive."})
-    dive_alpha: Annotated[float, "student"] = field(
-        default=0.5,
-        metadata={"help": "α in [0, 1] of dive: weight of distillation; the rest is balanced softmax."},
+    dive_power: Annotated[float, "student"] = option(0.5, "Power > 0 of the teacher's probabilities in dive.")
+    dkd_temperature: Annotated[float, "student"] = option(4.0, "T > 0 of dkd.")
+    dkd_alpha: Annotated[float, "student"] = option(1.0, "α ≥ 0 of dkd: weight of the target class.")
+    dkd_beta: Annotated[float, "student"] = option(8.0, "β ≥ 0 of dkd: weight of the non-target classes.")
+    dkd_warmup_epochs: Annotated[int, "student"] = option(
+        20, "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."
     )
-    dive_power: Annotated[float, "student"] = field(
-        default=0.5, metadata={"help": "Power > 0 of the teacher's probabilities in dive."}
+    global_batch_size: int | None = option(
+        None,
+        "Images in an optimizer step: per_device_train_batch_size × processes × gradient_accumulation_steps, of "
+        "which the last is chosen to fit. A run continues with another number of processes if this stays as it was. "
+        "Not given: the product of the three.",
     )
-    dkd_temperature: Annotated[float, "student"] = field(default=4.0, metadata={"help": "T > 0 of dkd."})
-    dkd_alpha: Annotated[float, "student"] = field(
-        default=1.0, metadata={"help": "α ≥ 0 of dkd: weight of the target class."}
+    momentum: float = option(0.0, "Momentum of --optim sgd (without Nesterov), in [0, 1).")
+    decay_all_parameters: bool = option(
+        False,
+        "Apply weight_decay to all parameters, biases and normalisation layers too, as published long-tail recipes "
+        "do.",
     )
-    dkd_beta: Annotated[float, "student"] = field(
-        default=8.0, metadata={"help": "β ≥ 0 of dkd: weight of the non-target classes."}
+    ema_decay: float | None = option(
+        None,
+        "Measure, save and publish the exponential moving average of the weights, with this decay a step, e.g. 0.999 "
+        "(less in the first steps), instead of the last weights; not given: no average.",
     )
-    dkd_warmup_epochs: Annotated[int, "student"] = field(
-        default=20, metadata={"help": "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."}
+    freeze_backbone: bool = option(False, "Train the head alone; everything below it keeps its weights.")
+    adapter: str | None = option(
+        None,
+        "Train few weights of a pretrained model, and its head: lora (low-rank updates of its layers, Hu et al., "
+        "2021, which are part of the weights when it is saved; needs peft), bitfit (biases and normalisation layers, "
+        "Ben Zaken et al., 2021), or none. Not given: none, all weights are trained.",
     )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Images in an optimizer step: per_device_train_batch_size × processes × "
-            "gradient_accumulation_steps, of which the last is chosen to fit. A run continues with another number of "
-            "processes if this stays as it was. Not given: the product of the three."
-        },
+    adapter_rank: int | None = option(None, f"Rank r ≥ 1 of the updates of --adapter lora. Not given: {ADAPTER_RANK}.")
+    adapter_alpha: float | None = option(
+        None, "α > 0 of --adapter lora, whose updates are α/r · B A. Not given: twice the rank."
     )
-    momentum: float = field(default=0.0, metadata={"help": "Momentum of --optim sgd (without Nesterov), in [0, 1)."})
-    decay_all_parameters: bool = field(
-        default=False,
-        metadata={
-            "help": "Apply weight_decay to all parameters, biases and normalisation layers too, as published "
-            "long-tail recipes do."
-        },
+    adapter_target_modules: list[str] | None = option(
+        None,
+        "Layers that --adapter lora updates, by the ends of their names, e.g. query value. Not given: all linear "
+        "layers, or all convolutions without groups, whichever hold more weights; never the head.",
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Measure, save and publish the exponential moving average of the weights, with this decay a step, "
-            "e.g. 0.999 (less in the first steps), instead of the last weights; not given: no average."
-        },
+    head_learning_rate: float | None = option(
+        None, "Learning rate of the head; not given: learning_rate, as for the rest."
     )
-    freeze_backbone: bool = field(
-        default=False, metadata={"help": "Train the head alone; everything below it keeps its weights."}
+    layer_decay: float | None = option(
+        None,
+        "Layer-wise learning-rate decay in (0, 1] (Bao et al., 2021): a block's rate is learning_rate times this to "
+        "the power of 1 + the number of blocks above it, e.g. 0.75; embeddings lie below the first block, the head "
+        "has the full rate, or its own. Not given: one rate for all.",
     )
-    adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train few weights of a pretrained model, and its head: lora (low-rank updates of its layers, Hu "
-            "et al., 2021, which are part of the weights when it is saved; needs peft), bitfit (biases and "
-            "normalisation layers, Ben Zaken et al., 2021), or none. Not given: none, all weights are trained."
-        },
+    head: str | None = option(
+        None,
+        "linear, or cosine: the logits are head_scale · cos(features, class vector), without a bias. Not given: "
+        "cosine for ldam, which needs it, else the model's own.",
     )
-    adapter_rank: int | None = field(
-        default=None, metadata={"help": f"Rank r ≥ 1 of the updates of --adapter lora. Not given: {ADAPTER_RANK}."}
+    head_scale: float | None = option(
+        None, f"s > 0 of --head cosine. Not given: {HEAD_SCALE:g}, with ldam --ldam_scale."
     )
-    adapter_alpha: float | None = field(
-        default=None,
-        metadata={"help": "α > 0 of --adapter lora, whose updates are α/r · B A. Not given: twice the rank."},
+    head_init: str = option(
+        "random",
+        "How the head starts: random (as the model is loaded), or class_mean (the vector of a class is the "
+        "normalised mean of the features of its training images; Shi et al., 2024).",
     )
-    adapter_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Layers that --adapter lora updates, by the ends of their names, e.g. query value. Not given: all "
-            "linear layers, or all convolutions without groups, whichever hold more weights; never the head."
-        },
+    feature_cache: Annotated[str, "path"] = option(
+        "off",
+        "With freeze_backbone: compute the features that come into the head once, and train the head on them: off, "
+        "the folder to keep them in, or auto (a folder beside the caches of the Hub). For images that are not "
+        "augmented, or have teacher_cache_views.",
     )
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the head; not given: learning_rate, as for the rest."}
+    teacher_cache: Annotated[str, "path", "student"] = option(
+        "off",
+        "Compute the teacher's logits once, and read them ever after: off, the folder to keep them in, or auto (a "
+        "folder beside the caches of the Hub; without a cache where there can be none). One process of each machine "
+        "writes the files, and all of it map them: name a local disk, on NFS each page is sent.",
     )
-    layer_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Layer-wise learning-rate decay in (0, 1] (Bao et al., 2021): a block's rate is learning_rate "
-            "times this to the power of 1 + the number of blocks above it, e.g. 0.75; embeddings lie below the first "
-            "block, the head has the full rate, or its own. Not given: one rate for all."
-        },
+    teacher_cache_views: Annotated[int | None, "student"] = option(
+        None,
+        "Number of views K: the augmentation of an epoch is that of epoch mod K. Not given: with a cache "
+        f"1 for images that are not augmented and {DEFAULT_VIEWS} for others, without a cache every epoch has "
+        "its own.",
     )
-    head: str | None = field(
-        default=None,
-        metadata={
-            "help": "linear, or cosine: the logits are head_scale · cos(features, class vector), without a bias. Not "
-            "given: cosine for ldam, which needs it, else the model's own."
-        },
+    teacher_cache_dtype: Annotated[str, "student"] = option(
+        "float16", f"How cached logits are stored: {' or '.join(DTYPES)}."
     )
-    head_scale: float | None = field(
-        default=None, metadata={"help": f"s > 0 of --head cosine. Not given: {HEAD_SCALE:g}, with ldam --ldam_scale."}
+    teacher_cache_top_k: Annotated[int | None, "student"] = option(
+        None,
+        "Keep an image's k best classes, and the mass of all others, in the cache of teacher_cache, e.g. 32: "
+        "iNaturalist 2018 takes 1 GB, not 114. For kd and bkd, which then learn how much mass the others have in the "
+        "target, and not how it is divided (bkd_hf/top_k.py). Not given: all classes.",
     )
-    head_init: str = field(
-        default="random",
-        metadata={
-            "help": "How the head starts: random (as the model is loaded), or class_mean (the vector of a class is "
-            "the normalised mean of the features of its training images; Shi et al., 2024)."
-        },
+    lr_step_epochs: list[int] | None = option(
+        None, "Step-decay schedule: epochs (counted from 0) from which lr_step_factors hold."
     )
-    feature_cache: Annotated[str, "path"] = field(
-        default="off",
-        metadata={
-            "help": "With freeze_backbone: compute the features that come into the head once, and train the head on "
-            "them: off, the folder to keep them in, or auto (a folder beside the caches of the Hub). For images that "
-            "are not augmented, or have teacher_cache_views."
-        },
+    lr_step_factors: list[float] | None = option(
+        None, "Step-decay schedule: factors of the *initial* learning rate, one per lr_step_epochs."
     )
-    teacher_cache: Annotated[str, "path", "student"] = field(
-        default="off",
-        metadata={
-            "help": "Compute the teacher's logits once, and read them ever after: off, the folder to keep them in, or "
-            "auto (a folder beside the caches of the Hub; without a cache where there can be none). One process of "
-            "each machine writes the files, and all of it map them: name a local disk, on NFS each page is sent."
-        },
-    )
-    teacher_cache_views: Annotated[int | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "Number of views K: the augmentation of an epoch is that of epoch mod K. Not given: with a cache "
-            f"1 for images that are not augmented and {DEFAULT_VIEWS} for others, without a cache every epoch has "
-            "its own."
-        },
-    )
-    teacher_cache_dtype: Annotated[str, "student"] = field(
-        default="float16", metadata={"help": f"How cached logits are stored: {' or '.join(DTYPES)}."}
-    )
-    teacher_cache_top_k: Annotated[int | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "Keep an image's k best classes, and the mass of all others, in the cache of teacher_cache, e.g. "
-            "32: iNaturalist 2018 takes 1 GB, not 114. For kd and bkd, which then learn how much mass the others have "
-            "in the target, and not how it is divided (bkd_hf/top_k.py). Not given: all classes."
-        },
-    )
-    lr_step_epochs: list[int] | None = field(
-        default=None,
-        metadata={"help": "Step-decay schedule: epochs (counted from 0) from which lr_step_factors hold."},
-    )
-    lr_step_factors: list[float] | None = field(
-        default=None,
-        metadata={"help": "Step-decay schedule: factors of the *initial* learning rate, one per lr_step_epochs."},
-    )
-    lr_warmup_epochs: int = field(
-        default=0,
-        metadata={"help": "Step-decay schedule: the first n epochs run at 1/n, 2/n, … of the learning rate."},
+    lr_warmup_epochs: int = option(
+        0, "Step-decay schedule: the first n epochs run at 1/n, 2/n, … of the learning rate."
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [

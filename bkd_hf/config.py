@@ -45,17 +45,6 @@ UNTOLD: ContextVar[frozenset[str]] = ContextVar("UNTOLD", default=frozenset())
 #: s of a cosine head, rank of LoRA and views of augmented images where nothing is said.
 HEAD_SCALE, ADAPTER_RANK, DEFAULT_VIEWS = 30.0, 8, 16
 _INHERITED = {f.name for f in fields(TrainingArguments)}
-# How a training is looked at and kept, which changes nothing in it; and when, unless something is chosen by that.
-_WATCHING = (
-    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
-    "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
-    "batch_eval_metrics", "include_for_metrics", "include_num_input_tokens_seen", "torch_empty_cache_steps",
-    "save_only_model", "save_on_each_node",
-)  # fmt: skip
-_WATCHING_TIMES = (
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
-    "metric_for_best_model", "greater_is_better",
-)  # fmt: skip
 #: How a global batch is cut: what counts is its size.
 BATCH_CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 #: Of the options that hold dictionaries, those that may name a JSON file instead.
@@ -90,12 +79,12 @@ def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
 
 def option_is_used(name: str, choices: Mapping[str, Any]) -> bool:
     """Whether the losses, weights and sampler of these choices look at an option."""
-    return any(choices.get(part) in users for part, users in _USED_BY.get(name, {}).items())
+    return any(choices.get(part) in users for part, users in USED_BY.get(name, {}).items())
 
 
 def used_by(part: str, choices: Mapping[str, Any]) -> list[str]:
     """Options that the choice for a part of the method (such as `"distillation_loss"`) looks at."""
-    return [name for name, parts in _USED_BY.items() if choices.get(part) in parts.get(part, ())]
+    return [name for name, parts in USED_BY.items() if choices.get(part) in parts.get(part, ())]
 
 
 @dataclass
@@ -340,7 +329,7 @@ class BKDConfig(TrainingArguments):
         for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
             fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
             require(self, fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
-        for message in options_without_effect(self, method_defaults(self.method), _USED_BY):
+        for message in options_without_effect(self, method_defaults(self.method), USED_BY):
             if " has no effect" not in message or message.split(" ")[0].removeprefix("--") not in UNTOLD.get():
                 warnings.warn(message, UserWarning, stacklevel=3)
 
@@ -355,7 +344,7 @@ class BKDConfig(TrainingArguments):
         changed = [
             f"{name} {getattr(self, name)}".removesuffix(".0")
             for name in METHOD_OPTIONS
-            if getattr(self, name) != defaults[name] and (name not in _USED_BY or self._is_used(name))
+            if getattr(self, name) != defaults[name] and (name not in USED_BY or option_is_used(name, vars(self)))
         ]
         return f"{self.method} ({', '.join(changed)})" if changed else self.method
 
@@ -363,24 +352,6 @@ class BKDConfig(TrainingArguments):
         """The global batch size that this makes with a number of processes."""
         per_process = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return self.global_batch_size or per_process * num_processes
-
-    def options_in_use(self, num_processes: int | None = None) -> dict[str, Any]:
-        """All options, with those that the method does not look at as if they were not given; `None`: no influence.
-
-        Of the global batch its size counts, not how it is cut.
-
-        Args:
-            num_processes: As many as there are, if not given.
-        """
-        defaults = method_defaults(self.method)
-        unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
-        # Where the cache lies has no influence, whether there is one may move the last digits.
-        names = ("teacher_cache", "feature_cache")
-        cache = {name: "off" if getattr(self, name) == "off" else "on" for name in names}
-        chooses = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        without = (*_WATCHING, *(() if chooses else _WATCHING_TIMES), *BATCH_CUT)
-        batch = {"global_batch_size": self.images_in_step(num_processes or self.world_size)}
-        return {**self.to_dict(), **unused, **cache, **dict.fromkeys(without), **batch}
 
     def loss_arguments(self, part: str) -> dict[str, Any]:
         """Values of the arguments of the chosen loss that are options, some still `auto` or `measured`.
@@ -476,13 +447,11 @@ class BKDConfig(TrainingArguments):
             except (TypeError, ValueError) as error:
                 raise InputError(f"--{option} {json.dumps(given)}: {error}") from error
 
-    def _is_used(self, name: str) -> bool:
-        return option_is_used(name, vars(self))
 
-
-_USED_BY = _find_users()
+#: By option, which choices for which parts of the method look at it; those that are not here hold for all.
+USED_BY = _find_users()
 #: Options that choose a method and its losses.
-METHOD_OPTIONS = ("method", *_PARTS, "classification_loss_args", "distillation_loss_args", *_USED_BY)
+METHOD_OPTIONS = ("method", *_PARTS, "classification_loss_args", "distillation_loss_args", *USED_BY)
 
 
 def method_defaults(method: str) -> dict[str, Any]:

@@ -105,14 +105,15 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
 
 def _check_losses(options: Any, check: _Check, defaults: Mapping[str, Any]) -> None:
     power, tau = options.class_balance_power, options.logit_adjustment_tau
-    is_power = not isinstance(power, float) or 0 <= power < math.inf
+    is_power = 0 <= power < math.inf if isinstance(power, float) else power in ("auto", "measured")
     check(is_power, "class_balance_power", "a finite number ≥ 0, auto or measured")
     check(
         options.distillation_loss == "bkd" or power == defaults["class_balance_power"],
         "class_balance_power",
         f"left out: --distillation_loss {options.distillation_loss} has no class weights that it could be a power of",
     )
-    check(tau == "auto" or math.isfinite(tau), "logit_adjustment_tau", "a finite number, or auto")
+    is_tau = math.isfinite(tau) if isinstance(tau, float) else tau == "auto"
+    check(is_tau, "logit_adjustment_tau", "a finite number, or auto")
     check(
         tau != "auto" or options.distillation_loss == "bkd" or options.classification_loss != "logit_adjustment",
         "logit_adjustment_tau",
@@ -177,6 +178,18 @@ def check_streaming(options: Mapping[str, Any], training: Any) -> None:
         raise InputError("--accelerator_config: split_batches and dispatch_batches do not go with --streaming.")
 
 
+def check_precision(options: Any) -> None:
+    """Raise an `InputError` if the precision of a `BKDConfig`, whose device is known, cannot be had."""
+    if options.mixed_precision == "fp16" and options.device.type == "cpu":
+        raise InputError(
+            "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision bf16 or "
+            "fp32."
+        )
+    for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
+        fits = not getattr(options, f"{precision}_full_eval") or options.mixed_precision == precision
+        require(options, fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
+
+
 def find_accumulation(options: Any) -> int:
     """Return the `gradient_accumulation_steps` that make up the `global_batch_size` of a `BKDConfig`.
 
@@ -207,7 +220,7 @@ def find_accumulation(options: Any) -> int:
 
 
 def options_without_effect(
-    options: Any, defaults: Mapping[str, Any], users: Mapping[str, Mapping[str, tuple[str, ...]]]
+    options: Any, defaults: Mapping[str, Any], users: Mapping[str, Mapping[str, Collection[str]]]
 ) -> list[str]:
     """Return a line for each option of a `BKDConfig` that was given for nothing.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar
@@ -12,7 +13,14 @@ from typing import Annotated, Any, ClassVar
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from .compatibility import DTYPES, check_together, find_accumulation, options_without_effect, require
+from .compatibility import (
+    DTYPES,
+    check_precision,
+    check_together,
+    find_accumulation,
+    options_without_effect,
+    require,
+)
 from .errors import InputError
 from .machine import join_process_group
 from .methods import (
@@ -56,11 +64,11 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
+def _find_users() -> dict[str, dict[str, list[str]]]:
     """Which choices look at an option, by what the losses' functions take; the rest of the options hold for all."""
-    users: dict[str, dict[str, tuple[str, ...]]] = {
-        "class_balance_beta": {"class_weighting": ("reweight", "drw")},
-        "class_weighting_start": {"class_weighting": ("drw",)},
+    users: dict[str, dict[str, list[str]]] = {
+        "class_balance_beta": {"class_weighting": ["reweight", "drw"]},
+        "class_weighting_start": {"class_weighting": ["drw"]},
     }
     for part, registry in _REGISTRIES.items():
         for name, loss in registry.items():
@@ -72,8 +80,7 @@ def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
             if part == "distillation_loss" and loss.needs("class_weights"):
                 options += ["class_balance_beta", "deferred_reweighting_start", "distillation_prior"]
             for used in options:
-                of_part = users.setdefault(used, {})
-                of_part[part] = (*of_part.get(part, ()), name)
+                users.setdefault(used, {}).setdefault(part, []).append(name)
     return {f.name: users[f.name] for f in fields(BKDConfig) if f.name in users and f.name not in _INHERITED}
 
 
@@ -321,14 +328,7 @@ class BKDConfig(TrainingArguments):
         unset_hf_deepspeed_config()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = find_accumulation(self)
-        if self.mixed_precision == "fp16" and self.device.type == "cpu":
-            raise InputError(
-                "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision "
-                "bf16 or fp32."
-            )
-        for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
-            fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
-            require(self, fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
+        check_precision(self)
         for message in options_without_effect(self, method_defaults(self.method), USED_BY):
             if " has no effect" not in message or message.split(" ")[0].removeprefix("--") not in UNTOLD.get():
                 warnings.warn(message, UserWarning, stacklevel=3)
@@ -361,10 +361,11 @@ class BKDConfig(TrainingArguments):
         """
         name, given = getattr(self, part), getattr(self, f"{part}_args") or {}
         loss = _REGISTRIES[part][name]
-        found = {} if loss is None else loss.arguments
+        if loss is None:
+            return {}
         return {
-            argument: given.get(argument, getattr(self, loss.option(name, argument), default))  # type: ignore[union-attr]
-            for argument, default in found.items()
+            argument: given.get(argument, getattr(self, loss.option(name, argument), default))
+            for argument, default in loss.arguments.items()
         }
 
     @property
@@ -399,15 +400,9 @@ class BKDConfig(TrainingArguments):
             setattr(self, name, preset[name])
         for name, choices in _PARTS.items():
             require(self, getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
-        for name, words, condition in (
-            ("class_balance_power", ("auto", "measured"), "a finite number ≥ 0, auto or measured"),
-            ("logit_adjustment_tau", ("auto",), "a finite number, or auto"),
-        ):
-            if getattr(self, name) not in words:
-                try:
-                    setattr(self, name, float(getattr(self, name)))
-                except ValueError:
-                    require(self, False, name, condition)
+        for name in ("class_balance_power", "logit_adjustment_tau"):
+            with suppress(ValueError):  # a word, which is checked with the rest
+                setattr(self, name, float(getattr(self, name)))
 
     def _check(self) -> None:
         if self.adapter == "none":  # so that a command line can take back what a file says

@@ -52,7 +52,6 @@ _PARTS: dict[str, Collection[str]] = {
 UNTOLD: ContextVar[frozenset[str]] = ContextVar("UNTOLD", default=frozenset())
 #: s of a cosine head, rank of LoRA and views of augmented images where nothing is said.
 HEAD_SCALE, ADAPTER_RANK, DEFAULT_VIEWS = 30.0, 8, 16
-_INHERITED = {f.name for f in fields(TrainingArguments)}
 #: How a global batch is cut: what counts is its size.
 BATCH_CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 #: Of the options that hold dictionaries, those that may name a JSON file instead.
@@ -81,7 +80,7 @@ def _find_users() -> dict[str, dict[str, list[str]]]:
                 options += ["class_balance_beta", "deferred_reweighting_start", "distillation_prior"]
             for used in options:
                 users.setdefault(used, {}).setdefault(part, []).append(name)
-    return {f.name: users[f.name] for f in fields(BKDConfig) if f.name in users and f.name not in _INHERITED}
+    return {name: users[name] for name in BKDConfig.__annotations__ if name in users}  # its own, in their order
 
 
 def option_is_used(name: str, choices: Mapping[str, Any]) -> bool:
@@ -430,13 +429,14 @@ class BKDConfig(TrainingArguments):
             require(self, given is None or isinstance(given, dict), option, "a JSON object")
             if not given:
                 continue
+            shared, arguments = ({}, {}) if loss is None else (loss.shared, loss.arguments)
+            known = [argument for argument in arguments if argument not in shared]
             for argument in given:
-                if loss is not None and argument in loss.shared:  # one way to say it, which all else looks at too
-                    raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{loss.shared[argument]}.")
-            known = [] if loss is None else [argument for argument in loss.arguments if argument not in loss.shared]
-            if unknown := [argument for argument in given if argument not in known]:
-                takes = f"it takes {', '.join(known)}" if known else "it takes none"
-                raise InputError(f"--{option}: --{part} {name} has no argument {unknown[0]!r}; {takes}.")
+                if argument in shared:  # one way to say it, which all else looks at too
+                    raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{shared[argument]}.")
+                if argument not in known:
+                    takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                    raise InputError(f"--{option}: --{part} {name} has no argument {argument!r}; {takes}.")
             try:
                 Objective(self, [1, 1, 1], has_teacher=part == "distillation_loss").try_out(part)
             except (TypeError, ValueError) as error:

@@ -6,7 +6,6 @@ The options of the training itself are those of [`BKDConfig`].
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresho
 from .models import FRESH_IMAGE_SIZE, bert_shape, cifar_resnet_depth
 from .operations import OPERATIONS
 from .ranges import check_choice, check_ranges, defaults_of, explain
-from .reading import read_option_file
 from .tasks import DEFAULT_TASK, TASKS, check_task, fresh_task
 
 #: The Hub's name for a licence that nobody has chosen.
@@ -112,21 +110,6 @@ class ModelArguments:
         """Name of a teacher that has weights already; `None` for one that is trained from fresh weights."""
         name = self.teacher_model_name_or_path
         return None if name is None or fresh_task(name) is not None else name
-
-    def read_teacher_label_map(self) -> dict[str, str | int]:
-        """Content of `--teacher_label_map`; empty if it is not given."""
-        if self.teacher_label_map is None:
-            return {}
-        path = self.teacher_label_map
-        try:
-            content = json.loads(read_option_file("teacher_label_map", path))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
-        if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
-            raise InputError(
-                f'--teacher_label_map {path}: expected {{"name in the data": "name (or number) of the teacher", …}}.'
-            )
-        return content
 
     def from_pretrained_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for what loads the model or its processor: those of `from_pretrained`, and the task."""
@@ -310,10 +293,7 @@ class RunArguments:
         precision_rates: Images a second in each precision, where it was.
         from_recipe: Options that only a file of options gave, those of the teacher with `teacher_`: one recipe serves
             many runs, so nobody is told which of them have no effect in this one.
-        model: Its model.
-        data: Its data.
-        training: Its training.
-        publishing: What is published, and as what.
+        model, data, training, publishing: The same options, by what they are about.
 
     Raises:
         InputError: If a value is out of its range.

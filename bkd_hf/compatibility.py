@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,6 @@ from .machine import launcher_shards
 from .methods import DISTILLATION_LOSSES, PRIORS
 from .ranges import check_ranges
 from .text import one_line
-
-_Check = Callable[[bool, str, str], None]  # `require` of certain options
 
 #: What `head` may be.
 HEADS = ("linear", "cosine")
@@ -57,9 +56,7 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     """
     check_ranges(options)
 
-    def check(holds: bool, name: str, condition: str) -> None:
-        require(options, holds, name, condition)
-
+    check = functools.partial(require, options)
     for name, choices in _CHOICES.items():
         check(getattr(options, name) in choices, name, f"one of {', '.join(choices)}")
     check(options.adapter in (None, *ADAPTERS), "adapter", f"none, {' or '.join(ADAPTERS)}")
@@ -71,8 +68,8 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     is_asked = options.deepspeed or launcher_shards("DEEPSPEED")
     is_there = not is_asked or importlib.util.find_spec("deepspeed") is not None
     check(is_there, "deepspeed", 'left out, or installed first: pip install "bkd_hf[deepspeed]"')
-    _check_losses(options, check, defaults)
-    _check_schedule(options, check)
+    _check_losses(options, defaults)
+    _check_schedule(options)
     check(
         options.sampler != "class_balanced" or options.train_sampling_strategy == "random",
         "train_sampling_strategy",
@@ -103,7 +100,8 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     )
 
 
-def _check_losses(options: Any, check: _Check, defaults: Mapping[str, Any]) -> None:
+def _check_losses(options: Any, defaults: Mapping[str, Any]) -> None:
+    check = functools.partial(require, options)
     power, tau = options.class_balance_power, options.logit_adjustment_tau
     is_power = 0 <= power < math.inf if isinstance(power, float) else power in ("auto", "measured")
     check(is_power, "class_balance_power", "a finite number ≥ 0, auto or measured")
@@ -132,7 +130,8 @@ def _check_losses(options: Any, check: _Check, defaults: Mapping[str, Any]) -> N
     check(fits, "head_scale", "left out with ldam, whose --ldam_scale it is")
 
 
-def _check_schedule(options: Any, check: _Check) -> None:
+def _check_schedule(options: Any) -> None:
+    check = functools.partial(require, options)
     if options.lr_step_epochs is None:
         check(options.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")
         check(options.lr_warmup_epochs == 0, "lr_warmup_epochs", "given together with --lr_step_epochs")

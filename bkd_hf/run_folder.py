@@ -244,7 +244,8 @@ def what_is_told(
     if arguments.teacher_options:
         teacher = arguments.for_teacher()
         used = {**dataclasses.asdict(teacher.model), **_options_in_use(teacher.training, num_processes)}
-        of_teacher = {name: used[name] for name in map(_compared_as, arguments.teacher_options)}
+        compared = ["global_batch_size" if name in BATCH_CUT else name for name in arguments.teacher_options]
+        of_teacher = {name: used[name] for name in compared}
     told = {
         "model": dataclasses.asdict(arguments.model),
         "data": dataclasses.asdict(arguments.data),
@@ -269,10 +270,6 @@ def _options_in_use(args: BKDConfig, num_processes: int | None) -> dict[str, Any
     without = (*_WATCHING, *(() if chooses else _WATCHING_TIMES), *BATCH_CUT)
     batch = {"global_batch_size": args.images_in_step(num_processes or args.world_size)}
     return {**args.to_dict(), **unused, **caches, **dict.fromkeys(without), **batch}
-
-
-def _compared_as(option: str) -> str:
-    return "global_batch_size" if option in BATCH_CUT else option
 
 
 def _with_global_batches(there: dict[str, Any], num_processes: int) -> dict[str, Any]:

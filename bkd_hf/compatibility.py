@@ -228,45 +228,31 @@ def options_without_effect(
         defaults: What its method says of the options that choose a method and its losses.
         users: Which choices of which part of the method look at an option, for options that not all look at.
     """
-    found: list[tuple[str, bool, str]] = [  # an option as given, whether it is so for nothing, and why
-        (
-            f"momentum {options.momentum}",
-            bool(options.momentum) and str(options.optim.value) != "sgd",
-            f"it belongs to --optim sgd, not {options.optim}",
-        ),
-        ("decay_all_parameters", options.decay_all_parameters and options.weight_decay == 0, "--weight_decay is 0"),
-        (
-            f"head_scale {options.head_scale or 0:g}",
-            options.head_scale is not None and options.cosine_scale is None,
-            "it belongs to --head cosine",
-        ),
-        (
-            "layer_decay",
-            options.layer_decay is not None and options.freeze_backbone,
-            "--freeze_backbone trains the head alone",
-        ),
-        *(
-            (name, getattr(options, name) is not None and options.adapter != "lora", "it belongs to --adapter lora")
-            for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules")
-        ),
-        (
-            f"teacher_cache_top_k {options.teacher_cache_top_k}",
-            options.teacher_cache == "off" and options.teacher_cache_top_k is not None,
-            "--teacher_cache is off",
-        ),
-        (
-            f"teacher_cache_dtype {options.teacher_cache_dtype}",
-            options.teacher_cache == "off" and options.teacher_cache_dtype != DTYPES[0],
-            "--teacher_cache is off",
-        ),
-    ]
+    messages: list[str] = []
+
+    def add(is_so: bool, given: str, why: str) -> None:
+        if is_so:
+            messages.append(f"--{given} has no effect: {why}.")
+
+    has_momentum = options.momentum != 0 and options.optim.value != "sgd"
+    add(has_momentum, f"momentum {options.momentum}", f"it belongs to --optim sgd, not {options.optim}")
+    add(options.decay_all_parameters and options.weight_decay == 0, "decay_all_parameters", "--weight_decay is 0")
+    has_scale = options.head_scale is not None and options.cosine_scale is None
+    add(has_scale, f"head_scale {options.head_scale or 0:g}", "it belongs to --head cosine")
+    has_decay = options.layer_decay is not None and options.freeze_backbone
+    add(has_decay, "layer_decay", "--freeze_backbone trains the head alone")
+    for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules"):
+        is_given = getattr(options, name) is not None
+        add(is_given and options.adapter != "lora", name, "it belongs to --adapter lora")
+    for name, default in (("teacher_cache_top_k", None), ("teacher_cache_dtype", DTYPES[0])):
+        value = getattr(options, name)
+        add(value != default and options.teacher_cache == "off", f"{name} {value}", "--teacher_cache is off")
     for name, used_by in users.items():
         value = getattr(options, name)
         is_used = any(getattr(options, part) in choices for part, choices in used_by.items())
         belongs_to = " or ".join(f"--{part} {'|'.join(choices)}" for part, choices in used_by.items())
         shown = value if value is None or isinstance(value, (str, bool)) else f"{value:g}"
-        found.append((f"{name} {shown}", value != defaults[name] and not is_used, f"it belongs to {belongs_to}"))
-    messages = [f"--{given} has no effect: {why}." for given, is_so, why in found if is_so]
+        add(value != defaults[name] and not is_used, f"{name} {shown}", f"it belongs to {belongs_to}")
     return [*messages, *_never_reached(options)]
 
 
@@ -274,17 +260,18 @@ def _never_reached(options: Any) -> list[str]:
     """What is to begin after the end of the training, or is overtaken by something else."""
     messages, epochs = [], math.inf if options.max_steps > 0 else options.num_train_epochs
     starts = {
-        "deferred_reweighting_start": options.deferred_reweighting_start
-        if options.distillation_loss == "bkd"
-        else None,
-        "class_weighting_start": options.class_weighting_start if options.class_weighting == "drw" else None,
+        "deferred_reweighting_start": options.distillation_loss == "bkd",
+        "class_weighting_start": options.class_weighting == "drw",
     }
-    for name, start in starts.items():
-        if start is not None and options.class_balance_beta == 0:
+    for name, is_used in starts.items():
+        start = getattr(options, name)
+        if not is_used or start is None:
+            continue
+        if options.class_balance_beta == 0:
             messages.append(
                 f"--{name} {start:g} has no effect: with --class_balance_beta 0 the weights are uniform all the time."
             )
-        elif start is not None and start >= max(1, epochs):
+        elif start >= max(1, epochs):
             messages.append(
                 f"--{name} {start:g} is never reached: training ends after {epochs:g} epochs, with uniform weights "
                 "throughout."

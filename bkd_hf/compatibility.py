@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import math
 from collections.abc import Collection, Mapping
 from itertools import pairwise
@@ -13,10 +14,16 @@ from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError
 from .machine import launcher_shards
-from .methods import DISTILLATION_LOSSES, PRIORS
+from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, PRIORS, Loss
+from .objective import Objective
 from .ranges import check_ranges
 from .text import one_line
 
+#: The registries of losses, by the options that choose from them.
+LOSSES: dict[str, Mapping[str, Loss | None]] = {
+    "classification_loss": CLASSIFICATION_LOSSES,
+    "distillation_loss": DISTILLATION_LOSSES,
+}
 #: What `head` may be.
 HEADS = ("linear", "cosine")
 #: What `adapter` may be, beside `none`.
@@ -45,7 +52,7 @@ def require(options: Any, holds: bool, name: str, condition: str) -> None:
 
 
 def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
-    """Check the ranges of a `BKDConfig`, and that its options go together.
+    """Check the arguments of losses and the ranges of a `BKDConfig`, and that its options go together.
 
     Args:
         options: The `BKDConfig`.
@@ -54,8 +61,8 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     Raises:
         InputError: For the first that is out of its range, or does not go with another.
     """
+    _check_loss_arguments(options)
     check_ranges(options)
-
     check = functools.partial(require, options)
     for name, choices in _CHOICES.items():
         check(getattr(options, name) in choices, name, f"one of {', '.join(choices)}")
@@ -98,6 +105,28 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
         "save_strategy",
         "no, steps or epoch without --metric_for_best_model",
     )
+
+
+def _check_loss_arguments(options: Any) -> None:
+    """Check `…_loss_args` against the signature of the loss, which checks the values itself."""
+    for part, registry in LOSSES.items():
+        option, name = f"{part}_args", getattr(options, part)
+        given, loss = getattr(options, option), registry[name]
+        require(options, given is None or isinstance(given, dict), option, "a JSON object")
+        if not given:
+            continue
+        shared, arguments = ({}, {}) if loss is None else (loss.shared, loss.arguments)
+        known = [argument for argument in arguments if argument not in shared]
+        for argument in given:
+            if argument in shared:  # one way to say it, which all else looks at too
+                raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{shared[argument]}.")
+            if argument not in known:
+                takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                raise InputError(f"--{option}: --{part} {name} has no argument {argument!r}; {takes}.")
+        try:
+            Objective(options, [1, 1, 1], has_teacher=part == "distillation_loss").try_out(part)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--{option} {json.dumps(given)}: {error}") from error
 
 
 def _check_losses(options: Any, defaults: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from .compatibility import (
     DTYPES,
+    LOSSES,
     check_precision,
     check_together,
     find_accumulation,
@@ -31,15 +32,9 @@ from .methods import (
     METHODS,
     SAMPLERS,
     STUDENT_INITS,
-    Loss,
 )
-from .objective import Objective
 from .text import one_line
 
-_REGISTRIES: dict[str, Mapping[str, Loss | None]] = {
-    "classification_loss": CLASSIFICATION_LOSSES,
-    "distillation_loss": DISTILLATION_LOSSES,
-}
 _PARTS: dict[str, Collection[str]] = {
     "classification_loss": CLASSIFICATION_LOSSES,  # what a user adds is a choice too
     "class_weighting": CLASS_WEIGHTINGS,
@@ -69,7 +64,7 @@ def _find_users() -> dict[str, dict[str, list[str]]]:
         "class_balance_beta": {"class_weighting": ["reweight", "drw"]},
         "class_weighting_start": {"class_weighting": ["drw"]},
     }
-    for part, registry in _REGISTRIES.items():
+    for part, registry in LOSSES.items():
         for name, loss in registry.items():
             if loss is None:
                 continue
@@ -359,7 +354,7 @@ class BKDConfig(TrainingArguments):
             part: `"classification_loss"` or `"distillation_loss"`.
         """
         name, given = getattr(self, part), getattr(self, f"{part}_args") or {}
-        loss = _REGISTRIES[part][name]
+        loss = LOSSES[part][name]
         if loss is None:
             return {}
         return {
@@ -418,29 +413,7 @@ class BKDConfig(TrainingArguments):
                 require(self, isinstance(found, dict), name, "a JSON object")
                 # transformers reads its own by itself, where numbers may be in quotes.
                 setattr(self, name, value.strip() if name in TrainingArguments._VALID_DICT_FIELDS else found)
-        self._check_loss_arguments()
         check_together(self, method_defaults(self.method))
-
-    def _check_loss_arguments(self) -> None:
-        """Check `…_loss_args` against the signature of the loss, which checks the values itself."""
-        for part, registry in _REGISTRIES.items():
-            option, name = f"{part}_args", getattr(self, part)
-            given, loss = getattr(self, option), registry[name]
-            require(self, given is None or isinstance(given, dict), option, "a JSON object")
-            if not given:
-                continue
-            shared, arguments = ({}, {}) if loss is None else (loss.shared, loss.arguments)
-            known = [argument for argument in arguments if argument not in shared]
-            for argument in given:
-                if argument in shared:  # one way to say it, which all else looks at too
-                    raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{shared[argument]}.")
-                if argument not in known:
-                    takes = f"it takes {', '.join(known)}" if known else "it takes none"
-                    raise InputError(f"--{option}: --{part} {name} has no argument {argument!r}; {takes}.")
-            try:
-                Objective(self, [1, 1, 1], has_teacher=part == "distillation_loss").try_out(part)
-            except (TypeError, ValueError) as error:
-                raise InputError(f"--{option} {json.dumps(given)}: {error}") from error
 
 
 #: By option, which choices for which parts of the method look at it; those that are not here hold for all.

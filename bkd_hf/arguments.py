@@ -122,10 +122,9 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     elif config is None and first_look.dataset_name in DEMOS:
         config = {"digits": digits_recipe, "docstrings": RECIPES["text"]}[first_look.dataset_name]
     from_file: list[str] = []
-    of_teacher: list[str] = []  # as the file says
+    from_file_for_teacher: list[str] = []
     if config is not None:
-        from_file, for_teacher_from_file = _split_off_teacher(parser, _read_config(parser, config))
-        of_teacher = for_teacher_from_file
+        from_file, from_file_for_teacher = _split_off_teacher(parser, _read_config(parser, config))
     elif first_look.optim == parser.get_default("optim") and (task := fresh_task(first_look.model_name_or_path)):
         parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS[task])
 
@@ -136,20 +135,19 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     if namespace.output_dir is None:
         model, dataset = (Path(name).name for name in (namespace.model_name_or_path, namespace.dataset_name))
         namespace.output_dir = f"outputs/{dataset}_{model}_seed{namespace.seed}"
-    measures_precision, precision_rates = _choose_precision(namespace, from_file, command_line)
-    not_given = object()
-    overlay = argparse.Namespace(**dict.fromkeys(vars(namespace), not_given))
-    parser.parse_args([*of_teacher, *for_teacher], namespace=overlay)
+    of_file, of_line = _names(parser, from_file), _names(parser, command_line)
+    measures_precision, precision_rates = _choose_precision(namespace, of_file, of_line)
+    of_file_for_teacher, of_line_for_teacher = _names(parser, from_file_for_teacher), _names(parser, for_teacher)
+    overlay = vars(parser.parse_args([*from_file_for_teacher, *for_teacher]))
     arguments = RunArguments(
         vars(namespace),
-        {name: value for name, value in vars(overlay).items() if value is not not_given},
+        {name: value for name, value in overlay.items() if name in of_file_for_teacher | of_line_for_teacher},
         overwrite=namespace.overwrite,
         command_line=tuple(argv),
         measures_precision=measures_precision,
         precision_rates=precision_rates,
         from_recipe=frozenset(
-            _names(parser, from_file) - _names(parser, command_line)
-            | {f"teacher_{name}" for name in _names(parser, of_teacher) - _names(parser, for_teacher)}
+            of_file - of_line | {f"teacher_{name}" for name in of_file_for_teacher - of_line_for_teacher}
         ),
     )
     arguments.for_teacher()  # so that what is wrong with it is said now
@@ -163,28 +161,27 @@ def _names(parser: _Parser, tokens: Sequence[str]) -> set[str]:
 
 
 def _choose_precision(
-    namespace: argparse.Namespace, from_file: Sequence[str], command_line: Sequence[str]
+    namespace: argparse.Namespace, of_file: set[str], of_line: set[str]
 ) -> tuple[bool, dict[str, float] | None]:
     """Set bf16 and fp16 as --precision says; given themselves, they win over auto and over a file's precision.
 
     What the launcher says holds where the options say nothing: its precision, and its compiler. On a CPU a run goes on
     in the precision that it began with.
 
+    Args:
+        namespace: Of all options.
+        of_file: Those that a file gives.
+        of_line: Those that the command line gives.
+
     Returns:
         Whether a measurement is to tell if bf16 is kept, and what one told when the run began.
     """
-
-    def told(names: Sequence[str], tokens: Sequence[str]) -> list[str]:
-        given = [token.partition("=")[0].replace("-", "_") for token in tokens]
-        return [name for name in names if f"__{name}" in given]
-
-    tokens = [*from_file, *command_line]
-    if (backend := launcher_compiler()) and not told(["torch_compile", "torch_compile_backend"], tokens):
+    given = of_file | of_line
+    if (backend := launcher_compiler()) and not given & {"torch_compile", "torch_compile_backend"}:
         namespace.torch_compile, namespace.torch_compile_backend = True, backend
-    flags = ("bf16", "fp16")
-    overrides_file = told(flags, command_line) and not told(["precision"], command_line)
-    given = told(flags, tokens)
-    if overrides_file or (given and namespace.precision == "auto"):
+    flags = {"bf16", "fp16"}
+    overrides_file = flags & of_line and "precision" not in of_line
+    if overrides_file or (flags & given and namespace.precision == "auto"):
         return False, None
     precision, is_measured, rates = namespace.precision, False, None
     if precision == "auto":
@@ -197,7 +194,7 @@ def _choose_precision(
             is_measured = is_on_cpu and precision == "bf16" and not needs_it
         if precision not in PRECISIONS:
             raise InputError(f"The launcher asks for mixed_precision {precision}: give --precision, which wins.")
-    for name in given:
+    for name in sorted(flags & given):
         if getattr(namespace, name) != (name == precision):
             raise InputError(f"--precision {precision} and --{name} contradict each other: leave one out.")
     namespace.bf16, namespace.fp16 = precision == "bf16", precision == "fp16"

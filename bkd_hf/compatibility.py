@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +14,16 @@ from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError
 from .machine import launcher_shards
-from .methods import DISTILLATION_LOSSES, PRIORS
+from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, PRIORS, Loss
+from .objective import Objective
 from .ranges import check_ranges
 from .text import one_line
 
-_Check = Callable[[bool, str, str], None]  # `require` of certain options
-
+#: The registries of losses, by the options that choose from them.
+LOSSES: dict[str, Mapping[str, Loss | None]] = {
+    "classification_loss": CLASSIFICATION_LOSSES,
+    "distillation_loss": DISTILLATION_LOSSES,
+}
 #: What `head` may be.
 HEADS = ("linear", "cosine")
 #: What `adapter` may be, beside `none`.
@@ -46,7 +52,7 @@ def require(options: Any, holds: bool, name: str, condition: str) -> None:
 
 
 def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
-    """Check the ranges of a `BKDConfig`, and that its options go together.
+    """Check the arguments of losses and the ranges of a `BKDConfig`, and that its options go together.
 
     Args:
         options: The `BKDConfig`.
@@ -55,11 +61,9 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     Raises:
         InputError: For the first that is out of its range, or does not go with another.
     """
+    _check_loss_arguments(options)
     check_ranges(options)
-
-    def check(holds: bool, name: str, condition: str) -> None:
-        require(options, holds, name, condition)
-
+    check = functools.partial(require, options)
     for name, choices in _CHOICES.items():
         check(getattr(options, name) in choices, name, f"one of {', '.join(choices)}")
     check(options.adapter in (None, *ADAPTERS), "adapter", f"none, {' or '.join(ADAPTERS)}")
@@ -71,8 +75,8 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     is_asked = options.deepspeed or launcher_shards("DEEPSPEED")
     is_there = not is_asked or importlib.util.find_spec("deepspeed") is not None
     check(is_there, "deepspeed", 'left out, or installed first: pip install "bkd_hf[deepspeed]"')
-    _check_losses(options, check, defaults)
-    _check_schedule(options, check)
+    _check_losses(options, defaults)
+    _check_schedule(options)
     check(
         options.sampler != "class_balanced" or options.train_sampling_strategy == "random",
         "train_sampling_strategy",
@@ -103,16 +107,40 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
     )
 
 
-def _check_losses(options: Any, check: _Check, defaults: Mapping[str, Any]) -> None:
+def _check_loss_arguments(options: Any) -> None:
+    """Check `…_loss_args` against the signature of the loss, which checks the values itself."""
+    for part, registry in LOSSES.items():
+        option, name = f"{part}_args", getattr(options, part)
+        given, loss = getattr(options, option), registry[name]
+        require(options, given is None or isinstance(given, dict), option, "a JSON object")
+        if not given:
+            continue
+        shared, arguments = ({}, {}) if loss is None else (loss.shared, loss.arguments)
+        known = [argument for argument in arguments if argument not in shared]
+        for argument in given:
+            if argument in shared:  # one way to say it, which all else looks at too
+                raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{shared[argument]}.")
+            if argument not in known:
+                takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                raise InputError(f"--{option}: --{part} {name} has no argument {argument!r}; {takes}.")
+        try:
+            Objective(options, [1, 1, 1], has_teacher=part == "distillation_loss").try_out(part)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"--{option} {json.dumps(given)}: {error}") from error
+
+
+def _check_losses(options: Any, defaults: Mapping[str, Any]) -> None:
+    check = functools.partial(require, options)
     power, tau = options.class_balance_power, options.logit_adjustment_tau
-    is_power = not isinstance(power, float) or 0 <= power < math.inf
+    is_power = 0 <= power < math.inf if isinstance(power, float) else power in ("auto", "measured")
     check(is_power, "class_balance_power", "a finite number ≥ 0, auto or measured")
     check(
         options.distillation_loss == "bkd" or power == defaults["class_balance_power"],
         "class_balance_power",
         f"left out: --distillation_loss {options.distillation_loss} has no class weights that it could be a power of",
     )
-    check(tau == "auto" or math.isfinite(tau), "logit_adjustment_tau", "a finite number, or auto")
+    is_tau = math.isfinite(tau) if isinstance(tau, float) else tau == "auto"
+    check(is_tau, "logit_adjustment_tau", "a finite number, or auto")
     check(
         tau != "auto" or options.distillation_loss == "bkd" or options.classification_loss != "logit_adjustment",
         "logit_adjustment_tau",
@@ -131,7 +159,8 @@ def _check_losses(options: Any, check: _Check, defaults: Mapping[str, Any]) -> N
     check(fits, "head_scale", "left out with ldam, whose --ldam_scale it is")
 
 
-def _check_schedule(options: Any, check: _Check) -> None:
+def _check_schedule(options: Any) -> None:
+    check = functools.partial(require, options)
     if options.lr_step_epochs is None:
         check(options.lr_step_factors is None, "lr_step_factors", "given together with --lr_step_epochs")
         check(options.lr_warmup_epochs == 0, "lr_warmup_epochs", "given together with --lr_step_epochs")
@@ -177,6 +206,18 @@ def check_streaming(options: Mapping[str, Any], training: Any) -> None:
         raise InputError("--accelerator_config: split_batches and dispatch_batches do not go with --streaming.")
 
 
+def check_precision(options: Any) -> None:
+    """Raise an `InputError` if the precision of a `BKDConfig`, whose device is known, cannot be had."""
+    if options.mixed_precision == "fp16" and options.device.type == "cpu":
+        raise InputError(
+            "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision bf16 or "
+            "fp32."
+        )
+    for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
+        fits = not getattr(options, f"{precision}_full_eval") or options.mixed_precision == precision
+        require(options, fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
+
+
 def find_accumulation(options: Any) -> int:
     """Return the `gradient_accumulation_steps` that make up the `global_batch_size` of a `BKDConfig`.
 
@@ -207,7 +248,7 @@ def find_accumulation(options: Any) -> int:
 
 
 def options_without_effect(
-    options: Any, defaults: Mapping[str, Any], users: Mapping[str, Mapping[str, tuple[str, ...]]]
+    options: Any, defaults: Mapping[str, Any], users: Mapping[str, Mapping[str, Collection[str]]]
 ) -> list[str]:
     """Return a line for each option of a `BKDConfig` that was given for nothing.
 
@@ -216,45 +257,31 @@ def options_without_effect(
         defaults: What its method says of the options that choose a method and its losses.
         users: Which choices of which part of the method look at an option, for options that not all look at.
     """
-    found: list[tuple[str, bool, str]] = [  # an option as given, whether it is so for nothing, and why
-        (
-            f"momentum {options.momentum}",
-            bool(options.momentum) and str(options.optim.value) != "sgd",
-            f"it belongs to --optim sgd, not {options.optim}",
-        ),
-        ("decay_all_parameters", options.decay_all_parameters and options.weight_decay == 0, "--weight_decay is 0"),
-        (
-            f"head_scale {options.head_scale or 0:g}",
-            options.head_scale is not None and options.cosine_scale is None,
-            "it belongs to --head cosine",
-        ),
-        (
-            "layer_decay",
-            options.layer_decay is not None and options.freeze_backbone,
-            "--freeze_backbone trains the head alone",
-        ),
-        *(
-            (name, getattr(options, name) is not None and options.adapter != "lora", "it belongs to --adapter lora")
-            for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules")
-        ),
-        (
-            f"teacher_cache_top_k {options.teacher_cache_top_k}",
-            options.teacher_cache == "off" and options.teacher_cache_top_k is not None,
-            "--teacher_cache is off",
-        ),
-        (
-            f"teacher_cache_dtype {options.teacher_cache_dtype}",
-            options.teacher_cache == "off" and options.teacher_cache_dtype != DTYPES[0],
-            "--teacher_cache is off",
-        ),
-    ]
+    messages: list[str] = []
+
+    def add(is_so: bool, given: str, why: str) -> None:
+        if is_so:
+            messages.append(f"--{given} has no effect: {why}.")
+
+    has_momentum = options.momentum != 0 and options.optim.value != "sgd"
+    add(has_momentum, f"momentum {options.momentum}", f"it belongs to --optim sgd, not {options.optim}")
+    add(options.decay_all_parameters and options.weight_decay == 0, "decay_all_parameters", "--weight_decay is 0")
+    has_scale = options.head_scale is not None and options.cosine_scale is None
+    add(has_scale, f"head_scale {options.head_scale or 0:g}", "it belongs to --head cosine")
+    has_decay = options.layer_decay is not None and options.freeze_backbone
+    add(has_decay, "layer_decay", "--freeze_backbone trains the head alone")
+    for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules"):
+        is_given = getattr(options, name) is not None
+        add(is_given and options.adapter != "lora", name, "it belongs to --adapter lora")
+    for name, default in (("teacher_cache_top_k", None), ("teacher_cache_dtype", DTYPES[0])):
+        value = getattr(options, name)
+        add(value != default and options.teacher_cache == "off", f"{name} {value}", "--teacher_cache is off")
     for name, used_by in users.items():
         value = getattr(options, name)
         is_used = any(getattr(options, part) in choices for part, choices in used_by.items())
         belongs_to = " or ".join(f"--{part} {'|'.join(choices)}" for part, choices in used_by.items())
         shown = value if value is None or isinstance(value, (str, bool)) else f"{value:g}"
-        found.append((f"{name} {shown}", value != defaults[name] and not is_used, f"it belongs to {belongs_to}"))
-    messages = [f"--{given} has no effect: {why}." for given, is_so, why in found if is_so]
+        add(value != defaults[name] and not is_used, f"{name} {shown}", f"it belongs to {belongs_to}")
     return [*messages, *_never_reached(options)]
 
 
@@ -262,17 +289,18 @@ def _never_reached(options: Any) -> list[str]:
     """What is to begin after the end of the training, or is overtaken by something else."""
     messages, epochs = [], math.inf if options.max_steps > 0 else options.num_train_epochs
     starts = {
-        "deferred_reweighting_start": options.deferred_reweighting_start
-        if options.distillation_loss == "bkd"
-        else None,
-        "class_weighting_start": options.class_weighting_start if options.class_weighting == "drw" else None,
+        "deferred_reweighting_start": options.distillation_loss == "bkd",
+        "class_weighting_start": options.class_weighting == "drw",
     }
-    for name, start in starts.items():
-        if start is not None and options.class_balance_beta == 0:
+    for name, is_used in starts.items():
+        start = getattr(options, name)
+        if not is_used or start is None:
+            continue
+        if options.class_balance_beta == 0:
             messages.append(
                 f"--{name} {start:g} has no effect: with --class_balance_beta 0 the weights are uniform all the time."
             )
-        elif start is not None and start >= max(1, epochs):
+        elif start >= max(1, epochs):
             messages.append(
                 f"--{name} {start:g} is never reached: training ends after {epochs:g} epochs, with uniform weights "
                 "throughout."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar
@@ -12,7 +13,15 @@ from typing import Annotated, Any, ClassVar
 from transformers import TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 
-from .compatibility import DTYPES, check_together, find_accumulation, options_without_effect, require
+from .compatibility import (
+    DTYPES,
+    LOSSES,
+    check_precision,
+    check_together,
+    find_accumulation,
+    options_without_effect,
+    require,
+)
 from .errors import InputError
 from .machine import join_process_group
 from .methods import (
@@ -23,15 +32,9 @@ from .methods import (
     METHODS,
     SAMPLERS,
     STUDENT_INITS,
-    Loss,
 )
-from .objective import Objective
 from .text import one_line
 
-_REGISTRIES: dict[str, Mapping[str, Loss | None]] = {
-    "classification_loss": CLASSIFICATION_LOSSES,
-    "distillation_loss": DISTILLATION_LOSSES,
-}
 _PARTS: dict[str, Collection[str]] = {
     "classification_loss": CLASSIFICATION_LOSSES,  # what a user adds is a choice too
     "class_weighting": CLASS_WEIGHTINGS,
@@ -44,31 +47,24 @@ _PARTS: dict[str, Collection[str]] = {
 UNTOLD: ContextVar[frozenset[str]] = ContextVar("UNTOLD", default=frozenset())
 #: s of a cosine head, rank of LoRA and views of augmented images where nothing is said.
 HEAD_SCALE, ADAPTER_RANK, DEFAULT_VIEWS = 30.0, 8, 16
-_INHERITED = {f.name for f in fields(TrainingArguments)}
-# How a training is looked at and kept, which changes nothing in it; and when, unless something is chosen by that.
-_WATCHING = (
-    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
-    "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
-    "batch_eval_metrics", "include_for_metrics", "include_num_input_tokens_seen", "torch_empty_cache_steps",
-    "save_only_model", "save_on_each_node",
-)  # fmt: skip
-_WATCHING_TIMES = (
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
-    "metric_for_best_model", "greater_is_better",
-)  # fmt: skip
 #: How a global batch is cut: what counts is its size.
 BATCH_CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 #: Of the options that hold dictionaries, those that may name a JSON file instead.
 _MAY_BE_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
-def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field of a dataclass that is an option; metadata as `HfArgumentParser` reads it."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def _find_users() -> dict[str, dict[str, list[str]]]:
     """Which choices look at an option, by what the losses' functions take; the rest of the options hold for all."""
-    users: dict[str, dict[str, tuple[str, ...]]] = {
-        "class_balance_beta": {"class_weighting": ("reweight", "drw")},
-        "class_weighting_start": {"class_weighting": ("drw",)},
+    users: dict[str, dict[str, list[str]]] = {
+        "class_balance_beta": {"class_weighting": ["reweight", "drw"]},
+        "class_weighting_start": {"class_weighting": ["drw"]},
     }
-    for part, registry in _REGISTRIES.items():
+    for part, registry in LOSSES.items():
         for name, loss in registry.items():
             if loss is None:
                 continue
@@ -77,20 +73,19 @@ def _find_users() -> dict[str, dict[str, tuple[str, ...]]]:
                 options.append("distillation_weight")
             if part == "distillation_loss" and loss.needs("class_weights"):
                 options += ["class_balance_beta", "deferred_reweighting_start", "distillation_prior"]
-            for option in options:
-                of_part = users.setdefault(option, {})
-                of_part[part] = (*of_part.get(part, ()), name)
-    return {f.name: users[f.name] for f in fields(BKDConfig) if f.name in users and f.name not in _INHERITED}
+            for used in options:
+                users.setdefault(used, {}).setdefault(part, []).append(name)
+    return {name: users[name] for name in BKDConfig.__annotations__ if name in users}  # its own, in their order
 
 
 def option_is_used(name: str, choices: Mapping[str, Any]) -> bool:
     """Whether the losses, weights and sampler of these choices look at an option."""
-    return any(choices.get(part) in users for part, users in _USED_BY.get(name, {}).items())
+    return any(choices.get(part) in users for part, users in USED_BY.get(name, {}).items())
 
 
 def used_by(part: str, choices: Mapping[str, Any]) -> list[str]:
     """Options that the choice for a part of the method (such as `"distillation_loss"`) looks at."""
-    return [name for name, parts in _USED_BY.items() if choices.get(part) in parts.get(part, ())]
+    return [name for name, parts in USED_BY.items() if choices.get(part) in parts.get(part, ())]
 
 
 @dataclass
@@ -120,274 +115,198 @@ class BKDConfig(TrainingArguments):
         UserWarning: If an option has no effect.
     """
 
-    method: str = field(
-        default="bkd",
-        metadata={
-            "help": f"Preset of the four options that follow: {', '.join(METHODS)}. Explicit options win over it."
-        },
+    method: str = option(
+        "bkd", f"Preset of the four options that follow: {', '.join(METHODS)}. Explicit options win over it."
     )
-    classification_loss: str | None = field(
-        default=None, metadata={"help": f"{', '.join(CLASSIFICATION_LOSSES)}; not given: as --method says."}
+    classification_loss: str | None = option(None, f"{', '.join(CLASSIFICATION_LOSSES)}; not given: as --method says.")
+    class_weighting: str | None = option(
+        None,
+        "Class weights in the classification loss: none, reweight (effective number), drw (deferred to "
+        "class_weighting_start); not given: as --method says.",
     )
-    class_weighting: str | None = field(
-        default=None,
-        metadata={
-            "help": "Class weights in the classification loss: none, reweight (effective number), drw (deferred to "
-            "class_weighting_start); not given: as --method says."
-        },
+    distillation_loss: Annotated[str | None, "student"] = option(
+        None, f"{', '.join(DISTILLATION_LOSSES)}; not given: as --method says."
     )
-    distillation_loss: Annotated[str | None, "student"] = field(
-        default=None, metadata={"help": f"{', '.join(DISTILLATION_LOSSES)}; not given: as --method says."}
+    sampler: str | None = option(
+        None,
+        "instance (each image once an epoch) or class_balanced (each class equally often); not given: as --method "
+        "says.",
     )
-    sampler: str | None = field(
-        default=None,
-        metadata={
-            "help": "instance (each image once an epoch) or class_balanced (each class equally often); not given: as "
-            "--method says."
-        },
+    student_init: Annotated[str | None, "student"] = option(
+        None,
+        "What the student starts from: model (the weights of --model_name_or_path), teacher (the teacher's, without "
+        "the class frequencies if labels or targets leave them out), or auto (the teacher's if both are alike, see "
+        "the same pixels, and class_balance_power is below 1: a teacher that is less sure of its training images has "
+        "more to learn); not given: as --method says.",
     )
-    student_init: Annotated[str | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "What the student starts from: model (the weights of --model_name_or_path), teacher (the "
-            "teacher's, without the class frequencies if labels or targets leave them out), or auto (the "
-            "teacher's if both are alike, see the same pixels, and class_balance_power is below 1: a teacher that is "
-            "less sure of its training images has more to learn); not given: as --method says."
-        },
+    head_bias: Annotated[str | None, "student"] = option(
+        None,
+        "The bias of the trained student's head: learned, balanced (fitted again, alone, to training images when the "
+        "training is over, each class counting the same), or auto (balanced if there is a teacher, "
+        "class_balance_power is below 1, and a class is answered over 3 times as often as it occurs); not given: as "
+        "--method says.",
     )
-    head_bias: Annotated[str | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "The bias of the trained student's head: learned, balanced (fitted again, alone, to training "
-            "images when the training is over, each class counting the same), or auto (balanced if there is a "
-            "teacher, class_balance_power is below 1, and a class is answered over 3 times as often as it occurs); "
-            "not given: as --method says."
-        },
+    classification_loss_args: str | None = option(
+        None, "Arguments of the classification loss, a JSON object, e.g. '{\"gamma\": 2}' for focal."
     )
-    classification_loss_args: str | None = field(
-        default=None,
-        metadata={"help": "Arguments of the classification loss, a JSON object, e.g. '{\"gamma\": 2}' for focal."},
+    distillation_loss_args: Annotated[str | None, "student"] = option(
+        None, "Arguments of the distillation loss, a JSON object, e.g. '{\"beta\": 2}' for dkd."
     )
-    distillation_loss_args: Annotated[str | None, "student"] = field(
-        default=None,
-        metadata={"help": "Arguments of the distillation loss, a JSON object, e.g. '{\"beta\": 2}' for dkd."},
+    temperature: Annotated[float, "student"] = option(
+        2.0, "T > 0 of kd and bkd: softens both distributions; raising it also strengthens the rebalancing."
     )
-    temperature: Annotated[float, "student"] = field(
-        default=2.0,
-        metadata={
-            "help": "T > 0 of kd and bkd: softens both distributions; raising it also strengthens the rebalancing."
-        },
+    distillation_weight: Annotated[float, "student"] = option(
+        1.0,
+        "α ≥ 0 of kd and bkd: weight of the distillation loss beside the classification loss.",
+        aliases=["--alpha"],
     )
-    distillation_weight: Annotated[float, "student"] = field(
-        default=1.0,
-        metadata={
-            "help": "α ≥ 0 of kd and bkd: weight of the distillation loss beside the classification loss.",
-            "aliases": ["--alpha"],
-        },
+    class_balance_beta: float = option(
+        0.9999,
+        "β in [0, 1) of the class weights (1-β)/(1-β^n), wherever there are any: 0 gives uniform weights, → 1 the "
+        "inverse class frequency.",
+        aliases=["--beta"],
     )
-    class_balance_beta: float = field(
-        default=0.9999,
-        metadata={
-            "help": "β in [0, 1) of the class weights (1-β)/(1-β^n), wherever there are any: 0 gives uniform weights, "
-            "→ 1 the inverse class frequency.",
-            "aliases": ["--beta"],
-        },
+    empty_classes: str = option(
+        "error",
+        "A class without a training image, where a loss or its weights need their number: error, or clamp (it counts "
+        "as one).",
     )
-    empty_classes: str = field(
-        default="error",
-        metadata={
-            "help": "A class without a training image, where a loss or its weights need their number: error, or clamp "
-            "(it counts as one)."
-        },
+    class_balance_power: Annotated[str | None, "student"] = option(
+        None,
+        "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; auto for "
+        "1/T, which takes the class frequencies out once; or measured, the largest in [1/T, 1] at which the targets "
+        "keep 19 of 20 right answers of the teacher about training images. Not given: as --method says, for bkd 1.",
     )
-    class_balance_power: Annotated[str | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; "
-            "auto for 1/T, which takes the class frequencies out once; or measured, the largest in [1/T, 1] at which "
-            "the targets keep 19 of 20 right answers of the teacher about training images. Not given: as --method "
-            "says, for bkd 1."
-        },
+    distillation_prior: Annotated[str, "student"] = option(
+        "auto",
+        "The class frequencies that bkd takes out of the targets: counts (those of the training images), or teacher "
+        "(as far as its answers about training images still hold them: for a teacher whose training balanced them "
+        "already). auto: teacher, if the teacher was trained here, or left its run, by a method that balances them; "
+        "else counts.",
     )
-    distillation_prior: Annotated[str, "student"] = field(
-        default="auto",
-        metadata={
-            "help": "The class frequencies that bkd takes out of the targets: counts (those of the training images), "
-            "or teacher (as far as its answers about training images still hold them: for a teacher whose "
-            "training balanced them already). auto: teacher, if the teacher was trained here, or left its run, by a "
-            "method that balances them; else counts."
-        },
+    logit_standardization: Annotated[bool, "student"] = option(
+        False,
+        "Have kd and bkd compare logits of mean 0 and standard deviation 1 (Sun et al., 2024): the student need not "
+        "reach the size of the teacher's.",
     )
-    logit_standardization: Annotated[bool, "student"] = field(
-        default=False,
-        metadata={
-            "help": "Have kd and bkd compare logits of mean 0 and standard deviation 1 (Sun et al., 2024): the "
-            "student need not reach the size of the teacher's."
-        },
+    deferred_reweighting_start: Annotated[float | None, "student"] = option(
+        None,
+        "Class weights in the distillation loss are uniform until this epoch (≥ 1), or this fraction of training "
+        "(below 1), and class-balanced from then on. Not given: as --method says, for bkd from the first step, for "
+        "bkd-drw from 0.8.",
     )
-    deferred_reweighting_start: Annotated[float | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "Class weights in the distillation loss are uniform until this epoch (≥ 1), or this fraction of "
-            "training (below 1), and class-balanced from then on. Not given: as --method says, for bkd from the first "
-            "step, for bkd-drw from 0.8."
-        },
+    class_weighting_start: float = option(
+        0.8, "Epoch (≥ 1), or fraction of training (below 1), from which --class_weighting drw weighs."
     )
-    class_weighting_start: float = field(
-        default=0.8,
-        metadata={"help": "Epoch (≥ 1), or fraction of training (below 1), from which --class_weighting drw weighs."},
+    focal_gamma: float = option(1.0, "γ ≥ 0 of focal.")
+    ldam_max_margin: float = option(0.5, "Margin of the rarest class in ldam, a cosine.")
+    ldam_scale: float = option(30.0, "s > 0 of ldam: the logits are s times a cosine.")
+    logit_adjustment_tau: str | None = option(
+        None,
+        "τ of logit_adjustment: a number, or auto for 2 - class_balance_power·T, at least 0: labels and targets, "
+        "which ask for one thing each, then ask for balanced answers on average. Not given: as --method says, 1.",
     )
-    focal_gamma: float = field(default=1.0, metadata={"help": "γ ≥ 0 of focal."})
-    ldam_max_margin: float = field(default=0.5, metadata={"help": "Margin of the rarest class in ldam, a cosine."})
-    ldam_scale: float = field(default=30.0, metadata={"help": "s > 0 of ldam: the logits are s times a cosine."})
-    logit_adjustment_tau: str | None = field(
-        default=None,
-        metadata={
-            "help": "τ of logit_adjustment: a number, or auto for 2 - class_balance_power·T, at least 0: labels and "
-            "targets, which ask for one thing each, then ask for balanced answers on average. Not given: as --method "
-            "says, 1."
-        },
+    dive_temperature: Annotated[float, "student"] = option(2.0, "T > 0 of dive.")
+    dive_alpha: Annotated[float, "student"] = option(
+        0.5, "α in [0, 1] of dive: weight of distillation; the rest is balanced softmax."
     )
-    dive_temperature: Annotated[float, "student"] = field(default=2.0, metadata={"help": "T > 0 of dive."})
-    dive_alpha: Annotated[float, "student"] = field(
-        default=0.5,
-        metadata={"help": "α in [0, 1] of dive: weight of distillation; the rest is balanced softmax."},
+    dive_power: Annotated[float, "student"] = option(0.5, "Power > 0 of the teacher's probabilities in dive.")
+    dkd_temperature: Annotated[float, "student"] = option(4.0, "T > 0 of dkd.")
+    dkd_alpha: Annotated[float, "student"] = option(1.0, "α ≥ 0 of dkd: weight of the target class.")
+    dkd_beta: Annotated[float, "student"] = option(8.0, "β ≥ 0 of dkd: weight of the non-target classes.")
+    dkd_warmup_epochs: Annotated[int, "student"] = option(
+        20, "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."
     )
-    dive_power: Annotated[float, "student"] = field(
-        default=0.5, metadata={"help": "Power > 0 of the teacher's probabilities in dive."}
+    global_batch_size: int | None = option(
+        None,
+        "Images in an optimizer step: per_device_train_batch_size × processes × gradient_accumulation_steps, of "
+        "which the last is chosen to fit. A run continues with another number of processes if this stays as it was. "
+        "Not given: the product of the three.",
     )
-    dkd_temperature: Annotated[float, "student"] = field(default=4.0, metadata={"help": "T > 0 of dkd."})
-    dkd_alpha: Annotated[float, "student"] = field(
-        default=1.0, metadata={"help": "α ≥ 0 of dkd: weight of the target class."}
+    momentum: float = option(0.0, "Momentum of --optim sgd (without Nesterov), in [0, 1).")
+    decay_all_parameters: bool = option(
+        False,
+        "Apply weight_decay to all parameters, biases and normalisation layers too, as published long-tail recipes "
+        "do.",
     )
-    dkd_beta: Annotated[float, "student"] = field(
-        default=8.0, metadata={"help": "β ≥ 0 of dkd: weight of the non-target classes."}
+    ema_decay: float | None = option(
+        None,
+        "Measure, save and publish the exponential moving average of the weights, with this decay a step, e.g. 0.999 "
+        "(less in the first steps), instead of the last weights; not given: no average.",
     )
-    dkd_warmup_epochs: Annotated[int, "student"] = field(
-        default=20, metadata={"help": "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."}
+    freeze_backbone: bool = option(False, "Train the head alone; everything below it keeps its weights.")
+    adapter: str | None = option(
+        None,
+        "Train few weights of a pretrained model, and its head: lora (low-rank updates of its layers, Hu et al., "
+        "2021, which are part of the weights when it is saved; needs peft), bitfit (biases and normalisation layers, "
+        "Ben Zaken et al., 2021), or none. Not given: none, all weights are trained.",
     )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Images in an optimizer step: per_device_train_batch_size × processes × "
-            "gradient_accumulation_steps, of which the last is chosen to fit. A run continues with another number of "
-            "processes if this stays as it was. Not given: the product of the three."
-        },
+    adapter_rank: int | None = option(None, f"Rank r ≥ 1 of the updates of --adapter lora. Not given: {ADAPTER_RANK}.")
+    adapter_alpha: float | None = option(
+        None, "α > 0 of --adapter lora, whose updates are α/r · B A. Not given: twice the rank."
     )
-    momentum: float = field(default=0.0, metadata={"help": "Momentum of --optim sgd (without Nesterov), in [0, 1)."})
-    decay_all_parameters: bool = field(
-        default=False,
-        metadata={
-            "help": "Apply weight_decay to all parameters, biases and normalisation layers too, as published "
-            "long-tail recipes do."
-        },
+    adapter_target_modules: list[str] | None = option(
+        None,
+        "Layers that --adapter lora updates, by the ends of their names, e.g. query value. Not given: all linear "
+        "layers, or all convolutions without groups, whichever hold more weights; never the head.",
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Measure, save and publish the exponential moving average of the weights, with this decay a step, "
-            "e.g. 0.999 (less in the first steps), instead of the last weights; not given: no average."
-        },
+    head_learning_rate: float | None = option(
+        None, "Learning rate of the head; not given: learning_rate, as for the rest."
     )
-    freeze_backbone: bool = field(
-        default=False, metadata={"help": "Train the head alone; everything below it keeps its weights."}
+    layer_decay: float | None = option(
+        None,
+        "Layer-wise learning-rate decay in (0, 1] (Bao et al., 2021): a block's rate is learning_rate times this to "
+        "the power of 1 + the number of blocks above it, e.g. 0.75; embeddings lie below the first block, the head "
+        "has the full rate, or its own. Not given: one rate for all.",
     )
-    adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Train few weights of a pretrained model, and its head: lora (low-rank updates of its layers, Hu "
-            "et al., 2021, which are part of the weights when it is saved; needs peft), bitfit (biases and "
-            "normalisation layers, Ben Zaken et al., 2021), or none. Not given: none, all weights are trained."
-        },
+    head: str | None = option(
+        None,
+        "linear, or cosine: the logits are head_scale · cos(features, class vector), without a bias. Not given: "
+        "cosine for ldam, which needs it, else the model's own.",
     )
-    adapter_rank: int | None = field(
-        default=None, metadata={"help": f"Rank r ≥ 1 of the updates of --adapter lora. Not given: {ADAPTER_RANK}."}
+    head_scale: float | None = option(
+        None, f"s > 0 of --head cosine. Not given: {HEAD_SCALE:g}, with ldam --ldam_scale."
     )
-    adapter_alpha: float | None = field(
-        default=None,
-        metadata={"help": "α > 0 of --adapter lora, whose updates are α/r · B A. Not given: twice the rank."},
+    head_init: str = option(
+        "random",
+        "How the head starts: random (as the model is loaded), or class_mean (the vector of a class is the "
+        "normalised mean of the features of its training images; Shi et al., 2024).",
     )
-    adapter_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Layers that --adapter lora updates, by the ends of their names, e.g. query value. Not given: all "
-            "linear layers, or all convolutions without groups, whichever hold more weights; never the head."
-        },
+    feature_cache: Annotated[str, "path"] = option(
+        "off",
+        "With freeze_backbone: compute the features that come into the head once, and train the head on them: off, "
+        "the folder to keep them in, or auto (a folder beside the caches of the Hub). For images that are not "
+        "augmented, or have teacher_cache_views.",
     )
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the head; not given: learning_rate, as for the rest."}
+    teacher_cache: Annotated[str, "path", "student"] = option(
+        "off",
+        "Compute the teacher's logits once, and read them ever after: off, the folder to keep them in, or auto (a "
+        "folder beside the caches of the Hub; without a cache where there can be none). One process of each machine "
+        "writes the files, and all of it map them: name a local disk, on NFS each page is sent.",
     )
-    layer_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Layer-wise learning-rate decay in (0, 1] (Bao et al., 2021): a block's rate is learning_rate "
-            "times this to the power of 1 + the number of blocks above it, e.g. 0.75; embeddings lie below the first "
-            "block, the head has the full rate, or its own. Not given: one rate for all."
-        },
+    teacher_cache_views: Annotated[int | None, "student"] = option(
+        None,
+        "Number of views K: the augmentation of an epoch is that of epoch mod K. Not given: with a cache "
+        f"1 for images that are not augmented and {DEFAULT_VIEWS} for others, without a cache every epoch has "
+        "its own.",
     )
-    head: str | None = field(
-        default=None,
-        metadata={
-            "help": "linear, or cosine: the logits are head_scale · cos(features, class vector), without a bias. Not "
-            "given: cosine for ldam, which needs it, else the model's own."
-        },
+    teacher_cache_dtype: Annotated[str, "student"] = option(
+        "float16", f"How cached logits are stored: {' or '.join(DTYPES)}."
     )
-    head_scale: float | None = field(
-        default=None, metadata={"help": f"s > 0 of --head cosine. Not given: {HEAD_SCALE:g}, with ldam --ldam_scale."}
+    teacher_cache_top_k: Annotated[int | None, "student"] = option(
+        None,
+        "Keep an image's k best classes, and the mass of all others, in the cache of teacher_cache, e.g. 32: "
+        "iNaturalist 2018 takes 1 GB, not 114. For kd and bkd, which then learn how much mass the others have in the "
+        "target, and not how it is divided (bkd_hf/top_k.py). Not given: all classes.",
     )
-    head_init: str = field(
-        default="random",
-        metadata={
-            "help": "How the head starts: random (as the model is loaded), or class_mean (the vector of a class is "
-            "the normalised mean of the features of its training images; Shi et al., 2024)."
-        },
+    lr_step_epochs: list[int] | None = option(
+        None, "Step-decay schedule: epochs (counted from 0) from which lr_step_factors hold."
     )
-    feature_cache: Annotated[str, "path"] = field(
-        default="off",
-        metadata={
-            "help": "With freeze_backbone: compute the features that come into the head once, and train the head on "
-            "them: off, the folder to keep them in, or auto (a folder beside the caches of the Hub). For images that "
-            "are not augmented, or have teacher_cache_views."
-        },
+    lr_step_factors: list[float] | None = option(
+        None, "Step-decay schedule: factors of the *initial* learning rate, one per lr_step_epochs."
     )
-    teacher_cache: Annotated[str, "path", "student"] = field(
-        default="off",
-        metadata={
-            "help": "Compute the teacher's logits once, and read them ever after: off, the folder to keep them in, or "
-            "auto (a folder beside the caches of the Hub; without a cache where there can be none). One process of "
-            "each machine writes the files, and all of it map them: name a local disk, on NFS each page is sent."
-        },
-    )
-    teacher_cache_views: Annotated[int | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "Number of views K: the augmentation of an epoch is that of epoch mod K. Not given: with a cache "
-            f"1 for images that are not augmented and {DEFAULT_VIEWS} for others, without a cache every epoch has "
-            "its own."
-        },
-    )
-    teacher_cache_dtype: Annotated[str, "student"] = field(
-        default="float16", metadata={"help": f"How cached logits are stored: {' or '.join(DTYPES)}."}
-    )
-    teacher_cache_top_k: Annotated[int | None, "student"] = field(
-        default=None,
-        metadata={
-            "help": "Keep an image's k best classes, and the mass of all others, in the cache of teacher_cache, e.g. "
-            "32: iNaturalist 2018 takes 1 GB, not 114. For kd and bkd, which then learn how much mass the others have "
-            "in the target, and not how it is divided (bkd_hf/top_k.py). Not given: all classes."
-        },
-    )
-    lr_step_epochs: list[int] | None = field(
-        default=None,
-        metadata={"help": "Step-decay schedule: epochs (counted from 0) from which lr_step_factors hold."},
-    )
-    lr_step_factors: list[float] | None = field(
-        default=None,
-        metadata={"help": "Step-decay schedule: factors of the *initial* learning rate, one per lr_step_epochs."},
-    )
-    lr_warmup_epochs: int = field(
-        default=0,
-        metadata={"help": "Step-decay schedule: the first n epochs run at 1/n, 2/n, … of the learning rate."},
+    lr_warmup_epochs: int = option(
+        0, "Step-decay schedule: the first n epochs run at 1/n, 2/n, … of the learning rate."
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -403,15 +322,8 @@ class BKDConfig(TrainingArguments):
         unset_hf_deepspeed_config()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = find_accumulation(self)
-        if self.mixed_precision == "fp16" and self.device.type == "cpu":
-            raise InputError(
-                "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision "
-                "bf16 or fp32."
-            )
-        for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
-            fits = not getattr(self, f"{precision}_full_eval") or self.mixed_precision == precision
-            require(self, fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
-        for message in options_without_effect(self, method_defaults(self.method), _USED_BY):
+        check_precision(self)
+        for message in options_without_effect(self, method_defaults(self.method), USED_BY):
             if " has no effect" not in message or message.split(" ")[0].removeprefix("--") not in UNTOLD.get():
                 warnings.warn(message, UserWarning, stacklevel=3)
 
@@ -426,7 +338,7 @@ class BKDConfig(TrainingArguments):
         changed = [
             f"{name} {getattr(self, name)}".removesuffix(".0")
             for name in METHOD_OPTIONS
-            if getattr(self, name) != defaults[name] and (name not in _USED_BY or self._is_used(name))
+            if getattr(self, name) != defaults[name] and (name not in USED_BY or option_is_used(name, vars(self)))
         ]
         return f"{self.method} ({', '.join(changed)})" if changed else self.method
 
@@ -435,24 +347,6 @@ class BKDConfig(TrainingArguments):
         per_process = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return self.global_batch_size or per_process * num_processes
 
-    def options_in_use(self, num_processes: int | None = None) -> dict[str, Any]:
-        """All options, with those that the method does not look at as if they were not given; `None`: no influence.
-
-        Of the global batch its size counts, not how it is cut.
-
-        Args:
-            num_processes: As many as there are, if not given.
-        """
-        defaults = method_defaults(self.method)
-        unused = {name: defaults[name] for name in _USED_BY if not self._is_used(name)}
-        # Where the cache lies has no influence, whether there is one may move the last digits.
-        names = ("teacher_cache", "feature_cache")
-        cache = {name: "off" if getattr(self, name) == "off" else "on" for name in names}
-        chooses = self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        without = (*_WATCHING, *(() if chooses else _WATCHING_TIMES), *BATCH_CUT)
-        batch = {"global_batch_size": self.images_in_step(num_processes or self.world_size)}
-        return {**self.to_dict(), **unused, **cache, **dict.fromkeys(without), **batch}
-
     def loss_arguments(self, part: str) -> dict[str, Any]:
         """Values of the arguments of the chosen loss that are options, some still `auto` or `measured`.
 
@@ -460,11 +354,12 @@ class BKDConfig(TrainingArguments):
             part: `"classification_loss"` or `"distillation_loss"`.
         """
         name, given = getattr(self, part), getattr(self, f"{part}_args") or {}
-        loss = _REGISTRIES[part][name]
-        found = {} if loss is None else loss.arguments
+        loss = LOSSES[part][name]
+        if loss is None:
+            return {}
         return {
-            argument: given.get(argument, getattr(self, loss.option(name, argument), default))  # type: ignore[union-attr]
-            for argument, default in found.items()
+            argument: given.get(argument, getattr(self, loss.option(name, argument), default))
+            for argument, default in loss.arguments.items()
         }
 
     @property
@@ -499,15 +394,9 @@ class BKDConfig(TrainingArguments):
             setattr(self, name, preset[name])
         for name, choices in _PARTS.items():
             require(self, getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
-        for name, words, condition in (
-            ("class_balance_power", ("auto", "measured"), "a finite number ≥ 0, auto or measured"),
-            ("logit_adjustment_tau", ("auto",), "a finite number, or auto"),
-        ):
-            if getattr(self, name) not in words:
-                try:
-                    setattr(self, name, float(getattr(self, name)))
-                except ValueError:
-                    require(self, False, name, condition)
+        for name in ("class_balance_power", "logit_adjustment_tau"):
+            with suppress(ValueError):  # a word, which is checked with the rest
+                setattr(self, name, float(getattr(self, name)))
 
     def _check(self) -> None:
         if self.adapter == "none":  # so that a command line can take back what a file says
@@ -524,36 +413,13 @@ class BKDConfig(TrainingArguments):
                 require(self, isinstance(found, dict), name, "a JSON object")
                 # transformers reads its own by itself, where numbers may be in quotes.
                 setattr(self, name, value.strip() if name in TrainingArguments._VALID_DICT_FIELDS else found)
-        self._check_loss_arguments()
         check_together(self, method_defaults(self.method))
 
-    def _check_loss_arguments(self) -> None:
-        """Check `…_loss_args` against the signature of the loss, which checks the values itself."""
-        for part, registry in _REGISTRIES.items():
-            option, name = f"{part}_args", getattr(self, part)
-            given, loss = getattr(self, option), registry[name]
-            require(self, given is None or isinstance(given, dict), option, "a JSON object")
-            if not given:
-                continue
-            for argument in given:
-                if loss is not None and argument in loss.shared:  # one way to say it, which all else looks at too
-                    raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{loss.shared[argument]}.")
-            known = [] if loss is None else [argument for argument in loss.arguments if argument not in loss.shared]
-            if unknown := [argument for argument in given if argument not in known]:
-                takes = f"it takes {', '.join(known)}" if known else "it takes none"
-                raise InputError(f"--{option}: --{part} {name} has no argument {unknown[0]!r}; {takes}.")
-            try:
-                Objective(self, [1, 1, 1], has_teacher=part == "distillation_loss").try_out(part)
-            except (TypeError, ValueError) as error:
-                raise InputError(f"--{option} {json.dumps(given)}: {error}") from error
 
-    def _is_used(self, name: str) -> bool:
-        return option_is_used(name, vars(self))
-
-
-_USED_BY = _find_users()
+#: By option, which choices for which parts of the method look at it; those that are not here hold for all.
+USED_BY = _find_users()
 #: Options that choose a method and its losses.
-METHOD_OPTIONS = ("method", *_PARTS, "classification_loss_args", "distillation_loss_args", *_USED_BY)
+METHOD_OPTIONS = ("method", *_PARTS, "classification_loss_args", "distillation_loss_args", *USED_BY)
 
 
 def method_defaults(method: str) -> dict[str, Any]:

@@ -76,11 +76,8 @@ def try_json(path: Path) -> dict[str, Any] | None:
 
 def hash_of(path: Path) -> str:
     """Hash of a file's content, 32 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def why_broken(path: Path) -> str | None:

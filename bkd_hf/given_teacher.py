@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from .inputs import Inputs, long_tail_evaluation
 from .methods import METHODS, corrects
 from .models import prefer_channels_last
 from .options import ModelArguments, RunArguments
+from .reading import read_option_file
 from .results import RESULTS_NAME, describe_model, load_results
 from .teacher import FrozenTeacher, align_labels, beats_guessing, load_teacher, teacher_label_names
 from .text import quoted
@@ -36,6 +38,21 @@ class Match:
         """Say which classes it lacks."""
         missing = [name for name, column in zip(class_names, self.columns, strict=True) if column is None]
         return f"has no output for {len(missing)} of {len(class_names)} classes: {quoted(missing, 20)}"
+
+
+def read_label_map(path: str | None) -> dict[str, str | int]:
+    """Content of `--teacher_label_map`; empty if it is not given."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads(read_option_file("teacher_label_map", path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
+    if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
+        raise InputError(
+            f'--teacher_label_map {path}: expected {{"name in the data": "name (or number) of the teacher", …}}.'
+        )
+    return content
 
 
 def match_teacher(arguments: RunArguments, class_names: list[str]) -> Match:
@@ -63,7 +80,7 @@ def match_teacher(arguments: RunArguments, class_names: list[str]) -> Match:
                 "--finetune_teacher."
             )
         return Match(list(range(names)))
-    columns = align_labels(names, class_names, options.read_teacher_label_map())
+    columns = align_labels(names, class_names, read_label_map(options.teacher_label_map))
     match = Match(columns)
     if not any(column is not None for column in columns):
         return Match(why_trained=f"its head is for other classes ({quoted(names, 3)})")

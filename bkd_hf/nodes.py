@@ -118,7 +118,7 @@ def send_folder(folder: Path, run_folder: Path) -> None:
             path = files.enter_context(replacing(folder / name)) if receives else os.devnull
             target = files.enter_context(open(path, "wb"))
             source: Any = files.enter_context(open(folder / name if state.is_main_process else os.devnull, "rb"))
-            for part in iter(functools.partial(on_main_process, functools.partial(source.read, _PART)), b""):
+            while part := on_main_process(functools.partial(source.read, _PART)):
                 target.write(part)
     state.wait_for_everyone()
 

@@ -6,7 +6,6 @@ The options of the training itself are those of [`BKDConfig`].
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 
 from .augmentations import AUGMENTATIONS
 from .compatibility import check_streaming
-from .config import METHOD_OPTIONS, UNTOLD, BKDConfig
+from .config import METHOD_OPTIONS, UNTOLD, BKDConfig, option
 from .data import PROFILES
 from .errors import InputError
 from .images import CACHE_IMAGES
@@ -32,15 +31,10 @@ from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, check_shot_thresho
 from .models import FRESH_IMAGE_SIZE, bert_shape, cifar_resnet_depth
 from .operations import OPERATIONS
 from .ranges import check_choice, check_ranges, defaults_of, explain
-from .reading import read_option_file
 from .tasks import DEFAULT_TASK, TASKS, check_task, fresh_task
 
 #: The Hub's name for a licence that nobody has chosen.
 UNKNOWN_LICENSE = "unknown"
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 # ---- The options --------------------------------------------------------------------------------------------------
@@ -52,53 +46,53 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "models"
 
-    model_name_or_path: str = _option(
+    model_name_or_path: str = option(
         "cifar-resnet-32",
         "Student: a Hub id, a folder, or cifar-resnet-8|20|32|44|56|110 (texts: bert-LAYERSxWIDTH) for fresh weights.",
     )
-    teacher_model_name_or_path: Annotated[str | None, "student"] = _option(
+    teacher_model_name_or_path: Annotated[str | None, "student"] = option(
         None,
         "Teacher: a Hub id or a folder. Its classes are matched with those of the data by name; if it is for other "
         "classes, it is fine-tuned first. Not given, or cifar-resnet-…, bert-…: a vanilla teacher (as the student, or "
         "of that size) is trained first. A teacher trained here is kept in OUTPUT_DIR/teacher.",
     )
-    teacher_label_map: Annotated[str | None, "path", "student"] = _option(
+    teacher_label_map: Annotated[str | None, "path", "student"] = option(
         None, "JSON file for renamed classes: {name in the data: the teacher's name or number for it}."
     )
-    assume_label_order: Annotated[bool, "student"] = _option(
+    assume_label_order: Annotated[bool, "student"] = option(
         False, "The outputs of a teacher without class names (LABEL_0, …) are in the data's order."
     )
-    allow_partial_teacher: Annotated[bool, "student"] = _option(
+    allow_partial_teacher: Annotated[bool, "student"] = option(
         False, "Go on if the teacher lacks some classes: these are not distilled."
     )
-    force_teacher: Annotated[bool, "student"] = _option(
+    force_teacher: Annotated[bool, "student"] = option(
         False, "Use a teacher that is no better than guessing on the evaluation images."
     )
-    force_distillation: Annotated[bool, "permission", "student"] = _option(
+    force_distillation: Annotated[bool, "permission", "student"] = option(
         False, "Distil even if the targets know the labels no more (they are looked at before training)."
     )
-    finetune_teacher: Annotated[bool, "student"] = _option(
+    finetune_teacher: Annotated[bool, "student"] = option(
         False, "Train the given teacher on the data first, whatever its head is for."
     )
-    image_size: Annotated[int | None, "image"] = _option(
+    image_size: Annotated[int | None, "image"] = option(
         None,
         "Height and width in pixels. Not given: 32 for cifar-resnet-… models, for others what their image processor "
         "says; another size is for models that take any.",
     )
-    cache_dir: Annotated[str | None, "path", "machine", "shared"] = _option(None, "Where downloads are kept.")
-    model_revision: str = _option("main", "Revision of the student on the Hub.")
-    token: Annotated[str | None, "secret"] = _option(None, "Hub token, if not stored by `hf auth login`.")
-    trust_remote_code: bool = _option(False, "Run model code that comes with a Hub model.")
-    precision: Annotated[str, "shared"] = _option(
+    cache_dir: Annotated[str | None, "path", "machine", "shared"] = option(None, "Where downloads are kept.")
+    model_revision: str = option("main", "Revision of the student on the Hub.")
+    token: Annotated[str | None, "secret"] = option(None, "Hub token, if not stored by `hf auth login`.")
+    trust_remote_code: bool = option(False, "Run model code that comes with a Hub model.")
+    precision: Annotated[str, "shared"] = option(
         "auto",
         "fp32, bf16, fp16 (mixed precision), or auto: bf16 where a GPU computes in it, or a CPU that does is at least "
         "a tenth faster in it in a short measurement on the student, else fp32. --bf16 and --fp16 win over auto.",
     )
-    num_threads: Annotated[int | None, "machine", "shared"] = _option(
+    num_threads: Annotated[int | None, "machine", "shared"] = option(
         None, "CPU threads per process; by default the machine's cores divided among local processes."
     )
-    task: Annotated[str, "shared"] = _option(DEFAULT_TASK, "What is classified: image, or text.")
-    max_length: Annotated[int | None, "text"] = _option(
+    task: Annotated[str, "shared"] = option(DEFAULT_TASK, "What is classified: image, or text.")
+    max_length: Annotated[int | None, "text"] = option(
         None, "Tokens of a text; what follows is cut off. Not given: 512, or the most that the model takes."
     )
 
@@ -117,21 +111,6 @@ class ModelArguments:
         name = self.teacher_model_name_or_path
         return None if name is None or fresh_task(name) is not None else name
 
-    def read_teacher_label_map(self) -> dict[str, str | int]:
-        """Content of `--teacher_label_map`; empty if it is not given."""
-        if self.teacher_label_map is None:
-            return {}
-        path = self.teacher_label_map
-        try:
-            content = json.loads(read_option_file("teacher_label_map", path))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"--teacher_label_map {path} is no JSON: {error}.") from error
-        if not isinstance(content, dict) or not all(type(value) in (str, int) for value in content.values()):
-            raise InputError(
-                f'--teacher_label_map {path}: expected {{"name in the data": "name (or number) of the teacher", …}}.'
-            )
-        return content
-
     def from_pretrained_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for what loads the model or its processor: those of `from_pretrained`, and the task."""
         names = ("cache_dir", "token", "trust_remote_code", "task")
@@ -145,74 +124,70 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
     _roles_of_all: ClassVar = ("shared",)  # teacher and student are trained on the same images
 
-    dataset_name: str = _option(
+    dataset_name: str = option(
         "digits",
         "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network); CSV and JSON "
         "of texts, or docstrings.",
     )
-    dataset_config_name: str | None = _option(None, "Configuration of a Hub data set.")
-    image_column_name: Annotated[str | None, "image"] = _option(
+    dataset_config_name: str | None = option(None, "Configuration of a Hub data set.")
+    image_column_name: Annotated[str | None, "image"] = option(
         None, "Found by its type if not given; a column of paths has to be named."
     )
-    label_column_name: str | None = _option(None, "Found by its type or a usual name if not given.")
-    train_split_name: str | None = _option(None, "train, or the only split, if not given.")
-    eval_split_name: str | None = _option(
+    label_column_name: str | None = option(None, "Found by its type or a usual name if not given.")
+    train_split_name: str | None = option(None, "train, or the only split, if not given.")
+    eval_split_name: str | None = option(
         None, "Not given: the first of validation, val, test, …; without any, a fifth of each class is taken."
     )
-    max_train_samples: int | None = _option(None, "Train on about so many images, in proportion to the class counts.")
-    max_eval_samples: int | None = _option(
-        None, "Evaluate on about so many images, in proportion to the class counts."
-    )
-    imbalance_ratio: float | None = _option(
+    max_train_samples: int | None = option(None, "Train on about so many images, in proportion to the class counts.")
+    max_eval_samples: int | None = option(None, "Evaluate on about so many images, in proportion to the class counts.")
+    imbalance_ratio: float | None = option(
         None,
         "Cut a long tail: images of the largest class per image of the smallest. Not given: the data set is used as "
         "it is.",
     )
-    imbalance_profile: str = _option(
+    imbalance_profile: str = option(
         "exp", "Shape of the tail: exp (exponential), step (half head, half tail) or pareto (α = 6)."
     )
-    max_class_count: int | None = _option(
+    max_class_count: int | None = option(
         None, "Images of the largest class of a cut tail; by default as many as possible."
     )
-    split_seed: int = _option(0, "Which images are kept; independent of --seed, so that seeds share a split.")
-    train_augmentation: Annotated[str, "image"] = _option(
+    split_seed: int = option(0, "Which images are kept; independent of --seed, so that seeds share a split.")
+    train_augmentation: Annotated[str, "image"] = option(
         "auto", f"{', '.join(AUGMENTATIONS)}; auto: pad_crop up to 64 pixels, random_resized_crop above."
     )
-    train_operations: Annotated[list[str] | None, "image"] = field(
-        default=None,
-        metadata={
-            "help": f"What is done to the pixels of these views, one after another: {', '.join(OPERATIONS)}. Not "
-            "given, or none: nothing. Long-tail recipes for CIFAR take: autoaugment cutout."
-        },
+    train_operations: Annotated[list[str] | None, "image"] = option(
+        None,
+        f"What is done to the pixels of these views, one after another: {', '.join(OPERATIONS)}. Not given, or none: "
+        "nothing. Long-tail recipes for CIFAR take: autoaugment cutout.",
     )
-    streaming: Annotated[bool, "image"] = _option(
+    streaming: Annotated[bool, "image"] = option(
         False,
         "Read the training images as they come, from shards of parquet or webdataset, in a folder or on the Hub "
         "(bkd_hf/streams.py). Needs --class_counts and --max_steps; options that need all images at hand are refused.",
     )
-    class_counts: Annotated[str | None, "path", "image"] = _option(
+    class_counts: Annotated[str | None, "path", "image"] = option(
         None, "With --streaming: JSON, {name or number of a class: its images}; bkd-hf split --count_only makes it."
     )
-    shuffle_buffer_size: Annotated[int, "image"] = _option(
+    shuffle_buffer_size: Annotated[int, "image"] = option(
         10_000, "With --streaming: images, undecoded, among which all processes and workers together shuffle."
     )
-    horizontal_flip: Annotated[bool, "image"] = _option(
+    horizontal_flip: Annotated[bool, "image"] = option(
         True, "Mirror half of the training images; not for digits or letters."
     )
-    cache_images: Annotated[str, "machine", "image"] = _option(
+    cache_images: Annotated[str, "machine", "image"] = option(
         "auto",
         "Keep decoded images: in memory, on disk (one file for all processes and later runs), none, or auto (in "
         "memory, or with several processes on disk, if they fit). Views are the same.",
     )
-    reduced_decoding: Annotated[bool, "image"] = _option(
+    reduced_decoding: Annotated[bool, "image"] = option(
         True, "Decode JPEGs of the training at 1/2, 1/4 or 1/8 of their size where the crop needs no more."
     )
-    many_shot_threshold: int = _option(MANY_SHOT_THRESHOLD, "Classes with more training images are many-shot.")
-    few_shot_threshold: int = _option(FEW_SHOT_THRESHOLD, "Classes with fewer training images are few-shot.")
-    post_hoc_tau: float = _option(
+    many_shot_threshold: int = option(MANY_SHOT_THRESHOLD, "Classes with more training images are many-shot.")
+    few_shot_threshold: int = option(FEW_SHOT_THRESHOLD, "Classes with fewer training images are few-shot.")
+    post_hoc_tau: float = option(
         1.0, "τ of the post-hoc logit adjustment that is reported beside the plain numbers; 0: none."
     )
-    text_column_name: Annotated[str | None, "text"] = _option(
+    text_column_name: Annotated[str | None, "text"] = option(
         None, "Not given: the only column of text beside the labels, or text, sentence, …"
     )
 
@@ -238,10 +213,10 @@ class PublishingArguments:
     _argument_group_name: ClassVar[str] = "publishing"
     _roles_of_all: ClassVar = ("publishing",)
 
-    hub_license: str = _option(UNKNOWN_LICENSE, "License of the student, as the Hub calls it: apache-2.0, mit, …")
-    hub_dataset_id: str | None = _option(None, "Id on the Hub of the training data, where it was read from a folder.")
-    push_teacher: bool = _option(False, "Also push a teacher that was trained here, to HUB_MODEL_ID-teacher.")
-    export: str = _option(
+    hub_license: str = option(UNKNOWN_LICENSE, "License of the student, as the Hub calls it: apache-2.0, mit, …")
+    hub_dataset_id: str | None = option(None, "Id on the Hub of the training data, where it was read from a folder.")
+    push_teacher: bool = option(False, "Also push a teacher that was trained here, to HUB_MODEL_ID-teacher.")
+    export: str = option(
         "none", "onnx: the student without torch, in OUTPUT_DIR/onnx, in fp32 and int8, checked and timed on this CPU."
     )
     push_to_hub: bool = field(init=False, default=False)  # the option of TrainingArguments
@@ -318,10 +293,7 @@ class RunArguments:
         precision_rates: Images a second in each precision, where it was.
         from_recipe: Options that only a file of options gave, those of the teacher with `teacher_`: one recipe serves
             many runs, so nobody is told which of them have no effect in this one.
-        model: Its model.
-        data: Its data.
-        training: Its training.
-        publishing: What is published, and as what.
+        model, data, training, publishing: The same options, by what they are about.
 
     Raises:
         InputError: If a value is out of its range.

@@ -10,9 +10,10 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 
-from .announcer import Announcer
 from .config import BKDConfig
+from .errors import InputError
 from .results import summarize_training
+from .targets import describe_targets, why_collapsed
 from .text import duration
 from .trainer import BKDTrainer
 
@@ -43,7 +44,7 @@ class Clock(TrainerCallback):
 class TellOfCaches(TrainerCallback):
     """Says how large the caches of the teacher's logits and of features are, before they are filled."""
 
-    def __init__(self, trainer: BKDTrainer, say: Announcer):
+    def __init__(self, trainer: BKDTrainer, say: Callable[[str], Any]):
         self.trainer, self.say = trainer, say
 
     def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
@@ -130,10 +131,44 @@ class _Bar(ProgressCallback):
         """Leave the log to the table."""
 
 
-def show_progress(trainer: BKDTrainer, say: Announcer) -> None:
-    """Have a trainer print a table instead of all it logs, and a bar on terminals only; notebooks have their own."""
+def show_progress(trainer: BKDTrainer, say: Callable[[str], Any]) -> None:
+    """Have a trainer print a table, not all it logs, a bar on terminals, what it keeps, and how long it takes."""
     has_bar = trainer.pop_callback(ProgressCallback) is not None
     if has_bar or trainer.pop_callback(PrinterCallback) is not None:
         trainer.add_callback(ProgressTable(say))
     if has_bar and sys.stderr.isatty():
         trainer.add_callback(_Bar())
+    trainer.add_callback(TellOfCaches(trainer, say))
+    trainer.add_callback(TellOfTime(say))
+
+
+def tell_of_targets(
+    trainer: BKDTrainer, class_names: list[str], say: Callable[[str], Any], are_forced: bool
+) -> dict[str, Any] | None:
+    """Say what the student is to imitate, and return it; refuse it if it knows the labels no more, unless forced."""
+    if trainer.student_started_from_teacher:
+        say("The student starts from the teacher's weights (--student_init).")
+    statistics = trainer.look_at_targets()
+    if statistics is None:
+        return None
+    say(describe_targets(statistics, class_names))
+    prior, counts = statistics.get("prior_in_teacher", 1.0), trainer.class_counts
+    is_long_tailed = counts is not None and max(counts) > 2 * min(counts)
+    if prior < 0.5 and is_long_tailed and trainer.args.distillation_prior != "teacher":
+        say(
+            f"WARNING: The teacher's answers leave the class frequencies out already (of 1, {prior:.2f} is left): "
+            "--distillation_prior teacher takes out only that."
+        )
+    if collapse := why_collapsed(statistics, class_names):
+        # At p = 1/T not the re-weighting is to blame, but the teacher, as after the first steps of a training.
+        over_corrects = statistics.get("power", 0.0) > 1 / trainer.args.temperature
+        wrong, way_out = f"The distillation targets collapse: {collapse}.", "a teacher that was trained longer"
+        if over_corrects:
+            way_out = f"--class_balance_power auto, a lower --temperature, or {way_out}"
+        if over_corrects and not are_forced:
+            raise InputError(
+                f"{wrong} A student would learn that. In another --output_dir, try {way_out}; --force_distillation "
+                "uses these targets all the same."
+            )
+        say(f"WARNING: {wrong} Try {way_out}.")
+    return statistics

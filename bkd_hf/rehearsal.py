@@ -21,6 +21,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from .adapters import import_peft
 from .config import BKDConfig, method_defaults
 from .errors import InputError, first_line
+from .given_teacher import read_label_map
 from .hub import check_repo_access
 from .inputs import load_tokenizer
 from .metrics import LongTailEvaluation, NotFiniteError
@@ -52,7 +53,7 @@ def check_before_work(arguments: RunArguments) -> None:
         _check_name(name, arguments.options[name])
     if arguments.distils and arguments.training.teacher_cache not in ("off", "auto"):
         _check_cache(arguments.training)
-    arguments.model.read_teacher_label_map()
+    read_label_map(arguments.model.teacher_label_map)
     if arguments.publishing.export == "onnx":
         import_onnx()
     for options in trained:

@@ -52,7 +52,7 @@ from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
 from .precision import settle_precision, share_precision
-from .progress import Clock, TellOfCaches, TellOfTime, show_progress
+from .progress import Clock, show_progress, tell_of_targets
 from .rehearsal import check_before_work
 from .results import (
     RESULTS_NAME,
@@ -73,7 +73,6 @@ from .run_folder import (
     record_run,
     what_is_told,
 )
-from .targets import describe_targets, why_collapsed
 from .tasks import fresh_task, task_of
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
@@ -334,22 +333,18 @@ def _fit(
     )
     show_progress(trainer, say)
     trainer.class_figures.known = {"data": data, "teacher": teacher_results}
-    trainer.add_callback(TellOfCaches(trainer, say))
-    trainer.add_callback(TellOfTime(say))
     length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
-    about_adapter, trained, why = {}, trainer.num_trained_parameters, f"adapter {args.adapter}"
+    about: dict[str, Any] = {}
+    trained, why = trainer.num_trained_parameters, f"adapter {args.adapter}"
     if trained is not None:
-        about_adapter["num_trained_parameters"] = trained
+        about["num_trained_parameters"] = trained
     elif args.freeze_backbone:
         trained, why = sum(p.numel() for p in model.parameters() if p.requires_grad), "freeze_backbone"
     some = f" (--{why} trains {trained:,}, {trained / size:.2%} of that)" if trained else ""
     say(f"{name}: {size:,} parameters{some}, {length}")
-    about_teacher = {}
     if teacher is not None:
-        about_teacher = {
-            "started_from_teacher": trainer.student_started_from_teacher,
-            "targets": _look_at_targets(options, trainer, data["class_names"], say),
-        }
+        about["started_from_teacher"] = trainer.student_started_from_teacher
+        about["targets"] = tell_of_targets(trainer, data["class_names"], say, options.model.force_distillation)
     settled = trainer.bkd_objective.settled
     checkpoint = on_main_process(lambda: last_complete_checkpoint(args.output_dir))
     if checkpoint is not None:
@@ -357,57 +352,23 @@ def _fit(
     # Steps that are given as a share of all are numbers in a checkpoint; what differs else is refused by now.
     with _without("trainer_utils", "do not match the ones in the `trainer_state.json`"):
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
-    about_head = {}
     if trainer.head_bias_shift is not None:
-        about_head["head_bias_shift"] = trainer.head_bias_shift.tolist()
-        say(describe_bias_shift(about_head["head_bias_shift"], data["class_names"]))
+        about["head_bias_shift"] = trainer.head_bias_shift.tolist()
+        say(describe_bias_shift(about["head_bias_shift"], data["class_names"]))
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", outcome.metrics)
     metrics, measured = trainer.measure(images["eval"])
     trainer.save_metrics("eval", metrics)
+    if options.model.task == "image":
+        about["augmentation"] = images["train"].augmentation
     return {
         **describe_model(name, model, measured),
-        **about_adapter,
-        **about_teacher,
-        **about_head,
-        **({"augmentation": images["train"].augmentation} if options.model.task == "image" else {}),
+        **about,
         "settled_options": settled,
         "training": clock.summary(trainer, data["num_train_images"]),
         "history": history_of(trainer.state),
     }
-
-
-def _look_at_targets(
-    options: RunArguments, trainer: BKDTrainer, class_names: list[str], say: Announcer
-) -> dict[str, Any] | None:
-    """Say what the student is to imitate, and refuse it if it knows the labels no more."""
-    if trainer.student_started_from_teacher:
-        say("The student starts from the teacher's weights (--student_init).")
-    statistics = trainer.look_at_targets()
-    if statistics is None:
-        return None
-    say(describe_targets(statistics, class_names))
-    prior, counts = statistics.get("prior_in_teacher", 1.0), trainer.class_counts
-    is_long_tailed = counts is not None and max(counts) > 2 * min(counts)
-    if prior < 0.5 and is_long_tailed and options.training.distillation_prior != "teacher":
-        say(
-            f"WARNING: The teacher's answers leave the class frequencies out already (of 1, {prior:.2f} is left): "
-            "--distillation_prior teacher takes out only that."
-        )
-    if collapse := why_collapsed(statistics, class_names):
-        # At p = 1/T not the re-weighting is to blame, but the teacher, as after the first steps of a training.
-        over_corrects = statistics.get("power", 0.0) > 1 / options.training.temperature
-        wrong, way_out = f"The distillation targets collapse: {collapse}.", "a teacher that was trained longer"
-        if over_corrects:
-            way_out = f"--class_balance_power auto, a lower --temperature, or {way_out}"
-        if over_corrects and not options.model.force_distillation:
-            raise InputError(
-                f"{wrong} A student would learn that. In another --output_dir, try {way_out}; --force_distillation "
-                "uses these targets all the same."
-            )
-        say(f"WARNING: {wrong} Try {way_out}.")
-    return statistics
 
 
 def _provide_teacher(

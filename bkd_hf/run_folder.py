@@ -19,7 +19,7 @@ from typing import Any
 from accelerate import PartialState
 from huggingface_hub import try_to_load_from_cache
 
-from .config import BATCH_CUT, BKDConfig, method_defaults
+from .config import BATCH_CUT, USED_BY, BKDConfig, method_defaults, option_is_used
 from .errors import InputError
 from .files import LOCK_NAME, UNFINISHED, hash_of, lock, try_json, why_broken
 from .methods import METHODS
@@ -43,6 +43,18 @@ _LEFT_BY_A_RUN = (
 _WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
 _PROCESSES = "num_processes"  # that were at work when a run was begun, or last continued
 _IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights", "precision_rates")
+
+# How a training is looked at and kept, which changes nothing in it; and when, unless something is chosen by that.
+_WATCHING = (
+    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
+    "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+    "batch_eval_metrics", "include_for_metrics", "include_num_input_tokens_seen", "torch_empty_cache_steps",
+    "save_only_model", "save_on_each_node",
+)  # fmt: skip
+_WATCHING_TIMES = (
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "save_strategy", "save_steps",
+    "metric_for_best_model", "greater_is_better",
+)  # fmt: skip
 
 
 def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = None, is_to_train: bool = True) -> str:
@@ -231,12 +243,13 @@ def what_is_told(
     of_teacher = {}
     if arguments.teacher_options:
         teacher = arguments.for_teacher()
-        used = {**dataclasses.asdict(teacher.model), **teacher.training.options_in_use(num_processes)}
-        of_teacher = {name: used[name] for name in map(_compared_as, arguments.teacher_options)}
+        used = {**dataclasses.asdict(teacher.model), **_options_in_use(teacher.training, num_processes)}
+        compared = ["global_batch_size" if name in BATCH_CUT else name for name in arguments.teacher_options]
+        of_teacher = {name: used[name] for name in compared}
     told = {
         "model": dataclasses.asdict(arguments.model),
         "data": dataclasses.asdict(arguments.data),
-        "training": arguments.training.options_in_use(num_processes),
+        "training": _options_in_use(arguments.training, num_processes),
         "teacher_training": of_teacher,
     }
     influential = {
@@ -247,8 +260,16 @@ def what_is_told(
     return json.loads(json.dumps({**influential, **(identity or {}), **measured}))  # as it will be read back
 
 
-def _compared_as(option: str) -> str:
-    return "global_batch_size" if option in BATCH_CUT else option
+def _options_in_use(args: BKDConfig, num_processes: int | None) -> dict[str, Any]:
+    """All options, with those that the method does not look at as if they were not given; `None`: no influence."""
+    defaults = method_defaults(args.method)
+    unused = {name: defaults[name] for name in USED_BY if not option_is_used(name, vars(args))}
+    # Where a cache lies has no influence, whether there is one may move the last digits.
+    caches = {name: "off" if getattr(args, name) == "off" else "on" for name in ("teacher_cache", "feature_cache")}
+    chooses = args.load_best_model_at_end or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    without = (*_WATCHING, *(() if chooses else _WATCHING_TIMES), *BATCH_CUT)
+    batch = {"global_batch_size": args.images_in_step(num_processes or args.world_size)}
+    return {**args.to_dict(), **unused, **caches, **dict.fromkeys(without), **batch}
 
 
 def _with_global_batches(there: dict[str, Any], num_processes: int) -> dict[str, Any]:

@@ -9,14 +9,14 @@ import signal
 import sys
 from pathlib import Path
 
-from ..cells import CellRunner, duration, plan_cells
+from ..cells import CellRunner, plan_cells
 from ..compare import save_comparison, to_markdown
 from ..comparison import METRICS, load_comparison
 from ..errors import InputError, run_script
 from ..files import lock
 from ..program import program, script_of
 from ..results import describe_command, without_folders
-from ..text import code, markdown, one_line, printable
+from ..text import code, duration, markdown, one_line, printable
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

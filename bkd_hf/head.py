@@ -20,7 +20,7 @@ _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
 #: A class is favoured if it is answered so many times as often as it occurs; and so it may be after the bias was
 #: fitted, which leaves other images, that the model has not seen, some room below the former.
-TOO_OFTEN, OFTEN = 3.0, 1.5
+TOO_OFTEN, OFTEN = 3.0, 1.25
 #: A class with n images counts n / (n + FEW) of one with many, as it tells so much less of images not seen.
 FEW = 5
 #: The least step of [`least_lowering`], in logits.

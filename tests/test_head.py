@@ -77,12 +77,12 @@ def test_least_lowering(seed):
     logits = torch.randn(len(labels), 8, generator=generator).double()
     logits += 2 * torch.randn(8, generator=generator)
     shift = least_lowering(logits, labels)
-    assert times_answered(logits, labels).max() > 1.5
+    assert times_answered(logits, labels).max() > 1.25
     assert (shift <= 0).all()
     # The least: each class that was lowered is answered as often as it may be, but for less than one more image.
     times = times_answered(logits + shift, labels)
-    assert times.max() < 1.5 + 1e-9
-    assert (times[shift < 0] > 1.5 - 1 / 6).all()
+    assert times.max() < 1.25 + 1e-9
+    assert (times[shift < 0] > 1.25 - 1 / 6).all()
     # Neither the order of the classes nor that of the images matters, nor what is common to all classes.
     classes, images = (torch.randperm(n, generator=generator) for n in (8, len(labels)))
     renamed = least_lowering(7 + logits[images][:, classes], torch.argsort(classes)[labels[images]])
@@ -96,9 +96,9 @@ def test_least_lowering_by_hand():
     logits = torch.zeros(60, 4)
     logits[:, 0] = torch.arange(60) + 0.5  # how sure an image is of class 0
     logits[:, 1] += 0.25
-    # Class 0 is answered 60 / 20 times; it may be 1.5 times, by 30 images: the 30 that are least sure of it go.
-    expected = torch.tensor([-30, 0, 0, 0], dtype=torch.float64) + torch.tensor([0.25, 0, 0, 0])
-    torch.testing.assert_close(least_lowering(logits, labels)[:2], expected[:2], atol=1e-6, rtol=0)
+    # Class 0 is answered 60 / 20 times; it may be 1.25 times, by 25 images: the 35 that are least sure of it go.
+    expected = torch.tensor([0.25 - 35, 0, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(least_lowering(logits, labels)[:1], expected[:1], atol=1e-6, rtol=0)
 
 
 def test_images_that_cannot_be_told_apart_are_left_alone():

@@ -145,6 +145,6 @@ def leave_process_group() -> None:
     A process that ends with the threads of gloo running may be aborted, with all its work done. Models in
     `DistributedDataParallel` hold them; their trainers, which know each other, go only when garbage is collected.
     """
-    if distributed.is_initialized():
+    if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
         gc.collect()

@@ -142,7 +142,7 @@ class BKDConfig(TrainingArguments):
     head_bias: Annotated[str | None, "student"] = option(
         None,
         "The bias of the trained student's head: learned, balanced (fitted again, alone, to training images when the "
-        "training is over, each class counting the same), or auto (balanced if there is a teacher, "
+        "training is over, balanced over the classes), or auto (balanced if there is a teacher, "
         "class_balance_power is below 1, and a class is answered over 3 times as often as it occurs); not given: as "
         "--method says.",
     )

@@ -71,7 +71,7 @@ def describe_bias_shift(shift: Sequence[float], class_names: Sequence[str]) -> s
     """Say what was added to the answers of C classes, see [`fit_bias`]."""
     ends = (f"{end:+.2f} ({class_names[shift.index(end)]!r})" for end in (min(shift), max(shift)))
     return (
-        "In the end the head's bias was fitted to training examples, each class counting the same (--head_bias): from "
+        "In the end the head's bias was fitted to training examples, balanced over the classes (--head_bias): from "
         f"{' to '.join(ends)}."
     )
 

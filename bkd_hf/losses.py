@@ -27,7 +27,7 @@ Which class frequencies a loss asks for, and why p in the targets softmax(z_t/T 
    (`bkd_hf.targets.strongest_power`), and CE(z + τ · log π) with τ = 2 − pT for the labels, which makes the two terms
    ask for balanced answers on average: balanced softmax at p = 1/T, the paper's CE at p = 1, T = 2. A student that
    has not yet learned all that may favour a class: below p = 1 its head's bias is then fitted to training images in
-   the end, each class counting the same (`bkd_hf.head`). That is `--method bkd-calibrated`.
+   the end, balanced over the classes (`bkd_hf.head`). That is `--method bkd-calibrated`.
 """
 
 from __future__ import annotations

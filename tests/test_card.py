@@ -225,7 +225,7 @@ def test_what_happened_to_the_head_and_the_targets_is_told(results):
         "favoured_class": 9, "favoured_share": 0.98, "favoured_label_share": 0.01,
     }  # fmt: skip
     card = str(build(results))
-    assert "each class counting the same (--head\\_bias): from -0.50 ('0') to +0.25 ('1')." in card
+    assert "balanced over the classes (--head\\_bias): from -0.50 ('0') to +0.25 ('1')." in card
     limits = card.partition("## Limitations")[2].partition("## How it was trained")[0]
     assert "98 % of the distillation targets name '9', the class of 1.0 % of the examples" in limits
     results["student"]["head_bias_shift"] = [0.0]

@@ -155,18 +155,13 @@ def favours_a_class(logits: torch.Tensor, labels: torch.Tensor, times: float | N
         labels: N class numbers.
         times: More than so many; `TOO_OFTEN` if not given.
     """
-    times_answered = _times_answered(logits.cpu().argmax(dim=1), _shares(labels.cpu()), logits.shape[1])
+    times_answered = _times_answered(logits.cpu().argmax(dim=1), _shares(labels.cpu(), few=0), logits.shape[1])
     return bool(times_answered.max() > (TOO_OFTEN if times is None else times))
 
 
-def _shares(labels: torch.Tensor) -> torch.Tensor:
-    """Return what each of N images counts for where each class counts 1."""
-    return 1 / torch.bincount(labels).double()[labels]
-
-
-def _trusted_shares(labels: torch.Tensor) -> torch.Tensor:
-    """Return what each of N images counts for where a class with n of them counts n / (n + `FEW`)."""
-    return 1 / (torch.bincount(labels)[labels].double() + FEW)
+def _shares(labels: torch.Tensor, few: int) -> torch.Tensor:
+    """Return what each of N images counts for where a class with n of them counts n / (n + few)."""
+    return 1 / (torch.bincount(labels)[labels].double() + few)
 
 
 def _times_answered(answers: torch.Tensor, shares: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -191,7 +186,7 @@ def least_lowering(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Returns:
         C numbers ≤ 0 (float64); zeros if images with much the same logits, which no lowering can part, are too many.
     """
-    z, shares = logits.detach().cpu().double(), _trusted_shares(labels.cpu())
+    z, shares = logits.detach().cpu().double(), _shares(labels.cpu(), FEW)
     shift, answers = z.new_zeros(z.shape[1]), z.argmax(dim=1)
     for _ in range(max(1000, _ROUNDS_PER_CLASS * z.shape[1])):
         times_answered = _times_answered(answers, shares, z.shape[1])
@@ -232,7 +227,7 @@ def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     z, y = logits.detach().cpu().double(), labels.cpu()
     present = torch.bincount(y, minlength=z.shape[1]) > 0
-    weights = _trusted_shares(y)
+    weights = _shares(y, FEW)
     num_effective = weights.sum() ** 2 / (weights**2).sum()
     shift = torch.zeros(z.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([shift], max_iter=100, line_search_fn="strong_wolfe")

@@ -56,12 +56,24 @@ def test_at_the_shift_the_mean_answer_is_uniform_but_for_the_prior():
 
 
 def test_shift_does_not_depend_on_a_common_shift_or_on_how_often_a_class_is_drawn():
-    logits, labels = drawn(COUNTS)
+    logits, labels = drawn([8000, 2000, 400])
     shift = balancing_shift(logits, labels)
     torch.testing.assert_close(balancing_shift(logits + 7, labels), shift, atol=1e-6, rtol=0)
     twice = torch.cat([torch.arange(len(labels)), torch.nonzero(labels == 0).flatten()])
-    # The head class hardly counts more than before: 800/805 instead of 400/405.
-    torch.testing.assert_close(balancing_shift(logits[twice], labels[twice]), shift, atol=1e-2, rtol=0)
+    # The head class hardly counts more than before: 16000/16005 instead of 8000/8005.
+    torch.testing.assert_close(balancing_shift(logits[twice], labels[twice]), shift, atol=1e-3, rtol=0)
+
+
+def test_no_class_is_favoured_in_the_answers_where_it_is_not_in_the_probabilities():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat(400)
+    logits = 0.05 * torch.randn(len(labels), 10, generator=generator)
+    logits[:, 3] = 0.8 * torch.randn(len(labels), generator=generator)  # often far above the others, often far below
+    log_mean = logits.double().exp().mean(dim=0).log()
+    assert favours_a_class(logits - log_mean, labels)  # though its mean probability is that of the others
+    shift = balancing_shift(logits, labels)
+    shift += least_lowering(logits + shift, labels)
+    assert not favours_a_class(logits + shift, labels, times=2)
 
 
 def times_answered(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

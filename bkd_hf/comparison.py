@@ -17,7 +17,7 @@ from .errors import InputError
 from .methods import METHODS
 from .metrics import groups_of
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments
-from .results import RESULTS_NAME, adjusts_itself, defaults_of, effective_batch_size, load_results
+from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results, recorded_defaults
 
 #: Columns of the tables, and their keys in `long_tail_metrics`.
 METRICS = {
@@ -242,7 +242,7 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
     One that is not recorded, because it is not told or was not there yet, has the default of its method; what is about
     a teacher, without one, has any value.
     """
-    defaults = defaults_of(ModelArguments) | defaults_of(DataArguments) | defaults_of(BKDConfig)
+    defaults = recorded_defaults(ModelArguments) | recorded_defaults(DataArguments) | recorded_defaults(BKDConfig)
     told = [
         method_defaults(results["options"]["training"].get("method", "bkd"))
         | {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}

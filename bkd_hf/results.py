@@ -268,14 +268,14 @@ def history_of(state: TrainerState) -> list[dict[str, float]]:
 
 def describe_training(args: BKDConfig, relative_to: BKDConfig | None = None) -> dict[str, Any]:
     """Return the options of a training: what differs from another, or from the defaults of `transformers`."""
-    other = defaults_of(TrainingArguments) if relative_to is None else recordable(relative_to.to_dict())
+    other = recorded_defaults(TrainingArguments) if relative_to is None else recordable(relative_to.to_dict())
     # Own options are recorded even at their defaults: they are what the run is about.
     return {
         name: value for name, value in recordable(args.to_dict()).items() if name not in other or value != other[name]
     }
 
 
-def defaults_of(options: type) -> dict[str, Any]:
+def recorded_defaults(options: type) -> dict[str, Any]:
     """Return the defaults of a dataclass of options, as `results.json` has them."""
     return {field.name: getattr(field.default, "value", field.default) for field in fields(options)}
 
@@ -288,7 +288,7 @@ def training_options(results: dict[str, Any], model: str = "student") -> dict[st
         model: `"student"` or `"teacher"`.
     """
     own = results["options"]["teacher_training"] if model == "teacher" else {}
-    return {**defaults_of(TrainingArguments), **results["options"]["training"], **own}
+    return {**recorded_defaults(TrainingArguments), **results["options"]["training"], **own}
 
 
 def effective_batch_size(results: dict[str, Any], model: str = "student") -> int:

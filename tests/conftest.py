@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import settings
+from transformers import set_seed
 
 # Tiny models: more threads only wait for each other.
 torch.set_num_threads(1)
@@ -66,13 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _environment_of_its_own():
-    """Take back what a test leaves in the environment, and the threads that a run has chosen.
+    """Take back what a test leaves in the environment, and the threads that a run has chosen; draw the same numbers.
 
     `TrainingArguments(fsdp=…)` says in the environment what accelerate does. A process that is forked after its parent
     has computed with several threads has none of them, and would wait for them.
     """
     before = {**os.environ}
     torch.set_num_threads(1)
+    set_seed(0)  # whatever ran before
     yield
     for name in {*os.environ, *before} - {"PYTEST_CURRENT_TEST"}:
         if name in before:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 import datasets
 import filelock
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.utils import logging
 
 from .data import IMAGE_COLUMN
@@ -28,6 +29,8 @@ logger = logging.get_logger(__name__)
 _REDUCIBLE_FORMATS = ("JPEG", "MPO")
 # Values of EXIF's orientation: the stored image's rows are columns; its last column, or row, comes first.
 _TURNED, _FROM_THE_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+# Where one image is broken: how long others are looked for, and how many are named.
+_SEARCH_SECONDS, _MOST_NAMED = 20.0, 10
 
 
 class StoredImages:
@@ -45,23 +48,47 @@ class StoredImages:
     def __reduce__(self) -> tuple[type[StoredImages], tuple[datasets.Dataset]]:
         return StoredImages, (self.dataset,)
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._column[index if self._rows is None else self._rows[index].as_py()].as_py()
 
 
 @contextmanager
 def reading(images: StoredImages | Sequence[dict[str, Any]], index: int) -> Iterator[dict[str, Any]]:
-    """Give a stored image to be decoded, e.g. by [`decode_image`]; an `InputError` says which one is broken."""
+    """Give a stored image to be decoded, e.g. by [`decode_image`]; an `InputError` says which ones are broken."""
     stored = images[index]
     try:
         yield stored
     except InputError:
         raise
     except Exception as error:  # of PIL's many decoders: there is no end of kinds
-        where = f" ({stored['path']})" if stored and stored.get("path") else ""
+        reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise InputError(
-            f"Image {index}{where} cannot be decoded: {first_line(error)}. Repair or remove it from the data set."
+            f"Image {index}{_place(stored)} cannot be decoded: {reason}.{_others_broken(images, index)} "
+            "Repair what is broken, or remove it from the data set."
         ) from error
+
+
+def _place(stored: dict[str, Any] | None) -> str:
+    return f" ({stored['path']})" if stored and stored.get("path") else ""
+
+
+def _others_broken(images: StoredImages | Sequence[dict[str, Any]], known: int) -> str:
+    """Name the other images that cannot be decoded, as far as these are found in `_SEARCH_SECONDS`."""
+    broken, searched, end = [], 0, time.monotonic() + _SEARCH_SECONDS
+    while searched < len(images) and (searched == 0 or time.monotonic() < end):
+        try:
+            decode_image(images[searched])
+        except Exception:
+            broken.append(searched)
+        searched += 1
+    broken = [index for index in broken if index != known]
+    named = ", ".join(f"{index}{_place(images[index])}" for index in broken[:_MOST_NAMED])
+    named += ", …" if len(broken) > _MOST_NAMED else ""
+    found = f" Nor can {len(broken):,} more: {named}." if broken else ""
+    return found if searched == len(images) else f"{found} Only {searched:,} of {len(images):,} were looked at."
 
 
 def decode_image(stored: dict[str, Any]) -> Image.Image:

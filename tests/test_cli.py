@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -468,15 +469,19 @@ def test_diverged_training_is_one_line_and_no_result(tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_corrupt_image_is_named_before_training(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / "data" / name).mkdir(parents=True)
+def test_corrupt_images_are_named_before_training(tmp_path):
+    data = tmp_path / "data"
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        (data / folder).mkdir(parents=True)
         for i in range(5):
-            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "data" / name / f"{i}.png")
-    broken = tmp_path / "data" / "b" / "2.png"
-    broken.write_bytes(broken.read_bytes()[:40])
-    output = refused("--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run"))
-    assert "b/2.png) cannot be decoded" in output
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(data / folder / f"{i}.png")
+    broken = [data / "train" / name for name in ("a/1.png", "b/2.png", "b/4.png")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:40])
+    output = refused("--dataset_name", str(data), "--output_dir", str(tmp_path / "run"))
+    first, second, third = (re.escape(str(path)) for path in broken)
+    why = "cannot be decoded: it is no image of a known format"
+    assert re.search(rf"Image 1 \({first}\) {why}\. Nor can 2 more: 7 \({second}\), 9 \({third}\)\. R", output)
 
 
 def test_help_is_readable(capsys):

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bkd_hf import ImageDataset, InputError
+from bkd_hf import ImageDataset, InputError, decoding
 from bkd_hf.decoding import decode_image, decode_part, shared_images
 from tests.test_images import labelled, photos, pixels_of, stored, vit_processor
 
@@ -156,7 +156,7 @@ def test_of_two_processes_one_writes_and_both_read(tmp_path):
     processes = [FORK.Process(target=_open_and_report, args=(tmp_path / "entry", barrier, reports)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [reports.get(timeout=30) for _ in range(3)]
+    found = [reports.get(timeout=30) for _ in range(2)]
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
@@ -299,3 +299,21 @@ def test_auto_shares_the_images_of_several_processes(tmp_path, monkeypatch, proc
     (tmp_path / "cache").mkdir()
     assert made(tmp_path / "cache", cache_images="auto").in_memory
     assert len(names_in(tmp_path / "cache")) == entries
+
+
+def test_one_broken_image_alone_is_named_alone():
+    images = [stored(Image.new("L", (2, 1))) for _ in range(2)]
+    images[1]["bytes"] = images[1]["bytes"][:10]
+    with pytest.raises(
+        InputError,
+        match=r"^Image 1 cannot be decoded: it is no image of a known format\. Repair what is broken, or remove it",
+    ):
+        ImageDataset(labelled(images), vit_processor())
+
+
+def test_the_search_for_broken_images_ends(monkeypatch):
+    monkeypatch.setattr(decoding, "_SEARCH_SECONDS", 0)
+    images = [stored(Image.new("L", (2, 1))) for _ in range(2)]
+    images[1]["bytes"] = images[1]["bytes"][:10]
+    with pytest.raises(InputError, match=r"\. Only 1 of 2 were looked at\. Repair"):
+        ImageDataset(labelled(images), vit_processor())

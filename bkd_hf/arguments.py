@@ -91,9 +91,9 @@ Options for the teacher's training alone are written --teacher_OPTION, for any t
 
 A YAML file given by --config holds the same options, one `name: value` a line, and those of the teacher in a section
 `teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs, or with
---task text the text recipe, on docstrings. Without --config and --optim, cifar-resnet-… models are trained by SGD
-(rate 0.1, cosine, 200 epochs, batch 128), and bert-… by AdamW (rate 2e-3, cosine, 20 epochs, batch 32); of texts the
-default model is bert-2x128.
+--task text the text recipe, on docstrings. Where neither the file nor the command line has --optim, cifar-resnet-…
+models are trained by SGD (rate 0.1, cosine, 200 epochs, batch 128), and bert-… by AdamW (rate 2e-3, cosine, 20 epochs,
+batch 32); of texts the default model is bert-2x128.
 """
 
 
@@ -113,8 +113,6 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         parser.print_help()
         raise SystemExit(0)
     command_line, for_teacher = _split_off_teacher(parser, argv)
-    if parser.parse_known_args(command_line)[0].task == "text":
-        parser.set_defaults(model_name_or_path=_FRESH_TEXT_MODEL)
     first_look = parser.parse_known_args(command_line)[0]
     config = first_look.config and _find_recipe(first_look.config)
     if config is None and "dataset_name" not in _names(parser, command_line) and first_look.task == "text":
@@ -125,7 +123,11 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     from_file_for_teacher: list[str] = []
     if config is not None:
         from_file, from_file_for_teacher = _split_off_teacher(parser, _read_config(parser, config))
-    elif first_look.optim == parser.get_default("optim") and (task := fresh_task(first_look.model_name_or_path)):
+    of_file, of_line = _names(parser, from_file), _names(parser, command_line)
+    if parser.parse_known_args([*from_file, *command_line])[0].task == "text":
+        parser.set_defaults(model_name_or_path=_FRESH_TEXT_MODEL, dataset_name="docstrings")
+    task = fresh_task(parser.parse_known_args([*from_file, *command_line])[0].model_name_or_path)
+    if task is not None and "optim" not in of_file | of_line:
         parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS[task])
 
     namespace = parser.parse_args([*from_file, *command_line])
@@ -135,7 +137,6 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     if namespace.output_dir is None:
         model, dataset = (Path(name).name for name in (namespace.model_name_or_path, namespace.dataset_name))
         namespace.output_dir = f"outputs/{dataset}_{model}_seed{namespace.seed}"
-    of_file, of_line = _names(parser, from_file), _names(parser, command_line)
     measures_precision, precision_rates = _choose_precision(namespace, of_file, of_line)
     of_file_for_teacher, of_line_for_teacher = _names(parser, from_file_for_teacher), _names(parser, for_teacher)
     overlay = vars(parser.parse_args([*from_file_for_teacher, *for_teacher]))

@@ -60,7 +60,8 @@ def test_fresh_weights_are_not_trained_with_fine_tuning_defaults(tmp_path):
     assert (training.optim, training.learning_rate, training.momentum) == ("sgd", 0.1, 0.9)
     assert (training.lr_scheduler_type, training.num_train_epochs) == ("cosine", 30)
     assert parse(f"{line} --optim adamw_torch").training.learning_rate == 5e-5
-    assert parse(line, tmp_path, "temperature: 3\n").training.learning_rate == 5e-5
+    assert parse(line, tmp_path, "temperature: 3\n").training.learning_rate == 0.1
+    assert parse(line, tmp_path, "optim: adamw_torch\n").training.learning_rate == 5e-5
 
 
 def test_strong_recipe_is_a_modern_one():
@@ -119,7 +120,7 @@ def test_teacher_has_its_own_options(tmp_path):
     )
     arguments = parse("--teacher_num_train_epochs 7 --teacher-weight-decay=1e-3", tmp_path, text)
     assert arguments.model.teacher_model_name_or_path == "cifar-resnet-56"
-    assert (arguments.training.learning_rate, arguments.training.num_train_epochs) == (0.1, 3)
+    assert (arguments.training.learning_rate, arguments.training.num_train_epochs) == (0.1, 200)
     teacher = arguments.for_teacher().training
     assert (teacher.learning_rate, teacher.num_train_epochs, teacher.weight_decay) == (0.02, 7, 1e-3)
 

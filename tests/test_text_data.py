@@ -164,12 +164,16 @@ def test_batches_are_padded_for_student_and_teacher(tokenizer):
 # ---- Bad input
 
 
-def test_texts_of_ones_own_have_a_model_and_its_training_by_default():
+def test_texts_of_ones_own_have_a_model_and_its_training_by_default(tmp_path):
     options = parse_arguments(["--task", "text", "--dataset_name", "reviews.csv"])
     assert options.model.model_name_or_path == "bert-2x128"
     assert (options.training.learning_rate, options.training.num_train_epochs) == (2e-3, 20)
     given = parse_arguments(["--task", "text", "--dataset_name", "reviews.csv", "--model_name_or_path", "user/bert"])
     assert (given.model.model_name_or_path, given.training.learning_rate) == ("user/bert", 5e-5)
+    (tmp_path / "mine.yaml").write_text("task: text\n")
+    of_file = parse_arguments(["--config", str(tmp_path / "mine.yaml")])
+    assert (of_file.model.model_name_or_path, of_file.data.dataset_name) == ("bert-2x128", "docstrings")
+    assert of_file.training.learning_rate == 2e-3
 
 
 @pytest.mark.parametrize(

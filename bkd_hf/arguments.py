@@ -19,7 +19,6 @@ from transformers.hf_argparser import string_to_bool
 
 from .config import BKDConfig
 from .errors import InputError
-from .loading import DEMOS
 from .machine import PRECISIONS, default_precision, launcher_compiler, launcher_precision, launcher_shards
 from .methods import RECOMMENDED
 from .options import (
@@ -33,6 +32,7 @@ from .options import (
 from .program import program
 from .reading import read_option_file
 from .run_folder import precision_begun_in
+from .sources import DEMOS
 from .tasks import fresh_task
 from .text import one_line, suggestion
 

@@ -195,6 +195,12 @@ def choose_per_class(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.nd
     return np.sort(by_class[rank < np.asarray(counts)[labels[by_class]]])
 
 
+def set_aside(dataset: datasets.Dataset, wanted: np.ndarray, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return a data set without so many examples of each class, and these."""
+    chosen = choose_per_class(labels_of(dataset), wanted, seed)
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.select(chosen)
+
+
 # ---- Labels -------------------------------------------------------------------------------------------------------
 
 

@@ -15,12 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .files import replacing, why_broken
+from .text import figure as figure_text
 
 # `Figure` throughout, never pyplot or rcParams: no display, no state that threads share, nothing to close.
 
 DPI = 150
 WIDTH = 8.0  # inches
 SMALL, TEXT, TITLE = 8, 9, 11  # points
+TICK_STEPS = (1, 2, 5, 10)
 
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 NEUTRAL, NOT_TESTED = "#8c8c8c", "#d9d9d9"
@@ -103,3 +105,28 @@ def tidy(axes: Axes, grid: Literal["y", "both"] | None = "y", colour: str = "#cc
 def of_the(model: str, results: dict[str, Any], before: str, after: str = "") -> str:
     """Say which of two models; nothing of one alone, which need be nobody's student."""
     return f"{before}{model}{after}" if all(results.get(name) for name in COLOURS) else ""
+
+
+def models_of(results: dict[str, Any]) -> list[str]:
+    """Return which of teacher and student there are results of."""
+    return [model for model in COLOURS if results.get(model)]
+
+
+def largest_first(data: dict[str, Any]) -> np.ndarray:
+    """Return the numbers of the classes, by their training images."""
+    return np.argsort(-np.asarray(data["class_counts"]), kind="stable")
+
+
+def names_of_classes(data: dict[str, Any]) -> list[str]:
+    """Return the names of all classes, with the number of each that the fonts cannot write."""
+    names = [figure_text(name) for name in data["class_names"]]
+    return [f"{name} (class {number})" if "\ufffd" in name else name for number, name in enumerate(names)]
+
+
+def titled_figure(title: str, results: dict[str, Any], height: float) -> Figure:
+    """Return an empty figure that is called after a data set, with the names of the models below."""
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    names = {model: figure_text(results[model]["model"], 45) for model in models_of(results)}
+    models = "; ".join(of_the(model, results, "", ": ") + name for model, name in names.items())
+    add_title(figure, f"{title}: {figure_text(results['data']['name'], 40)}", models)
+    return figure

@@ -1,26 +1,19 @@
-"""Where data sets come from: the Hub, files, folders of images, the digits of scikit-learn, Python's docstrings."""
+"""A data set from anywhere (see `bkd_hf.sources`), with the splits, columns and classes that all else expects."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.exceptions import DatasetsError
-from datasets.table import CastError
 from transformers.utils import logging
-from yaml import YAMLError
 
-from .data import check_complete, choose_per_class, class_counts, labels_of, name_classes, selected
-from .docstrings import GROUPS, docstrings
-from .errors import InputError, first_line
-from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features, files_below, load_image_folder
-from .tasks import TASKS, TEXT_COLUMN, task_of_columns
-from .text import have, normal, one_line
+from .data import check_complete, class_counts, name_classes, selected, set_aside
+from .errors import InputError
+from .image_folders import LABEL_COLUMN
+from .sources import SOURCES, holds, open_splits
+from .tasks import TASKS, task_of_columns
+from .text import have, normal
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +21,6 @@ _LABEL_COLUMN_NAMES = ("label", "labels", "fine_label", "target", "class", "cate
 _VALIDATION_SPLIT_NAMES = ("validation", "valid", "val", "dev")
 _EVAL_SPLIT_NAMES = (*_VALIDATION_SPLIT_NAMES, "test", "eval")
 _CARVED_SHARE = 0.2
-_TEXT_COLUMN_NAMES = ("text", "sentence", "content", "document", "review")
 
 
 class NoTestSplitError(InputError):
@@ -127,7 +119,7 @@ def load_dataset_of(
     untouched_test: bool = False,
 ) -> datasets.DatasetDict:
     """Load a labelled data set of a task, as [`load_image_dataset`] and [`load_text_dataset`] do."""
-    source, kind = _SOURCES[task], TASKS[task]
+    source, kind = SOURCES[task], TASKS[task]
     if name in source.demo:
         data = source.demo[name]()
     else:
@@ -173,100 +165,6 @@ def load_dataset_of(
     return datasets.DatasetDict(splits)
 
 
-def _load_digits() -> datasets.DatasetDict:
-    """Return the 1,797 8×8 digits that come with scikit-learn, 40 of each for evaluation."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = []
-    for pixels in digits.images:
-        Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(file := io.BytesIO(), format="PNG")
-        images.append({"bytes": file.getvalue(), "path": None})
-    features = class_features([str(name) for name in digits.target_names])
-    everything = datasets.Dataset.from_dict({IMAGE_COLUMN: images, LABEL_COLUMN: digits.target}, features=features)
-    return _with_test_split(everything, per_class=40)
-
-
-def _load_docstrings() -> datasets.DatasetDict:
-    """Return the docstrings of the standard library, 60 of each class for evaluation."""
-    texts, labels = docstrings()
-    features = datasets.Features(
-        {TEXT_COLUMN: datasets.Value("string"), LABEL_COLUMN: datasets.ClassLabel(names=list(GROUPS))}
-    )
-    everything = datasets.Dataset.from_dict({TEXT_COLUMN: texts, LABEL_COLUMN: labels}, features=features)
-    return _with_test_split(everything, per_class=60)
-
-
-def _with_test_split(everything: datasets.Dataset, per_class: int) -> datasets.DatasetDict:
-    wanted = np.full(everything.features[LABEL_COLUMN].num_classes, per_class)
-    train, test = _set_aside(everything, wanted, seed=0)
-    return datasets.DatasetDict({"train": train, "test": test})
-
-
-def _set_aside(dataset: datasets.Dataset, wanted: np.ndarray, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return a data set without so many examples of each class, and these."""
-    chosen = choose_per_class(labels_of(dataset), wanted, seed)
-    return dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.select(chosen)
-
-
-def open_splits(
-    task: str, name: str, config_name: str | None, cache_dir: str | None, token: str | None, streaming: bool = False
-) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load what is there, with its own columns and splits; `streaming`: nothing of it yet."""
-    source = _SOURCES[task]
-    path = Path(name).expanduser()
-    if not path.exists() and name.startswith((".", "/", "~")):
-        raise InputError(f"--dataset_name {name}: there is no such file or folder.")
-    try:
-        if (
-            path.is_dir()
-            and not streaming
-            and any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
-        ):
-            list(files_below(path))
-            data = datasets.load_from_disk(str(path))
-        elif path.exists() and not path.is_dir():
-            if path.suffix not in source.files or not path.is_file():
-                others = [other for other in _SOURCES if path.suffix in _SOURCES[other].files]
-                hint = f" For {others[0]}s say --task {others[0]}." if others and path.is_file() else ""
-                kinds = " or ".join(source.files)
-                raise InputError(f"--dataset_name {name}: a single file must be a {kinds} file.{hint}")
-            data = datasets.load_dataset(
-                source.files[path.suffix], data_files=str(path), cache_dir=cache_dir, streaming=streaming
-            )
-        else:
-            data = source.folder(path) if path.is_dir() and config_name is None and not streaming else None
-            if data is None:
-                place = str(path) if path.is_dir() else name
-                data = datasets.load_dataset(place, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
-    except InputError:
-        raise
-    except Exception as error:  # of `datasets`, and of all that it reads with: there is no end of kinds
-        where = (
-            "It is a folder here, but holds no data set that `datasets` can read"
-            if path.is_dir()
-            else "The file here cannot be read"
-            if path.exists()
-            else "It is no file or folder here, and the Hub does not give it"
-        )
-        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
-        reason = first_line(cause)
-        if isinstance(cause, IndexError):  # how `load_from_disk` fails on a split without rows
-            reason = "one of its splits is empty"
-        elif isinstance(cause, CastError):
-            reason = f"its files differ in their columns, or in their types ({one_line(cause)})"
-        elif isinstance(cause, YAMLError):
-            reason = f"the metadata in its README.md are no YAML ({one_line(cause)})"
-        elif isinstance(cause, UnicodeDecodeError):
-            reason = f"a text in it is not in UTF-8 ({reason}): save it as such"
-        raise InputError(
-            f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, {source.others}, or "
-            f'"{next(iter(source.demo))}".'
-        ) from error
-    return data if isinstance(data, dict) else datasets.DatasetDict({"train": data})
-
-
 def find_splits(
     name: str,
     data: datasets.DatasetDict | datasets.IterableDatasetDict,
@@ -298,12 +196,12 @@ def find_columns(
     label_column: str | None,
 ) -> tuple[str, str]:
     """Return the names of the columns of images (or texts) and labels."""
-    features, option, source = dataset.features, f"{task}_column_name", _SOURCES[task]
+    features, option, source = dataset.features, f"{task}_column_name", SOURCES[task]
     columns = f"The columns are {', '.join(features)}."
     for given, chosen in ((option, column), ("label_column_name", label_column)):
         if chosen is not None and chosen not in features:
             raise InputError(f"--{given} {chosen}: {name} has the columns {', '.join(features)}.")
-    if column is not None and not source.find({column: features[column]}) and not _is(features[column], "string"):
+    if column is not None and not source.find({column: features[column]}) and not holds(features[column], "string"):
         raise InputError(f"--{option} {column}: the column holds {features[column]}, not {task}s.")
     labels = [each for each, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(labels) != 1:
@@ -312,9 +210,7 @@ def find_columns(
     if column is None:
         found = source.find({each: feature for each, feature in features.items() if each not in labels})
         if len(found) != 1:
-            others = [
-                other for other in _SOURCES if other != task and len(_SOURCES[other].find(features)) > len(found)
-            ]
+            others = [other for other in SOURCES if other != task and len(SOURCES[other].find(features)) > len(found)]
             hint = f" For {others[0]}s say --task {others[0]}." if others and not found else ""
             raise InputError(
                 f"{name} has {len(found)} {task} columns; name the one to use by --{option}. {columns}{hint}"
@@ -323,73 +219,6 @@ def find_columns(
     if not labels:
         raise InputError(f"{name}: no label column found; name it by --label_column_name. {columns}")
     return column, labels[0]
-
-
-def _image_columns(features: Mapping[str, Any]) -> list[str]:
-    """Columns of images, whether or not the file says so: tables of pandas, polars and others do not.
-
-    A plain column of bytes may hold anything; it is one of images where no other is.
-    """
-    images = [
-        column
-        for column, feature in features.items()
-        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and _is(feature.get("bytes"), "binary"))
-    ]
-    return images or [column for column, feature in features.items() if _is(feature, "binary")]
-
-
-def _text_columns(features: Mapping[str, Any]) -> list[str]:
-    """Columns of strings; of several those that are called as texts usually are."""
-    texts = [column for column, feature in features.items() if _is(feature, "string")]
-    usual = [column for column in _TEXT_COLUMN_NAMES if column in texts]
-    return usual[:1] if len(texts) > 1 and usual else texts
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where data of a task come from.
-
-    Attributes:
-        demo: What is always there, by name.
-        files: Formats of a single file, by suffix.
-        folder: Reads a folder that `datasets` should not read by itself; `None` where it should.
-        others: What there is beside the Hub, for messages.
-        find: Which columns hold examples.
-        feature: The type of their column.
-    """
-
-    demo: dict[str, Callable[[], datasets.DatasetDict]]
-    files: dict[str, str]
-    folder: Callable[[Path], datasets.DatasetDict | None]
-    others: str
-    find: Callable[[Mapping[str, Any]], list[str]]
-    feature: Any
-
-
-_SOURCES = {
-    "image": _Source(
-        {"digits": _load_digits},
-        {".parquet": "parquet"},
-        load_image_folder,
-        "a folder with one folder per class, a saved data set, a parquet file",
-        _image_columns,
-        datasets.Image(),
-    ),
-    "text": _Source(
-        {"docstrings": _load_docstrings},
-        {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"},
-        lambda _: None,
-        "a saved data set, a CSV, JSON or parquet file, a folder of such files",
-        _text_columns,
-        datasets.Value("string"),
-    ),
-}
-#: What is always there, by name; the task of each.
-DEMOS = {name: task for task, source in _SOURCES.items() for name in source.demo}
-
-
-def _is(feature: Any, kind: str) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in (kind, f"large_{kind}")
 
 
 def _standard_columns(dataset: datasets.Dataset, names: dict[str, str], feature: Any) -> datasets.Dataset:
@@ -461,7 +290,7 @@ def _carve_evaluation_split(
     task: str, name: str, dataset: datasets.Dataset, counts: np.ndarray, split_seed: int
 ) -> dict[str, datasets.Dataset]:
     wanted = np.minimum(np.maximum(np.round(counts * _CARVED_SHARE), 1), counts - 1).astype(np.int64)
-    train, evaluation = _set_aside(dataset, wanted, split_seed)
+    train, evaluation = set_aside(dataset, wanted, split_seed)
     if len(evaluation) == 0:
         raise InputError(f"{name}: no evaluation split, and too few {task}s to carve one out. Add a test split.")
     logger.warning(

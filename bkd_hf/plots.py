@@ -9,49 +9,44 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from .confusion_plots import plot_confusion
 from .export_report import FIGURE_NAME, plot_latency
 from .figures import (
-    COLOURS,
-    DPI,
     GREEN,
     NEUTRAL,
-    NOT_TESTED,
     ORANGE,
     PERCENT,
     SMALL,
     TEXT,
-    WIDTH,
-    add_title,
+    TICK_STEPS,
     class_accuracies,
     fit_beside,
+    largest_first,
     line_style,
+    models_of,
+    names_of_classes,
     of_the,
     percent,
     point_style,
     save_figures,
     set_names,
     tidy,
+    titled_figure,
 )
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, groups_of
 from .tasks import task_of
-from .text import figure as figure_text
 
 _GROUP_SHADES = {"many_shot": "#ffffff", "medium_shot": "#f1f1f1", "few_shot": "#e2e2e2"}
 
 _MAX_NAMED_CLASSES = 30
-_MAX_NUMBERED_CLASSES = 12
 _MAX_POINTS = 200
-_NUM_CONFUSIONS = 20
-_TICK_STEPS = (1, 2, 5, 10)
 _MIN_NAMED_STRETCH = 0.09  # share of the axis with room for the name of a group
 
 _PART = {"linewidth": 1.2, "markersize": 4, "zorder": 2}
@@ -98,7 +93,7 @@ def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
     figures: dict[str, Callable[[], Figure]] = {"class_accuracy.png": functools.partial(plot_class_accuracy, results)}
     if _training_panels(results):
         figures["training_curves.png"] = functools.partial(plot_training_curves, results)
-    for model in reversed(_models(results)):
+    for model in reversed(models_of(results)):
         name = f"confusion{of_the(model, results, '_')}.png"
         figures[name] = functools.partial(plot_confusion, results, model)
     if "export" in results:
@@ -122,7 +117,7 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     The figure's axes are the training images, the accuracies per class, those per group, and the legend's.
     """
     data, width = results["data"], 5.0
-    figure = _figure("Accuracy per class", results, height=5.6 + (not fit_beside(_class_labels(data), width)))
+    figure = titled_figure("Accuracy per class", results, height=5.6 + (not fit_beside(_class_labels(data), width)))
     grid = figure.add_gridspec(2, 2, width_ratios=(2.7, 1), height_ratios=(1, 1.6))
     images_axes = figure.add_subplot(grid[0, 0])
     class_axes = figure.add_subplot(grid[1, 0], sharex=images_axes)
@@ -131,7 +126,7 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     _draw_training_images(images_axes, data, width)
     _draw_classes(class_axes, data, width)
     handles = _draw_class_accuracies(class_axes, results)
-    if len(_models(results)) == 1:  # a teacher's own run, say: nobody's student
+    if len(models_of(results)) == 1:  # a teacher's own run, say: nobody's student
         handles[0].set_label("this model")
     _draw_group_accuracies(group_axes, results)
     images_axes.tick_params(labelbottom=False, bottom=len(data["class_counts"]) <= _MAX_NAMED_CLASSES)
@@ -158,7 +153,7 @@ def plot_class_counts(name: str, class_names: Sequence[str], class_counts: Seque
         "few_shot_threshold": FEW_SHOT_THRESHOLD,
     }
     height = 3.2 + (not fit_beside(_class_labels(data), 7.0))
-    figure = _figure("Training images per class", {"data": data}, height)
+    figure = titled_figure("Training images per class", {"data": data}, height)
     axes = figure.add_subplot()
     _draw_training_images(axes, data, 7.0)
     _draw_classes(axes, data, 7.0)
@@ -193,7 +188,7 @@ def _draw_classes(axes: Axes, data: dict[str, Any], width: float) -> None:
         set_names(axes, "x", range(1, num_classes + 1), names, width)
         axes.set_xlabel(f"class (most training {task_of(data).name}s first)")
     else:
-        ticks = MaxNLocator(7, integer=True, steps=_TICK_STEPS).tick_values(1, num_classes)
+        ticks = MaxNLocator(7, integer=True, steps=TICK_STEPS).tick_values(1, num_classes)
         ticks = [1, *(tick for tick in ticks if 1 < tick <= num_classes)]
         axes.set(xticks=ticks, xlabel=f"rank of the class (1: most training {task_of(data).name}s)")
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -215,8 +210,8 @@ def _shade_groups(axes: Axes, data: dict[str, Any]) -> dict[str, tuple[float, fl
 
 def _draw_class_accuracies(axes: Axes, results: dict[str, Any]) -> list[Line2D]:
     """Draw each class's accuracy; return the handles of a legend."""
-    order = _largest_first(results["data"])
-    accuracies = {model: class_accuracies(results[model])[order] for model in _models(results)}
+    order = largest_first(results["data"])
+    accuracies = {model: class_accuracies(results[model])[order] for model in models_of(results)}
     ranks = np.arange(1.0, order.size + 1)
     axes.set(ylabel="test accuracy (%)", **PERCENT)
     if order.size <= _MAX_NAMED_CLASSES:
@@ -256,7 +251,7 @@ def _draw_group_accuracies(axes: Axes, results: dict[str, Any]) -> None:
     present = [name for name, group in groups_of(results["data"]).items() if group.any()]
     for x, name in enumerate(present, start=1):
         axes.axvspan(x - 0.5, x + 0.5, color=_GROUP_SHADES[name], linewidth=0, zorder=0)
-    for model in _models(results):
+    for model in models_of(results):
         metrics = results[model]["metrics"]
         values = percent([metrics["accuracy"], *(metrics.get(f"{name}_accuracy") for name in present)])
         axes.plot(range(len(values)), values, **point_style(model))
@@ -264,6 +259,13 @@ def _draw_group_accuracies(axes: Axes, results: dict[str, Any]) -> None:
     axes.set_xticks(range(len(present) + 1), ["all", *(labels[name] for name in present)])
     axes.tick_params(bottom=False, labelleft=False)
     tidy(axes)
+
+
+def _class_labels(data: dict[str, Any]) -> list[str]:
+    """Return the names of the classes, the largest first; none where they are too many to be named."""
+    order = largest_first(data)
+    names = names_of_classes(data)
+    return [names[index] for index in order] if order.size <= _MAX_NAMED_CLASSES else []
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -284,7 +286,7 @@ def plot_training_curves(results: dict[str, Any]) -> Figure:
     if not panels:
         raise ValueError("There are no training curves to draw: neither teacher nor student has a history.")
     heights = [0.9 if name == "learning rate" else 2.0 for name in panels]
-    figure = _figure("Training curves", results, 1.2 + 1.1 * sum(heights))
+    figure = titled_figure("Training curves", results, 1.2 + 1.1 * sum(heights))
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, curves) in zip(all_axes, panels.items(), strict=True):
         for epochs, values, style in curves:
@@ -310,7 +312,7 @@ def plot_training_curves(results: dict[str, Any]) -> Figure:
 
 def _training_panels(results: dict[str, Any]) -> dict[str, list[tuple[np.ndarray, np.ndarray, dict[str, Any]]]]:
     """Return the epochs, values and style of each curve, by panel."""
-    histories = {model: results[model].get("history") or [] for model in _models(results)}
+    histories = {model: results[model].get("history") or [] for model in models_of(results)}
     options = results.get("options", {}).get("training", {})
     is_weighted = options.get("distillation_loss", "bkd") in ("kd", "bkd")
     weight = options.get("distillation_weight", 1.0) if is_weighted else 1.0
@@ -329,127 +331,3 @@ def _training_panels(results: dict[str, Any]) -> dict[str, list[tuple[np.ndarray
             curve = epochs, scale * values, line_style(model) | {"label": label} | style
             panels.setdefault(panel, []).append(curve)
     return panels
-
-
-# ---- Confusions -----------------------------------------------------------------------------------------------------
-
-
-def plot_confusion(results: dict[str, Any], model: str = "student", max_classes: int = 30) -> Figure:
-    """Draw which classes a model takes for which.
-
-    With few classes this is the confusion matrix, from the class with the most to that with the fewest training
-    images: of the test images of the true class (row), the share (percent) taken for the predicted class (column).
-    With more, it is a bar each for the 20 confusions that befall most test images: their share (percent) of the true
-    class's test images. Numbers of training images are given beside the names.
-
-    Args:
-        results: The content of a `results.json`.
-        model: `student` or `teacher`.
-        max_classes: With more classes than this there are bars.
-    """
-    data = results["data"]
-    names = _class_names(data)
-    sized = [f"{name} ({count:,})" for name, count in zip(names, data["class_counts"], strict=True)]
-    if len(names) <= max_classes:
-        return _plot_confusion_matrix(results, model, names, sized)
-    return _plot_largest_confusions(results, model, sized)
-
-
-def _plot_confusion_matrix(results: dict[str, Any], model: str, names: list[str], sized: list[str]) -> Figure:
-    tested, order = np.asarray(results["data"]["eval_class_counts"]), _largest_first(results["data"])
-    unit = task_of(results["data"]).name
-    shares = np.diag(class_accuracies(results[model]))
-    for true, predicted, number in results[model]["confusions"]:
-        shares[true, predicted] = 100 * number / tested[true]
-    shares[tested == 0] = np.nan
-    shares = shares[np.ix_(order, order)]
-
-    figure = _figure(f"Confusions{of_the(model, results, ' of the ')}", results, height=7.0)
-    axes = figure.add_subplot()
-    colours = matplotlib.colormaps["Blues"].with_extremes(bad=NOT_TESTED)
-    # A root scale: most confusions are a few percent, which a linear one would leave white.
-    scale = PowerNorm(0.5, vmin=0, vmax=100)
-    # By hand: scikit-learn's ConfusionMatrixDisplay writes every zero, and cannot leave rows out.
-    image = axes.imshow(shares, cmap=colours, norm=scale, aspect="auto")
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100])
-    bar.set_label(f"share of the true class's test {unit}s (%)", fontsize=TEXT)
-    bar.ax.tick_params(labelsize=SMALL)
-    centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL}
-    for row in np.flatnonzero(tested[order] == 0).tolist():
-        axes.text((order.size - 1) / 2, row, f"no test {unit}s", **centred)
-    if order.size <= _MAX_NUMBERED_CLASSES:
-        for row, column in np.argwhere(shares > 0).tolist():
-            share = shares[row, column]
-            axes.text(column, row, f"{round(share, 1):g}", color="white" if scale(share) > 0.7 else "black", **centred)
-    set_names(axes, "x", range(order.size), [names[index] for index in order], 5.0)
-    set_names(axes, "y", range(order.size), [sized[index] for index in order])
-    axes.tick_params(length=0)
-    axes.set(xlabel="predicted class", ylabel=f"true class (training {unit}s)")
-    axes.xaxis.label.set_fontsize(TEXT)
-    axes.yaxis.label.set_fontsize(TEXT)
-    return figure
-
-
-def _plot_largest_confusions(results: dict[str, Any], model: str, sized: list[str]) -> Figure:
-    tested, unit = results["data"]["eval_class_counts"], task_of(results["data"]).name
-    # By images, not by share: only the most frequent ones are in the results, and a class with a single test image
-    # would always come first.
-    largest = sorted(results[model]["confusions"], key=lambda c: (-c[2], tested[c[0]]))
-    confusions, others = largest[:_NUM_CONFUSIONS], largest[_NUM_CONFUSIONS:]
-    label = f"share of the true class's test {unit}s (%)"
-    if others and others[0][2] == (least := confusions[-1][2]):
-        label += f"\nnot drawn: other confusions of {least:,} test {unit}{'s' if least > 1 else ''} each"
-    confusions.sort(key=lambda c: -c[2] / tested[c[0]])
-    shares = [100 * number / tested[true] for true, _, number in confusions]
-
-    figure = _figure(
-        f"Largest confusions{of_the(model, results, ' of the ')}", results, 1.4 + 0.23 * max(4, len(shares))
-    )
-    axes = figure.add_subplot()
-    bars = axes.barh(range(len(shares)), shares, height=0.7, color=COLOURS[model], zorder=2)
-    numbers = [f"{number:,} of {tested[true]:,}" for true, _, number in confusions]
-    axes.bar_label(bars, labels=numbers, fontsize=SMALL, padding=3)
-    if not confusions:
-        axes.text(0.5, 0.5, f"every test {unit} is classified correctly", transform=axes.transAxes, ha="center")
-    labels = [f"{sized[true]} → {sized[predicted]}" for true, predicted, _ in confusions]
-    set_names(axes, "y", range(len(labels)), labels)
-    longest = max(shares, default=100.0)
-    end = 1.25 * longest  # room for the numbers
-    ticks = MaxNLocator(6, steps=_TICK_STEPS).tick_values(0, longest)
-    axes.set(xlim=(0, end), xticks=[tick for tick in ticks if tick <= min(100, end)], xlabel=label)
-    axes.set(ylim=(max(1, len(shares)) - 0.4, -0.6), ylabel=f"true → predicted class\n(training {unit}s)")
-    axes.tick_params(axis="y", length=0)
-    tidy(axes, grid=None)  # it would run through the numbers
-    return figure
-
-
-# ---- All -----------------------------------------------------------------------------------------------------------
-
-
-def _models(results: dict[str, Any]) -> list[str]:
-    return [model for model in COLOURS if results.get(model)]
-
-
-def _largest_first(data: dict[str, Any]) -> np.ndarray:
-    return np.argsort(-np.asarray(data["class_counts"]), kind="stable")
-
-
-def _class_labels(data: dict[str, Any]) -> list[str]:
-    """Return the names of the classes, the largest first; none where they are too many to be named."""
-    order = _largest_first(data)
-    names = _class_names(data)
-    return [names[index] for index in order] if order.size <= _MAX_NAMED_CLASSES else []
-
-
-def _class_names(data: dict[str, Any]) -> list[str]:
-    """Return the names of all classes, with the number of each that the fonts cannot write."""
-    names = [figure_text(name) for name in data["class_names"]]
-    return [f"{name} (class {number})" if "\ufffd" in name else name for number, name in enumerate(names)]
-
-
-def _figure(title: str, results: dict[str, Any], height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    names = {model: figure_text(results[model]["model"], 45) for model in _models(results)}
-    models = "; ".join(of_the(model, results, "", ": ") + name for model, name in names.items())
-    add_title(figure, f"{title}: {figure_text(results['data']['name'], 40)}", models)
-    return figure

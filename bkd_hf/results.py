@@ -30,7 +30,6 @@ from .config import BKDConfig
 from .data import LABEL_COLUMN, class_counts, shared_fingerprint
 from .errors import InputError
 from .files import replacing
-from .loading import DEMOS
 from .machine import precision_of
 from .methods import corrects
 from .metrics import (
@@ -43,6 +42,7 @@ from .program import program
 from .reading import read_json
 from .schema import HUB_ID, find_fault
 from .sharding import bare_type
+from .sources import DEMOS
 from .tasks import DEFAULT_TASK, fresh_task, task_of_columns
 from .teacher import FrozenTeacher
 from .text import one_line

@@ -36,8 +36,9 @@ from .data import fingerprint
 from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .images import ImageDataset, collate_images
-from .loading import find_columns, find_splits, open_splits
+from .loading import find_columns, find_splits
 from .reading import read_json
+from .sources import open_splits
 from .text import normal, one_line
 
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """What is classified: images, or texts. What a run has to know of either, beside how its examples are made.
 
-How data of a task are found is in `bkd_hf.loading`, how its examples become a model's inputs in `bkd_hf.inputs`.
+How data of a task are found is in `bkd_hf.sources`, how its examples become a model's inputs in `bkd_hf.inputs`.
 Cards, tables and figures call an example by the name of its task ([`task_of`]); a message that runs of any task may
 give says "example".
 """

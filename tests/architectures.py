@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as T
 from torch import nn
@@ -112,6 +114,30 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     **{name: _builder(*parts) for name, parts in _MODELS.items()},
     "timm": _timm,
 }
+# The kinds of layer, norm and head there are; the others say the same of one architecture more.
+_USUAL = ("CIFAR ResNet", "ResNet", "ViT", "ConvNeXt v2", "EfficientNet")
+
+
+def why_not(name: str) -> str | None:
+    """Say why an architecture cannot be had here; `None` if it can."""
+    if name == "timm":
+        try:
+            importlib.import_module("timm")
+        except (ImportError, RuntimeError) as error:  # without it, or with a torchvision that does not fit torch
+            return f"timm cannot be imported: {error}"
+    return None
+
+
+def _parameter(name: str) -> Any:
+    slow = () if name in _USUAL else (pytest.mark.slow,)
+    skipped = (pytest.mark.skip(reason=reason),) if (reason := why_not(name)) else ()
+    return pytest.param(name, marks=(*slow, *skipped))
+
+
+#: Parameters for tests of what holds for every architecture.
+EVERY = [_parameter(name) for name in ARCHITECTURES]
+#: Without timm, whose configuration does not tell the model's parts.
+EVERY_BUT_TIMM = [parameter for parameter in EVERY if parameter.values != ("timm",)]
 #: Height and width, where it is not 32.
 IMAGE_SIZES = {"LeViT": 64}
 

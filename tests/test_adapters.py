@@ -17,8 +17,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.head import head_modules
 from bkd_hf.rehearsal import check_before_work
 from bkd_hf.results import load_results
-from tests.architectures import IMAGE_SIZES, NAMES, examples, tiny, watched_trainer
-from tests.test_architectures import EVERY
+from tests.architectures import EVERY, IMAGE_SIZES, NAMES, examples, tiny, watched_trainer
 from tests.test_cli import RECIPE, run_here  # noqa: F401
 from tests.test_teachers import processor
 

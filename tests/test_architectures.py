@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
 import subprocess
@@ -17,21 +16,8 @@ from transformers import ViTImageProcessorPil
 
 import bkd_hf.teacher
 from bkd_hf import BKDConfig, BKDTrainer
-from tests.architectures import ARCHITECTURES, IMAGE_SIZES, NAMES, tiny
+from tests.architectures import ARCHITECTURES, EVERY, IMAGE_SIZES, NAMES, tiny, why_not
 from tests.conftest import WORKER_ENVIRONMENT
-
-
-def needs(name: str):
-    """Skip timm where it cannot be imported."""
-    if name == "timm":
-        try:
-            importlib.import_module("timm")
-        except (ImportError, RuntimeError) as error:  # without it, or with a torchvision that does not fit torch
-            return pytest.param(name, marks=pytest.mark.skip(reason=f"timm cannot be imported: {error}"))
-    return name
-
-
-EVERY = [needs(name) for name in ARCHITECTURES]
 
 
 def size_of(name: str) -> int:
@@ -129,7 +115,7 @@ json.dump(answers, open("answers.json", "w"))
 
 @pytest.mark.slow
 def test_reloads_in_a_new_process_with_the_same_answers(trained, tmp_path):
-    names = [name for name in ARCHITECTURES if isinstance(needs(name), str)]
+    names = [name for name in ARCHITECTURES if why_not(name) is None]
     expected = {}
     for name in names:
         folder, trainer = trained[name]

@@ -169,6 +169,7 @@ def test_other_options_are_refused_naming_what_differs(finished):
     assert "--teacher_" not in output.split("Use another folder")[0]  # the teacher's options are not concerned
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew(copy, run_here):
     (copy / "results.json").write_text("{}")
     (copy / "notes.txt").write_text("mine")
@@ -306,6 +307,7 @@ def test_the_default_is_for_data_of_peoples_own(finished, copy, run_here):
     assert "\nmethod: bkd " in recipe
 
 
+@pytest.mark.slow
 def test_collapsing_targets_are_refused_unless_forced(tmp_path, run_here):
     options = (*QUICK, "--output_dir", str(tmp_path / "run"), "--method", "bkd", "--class_balance_power", "5")
     message = refused(*options)
@@ -361,6 +363,7 @@ def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path, run_he
     assert logits.abs().max() <= 30.0
 
 
+@pytest.mark.slow
 def test_teacher_of_dive_is_trained_with_balanced_softmax(tmp_path, run_here):
     output = run_here(
         *QUICK, "--output_dir", str(tmp_path / "run"), "--method", "dive", "--dive_temperature", "3",
@@ -416,7 +419,7 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     output = run(
         "--dataset_name", str(tmp_path / "data"), "--model_name_or_path", "cifar-resnet-8", "--output_dir",
         str(tmp_path / "run"), "--cache_images", "none", "--num_train_epochs", "1", "--disable_tqdm", "true",
-        "--max_class_count", "5", launcher=(sys.executable,),
+        "--max_class_count", "5",
     )  # fmt: skip
     assert "--max_class_count has no effect" in output
     assert "has no evaluation split" in output

@@ -17,7 +17,7 @@ from bkd_hf.head import head_modules
 from bkd_hf.hub import prepare
 from bkd_hf.models import linear_head
 from bkd_hf.run import run as run_here
-from tests.architectures import ARCHITECTURES, IMAGE_SIZES, NAMES, tiny
+from tests.architectures import EVERY_BUT_TIMM, IMAGE_SIZES, NAMES, tiny
 from tests.conftest import WORKER_ENVIRONMENT
 from tests.faults import CHEAP, RECIPE
 from tests.tiny_models import tiny_vit
@@ -37,7 +37,7 @@ def pixels(name: str) -> torch.Tensor:
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "timm"])
+@pytest.mark.parametrize("name", EVERY_BUT_TIMM)
 def test_logits_are_scaled_cosines_with_the_weights_of_the_linear_model(name, tmp_path):
     linear, cosine = with_cosine_head(name, tmp_path / "linear")
     features = []

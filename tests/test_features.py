@@ -21,7 +21,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.features import answer_features
 from bkd_hf.rehearsal import check_before_work
 from bkd_hf.run import run
-from tests.architectures import ARCHITECTURES, IMAGE_SIZES, tiny
+from tests.architectures import EVERY_BUT_TIMM, IMAGE_SIZES, tiny
 from tests.test_head import Examples
 from tests.tiny_models import tiny_deit_with_two_heads
 
@@ -64,7 +64,7 @@ def head_of(trainer: BKDTrainer) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "timm"])
+@pytest.mark.parametrize("name", EVERY_BUT_TIMM)
 def test_the_same_head_for_every_architecture(name, tmp_path):
     data = examples(IMAGE_SIZES.get(name, 32))
     expected = head_of(train(name, data, tmp_path, feature_cache="off"))

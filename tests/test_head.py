@@ -22,7 +22,7 @@ from bkd_hf.head import (
 )
 from bkd_hf.head_fitting import class_vectors
 from bkd_hf.models import load_classifier
-from tests.architectures import ARCHITECTURES, IMAGE_SIZES, tiny
+from tests.architectures import EVERY_BUT_TIMM, IMAGE_SIZES, tiny
 
 COUNTS = [400, 100, 20]
 
@@ -273,7 +273,7 @@ def test_class_means_by_hand(tmp_path):
         with_class_means(Bare(num_labels=3), Examples(features, [0, 0, 1, 1, 1]), tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "timm"])
+@pytest.mark.parametrize("name", EVERY_BUT_TIMM)
 def test_class_means_for_every_architecture(name, tmp_path):
     size = IMAGE_SIZES.get(name, 32)
     images = torch.randn(10, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,7 @@ from torch import nn
 
 from bkd_hf import BKDConfig, BKDTrainer, InputError
 from bkd_hf.optimization import layer_depths
-from tests.architectures import tiny
-from tests.test_architectures import EVERY
+from tests.architectures import EVERY, tiny
 
 DECAY, RATE = 0.5, 0.1
 

@@ -88,6 +88,7 @@ def weights_of(folder) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_precision_that_was_measured_when_it_began(tmp_path, run_here, steps, monkeypatch):  # noqa: F811
     first, told = tmp_path / "first", tmp_path / "told"
     output = run_here(*options_for(first))

@@ -30,6 +30,7 @@ def block_after(marker: str) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_its_python_runs(tmp_path):
     code = "\n".join(block_after(f"test: {name}") for name in ("quick start", "own loss"))
     process = subprocess.run(

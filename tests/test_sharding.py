@@ -22,7 +22,7 @@ from bkd_hf.errors import InputError
 from bkd_hf.machine import leave_process_group
 from bkd_hf.models import load_weights_strictly
 from bkd_hf.teacher import load_teacher
-from tests.architectures import ARCHITECTURES, examples, tiny
+from tests.architectures import EVERY_BUT_TIMM, examples, tiny
 from tests.faults import in_two_processes
 from tests.tiny_models import tiny_vit
 
@@ -171,7 +171,7 @@ def test_zero3_that_would_save_no_model_is_refused():
     sharding.check_deepspeed(SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(zero_stage=2)))
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "timm"])
+@pytest.mark.parametrize("name", EVERY_BUT_TIMM)
 def test_blocks_of_all_architectures_are_found(name):
     model = tiny(name, 0)
     names = sharding.layers_to_wrap(model)

@@ -116,6 +116,7 @@ def test_card(names, name):
 @given(names=st.lists(ANYTHING, min_size=3, max_size=3), name=ANYTHING)
 @example(names=NASTY[12:15], name="$x^$")
 @settings(FEW, max_examples=2)
+@pytest.mark.slow
 def test_figures_and_comparison(names, name, tmp_path_factory):
     results, folder = results_of(names, name), tmp_path_factory.mktemp("x")
     results["method"] = name

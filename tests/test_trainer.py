@@ -762,6 +762,7 @@ def test_workers_that_stay_are_those_of_the_data_set_that_is_asked_about(tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.slow
 def test_teacher_in_another_precision_is_used(tmp_path, dtype):
     trainer = trainer_for(tmp_path, teacher=resnet(2).to(dtype), method="kd")
     trainer.train()

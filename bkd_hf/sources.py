@@ -1,0 +1,192 @@
+"""Where data sets come from: the Hub, files, folders of images, the digits of scikit-learn, Python's docstrings."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.exceptions import DatasetsError
+from datasets.table import CastError
+from yaml import YAMLError
+
+from .data import set_aside
+from .docstrings import GROUPS, docstrings
+from .errors import InputError, first_line
+from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features, files_below, load_image_folder
+from .tasks import TEXT_COLUMN
+from .text import one_line
+
+_TEXT_COLUMN_NAMES = ("text", "sentence", "content", "document", "review")
+
+
+def _load_digits() -> datasets.DatasetDict:
+    """Return the 1,797 8×8 digits that come with scikit-learn, 40 of each for evaluation."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = []
+    for pixels in digits.images:
+        Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8)).save(file := io.BytesIO(), format="PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+    features = class_features([str(name) for name in digits.target_names])
+    everything = datasets.Dataset.from_dict({IMAGE_COLUMN: images, LABEL_COLUMN: digits.target}, features=features)
+    return _with_test_split(everything, per_class=40)
+
+
+def _load_docstrings() -> datasets.DatasetDict:
+    """Return the docstrings of the standard library, 60 of each class for evaluation."""
+    texts, labels = docstrings()
+    features = datasets.Features(
+        {TEXT_COLUMN: datasets.Value("string"), LABEL_COLUMN: datasets.ClassLabel(names=list(GROUPS))}
+    )
+    everything = datasets.Dataset.from_dict({TEXT_COLUMN: texts, LABEL_COLUMN: labels}, features=features)
+    return _with_test_split(everything, per_class=60)
+
+
+def _with_test_split(everything: datasets.Dataset, per_class: int) -> datasets.DatasetDict:
+    wanted = np.full(everything.features[LABEL_COLUMN].num_classes, per_class)
+    train, test = set_aside(everything, wanted, seed=0)
+    return datasets.DatasetDict({"train": train, "test": test})
+
+
+def _image_columns(features: Mapping[str, Any]) -> list[str]:
+    """Columns of images, whether or not the file says so: tables of pandas, polars and others do not.
+
+    A plain column of bytes may hold anything; it is one of images where no other is.
+    """
+    images = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and holds(feature.get("bytes"), "binary"))
+    ]
+    return images or [column for column, feature in features.items() if holds(feature, "binary")]
+
+
+def _text_columns(features: Mapping[str, Any]) -> list[str]:
+    """Columns of strings; of several those that are called as texts usually are."""
+    texts = [column for column, feature in features.items() if holds(feature, "string")]
+    usual = [column for column in _TEXT_COLUMN_NAMES if column in texts]
+    return usual[:1] if len(texts) > 1 and usual else texts
+
+
+def holds(feature: Any, kind: str) -> bool:
+    """Whether a column holds values of a kind, as `"string"`."""
+    return isinstance(feature, datasets.Value) and feature.dtype in (kind, f"large_{kind}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where data of a task come from.
+
+    Attributes:
+        demo: What is always there, by name.
+        files: Formats of a single file, by suffix.
+        folder: Reads a folder that `datasets` should not read by itself; `None` where it should.
+        others: What there is beside the Hub, for messages.
+        find: Which columns hold examples.
+        feature: The type of their column.
+    """
+
+    demo: dict[str, Callable[[], datasets.DatasetDict]]
+    files: dict[str, str]
+    folder: Callable[[Path], datasets.DatasetDict | None]
+    others: str
+    find: Callable[[Mapping[str, Any]], list[str]]
+    feature: Any
+
+
+SOURCES = {
+    "image": Source(
+        {"digits": _load_digits},
+        {".parquet": "parquet"},
+        load_image_folder,
+        "a folder with one folder per class, a saved data set, a parquet file",
+        _image_columns,
+        datasets.Image(),
+    ),
+    "text": Source(
+        {"docstrings": _load_docstrings},
+        {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"},
+        lambda _: None,
+        "a saved data set, a CSV, JSON or parquet file, a folder of such files",
+        _text_columns,
+        datasets.Value("string"),
+    ),
+}
+#: What is always there, by name; the task of each.
+DEMOS = {name: task for task, source in SOURCES.items() for name in source.demo}
+
+
+def open_splits(
+    task: str, name: str, config_name: str | None, cache_dir: str | None, token: str | None, streaming: bool = False
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load what is there, with its own columns and splits.
+
+    Args:
+        task: `"image"` or `"text"`.
+        name: As for [`load_image_dataset`], and the following.
+        config_name: Configuration of a Hub data set.
+        cache_dir: Where `datasets` keeps its files.
+        token: Token for private data sets.
+        streaming: Load nothing of it yet.
+
+    Raises:
+        InputError: If it is not there, or cannot be read.
+    """
+    source = SOURCES[task]
+    path = Path(name).expanduser()
+    if not path.exists() and name.startswith((".", "/", "~")):
+        raise InputError(f"--dataset_name {name}: there is no such file or folder.")
+    try:
+        if (
+            path.is_dir()
+            and not streaming
+            and any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
+        ):
+            list(files_below(path))
+            data = datasets.load_from_disk(str(path))
+        elif path.exists() and not path.is_dir():
+            if path.suffix not in source.files or not path.is_file():
+                others = [other for other in SOURCES if path.suffix in SOURCES[other].files]
+                hint = f" For {others[0]}s say --task {others[0]}." if others and path.is_file() else ""
+                kinds = " or ".join(source.files)
+                raise InputError(f"--dataset_name {name}: a single file must be a {kinds} file.{hint}")
+            data = datasets.load_dataset(
+                source.files[path.suffix], data_files=str(path), cache_dir=cache_dir, streaming=streaming
+            )
+        else:
+            data = source.folder(path) if path.is_dir() and config_name is None and not streaming else None
+            if data is None:
+                place = str(path) if path.is_dir() else name
+                data = datasets.load_dataset(place, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
+    except InputError:
+        raise
+    except Exception as error:  # of `datasets`, and of all that it reads with: there is no end of kinds
+        where = (
+            "It is a folder here, but holds no data set that `datasets` can read"
+            if path.is_dir()
+            else "The file here cannot be read"
+            if path.exists()
+            else "It is no file or folder here, and the Hub does not give it"
+        )
+        cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
+        reason = first_line(cause)
+        if isinstance(cause, IndexError):  # how `load_from_disk` fails on a split without rows
+            reason = "one of its splits is empty"
+        elif isinstance(cause, CastError):
+            reason = f"its files differ in their columns, or in their types ({one_line(cause)})"
+        elif isinstance(cause, YAMLError):
+            reason = f"the metadata in its README.md are no YAML ({one_line(cause)})"
+        elif isinstance(cause, UnicodeDecodeError):
+            reason = f"a text in it is not in UTF-8 ({reason}): save it as such"
+        raise InputError(
+            f"--dataset_name {name} cannot be loaded. {where}: {reason}. Give a Hub id, {source.others}, or "
+            f'"{next(iter(source.demo))}".'
+        ) from error
+    return data if isinstance(data, dict) else datasets.DatasetDict({"train": data})

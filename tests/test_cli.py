@@ -419,7 +419,7 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     output = run(
         "--dataset_name", str(tmp_path / "data"), "--model_name_or_path", "cifar-resnet-8", "--output_dir",
         str(tmp_path / "run"), "--cache_images", "none", "--num_train_epochs", "1", "--disable_tqdm", "true",
-        "--max_class_count", "5",
+        "--max_class_count", "5", "--num_threads", "1", launcher=(sys.executable,),
     )  # fmt: skip
     assert "--max_class_count has no effect" in output
     assert "has no evaluation split" in output

@@ -156,7 +156,7 @@ def test_of_two_processes_one_writes_and_both_read(tmp_path):
     processes = [FORK.Process(target=_open_and_report, args=(tmp_path / "entry", barrier, reports)) for _ in range(2)]
     for process in processes:
         process.start()
-    found = [reports.get(timeout=30) for _ in range(2)]
+    found = [reports.get(timeout=30) for _ in range(3)]
     for process in processes:
         process.join(30)
         assert process.exitcode == 0

@@ -72,28 +72,42 @@ def prior_in_teacher(
 ) -> float:
     """Return how much of the class frequencies a teacher's answers hold: 1 for plain training, 0 for balanced ones.
 
-    With z = log p(x|c) + κ · log π_c, the mean probability that images of other classes give to class c grows as
-    π_c^κ: κ is the slope of its logarithm over log n_c, by least squares over the classes, cut to [0, 1]. A teacher
-    that has memorised its training images, and leaves other classes less than 5 % on average, does not tell: it is
-    right whatever its prior, and is taken to hold all of it.
+    With z = log p(x|c) + κ · log π_c, κ is the number in [0, 1] for which softmax(z − κ · log n), renormalised over
+    the classes that are not the label, gives each class the same whatever n_c: the slope of the logarithm of its mean
+    over log n_c, by least squares over the classes, is 0. A teacher that has memorised its training images, and leaves
+    other classes less than 5 % on average, does not tell: it is right whatever its prior, and is taken to hold all of
+    it. Nor does one of two classes, of which the other one gets everything.
 
     Args:
         teacher_logits: N×C, of training images.
         labels: N class numbers.
         class_counts: C numbers of training images. If all are the same, there is nothing to measure either: 1.
     """
-    counts = torch.as_tensor(class_counts).to(teacher_logits.device, torch.float64)
+    z, counts = teacher_logits.double(), torch.as_tensor(class_counts).to(teacher_logits.device, torch.float64)
     of_label = torch.nn.functional.one_hot(labels, len(counts)).bool()
-    left = 1 - teacher_logits.double().softmax(dim=1)[of_label]
-    others = teacher_logits.double().masked_fill(of_label, -torch.inf).log_softmax(dim=1)
+    left = 1 - z.softmax(dim=1)[of_label]
     # Each class of images counts the same.
-    weights = (-torch.bincount(labels, minlength=len(counts)).double().log()).to(others.device)[labels][:, None]
-    mass = (others + weights).logsumexp(dim=0) - weights.masked_fill(of_label, -torch.inf).logsumexp(dim=0)
-    known = (counts > 0) & mass.isfinite()
-    x, y = (values - values.mean() for values in (counts[known].log(), mass[known]))
-    spread = (x * x).sum()
-    tells = spread > 1e-9 and left.mean() >= _LEAST_LEFT
-    return float(((x * y).sum() / spread).clamp(0, 1)) if tells else 1.0
+    weights = (-torch.bincount(labels, minlength=len(counts)).double().log()).to(z.device)[labels][:, None]
+    num_images = weights.masked_fill(of_label, -torch.inf).logsumexp(dim=0)
+    known = (counts > 0) & num_images.isfinite() & z.isfinite().any(dim=0)
+    log_n = counts.clamp_min(1).log()
+    x = log_n[known] - log_n[known].mean()
+    if len(x) < 3 or (x * x).sum() <= 1e-9 or left.mean() < _LEAST_LEFT:
+        return 1.0
+
+    def slope(kappa: float) -> float:
+        others = (z - kappa * log_n).masked_fill(of_label, -torch.inf).log_softmax(dim=1)
+        return float((x * ((others + weights).logsumexp(dim=0) - num_images)[known]).sum())
+
+    low, high = 0.0, 1.0
+    if slope(low) <= 1e-9:  # sums are not exact
+        return low
+    if slope(high) >= -1e-9:
+        return high
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+    return (low + high) / 2
 
 
 def target_statistics(

@@ -354,8 +354,21 @@ def test_the_prior_in_a_teacher_is_found(seed, kappa):
     assert prior_in_teacher(memorised, labels, counts) == 1.0
 
 
+@pytest.mark.parametrize("counts", [[400, 100, 20], [900, 300, 100, 30, 10]])
+@pytest.mark.parametrize("kappa", [0.0, 0.5, 1.0])
+def test_the_prior_in_an_exact_teacher_of_few_classes_is_found(counts, kappa):
+    counts, generator = torch.tensor(counts), torch.Generator().manual_seed(0)
+    angles = torch.arange(len(counts)) * 2 * math.pi / len(counts)
+    means = torch.stack([angles.cos(), angles.sin()], dim=1)  # each class as far from its neighbours
+    labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    points = means[labels] + torch.randn(len(labels), 2, generator=generator)
+    logits = -(torch.cdist(points, means) ** 2) / 2 + kappa * counts.log()
+    assert prior_in_teacher(logits, labels, counts) == pytest.approx(kappa, abs=0.15)
+
+
 def test_nothing_to_measure_is_all():
     assert prior_in_teacher(torch.randn(6, 3), torch.arange(6) % 3, [7, 7, 7]) == 1.0
+    assert prior_in_teacher(torch.randn(6, 2), torch.arange(6) % 2, [70, 7]) == 1.0
 
 
 def test_only_what_the_teacher_still_holds_is_taken_out(tmp_path):

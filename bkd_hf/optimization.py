@@ -74,7 +74,7 @@ def layer_depths(model: nn.Module) -> dict[nn.Parameter, int]:
     block that is defined before it.
 
     Raises:
-        InputError: If there are no two blocks, or the head cannot be told from the rest.
+        InputError: If there are fewer than two blocks, or the head cannot be identified.
     """
     heads = the_head(model)
     lists = [each for each in _lists_of_blocks(model) if each[0] not in heads and "embed" not in each[0]]

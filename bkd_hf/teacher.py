@@ -241,8 +241,8 @@ def beats_guessing(accuracies: Sequence[float], num_images: Sequence[int]) -> bo
     """Decide whether a classifier is better than guessing.
 
     Guessing is right for 1/C of the images of a class on average. The mean over C classes then has the standard
-    deviation σ = √( (1/C) · (1 − 1/C) · Σ_c 1/n_c ) / C. An accuracy three σ above 1/C is better than guessing, or, with
-    few images, one half of the way from 1/C to 1; in any case it must be a fiftieth of that way above 1/C.
+    deviation σ = √( (1/C) · (1 − 1/C) · Σ_c 1/n_c ) / C. An accuracy three σ above 1/C is better than guessing, or,
+    with few images, one half of the way from 1/C to 1; in any case it must be a fiftieth of that way above 1/C.
 
     Args:
         accuracies: Of C classes, fractions.

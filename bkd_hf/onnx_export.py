@@ -81,7 +81,7 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
     lock(folder)
     for name in ONNX_FILES.values():
         (folder / name).unlink(missing_ok=True)
-    if results.pop("export", None):  # its files are missing or damaged
+    if results.pop("export", None):  # results must not list deleted files
         save_json(results, folder / RESULTS_NAME)
     results["export"] = _export(arguments, results, say)
     save_json(results, folder / RESULTS_NAME)

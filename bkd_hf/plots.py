@@ -108,9 +108,10 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
 
     Classes are on the x axis, from the most to the fewest training images: by name, or by rank if there are more than
     30. Above are the training images per class (log scale), below is each class's accuracy on the test images (in
-    percent) for teacher and student, and beside it the accuracies over all test images and of the groups (the mean over
-    the classes of a group), shaded like their part of the x axis. With more than 30 classes, a moving average shows the
-    trend; with more than 200, points are means over neighbouring ranks. Classes without test images leave a gap.
+    percent) for teacher and student, and beside it the accuracies over all test images and of the groups (the mean
+    over the classes of a group), shaded like their part of the x axis. With more than 30 classes, a moving average
+    shows the trend; with more than 200, points are means over neighbouring ranks. Classes without test images leave a
+    gap.
 
     The figure's axes are the training images, the accuracies per class, those per group, and the legend's.
     """

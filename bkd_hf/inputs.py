@@ -172,7 +172,7 @@ def load_splits(arguments: RunArguments) -> dict[str, Any]:
 
 
 def choose_workers(args: BKDConfig, dataset: Any, num_threads: int) -> bool:
-    """Choose the number of data workers if the options do not; return whether there are any.
+    """Choose the number of data workers if the options do not; return whether this gave any.
 
     Workers stay alive between epochs, unless the options say otherwise. Restarted workers would be forks of a process
     with a large memory, which is then copied page by page as training continues: on a CPU, this delayed an epoch of a

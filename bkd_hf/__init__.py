@@ -7,7 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives. Loaded when first used, so that `import bkd_hf` stays light.
+# The module of each public name. Loaded on first use, so that `import bkd_hf` stays fast.
 _HOMES = {
     "config": ["BKDConfig"],
     "augmentations": ["default_augmentation"],

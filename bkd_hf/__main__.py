@@ -20,7 +20,7 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Call a command; return its exit code, or 2 if there is none of that name."""
+    """Call a command; return its exit code, or 2 for an unknown command."""
     return run_script(lambda: _call(*(sys.argv[1:] if argv is None else argv)), "nothing has begun")
 
 
@@ -36,7 +36,7 @@ def _call(name: str = "--help", *options: str) -> int:
     if name not in _COMMANDS:
         known = ", ".join(_COMMANDS)
         raise InputError(f"{PROGRAM} {one_line(name, 60)}: no such command; {known}.{suggestion(name, [*_COMMANDS])}")
-    sys.argv = [f"{PROGRAM} {name}", *options]  # what it is called, in its help and in what it records
+    sys.argv = [f"{PROGRAM} {name}", *options]  # for its help, and the command that it records
     return importlib.import_module(f"bkd_hf.commands.{name}").main()
 
 

@@ -1,4 +1,4 @@
-"""Training few weights of a pretrained model: low-rank updates (LoRA), or biases and normalisation layers (BitFit)."""
+"""Parameter-efficient fine-tuning: low-rank updates (LoRA), or biases and normalisation layers (BitFit)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .head import the_head
 from .publishing_trainer import PublishingTrainer
 from .run_folder import check_checkpoint
 
-#: In a checkpoint, the model with its low-rank factors apart; its `model.safetensors` holds their sum.
+#: In a checkpoint, the model with separate low-rank factors; its `model.safetensors` holds the merged weights.
 ADAPTED_WEIGHTS_NAME = "adapted_weights.pt"
-#: What peft calls the updates of a model that has only these.
+#: peft's name for the only adapter of a model.
 _NAME = "default"
 
 
 def check_adapter(model: nn.Module, args: BKDConfig) -> None:
-    """Notice a model that cannot have the adapter that is asked for.
+    """Check that a model can have the requested adapter.
 
     Raises:
-        InputError: If it has no layer for it, or none of a name that was given, its head cannot be told from the rest,
-            the rank is no low one, or peft is missing.
+        InputError: If it has no layer for it, or none of a given name, its head cannot be identified, the rank is not
+            low, or peft is missing.
     """
     if args.adapter == "lora":
         import_peft()
@@ -39,7 +39,7 @@ def check_adapter(model: nn.Module, args: BKDConfig) -> None:
 
 
 def import_peft() -> Any:
-    """Return the library that knows LoRA layers; raises an `InputError` where it is not installed."""
+    """Return the library for LoRA; raises an `InputError` if it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -60,9 +60,9 @@ def _backbone(model: nn.Module) -> dict[str, nn.Module]:
 def _find_targets(model: nn.Module, args: BKDConfig) -> list[str]:
     """Names of the layers that get low-rank updates.
 
-    Those that were given; else all linear layers or all convolutions, whichever hold more of the weights: a
-    transformer's projections, not its patch embedding; a ResNet's convolutions, not the odd gate. Convolutions with
-    groups are left out, as their updates cannot be merged, and classes derived from these, which may do more.
+    These are the given layers; by default all linear layers or all convolutions, whichever hold more weights: a
+    transformer's projections, not its patch embedding; a ResNet's convolutions, not an occasional gate. Grouped
+    convolutions are left out, as their updates cannot be merged, and so are subclasses, which may compute more.
     """
     layers = {
         name: module
@@ -97,7 +97,7 @@ def _find_targets(model: nn.Module, args: BKDConfig) -> list[str]:
 
 
 def _biases_and_normalisation(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the backbone that are biases, or of normalisation layers, known by the names of their classes."""
+    """Biases and parameters of normalisation layers (recognised by class name) in the backbone."""
     found = [
         parameter
         for module in _backbone(model).values()
@@ -113,22 +113,22 @@ def _biases_and_normalisation(model: nn.Module) -> list[nn.Parameter]:
 
 
 def add_adapter(model: nn.Module, args: BKDConfig) -> Any:
-    """Leave to the training the head, and what the adapter says; a model's answers stay as they are.
+    """Leave only the head and the adapter trainable; a model's outputs do not change.
 
     `lora` (Hu et al., 2021, arXiv 2106.09685): W + α/r · B A in place of the weights W of a layer, with A (r × inputs)
     random, drawn by the seed, and B (outputs × r) 0. `bitfit` (Ben Zaken et al., 2021, arXiv 2106.10199): biases and
     normalisation layers.
 
-    Statistics of BatchNorm stay those of the pretrained weights, which stay too. So the training sees the very
-    function that is saved, however batches are cut, and not statistics that a long tail's frequent classes make;
-    what the layer does to a channel is affine, and follows new data by what is trained around it.
+    BatchNorm keeps the statistics of the pretrained weights. So training uses the same function that is saved, however
+    batches are split, and not statistics dominated by the frequent classes. BatchNorm is then affine per channel, and
+    the trained weights around it can adapt it to new data.
 
     Args:
         model: Changed in place.
         args: Options, with an `adapter`.
 
     Returns:
-        Handle of the hook that keeps the statistics; `remove()` lets go of them.
+        Handle of the hook that keeps the statistics fixed until `remove()` is called.
 
     Raises:
         InputError: As [`check_adapter`].
@@ -157,7 +157,7 @@ def _add_low_rank_updates(model: nn.Module, args: BKDConfig) -> None:
     alpha = 2 * rank if args.adapter_alpha is None else args.adapter_alpha
     targets = _find_targets(model, args)
     with torch.random.fork_rng(devices=[]):
-        # The same in all processes, and again for a training that goes on.
+        # The same in all processes, and after a resume.
         torch.default_generator.manual_seed(args.seed)
         peft.inject_adapter_in_model(
             peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), model, adapter_name=_NAME
@@ -165,7 +165,7 @@ def _add_low_rank_updates(model: nn.Module, args: BKDConfig) -> None:
     del model.peft_config
     for layer in _updated_layers(model).values():
         if isinstance(base := layer.get_base_layer(), nn.Conv2d):
-            for name in ("stride", "kernel_size", "dilation", "padding"):  # MobileNet pads by what its layers tell
+            for name in ("stride", "kernel_size", "dilation", "padding"):  # MobileNet computes its padding from these
                 setattr(layer, name, getattr(base, name))
 
 
@@ -175,10 +175,10 @@ def _updated_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:
-    """Add the low-rank updates of a model to its weights, and take their layers away: it is what it was loaded as.
+    """Add a model's low-rank updates to its weights and remove their layers; this restores the original architecture.
 
     Returns:
-        By name, what it takes to undo that to the bit: the layer, and its weights before. Empty without updates.
+        By name, what is needed to undo this exactly: the layer, and its weights before. Empty without updates.
     """
     before = {}
     for name, layer in _updated_layers(model).items():
@@ -191,7 +191,7 @@ def merge(model: nn.Module) -> dict[str, tuple[Any, torch.Tensor]]:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[bool]:
-    """Have a model be as after [`merge`] for a while; gives whether it has updates at all."""
+    """Merge a model temporarily (see [`merge`]); yields whether it has updates at all."""
     before = merge(model)
     try:
         yield bool(before)
@@ -203,14 +203,13 @@ def merged(model: nn.Module) -> Iterator[bool]:
 
 
 class AdaptingTrainer(PublishingTrainer):
-    """A `Trainer` whose model has, with `adapter`, few weights that are trained, from when it is made.
+    """A `Trainer` that, with `adapter`, trains only few weights of its model.
 
-    What it saves are plain models, with all updates in their weights, and so is its model when training is over. A
-    checkpoint also keeps the factors of the updates, from which a training goes on to the bit. `ema_decay` averages
-    these.
+    Saved models, and the model after training, are plain models with all updates merged. A checkpoint also keeps the
+    factors of the updates, for an exact resume. `ema_decay` averages these factors.
     """
 
-    #: Of the adapter and the head; `None` without an adapter.
+    #: Parameters of the adapter and the head; `None` without an adapter.
     num_trained_parameters: int | None = None
     _kept_statistics: Any = None
 
@@ -222,18 +221,18 @@ class AdaptingTrainer(PublishingTrainer):
             )
 
     def _add_adapter(self, model: nn.Module) -> None:
-        """Give a student its adapter, if the options ask for one."""
+        """Add an adapter to a student, if the options ask for one."""
         if self.args.adapter is None or self.train_dataset is None:
             return
         self._kept_statistics = add_adapter(model, self.args)
         self.num_trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer`; a model that was trained before gets a new adapter."""
+        """Train as `Trainer`; a previously trained model gets a new adapter."""
         if self._kept_statistics is None and self.model is not None:
             self._add_adapter(self.model)
             if self.args.adapter == "lora":
-                self.optimizer = None  # it knows the weights of the adapter before
+                self.optimizer = None  # it holds the weights of the previous adapter
         outcome = super().train(*args, **kwargs)
         if self._kept_statistics is not None:
             merge(self.model)

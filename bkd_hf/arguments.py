@@ -36,13 +36,13 @@ from .sources import DEMOS
 from .tasks import fresh_task
 from .text import one_line, suggestion
 
-#: The recipes that come with the package, by the names that --config knows them by.
+#: The recipes of the package, by their names for --config.
 RECIPES = {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.yaml"))}
 DIGITS_RECIPE = RECIPES["digits"]
 
 _TEACHER_PREFIX = "--teacher_"
 _NULL = "tag:yaml.org,2002:null"
-#: Options of `TrainingArguments` that --help shows; --help_all shows the rest too.
+#: Options of `TrainingArguments` in --help; --help_all shows all.
 _COMMON_TRAINING_OPTIONS = {
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim",
@@ -51,7 +51,7 @@ _COMMON_TRAINING_OPTIONS = {
     "save_total_limit", "enable_jit_checkpoint", "dataloader_num_workers", "disable_tqdm", "report_to", "use_cpu",
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_revision",
 }  # fmt: skip
-#: By task: transformers' defaults are made for fine-tuning; from fresh weights they learn next to nothing.
+#: By task: transformers' defaults are for fine-tuning; with fresh weights, models learn almost nothing with them.
 _FRESH_WEIGHTS_DEFAULTS = {
     "image": {
         "optim": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4, "decay_all_parameters": True,
@@ -64,9 +64,9 @@ _FRESH_WEIGHTS_DEFAULTS = {
     },
 }  # fmt: skip
 _FRESH_TEXT_MODEL = "bert-2x128"
-#: As a number of workers: not said, so to be chosen by the images and the machine.
+#: Number of workers that stands for "not given": the images and the machine decide.
 CHOOSE_WORKERS = -1
-#: Where the script's policy differs from TrainingArguments': a run says what it does, and can be continued.
+#: Defaults of the script that differ from TrainingArguments': a run reports its progress, and can be continued.
 SCRIPT_DEFAULTS = {
     "logging_strategy": "epoch", "logging_nan_inf_filter": False, "save_strategy": "epoch", "save_total_limit": 1,
     "hub_strategy": "end", "dataloader_persistent_workers": True, "method": RECOMMENDED,
@@ -102,7 +102,7 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
 
     Args:
         argv: The command line without the program; `sys.argv[1:]` if not given.
-        digits_recipe: YAML file to use for the embedded digits where `--config` is not given.
+        digits_recipe: YAML file for the embedded digits if `--config` is not given.
 
     Raises:
         InputError: If an option is unknown, or a value has the wrong type or is out of its range.
@@ -133,7 +133,7 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     namespace = parser.parse_args([*from_file, *command_line])
     is_pretrained = fresh_task(namespace.model_name_or_path) is None
     if is_pretrained and first_look.config is None and first_look.image_size is None:
-        namespace.image_size = None  # of the recipe that nobody named; a model with weights has a size of its own
+        namespace.image_size = None  # from the default recipe; a model with weights has its own size
     if namespace.output_dir is None:
         model, dataset = (Path(name).name for name in (namespace.model_name_or_path, namespace.dataset_name))
         namespace.output_dir = f"outputs/{dataset}_{model}_seed{namespace.seed}"
@@ -151,12 +151,12 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
             of_file - of_line | {f"teacher_{name}" for name in of_file_for_teacher - of_line_for_teacher}
         ),
     )
-    arguments.for_teacher()  # so that what is wrong with it is said now
+    arguments.for_teacher()  # reports errors in the teacher's options early
     return arguments
 
 
 def _names(parser: _Parser, tokens: Sequence[str]) -> set[str]:
-    """Return the options that are among tokens."""
+    """Return the options among tokens."""
     options = (token.partition("=")[0] for token in tokens)
     return {parser._option_string_actions[name].dest for name in options if name in parser._option_string_actions}
 
@@ -164,18 +164,18 @@ def _names(parser: _Parser, tokens: Sequence[str]) -> set[str]:
 def _choose_precision(
     namespace: argparse.Namespace, of_file: set[str], of_line: set[str]
 ) -> tuple[bool, dict[str, float] | None]:
-    """Set bf16 and fp16 as --precision says; given themselves, they win over auto and over a file's precision.
+    """Set bf16 and fp16 from --precision; if given themselves, they override auto and a file's precision.
 
-    What the launcher says holds where the options say nothing: its precision, and its compiler. On a CPU a run goes on
-    in the precision that it began with.
+    The launcher's precision and compiler apply if the options do not set them. On a CPU, a resumed run keeps its
+    precision.
 
     Args:
-        namespace: Of all options.
-        of_file: Those that a file gives.
-        of_line: Those that the command line gives.
+        namespace: All options.
+        of_file: Options given in a file.
+        of_line: Options given on the command line.
 
     Returns:
-        Whether a measurement is to tell if bf16 is kept, and what one told when the run began.
+        Whether a measurement is to decide about bf16, and the result of one made when the run began.
     """
     given = of_file | of_line
     if (backend := launcher_compiler()) and not given & {"torch_compile", "torch_compile_backend"}:
@@ -233,7 +233,7 @@ class _Parser(HfArgumentParser):
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Reads what has no option's type, the values in a dictionary: as JSON, where off is a word and 2e-4 a number."""
+    """Reads values in a dictionary, which have no option's type, as JSON does: off is a word, and 2e-4 a number."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}  # type: ignore[misc]
 
@@ -252,7 +252,7 @@ for _tag, _pattern in {
 
 
 def _entries(node: Any) -> dict[str, yaml.Node]:
-    """Return the values of a YAML mapping by their names; raises a `YAMLError` if a name comes twice, or is none."""
+    """Return the values of a YAML mapping by name; raises a `YAMLError` if a name is repeated or not a name."""
     entries: dict[str, yaml.Node] = {}
     for key, value in node.value:
         line = f"line {key.start_mark.line + 1}"
@@ -294,7 +294,7 @@ def _build_parser(show_all: bool = False) -> _Parser:
             action.metavar = "NAME"
         action.help = _OWN_HELP.get(action.dest, action.help)
         if any(option.startswith("--no_") for option in action.option_strings):
-            action.help = argparse.SUPPRESS  # the opposite of an option that is shown
+            action.help = argparse.SUPPRESS  # the negation of a shown option
         if action.dest in own_fields:
             own_group._group_actions.append(action)
         elif action.dest in inherited:
@@ -332,7 +332,7 @@ def _check_teacher_option(parser: _Parser, name: str, shown: str) -> None:
 
 
 def _find_recipe(config: str) -> str | Path:
-    """Return the file that --config tells: a path, or the name of a recipe of the package."""
+    """Return the file named by --config: a path, or the name of a recipe of the package."""
     if os.path.isfile(config) or (config not in RECIPES and os.path.exists(config)):
         return config
     if config in RECIPES:
@@ -346,7 +346,7 @@ def _find_recipe(config: str) -> str | Path:
 def _read_config(parser: _Parser, path: str | Path) -> list[str]:
     """Return the options in a YAML file as command-line tokens.
 
-    So one parser gives every value its type, whether it was written in a file or on the command line.
+    So the same parser sets the types of all values, in a file or on the command line.
     """
     try:
         node = yaml.compose(read_option_file("config", path), Loader=_YamlLoader)
@@ -390,7 +390,7 @@ def _tokens(parser: _Parser, path: str | Path, name: str, node: yaml.Node) -> li
     if isinstance(node, yaml.MappingNode) and name in BKDConfig._VALID_DICT_FIELDS:
         tokens = [json.dumps(value)]
     elif all(isinstance(each, yaml.ScalarNode) for each in nodes):
-        # Its own text: what it means is for the type of the option to say (off is a name for one, and no for another).
+        # The original text, which the option's type interprets (off is a name for one option, and false for another).
         tokens = [each.value for each in nodes]
     else:
         raise InputError(f"--config {path}: {name} takes a single value, got {shown}.")

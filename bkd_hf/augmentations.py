@@ -1,4 +1,4 @@
-"""How training images are varied: a table, one line and one pure function each.
+"""Augmentations of training images: a table with one line and one pure function each.
 
 A view is a function of (seed, epoch, index): the same pixels for any number of workers and processes.
 """
@@ -24,14 +24,14 @@ _CROP_ATTEMPTS = 10
 
 
 class Augmentation(NamedTuple):
-    """How views of images are chosen; what is done to their pixels then: see [`Operation`].
+    """How views of images are chosen; see [`Operation`] for what is then done to their pixels.
 
     Attributes:
         views: Function of width, height and B×`num_draws` numbers in [0, 1), each a hash of (seed, epoch, index) and
             its column. Returns B boxes (left, top, right, bottom), and B booleans: which views are mirrored.
-        num_draws: Random numbers for an image.
-        of_original: Whether boxes are in the stored image, whatever the processor would show of it, and are resized;
-            else they lie in the processor's view, may stick out of it into black, and keep its size.
+        num_draws: Random numbers per image.
+        of_original: Whether boxes are parts of the stored image, which are resized. Otherwise they are parts of the
+            processor's view, keep its size, and may extend beyond it, where pixels are black.
     """
 
     views: Callable[[int, int, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -45,7 +45,7 @@ def whole_view(width: int, height: int, draws: np.ndarray) -> tuple[np.ndarray, 
 
 
 def pad_crop(width: int, height: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images moved by whole pixels, up to an eighth of their size in each direction, and mirrored half of the time."""
+    """Images shifted by whole pixels, up to an eighth of their size in each direction, mirrored half of the time."""
     pads = np.array([round(width / 8), round(height / 8)])
     left_top = (draws[:, [2, 1]] * (2 * pads + 1)).astype(np.int64) - pads
     return np.hstack([left_top, left_top + np.array([width, height])]), draws[:, 0] < 0.5
@@ -109,12 +109,12 @@ def default_augmentation(processor: BaseImageProcessor) -> str:
 
 
 def move_and_mirror(images: np.ndarray, shifts: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Move a window over images, which are zero outside, and mirror some.
+    """Shift a window over images, which are zero outside, and mirror some.
 
     Args:
         images: B×H×W×C bytes.
-        shifts: B×2 shares of width and height by which the window is moved to the right and down, rounded to whole
-            pixels: images of another size, moved by the same shares, show the same.
+        shifts: B×2 fractions of width and height by which the window moves right and down, rounded to whole pixels;
+            images of another size with the same fractions show the same part.
         mirrored: B booleans.
 
     Returns:
@@ -127,7 +127,7 @@ def move_and_mirror(images: np.ndarray, shifts: np.ndarray, mirrored: np.ndarray
     rows, columns = int(np.abs(down).max(initial=0)), int(np.abs(right).max(initial=0))
     padded = np.zeros((batch, height + 2 * rows, width + 2 * columns, channels), dtype=np.uint8)
     padded[:, rows : rows + height, columns : columns + width] = images
-    # Whole rows and whole pixels are copied, which is seven times as fast as indexing each byte.
+    # Copying whole rows and pixels is seven times as fast as indexing each byte.
     windows = sliding_window_view(padded, (height, width), axis=(1, 2)).transpose(0, 1, 2, 4, 5, 3)
     moved = np.ascontiguousarray(windows[np.arange(batch), down + rows, right + columns])
     pixels = moved.view(f"V{channels}")

@@ -1,4 +1,4 @@
-"""A `Trainer` that trains with one set of weights, and measures, saves and publishes their moving average."""
+"""A `Trainer` that trains one set of weights, and evaluates, saves and publishes their moving average."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from transformers.trainer_utils import EvalLoopOutput
 from .adapters import AdaptingTrainer
 from .errors import InputError
 
-#: In a checkpoint, the weights that training goes on from; its `model.safetensors` holds their average.
+#: In a checkpoint, the weights from which training continues; its `model.safetensors` holds their average.
 RAW_WEIGHTS_NAME = "raw_weights.pt"
 
 
 class WeightAverage(TrainerCallback):
-    """The exponential moving average of a model's weights, where the option `ema_decay` asks for it.
+    """The exponential moving average of a model's weights, if the option `ema_decay` is set.
 
         average ← d · average + (1 − d) · weights,    d = min(ema_decay, (1 + n) / (10 + n))
 
-    after each optimizer step, n of which came before; it begins with the weights after the first. d grows as in
-    TensorFlow's `ExponentialMovingAverage`, or the first weights would make up most of it for 1 / (1 − ema_decay)
-    steps. The statistics of BatchNorm are averaged too, as by timm's `ModelEmaV3` and torchvision's references:
-    those of the latest weights do not fit weights that are, on average, older. Integers, and buffers that are not
-    finite (masks), are copied.
+    after each optimizer step, where n is the number of earlier steps. The average starts with the weights after the
+    first step. d grows as in TensorFlow's `ExponentialMovingAverage`; otherwise the first weights would dominate the
+    average for 1 / (1 − ema_decay) steps. BatchNorm statistics are averaged too, as in timm's `ModelEmaV3` and
+    torchvision's references, as statistics of the latest weights do not match the averaged ones. Integers and
+    non-finite buffers (masks) are copied.
     """
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Have the weights stand for themselves."""
+        """Drop the average."""
         self._average: AveragedModel | None = None
-        #: Where the weights of a training that goes on are, whose model holds their average.
+        #: File with the weights of a resumed training, whose model holds their average.
         self.raw_weights: Path | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.ema_decay is None or self._average is not None:  # a smaller batch is tried: the same training
+        if args.ema_decay is None or self._average is not None:  # the same training retries with a smaller batch
             return
         self._average = AveragedModel(model, use_buffers=True)
         self._average.n_averaged.fill_(state.global_step)
@@ -57,7 +57,7 @@ class WeightAverage(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._average is None:
             return
-        n = int(self._average.n_averaged)  # on the CPU: no device is waited for
+        n = int(self._average.n_averaged)  # on the CPU: no synchronisation
         self._average.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema_decay, (1 + n) / (10 + n)))
         self._average.update_parameters(model)
         for to, of in self._copied:
@@ -70,7 +70,7 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def in_place_of_weights(self, model: nn.Module) -> Iterator[None]:
-        """Have a model hold the average while it is looked at; all processes have to call it."""
+        """Put the average into a model temporarily; all processes must call it."""
         if self._average is None:
             yield
             return
@@ -81,13 +81,13 @@ class WeightAverage(TrainerCallback):
             self._swap(model)
 
     def _show(self, model: nn.Module) -> None:
-        # Each process has statistics of its own; those of the main one are saved.
+        # Each process has its own statistics; those of the main process are saved.
         broadcast([buffer for buffer in self._average.module.buffers() if buffer.is_floating_point()])  # type: ignore
         self._swap(model)
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
-        """Exchange weights and average, in their places: optimizers and wrappers know the model's tensors."""
+        """Swap weights and average in place, as optimizers and wrappers hold the model's tensors."""
         average: Any = self._average.module  # type: ignore[union-attr]
         pairs = list(zip(*(chain(each.parameters(), each.buffers()) for each in (model, average)), strict=True))
         for weight, mean in pairs:
@@ -97,10 +97,10 @@ class WeightAverage(TrainerCallback):
 
 
 class AveragingTrainer(AdaptingTrainer):
-    """A `Trainer` whose model is, with `ema_decay`, the average of its weights to all who look ([`WeightAverage`]).
+    """A `Trainer` that, with `ema_decay`, uses the average of the weights outside of training ([`WeightAverage`]).
 
-    Evaluations, saved models and checkpoints are those of the average, and so is the model when training is over; a
-    checkpoint also keeps the weights themselves.
+    Evaluations, saved models and checkpoints hold the average, and so does the model after training. A checkpoint also
+    keeps the weights themselves.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -138,5 +138,5 @@ class AveragingTrainer(AdaptingTrainer):
         self._average.raw_weights = raw
 
     def _load_best_model(self) -> None:
-        self._average.forget()  # that of the last step; the checkpoint holds the best one
+        self._average.forget()  # from the last step; the checkpoint holds the best one
         super()._load_best_model()

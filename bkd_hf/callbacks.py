@@ -1,4 +1,4 @@
-"""What watches a training: numbers that are not finite, means of losses, the epoch, when to save."""
+"""Callbacks and meters of a training: non-finite numbers, mean losses, epochs, checkpoints."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class TrainingDivergedError(NotFiniteError):
 
 
 class FiniteGuard:
-    """Notes the first step at which something of a model is not finite, without waiting for the device.
+    """Records the first step at which something of a model is not finite, without synchronising with the device.
 
     Args:
-        accelerator: Of the trainer.
+        accelerator: The trainer's.
         args: The options, for messages.
     """
 
@@ -37,18 +37,18 @@ class FiniteGuard:
         self._first_bad_steps = torch.full((len(_MODELS),), _NO_STEP, device=args.device)
 
     def watch(self, model: str, is_finite: torch.Tensor, step: int) -> None:
-        """Note whether something is finite.
+        """Record whether something is finite.
 
         Args:
             model: `"teacher"` or `"student"`.
-            is_finite: A truth value, or several.
-            step: Of the training, counted from 1.
+            is_finite: One or several booleans.
+            step: Training step, counted from 1.
         """
         first = self._first_bad_steps[_MODELS.index(model)]
         torch.minimum(first, torch.where(is_finite.all(), _NO_STEP, step), out=first)
 
     def stop_if_not_finite(self) -> None:
-        """Wait for the device, and stop all processes together if one of them noted something.
+        """Wait for the device, and stop all processes together if one of them recorded something.
 
         Raises:
             TeacherLogitsError: If the teacher's logits were the first.
@@ -59,7 +59,7 @@ class FiniteGuard:
         if first == _NO_STEP:
             return
         saved = f"at step {first}. The student was not saved since; the last checkpoint, if there is one, is good."
-        if steps[_MODELS.index("teacher")] == first:  # which spoils the student's loss at once
+        if steps[_MODELS.index("teacher")] == first:  # the student's loss is then not finite either
             raise TeacherLogitsError(
                 f"The teacher's logits are not finite (NaN or Inf) {saved} Check the teacher's weights and precision "
                 "(try without --fp16/--bf16), and the examples of this step."
@@ -71,7 +71,7 @@ class FiniteGuard:
         )
 
     def check_weights(self, model: nn.Module, step: int) -> None:
-        """Stop before a student is saved whose weights a step with a finite loss has spoilt; raises as above."""
+        """Stop before saving a student with non-finite weights after a step with a finite loss; raises as above."""
         tensors = [own_part(tensor) for tensor in (*model.parameters(), *model.buffers())]
         # In buffers −∞ may be a mask.
         self.watch("student", torch.stack([(t < math.inf).all().to(self.args.device) for t in tensors]), step)
@@ -82,7 +82,7 @@ class LossMeter:
     """Means of the loss and of its parts over all examples, in all processes, since the last log.
 
     Args:
-        accelerator: Of the trainer.
+        accelerator: The trainer's.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -94,7 +94,7 @@ class LossMeter:
 
         Args:
             losses: B values of each part.
-            counted: B truth values: whether an example counts.
+            counted: B booleans: whether an example counts.
         """
         sums = {name: (values.detach() * counted).sum() for name, values in losses.items()}
         for name, value in {**sums, "count": counted.sum()}.items():
@@ -102,7 +102,7 @@ class LossMeter:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def pop(self) -> dict[str, float]:
-        """Return the means, and begin anew; all processes have to call it."""
+        """Return the means, and reset them; all processes must call it."""
         if not self.sums:
             return {}
         totals = self._totals()
@@ -111,9 +111,9 @@ class LossMeter:
         return {name: total / count for name, total in totals.items()}
 
     def keep(self, trainer: Any) -> None:
-        """Put what was added up since the last log into the state of a checkpoint; all processes have to call it.
+        """Save the sums since the last log in the state of a checkpoint; all processes must call it.
 
-        The next log of a resumed training then tells of all steps since the last one.
+        The next log of a resumed training then covers all steps since the last log.
         """
         trainer.state.stateful_callbacks[type(self).__name__] = {
             "since": trainer._globalstep_last_logged,
@@ -122,11 +122,11 @@ class LossMeter:
         }
 
     def restore(self, trainer: Any) -> None:
-        """Go on from the state of a checkpoint, if training does."""
+        """Restore the sums from the state of a checkpoint, if training resumes."""
         if kept := trainer.state.stateful_callbacks.get(type(self).__name__):
             trainer._globalstep_last_logged = kept["since"]
             trainer._tr_loss += kept["loss"]
-            trainer._total_loss_scalar = -kept["loss"]  # its mean, train_loss, is over the steps of this session
+            trainer._total_loss_scalar = -kept["loss"]  # its mean, train_loss, covers the steps of this session only
             share, device = float(self.accelerator.is_main_process), self.accelerator.device
             self.sums = {
                 name: torch.tensor(total * share, dtype=_sum_dtype(device), device=device)
@@ -138,12 +138,12 @@ class LossMeter:
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it: sums may run over a whole epoch."""
+    """float64 if the device has it, as sums may run over a whole epoch."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class EpochSetter(TrainerCallback):
-    """Tells when training begins, and which epoch.
+    """Reports the beginning of training and of each epoch.
 
     Args:
         begin_training: Called before the first step.
@@ -161,9 +161,9 @@ class EpochSetter(TrainerCallback):
 
 
 class SaveAfterEpoch(TrainerCallback):
-    """Puts off the checkpoint of an epoch's last step until the epoch's log and evaluation are in it.
+    """Delays the checkpoint of an epoch's last step until it includes the epoch's log and evaluation.
 
-    `Trainer` saves it first; a training killed in between would go on without these.
+    `Trainer` saves it first; a training killed in between would resume without them.
     """
 
     def __init__(self) -> None:
@@ -179,10 +179,10 @@ class SaveAfterEpoch(TrainerCallback):
 
 
 class PassCounter(TrainerCallback):
-    """Has a training on a stream, for `Trainer` one epoch, tell how often it has seen as many examples as there are.
+    """Counts the passes over a stream, which is a single epoch for `Trainer`.
 
     Args:
-        steps_in_pass: Returns the number of steps in which it sees so many; nothing where epochs are counted.
+        steps_in_pass: Returns the number of steps in a pass; `None` if epochs are counted.
     """
 
     def __init__(self, steps_in_pass: Callable[[], float | None]):

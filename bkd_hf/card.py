@@ -75,15 +75,15 @@ def build(
     Args:
         results: The content of a `results.json`, the file, or its folder.
         repo_id: The student's id on the Hub, for the snippet; the name of its model if not known yet.
-        license: As the Hub calls it (`apache-2.0`, `mit`, …); said to be unknown if not given.
-        dataset_id: Id on the Hub of the training data, where it was read from a folder.
-        base_model: Id on the Hub of the model that the student started from, where that was a folder.
+        license: The Hub's name for it (`apache-2.0`, `mit`, …); "unknown" if not given.
+        dataset_id: Id on the Hub of training data that was read from a folder.
+        base_model: Id on the Hub of the student's initial model, if that was a folder.
         tags: Further tags.
-        language: For the metadata, of texts; images have none.
-        title: Headline; made of model, method and data if not given.
+        language: For the metadata, for texts; images have none.
+        title: Headline; by default made of model, method and data.
 
     Raises:
-        InputError: If it is no `results.json`, or of another schema version, or `dataset_id` is malformed.
+        InputError: If it is no `results.json`, has another schema version, or `dataset_id` is malformed.
     """
     if isinstance(results, dict):
         check_schema(results)
@@ -113,7 +113,7 @@ def build(
         metrics=["accuracy", "balanced_accuracy"],
         model_name=repo_id.rpartition("/")[2] if repo_id else name,
         eval_results=_evaluation_results(results, dataset_id),
-        **({"teacher_model": teacher["hub_id"]} if teacher and teacher.get("hub_id") else {}),  # a word of our own
+        **({"teacher_model": teacher["hub_id"]} if teacher and teacher.get("hub_id") else {}),  # our own key
     )
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -160,7 +160,7 @@ def build(
 
 
 def choices_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what somebody chose for a card that [`build`] wrote, as arguments of `build`; nothing without a card."""
+    """Return the user's choices in a card written by [`build`], as arguments of `build`; empty without a card."""
     if not Path(path).exists():
         return {}
     metadata = read_card(path)
@@ -174,7 +174,7 @@ def choices_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
-    """Return the options of a run as a YAML file for `--config`: all that decide what it computes.
+    """Return the options that determine the result of a run as a YAML file for `--config`.
 
     Args:
         results: The content of a `results.json`.
@@ -187,7 +187,7 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
             for name, value in options.items()
             if name not in without
             and value not in (None, [], {})
-            # Not what the method says already, nor what it does not look at.
+            # Neither what the method sets already, nor what it does not use.
             and (
                 name not in METHOD_OPTIONS
                 or name == "method"
@@ -197,13 +197,13 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
         }
 
     options = results["options"]
-    # What is recorded differs from transformers' defaults; these have others on the command line.
+    # Recorded options differ from transformers' defaults; these have other defaults on the command line.
     told = training_options(results)
     training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
     method = training.get("method", "bkd")
     of_machine = WITHOUT_INFLUENCE | options_with("place", *TASKS.keys() - {task_of(results["data"]).name})
     if told.get("distillation_loss", METHODS[method].distillation_loss) == "none":
-        of_machine |= options_with("student")  # they are about a teacher that there is not
+        of_machine |= options_with("student")  # about the missing teacher
     recipe = {
         **chosen(options["model"], of_machine, {}),
         **chosen(options["data"], of_machine, {}),
@@ -247,14 +247,14 @@ def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list
 
 
 def _code_of(model: dict[str, Any]) -> tuple[str, str] | None:
-    """What a model is whose code travels with it, and the file; results of earlier versions tell by the name alone."""
+    """Description and code file of a model saved with its code; older results have only the name."""
     if "architecture" not in model and cifar_resnet_depth(model["model"]) is not None:
         return _WITH_CODE["CifarResNetForImageClassification"]
     return _WITH_CODE.get(model.get("architecture", ""))
 
 
 def _citations(sources: Iterable[str]) -> list[str]:
-    """Entries for papers on arXiv; one that `references.bib` lacks gets its number alone."""
+    """BibTeX entries for papers on arXiv; one missing in `references.bib` gets only its number."""
     entries = _REFERENCES.read_text(encoding="utf-8").strip().split("\n\n")
     known = {re.search(r"eprint\s*= {(.*?)}", entry)[1]: entry for entry in entries}  # type: ignore[index]
     return [
@@ -282,7 +282,7 @@ def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _class_table(results: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy of each class; of very many classes a summary by rank, and those that are weakest for certain."""
+    """Accuracy of each class; with very many classes, a summary by rank and the classes that are certainly weakest."""
     data = results["data"]
     counts, tested = np.asarray(data["class_counts"]), np.asarray(data["eval_class_counts"])
     accuracies = {model: _class_accuracies(results[model]) for model in ("teacher", "student") if results.get(model)}
@@ -318,11 +318,11 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limits(results: dict[str, Any]) -> dict[str, Any]:
-    """What the section on limitations tells: names of classes (escaped), and numbers."""
+    """Contents of the section on limitations: names of classes (escaped), and numbers."""
     data, metrics = results["data"], results["student"]["metrics"]
     teacher = (results["teacher"] or {}).get("metrics") or {}
     accuracies, tested = _class_accuracies(results["student"]), np.asarray(data["eval_class_counts"])
-    names = [f"'{markdown(name)}'" for name in data["class_names"]]  # in quotes, for they may hold commas
+    names = [f"'{markdown(name)}'" for name in data["class_names"]]  # quoted, as they may contain commas
     order = np.argsort(accuracies, kind="stable")  # nan comes last
     worst, num_images = order[0], data["num_eval_images"]
     groups = {name: f"{name}_shot_accuracy" for name in ("many", "medium", "few")}

@@ -1,4 +1,4 @@
-"""What a card tells of the method and of how the models were trained (see `bkd_hf.card`)."""
+"""The parts of a card about the method and the training of the models (see `bkd_hf.card`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .results import effective_batch_size, training_options
 from .tasks import task_of
 from .text import markdown
 
-# What the card says of choices that are no losses: title, and number on arXiv. Losses say it in their docstrings.
+# Title and arXiv number of choices other than losses, which have them in their docstrings.
 _SOURCES: dict[str, dict[Any, tuple[str, str]]] = {
     "class_weighting": {
         "reweight": ("class weights by the effective number of examples", "1901.05555"),
@@ -32,20 +32,20 @@ _LOSSES: dict[str, Mapping[str, Loss | None]] = {
 
 
 def method_options(results: dict[str, Any]) -> dict[str, Any]:
-    """Options of the student's training, its losses as they came out: logit adjustment at τ = 0 is cross-entropy."""
+    """Options of the student's training, with its effective losses: logit adjustment with τ = 0 is cross-entropy."""
     options = training_options(results)
     is_plain = _is_plain("classification_loss", options, results["student"].get("settled_options", {}))
     return {**options, "classification_loss": "cross_entropy"} if is_plain else options
 
 
 def losses_of(options: dict[str, Any]) -> list[Loss]:
-    """The losses of the method; one of a user's own, which no registry has here, is left out."""
+    """The losses of the method; user-defined ones, which are not registered here, are left out."""
     found = [registry.get(options.get(part, "none")) for part, registry in _LOSSES.items()]
     return [loss for loss in found if loss is not None]
 
 
 def sources_of(options: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """Title and number on arXiv of each part of the method."""
+    """Title and arXiv number of each part of the method."""
     found: list[tuple[str, str | None]] = []
     parts = ("classification_loss", "class_weighting", "sampler", "distillation_loss", "logit_standardization",
              "adapter")  # fmt: skip
@@ -61,7 +61,7 @@ def sources_of(options: dict[str, Any]) -> list[tuple[str, str | None]]:
 
 
 def _augmentation(results: dict[str, Any], model: str) -> str | None:
-    """How the training images were varied; `None` where that is not known, or they are texts."""
+    """How the training images were augmented; `None` if unknown, and for texts."""
     data = results["options"]["data"]
     views = results[model].get("augmentation", data.get("train_augmentation"))
     if views is None or task_of(results["data"]).name != "image":
@@ -75,13 +75,13 @@ def _augmentation(results: dict[str, Any], model: str) -> str | None:
 
 
 def sources_of_operations(options: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """Title and number on arXiv of what is done to the pixels of training images; a user's own has no name here."""
+    """Title and arXiv number of the operations on training images; user-defined ones are left out."""
     known = [OPERATIONS[name] for name in options.get("train_operations") or () if name in OPERATIONS]
     return [(operation.title, operation.source) for operation in known]
 
 
 def training_rows(results: dict[str, Any]) -> dict[str, Any]:
-    """What was trained, and how: a row for each question, a column for each model that was trained in this run."""
+    """The training settings: a row for each setting, a column for each model trained in this run."""
     task = task_of(results["data"]).name
     models = [model for model in ("teacher", "student") if (results.get(model) or {}).get("training")]
     rows: dict[str, list[str]] = {}
@@ -144,13 +144,13 @@ def _loss(options: dict[str, Any], settled: Mapping[str, float]) -> str:
 
 
 def _is_plain(part: str, options: Mapping[str, Any], settled: Mapping[str, float]) -> bool:
-    """Whether a loss is a logit adjustment by nothing, as where τ came out as 0."""
+    """Whether a loss is logit adjustment with τ = 0."""
     name = "logit_adjustment_tau"
     return options.get(part) == "logit_adjustment" and settled.get(name, options.get(name)) == 0
 
 
 def _settled(value: Any, number: float | None) -> str:
-    """E.g. "2", or of an option that was left open "0.71 (measured)"."""
+    """E.g. "2", or "0.71 (measured)" for a measured option."""
     if not isinstance(value, str):
         return f"{value:g}"
     return value if number is None else f"{number:.3g} ({value})"

@@ -1,4 +1,4 @@
-"""The cells of a comparison, methods × seeds: what each is told, and the processes that run them."""
+"""The cells of a comparison, methods × seeds: their options, and the processes that run them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from .run_folder import identity_of, run_state
 from .text import duration
 
 _TIMED_STEPS = 24
-# Seconds that a cell gets to finish its step, and to save a checkpoint.
+# Seconds for a cell to finish its step and save a checkpoint.
 _PATIENCE = 60.0
-# A comparison decides about these itself.
+# Options that the comparison sets itself.
 _NOT_FOR_CELLS = {
     "--method": "use --methods",
     "--seed": "use --seeds",
@@ -61,8 +61,8 @@ class Cell:
         folder: Its output folder.
         script: Path of the script of a run; `None`: the command `run` of the package.
         options: Further options of a run, the same for all cells.
-        teacher: The cell whose student is this one's teacher.
-        is_teacher: Whether it only trains a teacher that other cells share, and is no row of the tables.
+        teacher: The cell whose student is this cell's teacher.
+        is_teacher: Whether it only trains a teacher shared by other cells, and is not a row of the tables.
     """
 
     method: str
@@ -80,14 +80,14 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """What decides how long it takes: one of `_KINDS`."""
+        """What determines its duration: one of `_KINDS`."""
         return "teacher" if self.is_teacher else "distilling" if _distils(self.method) else "plain"
 
     def arguments(self) -> list[str]:
         """Return the options of the run."""
         teacher = ["--teacher_model_name_or_path", str(self.teacher.folder)] if self.teacher else []
         if self.teacher and self.teacher.is_teacher:
-            teacher += ["--finetune_teacher", "false"]  # that is done
+            teacher += ["--finetune_teacher", "false"]  # already done
         own = ["--method", self.method, "--seed", str(self.seed), "--output_dir", str(self.folder)]
         return [*self.options, *own, *teacher]
 
@@ -96,39 +96,39 @@ class Cell:
         return [*launcher, *(["-m", "bkd_hf", "run"] if self.script is None else [str(self.script)])]
 
     def command(self, launcher: Sequence[str] = ()) -> str:
-        """Return the command: without secrets, and of places outside of the current folder the names alone."""
+        """Return the command without secrets, and with only the names of paths outside the current folder."""
         words = [*self.started_by(launcher or ["python"]), *told_arguments(self.arguments(), lambda value, _: value)]
         return shlex.join(map(_seen_from_here, words))
 
     def parse(self) -> RunArguments:
-        """Parse the command line; raises an `InputError` if it cannot work."""
+        """Parse the command line; raises an `InputError` if it is invalid."""
         return parse_arguments(self.arguments(), digits_recipe=DIGITS_RECIPE)
 
     def state(self, data: dict[str, Any] | None = None) -> str:
         """Return `"new"`, `"interrupted"` or `"finished"`; raises an `InputError` if the folder holds another run.
 
         Args:
-            data: The `data` section of the results of all cells, where it is known.
+            data: The `data` section of the results of all cells, if known.
         """
         arguments = self.parse()
         identity = None if data is None else identity_of(arguments, data)
-        return run_state(arguments, identity, is_to_train=False)  # by a launcher's processes, however many
+        return run_state(arguments, identity, is_to_train=False)  # any number of processes may train it
 
 
 def plan_cells(
     methods: Sequence[str], seeds: Sequence[int], output_dir: Path, script: Path | None, options: Sequence[str] = ()
 ) -> list[Cell]:
-    """List the cells, seed by seed, with those that are needed as teachers, each teacher before its students.
+    """List the cells, seed by seed, including the teachers they need, each teacher before its students.
 
     Args:
         methods: Presets.
         seeds: Seeds of the training; the data split is the same for all.
-        output_dir: Where the cells' folders go: METHOD/seedSEED.
+        output_dir: Parent folder of the cells' folders METHOD/seedSEED.
         script: Path of the script of a run; `None`: the command `run` of the package.
         options: Options of a run, for all cells.
 
     Raises:
-        InputError: If a method is unknown, something comes twice, or an option is not for all cells.
+        InputError: If a method is unknown, something is given twice, or an option cannot be set for all cells.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
@@ -172,10 +172,10 @@ def _distils(method: str) -> bool:
 
 
 def _source_of_teacher(arguments: RunArguments) -> tuple[str, ...] | None:
-    """Return the options by which the teacher of a cell is trained, beside those of all cells.
+    """Return the options for training a cell's teacher, beside those of all cells.
 
-    Empty where nothing is said of it: a cell of its method is the teacher then. `None` where none is trained, as a
-    given one can be used as it is.
+    Empty without such options: the teacher is then the cell of its method. `None` if no teacher is trained, as a given
+    one can be used unchanged.
     """
     name = arguments.model.teacher_model_name_or_path
     if arguments.model.given_teacher is not None:
@@ -186,12 +186,12 @@ def _source_of_teacher(arguments: RunArguments) -> tuple[str, ...] | None:
     alone = dict(arguments.teacher_options)
     if name is not None:
         alone = {"model_name_or_path": name, "model_revision": arguments.for_teacher().model.model_revision, **alone}
-    alone.pop("method", None)  # is the cell's
+    alone.pop("method", None)  # the cell has its own
     return tuple(word for option, value in alone.items() for word in _words(option, value))
 
 
 def _words(option: str, value: Any) -> list[str]:
-    """Return an option as a command line has it."""
+    """Return an option as command-line words."""
     if isinstance(value, list):
         return [f"--{option}", *map(str, value)]
     return [f"--{option}={json.dumps(value) if isinstance(value, dict) else value}"]
@@ -199,12 +199,12 @@ def _words(option: str, value: Any) -> list[str]:
 
 @dataclass
 class CellRunner:
-    """Runs cells, as many at a time as asked for, and says how they fare.
+    """Runs cells, several at a time if asked for, and reports their progress.
 
     Attributes:
-        logs: Folder for what the cells print.
-        launcher: What is put before the script, e.g. `accelerate launch --num_processes 2`; plain Python if empty.
-        jobs: Cells at a time. They share the CPU cores, and take turns on the GPUs.
+        logs: Folder for the output of the cells.
+        launcher: Words before the script, e.g. `accelerate launch --num_processes 2`; plain Python if empty.
+        jobs: Cells at a time. They share the CPU cores, and are distributed over the GPUs.
         say: Called with each message.
     """
 
@@ -215,16 +215,16 @@ class CellRunner:
     _log_begins: dict[Cell, int] = field(default_factory=dict, init=False)  # of the last start of a cell
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
-        """Run what is not finished yet; a cell that fails does not stop the others.
+        """Run the unfinished cells; a cell that fails does not stop the others.
 
         Returns:
             A line for each cell that failed, or could not run because its teacher failed.
 
         Raises:
-            TrainingStopped: If a cell was stopped, by the SIGTERM that this process got or its own: all are, then.
+            TrainingStopped: If SIGTERM stopped a cell or this process; all cells are stopped then.
         """
         data = self._data(cells) if any(cell.folder.exists() for cell in cells) else None
-        states = {cell: cell.state(data) for cell in cells}  # raises before anything has run
+        states = {cell: cell.state(data) for cell in cells}  # raises before anything runs
         todo = [cell for cell in cells if states[cell] != "finished"]
         for cell in cells:
             if cell not in todo:
@@ -238,7 +238,7 @@ class CellRunner:
         started, num_todo = time.monotonic(), len(todo)
         failures: dict[Cell, str] = {}
         running: dict[Cell, subprocess.Popen] = {}
-        slots: dict[Cell, int] = {}  # whose GPU
+        slots: dict[Cell, int] = {}  # GPU of each cell
         try:
             while todo or running:
                 for cell in list(todo):
@@ -284,14 +284,14 @@ class CellRunner:
         return list(failures.values())
 
     def _was_stopped(self, cell: Cell, process: subprocess.Popen) -> bool:
-        """Whether SIGTERM ended a cell so that it can go on; launchers have exit codes of their own."""
+        """Whether SIGTERM stopped a cell so that it can be continued; launchers have their own exit codes."""
         if not process.returncode or not self.launcher:
             return process.returncode == STOPPED
         lines = self._log(cell).read_bytes()[self._log_begins[cell] :].splitlines()
         return any(line.startswith(b"stopped: ") for line in lines)
 
     def _data(self, cells: Sequence[Cell]) -> dict[str, Any] | None:
-        """The `data` section of the results, which all cells share."""
+        """The `data` section of the results, shared by all cells."""
         arguments = cells[0].parse()
         options = arguments.data
         thresholds = options.many_shot_threshold, options.few_shot_threshold
@@ -311,7 +311,7 @@ class CellRunner:
         with log.open("a", encoding="utf-8") as file:
             is_open_in_a_run(file)  # from here on, as long as the cell, or its launcher, lives
             self._log_begins[cell] = file.tell()
-            # A group of its own, which can be ended with all that a launcher has started.
+            # Its own process group, which can be ended with everything a launcher started.
             return subprocess.Popen(
                 words, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
@@ -320,7 +320,7 @@ class CellRunner:
         return self.logs / f"{cell.name.replace(' seed ', '-seed').replace(' ', '-')}.log"
 
     def estimate(self, cells: Sequence[Cell]) -> dict[str, float]:
-        """Seconds that each unfinished cell will take, from a few steps of one of each kind: without, as, and with a
+        """Estimate the seconds of each unfinished cell from a few steps of one of each kind: without, as, and with a
         teacher.
 
         Raises:
@@ -329,7 +329,7 @@ class CellRunner:
         todo = [cell for cell in cells if cell.state() != "finished"]
         needed = {each.kind: each for cell in reversed(todo) for each in (cell, cell.teacher) if each}
         with tempfile.TemporaryDirectory() as scratch:
-            # What has a teacher is timed after what is its teacher.
+            # Students are timed after their teachers.
             timed = {kind: self._time(needed[kind], Path(scratch)) for kind in _KINDS if kind in needed}
         return {cell.name: timed[cell.kind] for cell in todo}
 
@@ -363,7 +363,7 @@ class CellRunner:
 
 
 def _end(processes: Iterable[subprocess.Popen]) -> None:
-    """End cells with all their processes: politely, and after a while in any case."""
+    """End cells with all their processes: first by SIGTERM, after a while by force."""
     left, deadline = list(processes), time.monotonic() + _PATIENCE
     for way in (signal.SIGTERM, signal.SIGKILL):
         for process in left:
@@ -375,7 +375,7 @@ def _end(processes: Iterable[subprocess.Popen]) -> None:
 
 
 def _seen_from_here(path: str) -> str:
-    """Return an absolute path from the current folder on, of one outside of it the name; other text as it is."""
+    """Return an absolute path relative to the current folder, only its name if outside; other text unchanged."""
     if not os.path.isabs(path):
         return path
     inside = os.path.relpath(path)
@@ -394,7 +394,7 @@ def _last_error(log: Path) -> str:
 
 
 def _num_evaluations(args: BKDConfig) -> float:
-    """How often a run evaluates, the last time after training included."""
+    """How often a run evaluates, including after training."""
     strategy = str(args.eval_strategy.value)
     if strategy == "epoch":
         return args.num_train_epochs + 1
@@ -404,7 +404,7 @@ def _num_evaluations(args: BKDConfig) -> float:
 
 
 def _one_gpu(slot: int) -> dict[str, str]:
-    """A GPU for each cell: a process that sees several would split its batches among them."""
+    """Give each cell one GPU: a process that sees several would split its batches among them."""
     if torch.cuda.device_count() < 2:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -29,7 +29,7 @@ def save_comparison(comparison: Comparison, folder: str | os.PathLike[str], note
 
     Args:
         comparison: What to write.
-        folder: Where to; made if it is not there.
+        folder: Output folder; created if needed.
         notes: Lines for the top of the Markdown, e.g. cells that failed, or the command.
 
     Returns:
@@ -107,14 +107,14 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
 
 
 def _against_what_is_free(comparison: Comparison) -> str | None:
-    """Say which methods are not better overall than `ce`, as it is and after post-hoc adjustment; `None` without."""
+    """Name the methods that are not better overall than `ce`, before or after adjustment; `None` without `ce`."""
     others = [method for method in comparison.methods if method != "ce"]
     if not others or "ce" not in comparison.methods:
         return None
     beaten = []
     for method in others:
         values = comparison.values(method, "overall")
-        free: list[tuple[float, float, str]] = []  # mean of ce, of the method over the same seeds, and the name
+        free: list[tuple[float, float, str]] = []  # mean of ce, mean of the method over the same seeds, name
         for name, post_hoc in (("`ce`", False), ("`ce` after post-hoc adjustment", True)):
             theirs = comparison.values("ce", "overall", post_hoc)
             if seeds := values.keys() & theirs.keys():

@@ -1,4 +1,4 @@
-"""Statistics over methods × seeds, from the `results.json` of their runs; no model and no data set is needed."""
+"""Statistics over methods × seeds, from the `results.json` of their runs, without models or data sets."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ METRICS = {
     "worst class": "worst_class_accuracy",
     "ECE": "expected_calibration_error",
 }
-#: Folder of the teachers that were trained for cells to share: no cells themselves, so in no table of those around it.
+#: Folder of teachers shared by cells; they are not cells themselves, so not in the tables.
 SHARED_TEACHERS = "shared_teachers"
 #: Methods that the others are compared with, seed by seed.
 BASELINES = ("ce", "kd")
-#: From so many seeds on a difference is called clear: two that happen to agree give an interval of any smallness.
+#: Seeds needed to call a difference clear; two that happen to agree can give an arbitrarily small interval.
 ENOUGH_SEEDS = 3
 _CONFIDENCE = 0.95
-# Of batches there are "examples in a step".
+# Batch options are compared as "examples in a step".
 _MAY_DIFFER = {*WITHOUT_INFLUENCE, *BATCH_CUT, "global_batch_size", "seed", "data_seed", "teacher_model_name_or_path"}
 
 
@@ -48,9 +48,9 @@ class Mean:
         n: Number of seeds.
         std: Standard deviation with n − 1 in the denominator; `None` for n = 1.
         low: Lower end of the 95 % confidence interval: by Student's t, or for one seed by a bootstrap over the test
-            images, where there is one.
+            images, if available.
         high: Upper end.
-        paired: Whether it is of differences, which are shown with sign and interval.
+        paired: Whether it is a mean of differences, which are shown with sign and interval.
     """
 
     mean: float
@@ -62,12 +62,12 @@ class Mean:
 
     @property
     def is_clear(self) -> bool:
-        """Whether its interval leaves out 0, and is of enough seeds to be trusted."""
+        """Whether its interval excludes 0, with enough seeds."""
         return self.n >= ENOUGH_SEEDS and self.low is not None and self.high is not None and self.low * self.high > 0
 
     @classmethod
     def of(cls, values: Sequence[float], paired: bool = False) -> Mean | None:
-        """Summarise values; `None` without any."""
+        """Summarise values; `None` without values."""
         if len(values) < 2:
             return cls(values[0], 1, paired=paired) if values else None
         n, mean, std = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
@@ -88,13 +88,13 @@ class Comparison:
 
     Args:
         cells: The contents of `results.json` files.
-        sources: Where each is from, for messages.
-        sort: Metric (a key of `METRICS`) by whose mean the methods are ordered, the best first; by default their order
-            is that of `METHODS`.
+        sources: The source of each, for messages.
+        sort: Metric (a key of `METRICS`) by whose mean the methods are sorted, best first; by default in the order of
+            `METHODS`.
 
     Raises:
-        InputError: If there are none, two of the same method and seed differ, the seeds of a method were run with
-            different options, or they are of different images.
+        InputError: If there are no cells, two of the same method and seed differ, the seeds of a method were run with
+            different options, or the images differ.
     """
 
     def __init__(self, cells: Sequence[dict[str, Any]], sources: Sequence[str] | None = None, sort: str | None = None):
@@ -137,7 +137,7 @@ class Comparison:
             means = {method: self.estimate(method, sort) for method in self.methods}
             sign = 1 if sort == "ECE" else -1
             self.methods.sort(key=lambda method: (means[method] is None, sign * getattr(means[method], "mean", 0.0)))
-        #: Options that differ, beside those of the methods themselves, and their values.
+        #: Differing options and their values, except those that define the methods.
         self.differing_options = _differing_options(cells, {"method of the teacher", *METHOD_OPTIONS})
 
     def estimate(self, method: str, metric: str, post_hoc: bool = False) -> Mean | None:
@@ -147,8 +147,8 @@ class Comparison:
     def difference(self, method: str, baseline: str, metric: str) -> Mean | None:
         """Difference of a metric (a key of `METRICS`) to a baseline, over the seeds that both have.
 
-        For one seed the interval is of a bootstrap over the test images (see [`resampled`]): what other images would
-        give, not what other seeds would.
+        For one seed, the interval is a bootstrap over the test images (see [`resampled`]): it shows the variation over
+        images, not over seeds.
         """
         values, others = self.values(method, metric), self.values(baseline, metric)
         seeds = sorted(values.keys() & others.keys())
@@ -163,18 +163,18 @@ class Comparison:
         return dataclasses.replace(mean, low=low, high=high)
 
     def _resampled(self, method: str, seed: int, metric: str, side: int) -> np.ndarray | None:
-        """What [`resampled`] draws for one side of a difference; kept, as tables and files ask for the same again."""
+        """Samples of [`resampled`] for one side of a difference; cached, as tables and files need the same."""
         key = method, seed, metric, side
         if key not in self._draws:
             self._draws[key] = resampled(self.cells[method][seed], METRICS[metric], side)
         return self._draws[key]
 
     def shown_metrics(self) -> list[str]:
-        """Metrics (keys of `METRICS`) that any cell has: without few-shot classes there is no such column."""
+        """Metrics (keys of `METRICS`) that any cell has; without few-shot classes, their column is missing."""
         return [name for name in METRICS if any(self.estimate(method, name) for method in self.methods)]
 
     def num_seeds(self, method: str) -> int:
-        """How many seeds a method has."""
+        """Number of seeds of a method."""
         return len(self.cells[method])
 
     def adjusts_itself(self, method: str) -> bool:
@@ -182,7 +182,7 @@ class Comparison:
         return adjusts_itself(next(iter(self.cells[method].values())))
 
     def values(self, method: str, metric: str, post_hoc: bool = False) -> dict[int, float]:
-        """A metric (a key of `METRICS`) of each seed of a method, in percent."""
+        """A metric (a key of `METRICS`) for each seed of a method, in percent."""
         values = {}
         for seed, results in self.cells.get(method, {}).items():
             metrics = results["student"].get("post_hoc_metrics" if post_hoc else "metrics") or {}
@@ -196,16 +196,16 @@ class Comparison:
 
 
 def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int = 2000) -> np.ndarray | None:
-    """Return a metric of a student on test sets drawn anew from the test images, class by class, as fractions.
+    """Return a metric of a student on test sets resampled from the test images, class by class, as fractions.
 
-    Of an accuracy, the right answers in a class of n images are then binomial(n, accuracy of the class). Two students
-    are drawn apart, for which images each is right about is not in the results: as they tend to be right about the
-    same ones, an interval of their difference is rather too wide.
+    The number of correct images in a class of n images is then binomial(n, accuracy of the class). Two students are
+    resampled independently, as the results do not say which images each is right about. As both tend to be right about
+    the same images, the interval of their difference is rather too wide.
 
     Args:
         results: The content of `results.json`.
-        key: In `long_tail_metrics`; `None` is returned for one that is no accuracy.
-        seed: Of the draws.
+        key: Key in `long_tail_metrics`; the result is `None` if it is not an accuracy.
+        seed: Seed of the draws.
         repetitions: Number of test sets.
     """
     data, rates = results["data"], results["student"]["metrics"].get("per_class_accuracy")
@@ -221,12 +221,12 @@ def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int
 
 
 def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None = None) -> Comparison:
-    """Read every `results.json` in folders and the folders below them; the methods ordered as [`Comparison`] says.
+    """Read every `results.json` in and below some folders; `sort` as in [`Comparison`].
 
     Raises:
         InputError: As [`Comparison`] and [`load_results`].
     """
-    paths: dict[Path, None] = {}  # each once
+    paths: dict[Path, None] = {}  # without duplicates
     for folder in map(Path, folders):
         found = [folder] if folder.is_file() else sorted(folder.rglob(RESULTS_NAME))
         if not found:
@@ -237,10 +237,10 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None 
 
 
 def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str] = ()) -> dict[str, list[str]]:
-    """Return the options that are not the same in all cells, and their values, e.g. {"num_train_epochs": ["3", "30"]}.
+    """Return the options that differ between cells, and their values, e.g. {"num_train_epochs": ["3", "30"]}.
 
-    One that is not recorded, because it is not told or was not there yet, has the default of its method; what is about
-    a teacher, without one, has any value.
+    An option that is not recorded, as it was private or did not exist yet, has the default of its method. Without a
+    teacher, options about it match any value.
     """
     defaults = recorded_defaults(ModelArguments) | recorded_defaults(DataArguments) | recorded_defaults(BKDConfig)
     told = [
@@ -262,5 +262,5 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
 
 
 def _settled_prior(training: dict[str, Any]) -> dict[str, str]:
-    """Return what `auto` was: a run that measured the teacher's prior records `teacher`, any other took the counts."""
+    """Return what `auto` stood for: `teacher` if the run recorded that it measured the prior, otherwise the counts."""
     return {"distillation_prior": "counts"} if training.get("distillation_prior") == "auto" else {}

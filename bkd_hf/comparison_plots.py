@@ -37,8 +37,8 @@ _DIAMOND: dict[str, Any] = {"fmt": "D", "markersize": 5, "capsize": 2}
 
 
 def save_comparison_plots(comparison: Comparison, folder: str | os.PathLike[str]) -> list[Path]:
-    """Draw `comparison.png`, where a method has a teacher `teacher_and_student.png`, and where there are few-shot
-    classes `leaderboard.png`; return their paths.
+    """Draw `comparison.png`, with a teacher also `teacher_and_student.png`, with few-shot classes also
+    `leaderboard.png`; return their paths.
     """
     figures = {"comparison.png": functools.partial(plot_comparison, comparison)}
     if any(_distilled(comparison, method) for method in comparison.methods):
@@ -73,7 +73,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
             lowest, highest = min(lowest, *values, estimate.mean - left), max(highest, *values, estimate.mean + right)
         set_names(axes, "y", range(len(methods)), [figure_text(method, 40) for method in methods])
         room = max(0.15 * (highest - lowest), 2.0)
-        # Nothing is below 0 or above 100; markers there may stand over the border.
+        # Values lie in 0 to 100; markers at the ends may overlap the border.
         axes.set(xlim=(max(0.0, lowest - room), min(100.0, highest + room)), ylim=(len(methods) - 0.4, -0.6))
         axes.set_title(f"{metric} (%)" + (", lower is better" if metric == "ECE" else ""))
         tidy(axes, grid="both", colour="#dddddd")
@@ -81,7 +81,7 @@ def plot_comparison(comparison: Comparison) -> Figure:
 
 
 def plot_leaderboard(comparison: Comparison) -> Figure:
-    """Draw each method's few-shot accuracy over its overall accuracy: what lies above and to the right is better."""
+    """Draw each method's few-shot accuracy over its overall accuracy; methods above and to the right are better."""
     figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
     title = f"Overall and few-shot: {figure_text(comparison.data['name'], 40)}"
     add_title(figure, title, "means over seeds; bars: standard deviation")
@@ -94,7 +94,7 @@ def plot_leaderboard(comparison: Comparison) -> Figure:
             x_bar, y_bar = _bar(overall), _bar(few)
             axes.errorbar(*points[method], y_bar, x_bar, color=_colour(method), linewidth=1.0, **_DIAMOND)
     axes.margins(0.08)
-    # Names stand in a column beside the axes, for the points of good methods lie close together.
+    # Names are in a column beside the axes, as the points of good methods are close together.
     heights = np.linspace(0.02, 0.98, max(len(points), 2))
     for height, method in zip(heights, sorted(points, key=lambda method: points[method][::-1]), strict=False):
         axes.annotate(
@@ -114,9 +114,9 @@ def plot_leaderboard(comparison: Comparison) -> Figure:
 
 
 def plot_teacher_and_student(comparison: Comparison) -> Figure:
-    """Draw each class's accuracy with the student over that with its teacher, a panel for each distilled method.
+    """Draw each class's student accuracy over its teacher accuracy, in a panel for each distilled method.
 
-    Means over seeds; above the diagonal the student is better. Colours and markers are the groups of classes.
+    Values are means over seeds; above the diagonal, the student is better. Colours and markers show the class groups.
     """
     methods = [method for method in comparison.methods if _distilled(comparison, method)]
     columns = min(3, len(methods))
@@ -143,7 +143,7 @@ def plot_teacher_and_student(comparison: Comparison) -> Figure:
 
 
 def _bar(estimate: Mean) -> np.ndarray | None:
-    """The standard deviation below and above a mean (2×1), as far as it lies in 0 to 100 %; `None` of one seed."""
+    """The standard deviation below and above a mean (2×1), clipped to 0 to 100 %; `None` for one seed."""
     if estimate.std is None:
         return None
     return np.array([[min(estimate.std, estimate.mean)], [min(estimate.std, 100 - estimate.mean)]])

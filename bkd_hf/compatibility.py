@@ -1,4 +1,4 @@
-"""Which options of the trainer go together, and which have no effect: checked before any work."""
+"""Checks, before any work, which options of the trainer are incompatible or have no effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .objective import Objective
 from .ranges import check_ranges
 from .text import one_line
 
-#: The registries of losses, by the options that choose from them.
+#: The registries of losses, by option.
 LOSSES: dict[str, Mapping[str, Loss | None]] = {
     "classification_loss": CLASSIFICATION_LOSSES,
     "distillation_loss": DISTILLATION_LOSSES,
@@ -36,7 +36,7 @@ _CHOICES: dict[str, Collection[str]] = {
     "distillation_prior": PRIORS,
     "teacher_cache_dtype": DTYPES,
 }
-#: What needs a model that is whole on each process: the value that does without, and why the others do not.
+#: Options that may need a whole model on each process: the value that does not, and why others do.
 _WHOLE_MODEL = {
     "ema_decay": (None, "left out with FSDP and DeepSpeed: no process has all the weights that it averages"),
     "adapter": (None, "left out with FSDP and DeepSpeed: no process has all the weights that it is merged into"),
@@ -52,14 +52,14 @@ def require(options: Any, holds: bool, name: str, condition: str) -> None:
 
 
 def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
-    """Check the arguments of losses and the ranges of a `BKDConfig`, and that its options go together.
+    """Check the loss arguments and ranges of a `BKDConfig`, and that its options are compatible.
 
     Args:
         options: The `BKDConfig`.
-        defaults: What its method says of the options that choose a method and its losses.
+        defaults: The method's values of the options that choose a method and its losses.
 
     Raises:
-        InputError: For the first that is out of its range, or does not go with another.
+        InputError: For the first option that is out of its range or incompatible.
     """
     _check_loss_arguments(options)
     check_ranges(options)
@@ -108,7 +108,7 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
 
 
 def _check_loss_arguments(options: Any) -> None:
-    """Check `…_loss_args` against the signature of the loss, which checks the values itself."""
+    """Check the names in `…_loss_args` against the signature of the loss, which checks the values."""
     for part, registry in LOSSES.items():
         option, name = f"{part}_args", getattr(options, part)
         given, loss = getattr(options, option), registry[name]
@@ -118,7 +118,7 @@ def _check_loss_arguments(options: Any) -> None:
         shared, arguments = ({}, {}) if loss is None else (loss.shared, loss.arguments)
         known = [argument for argument in arguments if argument not in shared]
         for argument in given:
-            if argument in shared:  # one way to say it, which all else looks at too
+            if argument in shared:  # only settable by the shared option, which other code uses too
                 raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{shared[argument]}.")
             if argument not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
@@ -172,7 +172,7 @@ def _check_schedule(options: Any) -> None:
     check(all(0 <= f < math.inf for f in factors), "lr_step_factors", "finite numbers ≥ 0")
 
 
-#: What needs all images at hand, and the values that do without.
+#: Options that may need random access to all images, and the values that do not.
 _NOT_STREAMED: dict[str, tuple[Any, ...]] = {
     "teacher_cache": ("off",), "feature_cache": ("off",), "teacher_cache_views": (None,), "sampler": ("instance",),
     "train_sampling_strategy": ("random",), "head_init": ("random",), "head_bias": ("auto", "learned"),
@@ -182,11 +182,11 @@ _NOT_STREAMED: dict[str, tuple[Any, ...]] = {
 
 
 def check_streaming(options: Mapping[str, Any], training: Any) -> None:
-    """Raise an `InputError` if options of a run do not go with `--streaming`, or it lacks some that it needs.
+    """Raise an `InputError` if options of a run are incompatible with `--streaming`, or required ones are missing.
 
     Args:
-        options: All by name.
-        training: The `BKDConfig` made of them.
+        options: All options by name.
+        training: The `BKDConfig` made from them.
     """
     if options["class_counts"] is None:
         raise InputError(
@@ -207,22 +207,22 @@ def check_streaming(options: Mapping[str, Any], training: Any) -> None:
 
 
 def check_precision(options: Any) -> None:
-    """Raise an `InputError` if the precision of a `BKDConfig`, whose device is known, cannot be had."""
+    """Raise an `InputError` if the device of a `BKDConfig` does not support its precision."""
     if options.mixed_precision == "fp16" and options.device.type == "cpu":
         raise InputError(
             "--fp16 (--precision fp16) needs a GPU: a CPU would compute in fp32 all the same. Use --precision bf16 or "
             "fp32."
         )
-    for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not take
+    for precision in ("bf16", "fp16"):  # images stay in fp32, which weights of another type do not accept
         fits = not getattr(options, f"{precision}_full_eval") or options.mixed_precision == precision
         require(options, fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
 
 
 def find_accumulation(options: Any) -> int:
-    """Return the `gradient_accumulation_steps` that make up the `global_batch_size` of a `BKDConfig`.
+    """Return the `gradient_accumulation_steps` that give the `global_batch_size` of a `BKDConfig`.
 
     Raises:
-        InputError: If there are none, or others are given, or something else chooses the batches.
+        InputError: If there are none, others are given, or something else determines the batches.
     """
     wanted, given = options.global_batch_size, options.gradient_accumulation_steps
     others = {"--auto_find_batch_size": options.auto_find_batch_size, "DeepSpeed": options.deepspeed_plugin}
@@ -250,12 +250,12 @@ def find_accumulation(options: Any) -> int:
 def options_without_effect(
     options: Any, defaults: Mapping[str, Any], users: Mapping[str, Mapping[str, Collection[str]]]
 ) -> list[str]:
-    """Return a line for each option of a `BKDConfig` that was given for nothing.
+    """Return a line for each given option of a `BKDConfig` that has no effect.
 
     Args:
         options: The `BKDConfig`.
-        defaults: What its method says of the options that choose a method and its losses.
-        users: Which choices of which part of the method look at an option, for options that not all look at.
+        defaults: The method's values of the options that choose a method and its losses.
+        users: Which choices of which part of the method use an option, for options that not all use.
     """
     messages: list[str] = []
 
@@ -286,7 +286,7 @@ def options_without_effect(
 
 
 def _never_reached(options: Any) -> list[str]:
-    """What is to begin after the end of the training, or is overtaken by something else."""
+    """Settings that would start only after the end of the training, or are overridden."""
     messages, epochs = [], math.inf if options.max_steps > 0 else options.num_train_epochs
     starts = {
         "deferred_reweighting_start": options.distillation_loss == "bkd",

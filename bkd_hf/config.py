@@ -36,30 +36,30 @@ from .methods import (
 from .text import one_line
 
 _PARTS: dict[str, Collection[str]] = {
-    "classification_loss": CLASSIFICATION_LOSSES,  # what a user adds is a choice too
+    "classification_loss": CLASSIFICATION_LOSSES,  # includes losses registered by users
     "class_weighting": CLASS_WEIGHTINGS,
     "distillation_loss": DISTILLATION_LOSSES,
     "sampler": SAMPLERS,
     "student_init": STUDENT_INITS,
     "head_bias": HEAD_BIASES,
 }
-#: Options that may have no effect without a word (see `RunArguments.from_recipe`).
+#: Options that may have no effect without a warning (see `RunArguments.from_recipe`).
 UNTOLD: ContextVar[frozenset[str]] = ContextVar("UNTOLD", default=frozenset())
-#: s of a cosine head, rank of LoRA and views of augmented images where nothing is said.
+#: Default s of a cosine head, rank of LoRA, and views of augmented images.
 HEAD_SCALE, ADAPTER_RANK, DEFAULT_VIEWS = 30.0, 8, 16
-#: How a global batch is cut: what counts is its size.
+#: How a global batch is split; only its total size has an influence.
 BATCH_CUT = ("per_device_train_batch_size", "gradient_accumulation_steps")
-#: Of the options that hold dictionaries, those that may name a JSON file instead.
+#: Dictionary options that may name a JSON file instead.
 _MAY_BE_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of a dataclass that is an option; metadata as `HfArgumentParser` reads it."""
+    """A dataclass field that is an option; metadata as `HfArgumentParser` reads it."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def _find_users() -> dict[str, dict[str, list[str]]]:
-    """Which choices look at an option, by what the losses' functions take; the rest of the options hold for all."""
+    """Which choices use an option, from the signatures of the losses; all choices use the other options."""
     users: dict[str, dict[str, list[str]]] = {
         "class_balance_beta": {"class_weighting": ["reweight", "drw"]},
         "class_weighting_start": {"class_weighting": ["drw"]},
@@ -75,28 +75,28 @@ def _find_users() -> dict[str, dict[str, list[str]]]:
                 options += ["class_balance_beta", "deferred_reweighting_start", "distillation_prior"]
             for used in options:
                 users.setdefault(used, {}).setdefault(part, []).append(name)
-    return {name: users[name] for name in BKDConfig.__annotations__ if name in users}  # its own, in their order
+    return {name: users[name] for name in BKDConfig.__annotations__ if name in users}  # own options, in their order
 
 
 def option_is_used(name: str, choices: Mapping[str, Any]) -> bool:
-    """Whether the losses, weights and sampler of these choices look at an option."""
+    """Whether the losses, weights and sampler of these choices use an option."""
     return any(choices.get(part) in users for part, users in USED_BY.get(name, {}).items())
 
 
 def used_by(part: str, choices: Mapping[str, Any]) -> list[str]:
-    """Options that the choice for a part of the method (such as `"distillation_loss"`) looks at."""
+    """Options used by the choice for a part of the method (such as `"distillation_loss"`)."""
     return [name for name, parts in USED_BY.items() if choices.get(part) in parts.get(part, ())]
 
 
 @dataclass
 class BKDConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and the options of Balanced Knowledge Distillation and of its competitors.
+    """`transformers.TrainingArguments` with the options of Balanced Knowledge Distillation and its competitors.
 
-    `method` names a preset (see `bkd_hf.methods`); `classification_loss`, `class_weighting`, `distillation_loss` and
-    `sampler`, where they are not given, are set to what it says.
+    `method` names a preset (see `bkd_hf.methods`), which sets `classification_loss`, `class_weighting`,
+    `distillation_loss` and `sampler` where they are not given.
 
-    Inherited defaults are those of `transformers`; a recipe or a script sets what differs. The step-decay schedule is
-    chosen by `lr_step_epochs` and replaces `lr_scheduler_type`:
+    Inherited defaults are those of `transformers`; a recipe or a script sets what differs. `lr_step_epochs` selects
+    the step-decay schedule, which replaces `lr_scheduler_type`:
 
         rate(epoch e) = learning_rate · (e + 1) / lr_warmup_epochs      while e < lr_warmup_epochs
                         learning_rate · lr_step_factors[k]              from epoch lr_step_epochs[k] on
@@ -104,9 +104,9 @@ class BKDConfig(TrainingArguments):
 
     with whole epochs e counted from 0. Each field is described by its help text.
 
-    `enable_jit_checkpoint`, off if it is not given (in scripts it is on), has `train()` end the process at SIGTERM,
-    after its step and a checkpoint, by `TrainingStopped` (exit code 75). That of `transformers` would return, as if
-    the training were finished.
+    With `enable_jit_checkpoint` (off by default, on in scripts), `train()` finishes its step at SIGTERM, saves a
+    checkpoint and ends the process by `TrainingStopped` (exit code 75). `transformers` would return as if the training
+    were finished.
 
     Raises:
         InputError: If a value is out of its range; the message names the option.
@@ -318,7 +318,7 @@ class BKDConfig(TrainingArguments):
         self._check()
         join_process_group(self)
         super().__post_init__()
-        # Under ZeRO-3 transformers would load a part of each model, also of a teacher; all are whole until they train.
+        # Under ZeRO-3 transformers would load every model sharded, teachers too; here models are whole until training.
         unset_hf_deepspeed_config()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = find_accumulation(self)
@@ -328,12 +328,12 @@ class BKDConfig(TrainingArguments):
                 warnings.warn(message, UserWarning, stacklevel=3)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Trainer pickles its arguments into every checkpoint, and pushes them: never with the token.
+        # Trainer pickles its arguments into every checkpoint and pushes them; they must not contain the token.
         return {**self.__dict__, "hub_token": None}
 
     @property
     def method_label(self) -> str:
-        """The preset, and in brackets the options of its parts that were chosen otherwise: "bkd (temperature 4)"."""
+        """The preset, with options that differ from it in brackets: "bkd (temperature 4)"."""
         defaults = method_defaults(self.method)
         changed = [
             f"{name} {getattr(self, name)}".removesuffix(".0")
@@ -343,12 +343,12 @@ class BKDConfig(TrainingArguments):
         return f"{self.method} ({', '.join(changed)})" if changed else self.method
 
     def images_in_step(self, num_processes: int) -> int:
-        """The global batch size that this makes with a number of processes."""
+        """The global batch size with a number of processes."""
         per_process = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return self.global_batch_size or per_process * num_processes
 
     def loss_arguments(self, part: str) -> dict[str, Any]:
-        """Values of the arguments of the chosen loss that are options, some still `auto` or `measured`.
+        """Option values of the chosen loss, by argument; some may still be `auto` or `measured`.
 
         Args:
             part: `"classification_loss"` or `"distillation_loss"`.
@@ -364,7 +364,7 @@ class BKDConfig(TrainingArguments):
 
     @property
     def cosine_scale(self) -> float | None:
-        """Scale of the cosine head that is asked for, or that the classification loss needs; `None` for none."""
+        """Scale of the cosine head that is requested, or that the classification loss needs; `None` for none."""
         if self.classification_loss == "ldam":
             return self.loss_arguments("classification_loss")["scale"]
         return (self.head_scale or HEAD_SCALE) if self.head == "cosine" else None
@@ -375,7 +375,7 @@ class BKDConfig(TrainingArguments):
         return self.lr_step_epochs is not None
 
     def set_anew(self, changes: Mapping[str, Any]) -> None:
-        """Change options; those that were left to the method follow it.
+        """Change options; those not set explicitly are taken from the method again.
 
         Raises:
             InputError: If a value is out of its range.
@@ -386,7 +386,7 @@ class BKDConfig(TrainingArguments):
         self._check()
 
     def _apply_method(self) -> None:
-        """Fill in what the preset says, where nothing was said explicitly."""
+        """Fill in options that were not set explicitly from the preset."""
         require(self, self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         preset = METHODS[self.method].options()
         self._left_to_method = [name for name in preset if getattr(self, name) is None]
@@ -395,13 +395,13 @@ class BKDConfig(TrainingArguments):
         for name, choices in _PARTS.items():
             require(self, getattr(self, name) in choices, name, f"one of {', '.join(choices)}")
         for name in ("class_balance_power", "logit_adjustment_tau"):
-            with suppress(ValueError):  # a word, which is checked with the rest
+            with suppress(ValueError):  # a word; checked later
                 setattr(self, name, float(getattr(self, name)))
 
     def _check(self) -> None:
-        if self.adapter == "none":  # so that a command line can take back what a file says
+        if self.adapter == "none":  # so that a command line can override a file
             self.adapter = None
-        if vars(self)["fsdp"] in ("true", "True"):  # as a file says it
+        if vars(self)["fsdp"] in ("true", "True"):  # as written in a file
             self.__dict__["fsdp"] = True
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
@@ -411,18 +411,18 @@ class BKDConfig(TrainingArguments):
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"--{name} {one_line(value, 80)} is no JSON: {one_line(error, 80)}.") from error
                 require(self, isinstance(found, dict), name, "a JSON object")
-                # transformers reads its own by itself, where numbers may be in quotes.
+                # transformers parses its own options, in which numbers may be quoted.
                 setattr(self, name, value.strip() if name in TrainingArguments._VALID_DICT_FIELDS else found)
         check_together(self, method_defaults(self.method))
 
 
-#: By option, which choices for which parts of the method look at it; those that are not here hold for all.
+#: By option, which choices for which parts of the method use it; all choices use the options not listed here.
 USED_BY = _find_users()
 #: Options that choose a method and its losses.
 METHOD_OPTIONS = ("method", *_PARTS, "classification_loss_args", "distillation_loss_args", *USED_BY)
 
 
 def method_defaults(method: str) -> dict[str, Any]:
-    """All options that choose a method and its losses, as they are if nothing but `method` is given."""
+    """All options that choose a method and its losses, with their values if only `method` is given."""
     defaults = {f.name: f.default for f in fields(BKDConfig) if f.name in METHOD_OPTIONS}
     return {**defaults, **METHODS[method].options(), "method": method}

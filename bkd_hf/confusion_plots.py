@@ -1,4 +1,4 @@
-"""Figures of which classes a model takes for which, made from the content of a `results.json` (`bkd_hf.results`)."""
+"""Figures of a model's confusions, made from the content of a `results.json` (`bkd_hf.results`)."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _NUM_CONFUSIONS = 20
 
 
 def plot_confusion(results: dict[str, Any], model: str = "student", max_classes: int = 30) -> Figure:
-    """Draw which classes a model takes for which.
+    """Draw which classes a model confuses.
 
     With few classes this is the confusion matrix, from the class with the most to that with the fewest training
-    images: of the test images of the true class (row), the share (percent) taken for the predicted class (column).
-    With more, it is a bar each for the 20 confusions that befall most test images: their share (percent) of the true
-    class's test images. Numbers of training images are given beside the names.
+    images: the percentage of the true class's (row) test images predicted as a class (column). With more classes, it
+    has a bar for each of the 20 confusions with the most test images: their percentage of the true class's test
+    images. Numbers of training images are beside the names.
 
     Args:
         results: The content of a `results.json`.
         model: `student` or `teacher`.
-        max_classes: With more classes than this there are bars.
+        max_classes: With more classes than this, bars are drawn.
     """
     data = results["data"]
     names = names_of_classes(data)
@@ -63,9 +63,9 @@ def _plot_confusion_matrix(results: dict[str, Any], model: str, names: list[str]
     figure = titled_figure(f"Confusions{of_the(model, results, ' of the ')}", results, height=7.0)
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["Blues"].with_extremes(bad=NOT_TESTED)
-    # A root scale: most confusions are a few percent, which a linear one would leave white.
+    # A square-root scale: most confusions are a few percent, which would be white on a linear scale.
     scale = PowerNorm(0.5, vmin=0, vmax=100)
-    # By hand: scikit-learn's ConfusionMatrixDisplay writes every zero, and cannot leave rows out.
+    # scikit-learn's ConfusionMatrixDisplay writes every zero, and cannot leave rows out.
     image = axes.imshow(shares, cmap=colours, norm=scale, aspect="auto")
     bar = figure.colorbar(image, ax=axes, shrink=0.6, ticks=[0, 1, 5, 10, 20, 40, 60, 80, 100])
     bar.set_label(f"share of the true class's test {unit}s (%)", fontsize=TEXT)
@@ -115,5 +115,5 @@ def _plot_largest_confusions(results: dict[str, Any], model: str, sized: list[st
     axes.set(xlim=(0, end), xticks=[tick for tick in ticks if tick <= min(100, end)], xlabel=label)
     axes.set(ylim=(max(1, len(shares)) - 0.4, -0.6), ylabel=f"true → predicted class\n(training {unit}s)")
     axes.tick_params(axis="y", length=0)
-    tidy(axes, grid=None)  # it would run through the numbers
+    tidy(axes, grid=None)  # a grid would cross the numbers
     return figure

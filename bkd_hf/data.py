@@ -1,4 +1,4 @@
-"""What a data set holds: labels, class counts, a hash of its content; long-tailed subsets of it."""
+"""Labels, class counts and content hash of a data set, and long-tailed subsets of it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ PROFILES: tuple[Profile, ...] = get_args(Profile)
 #: Shape of ImageNet-LT's tail (Liu et al., 2019).
 PARETO_ALPHA = 6.0
 
-#: Up to so many bytes of images are read to tell whether they are the same: a minute of a slow disk.
+#: At most this many bytes of images are read for a fingerprint: a minute on a slow disk.
 READABLE_BYTES = 10_000_000_000
-# What is read each time somebody asks; of larger sets, what a process found is kept by the hash of so much of them.
+# Sets up to this size are read for each fingerprint; for larger ones, results are cached by the hash of this much.
 _QUICK_BYTES = 64_000_000
 _SAMPLED = "-sampled"
 _fingerprints: dict[tuple[str, bool], str] = {}
@@ -57,19 +57,19 @@ def long_tailed_counts(
         step:    n_i = max_count for the first half of the classes, int(max_count / ratio) for the others
         pareto:  n_i = int(max_count · max(q_i / q_0, 1 / ratio)),  q_i = ((i + 1) / C)^(−1/α) − 1
 
-    The q_i are quantiles of a Pareto distribution that starts at 0 (Lomax). They stand in for the random draw from a
-    Pareto distribution by which Liu et al. made ImageNet-LT: 1000 classes, 1280 images in the largest, ratio 256 and
-    α = 6 give 117,059 images, where theirs has 115,846, and 1280 to 5 in a class, as theirs.
+    The q_i are quantiles of a Pareto distribution that starts at 0 (Lomax). They replace the random draw from a Pareto
+    distribution by which Liu et al. made ImageNet-LT: 1000 classes, 1280 images in the largest, ratio 256 and α = 6
+    give 117,059 images (ImageNet-LT has 115,846), with 1280 to 5 per class as in ImageNet-LT.
 
     Args:
         max_count: Images of the largest class.
         num_classes: C ≥ 2.
         imbalance_ratio: Images of the largest class per image of the smallest, ≥ 1.
         profile: `"exp"`, `"step"` or `"pareto"`. With an odd C the middle class of `"step"` is a head class.
-        pareto_alpha: α > 0 of `"pareto"`; the smaller, the fewer images the tail has.
+        pareto_alpha: α > 0 of `"pareto"`; a smaller α gives a smaller tail.
 
     Returns:
-        C counts, truncated; a count is 0 where `max_count` is too small for the ratio.
+        C counts, truncated; a count is 0 if `max_count` is too small for the ratio.
 
     Raises:
         InputError: If an argument is out of its range.
@@ -90,18 +90,18 @@ def make_long_tailed(
     class_order: Sequence[int] | None = None,
     pareto_alpha: float = PARETO_ALPHA,
 ) -> datasets.Dataset:
-    """Select a long-tailed subset, with class counts as [`long_tailed_counts`] gives them.
+    """Select a long-tailed subset with the class counts of [`long_tailed_counts`].
 
-    The subset depends on (`split_seed`, labels, index) and on nothing else; a subset with a higher ratio is contained
-    in one with a lower ratio.
+    The subset depends only on (`split_seed`, labels, index); a subset with a higher ratio is contained in one with a
+    lower ratio.
 
     Args:
-        dataset: A set with enough images in each class; a balanced one, usually.
+        dataset: A set with enough images in each class, usually balanced.
         label_column: Name of its label column.
         imbalance_ratio: Images of the largest class per image of the smallest, ≥ 1.
         profile: `"exp"`, `"step"` or `"pareto"`.
-        split_seed: Which images are kept.
-        max_count: Images of the largest class; by default the most for which every class has enough images.
+        split_seed: Selects which images are kept.
+        max_count: Images of the largest class; by default the largest number for which every class has enough images.
         class_order: All class numbers, the largest class first; by default 0, 1, 2, …
         pareto_alpha: α of `"pareto"`.
 
@@ -109,8 +109,7 @@ def make_long_tailed(
         A selection of `dataset`, in its order.
 
     Raises:
-        InputError: If an argument is out of its range, or a class would be left without images or has fewer images
-            than its share.
+        InputError: If an argument is out of its range, or a class would have no images or has fewer than it needs.
     """
     available = np.asarray(class_counts(dataset, label_column))
     num_classes = available.size
@@ -143,12 +142,12 @@ def make_long_tailed(
 def limit_examples(
     dataset: datasets.Dataset, max_examples: int | None, option: str, seed: int = 0
 ) -> datasets.Dataset:
-    """Select about `max_examples` examples (for quick tries), in proportion to the class counts.
+    """Select about `max_examples` examples (for quick tests), in proportion to the class counts.
 
-    Each class that has images keeps at least one.
+    Each class with images keeps at least one.
 
     Raises:
-        InputError: Naming `option`, if `max_examples` is smaller than the number of classes.
+        InputError: If `max_examples` is smaller than the number of classes; the message names `option`.
     """
     if max_examples is None or max_examples >= len(dataset):
         return dataset
@@ -178,7 +177,7 @@ def _profile_shares(num_classes: int, imbalance_ratio: float, profile: str, pare
     if profile == "pareto":
         if not 0 < pareto_alpha < float("inf"):
             raise InputError(f"pareto_alpha must be a finite number > 0, got {pareto_alpha}.")
-        # q_i = exp(t_i) − 1, divided by q_0 in a form that overflows for no α.
+        # q_i = exp(t_i) − 1, divided by q_0 without overflow for any α.
         exponents = [math.log(num_classes / (i + 1)) / pareto_alpha for i in range(num_classes)]
         first = exponents[0]
         return [max(math.exp(t - first) * math.expm1(-t) / math.expm1(-first), smallest) for t in exponents]
@@ -186,7 +185,7 @@ def _profile_shares(num_classes: int, imbalance_ratio: float, profile: str, pare
 
 
 def choose_per_class(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
-    """Indices, ascending, of `counts[c]` examples of each class c: those whose hash is smallest."""
+    """Ascending indices of `counts[c]` examples of each class c: those with the smallest hashes."""
     priority = hash_uniform(seed, np.arange(labels.size))
     by_class = np.lexsort((priority, labels))
     class_sizes = np.bincount(labels, minlength=len(counts))
@@ -196,7 +195,7 @@ def choose_per_class(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.nd
 
 
 def set_aside(dataset: datasets.Dataset, wanted: np.ndarray, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return a data set without so many examples of each class, and these."""
+    """Split off the wanted number of examples of each class; return the rest, and these."""
     chosen = choose_per_class(labels_of(dataset), wanted, seed)
     return dataset.select(np.setdiff1d(np.arange(len(dataset)), chosen)), dataset.select(chosen)
 
@@ -246,17 +245,17 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
 
 
 def fingerprint(dataset: datasets.Dataset, read_all: bool = False) -> str:
-    """Hash of the labels and of the stored images (or texts), in order; files outside are as if stored in the set.
+    """Hash of the labels and the stored images (or texts), in order; external files count as if stored in the set.
 
-    Where images are more than `READABLE_BYTES`, each enters by its size (a file by its name and time of change too),
-    and by its content only every so many, as many as can be read. It is computed once in a process.
+    If the images exceed `READABLE_BYTES`, the hash covers the size of each (for files also name and change time), and
+    the content of a regular sample of them. It is computed once per process.
 
     Args:
         dataset: A set with the columns `"image"` (or `"text"`) and `"label"`, or with images alone.
-        read_all: Whether to read all images, however many they are.
+        read_all: Whether to read all images, whatever their size.
 
     Returns:
-        32 hexadecimal digits; after them "-sampled", if not all images were read.
+        32 hexadecimal digits, followed by "-sampled" if not all images were read.
 
     Raises:
         InputError: If an image is missing, or its file is.
@@ -270,14 +269,14 @@ def fingerprint(dataset: datasets.Dataset, read_all: bool = False) -> str:
 
 
 def shared_fingerprint(dataset: datasets.Dataset, recorded: str | None = None) -> str:
-    """[`fingerprint`], computed by one process of each machine; all processes have to call it.
+    """[`fingerprint`], computed by one process of each machine; all processes must call it.
 
     Args:
-        dataset: As there.
-        recorded: Of an earlier version, which read all images of some sets that are sampled now: if so, they are read.
+        dataset: As for [`fingerprint`].
+        recorded: A fingerprint to compare with. If an earlier version read all images for it, all are read again.
 
     Raises:
-        InputError: As there.
+        InputError: As [`fingerprint`].
     """
     found, problem = None, ""
     if PartialState().is_local_main_process:
@@ -296,7 +295,7 @@ def shared_fingerprint(dataset: datasets.Dataset, recorded: str | None = None) -
 
 
 def fingerprint_like(recorded: str | None, dataset: datasets.Dataset) -> str:
-    """[`fingerprint`], for which all images are read if a recorded one, that it is to be compared with, is of all."""
+    """[`fingerprint`] that reads all images if the recorded one, to compare with, covers all."""
     return fingerprint(dataset, read_all=recorded is not None and not recorded.endswith(_SAMPLED))
 
 
@@ -325,7 +324,7 @@ def _digest(dataset: datasets.Dataset, readable: int | None) -> str:
         for index, image in enumerate(stored_images(dataset)):
             digest.update(_content(index, image))
         return digest.hexdigest()
-    # Files first each by itself, then its content: as since the first version that sampled them.
+    # For each file first its name, size and time, then its content: as in the first version that sampled files.
     images = iter(stored_images(dataset.select(range(0, len(dataset), every))))
     for index, number in enumerate(sizes.tolist()):
         if number < 0:
@@ -345,7 +344,7 @@ def _content(index: int, image: dict[str, Any]) -> bytes:
 
 
 def hash_of_table(dataset: datasets.Dataset) -> str:
-    """Hash of all that a data set stores, in order, and of how it gives that out."""
+    """Hash of everything that a data set stores, in order, and of its output format."""
     digest = hashlib.blake2b(repr((dataset.features, dataset.format)).encode(), digest_size=16)
     for table in dataset.with_format("arrow").iter(1000):
         for batch in table.combine_chunks().to_batches():
@@ -364,12 +363,12 @@ def _of_file(index: int, path: str | Path, read: Callable[[Path], Any]) -> Any:
 
 
 def stored_images(dataset: datasets.Dataset) -> Iterable[dict[str, Any]]:
-    """Iterate over the images as they are stored, undecoded: `bytes`, or None and the `path` of a file."""
+    """Iterate over the stored images, undecoded: `bytes`, or None and the `path` of a file."""
     return dataset.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))[IMAGE_COLUMN]
 
 
 def selected(dataset: datasets.Dataset, column: pa.ChunkedArray) -> np.ndarray:
-    # Reading a selection through the data set's own indexing takes 10 s for a million shuffled rows; this, 10 ms.
+    # For a million shuffled rows, the data set's own indexing takes 10 s; this takes 10 ms.
     values = column.to_numpy()
     return values if dataset._indices is None else values[dataset._indices.column(0).to_numpy()]
 
@@ -387,7 +386,7 @@ def check_complete(dataset: datasets.Dataset, column: str, what: str, where: str
 
 
 def name_classes(dataset: datasets.Dataset, label_column: str, classes: np.ndarray) -> str:
-    """E.g. "2 of 10 classes ('cat', 'dog')", given which as booleans."""
+    """E.g. "2 of 10 classes ('cat', 'dog')", selected by booleans."""
     feature = dataset.features[label_column]
     named = isinstance(feature, datasets.ClassLabel)
     names = [feature.int2str(c) if named else c for c in np.flatnonzero(classes).tolist()]

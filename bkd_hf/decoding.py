@@ -1,4 +1,4 @@
-"""Images as they are stored, decoded, and kept decoded."""
+"""Decoding of stored images, and caches of decoded images."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .views import Box
 
 logger = logging.get_logger(__name__)
 
-# Whose decoder can give 1/2, 1/4 and 1/8 of the size; MPO is several JPEGs in a file.
+# Formats that can be decoded at 1/2, 1/4 and 1/8 of the size; MPO is several JPEGs in a file.
 _REDUCIBLE_FORMATS = ("JPEG", "MPO")
-# Values of EXIF's orientation: the stored image's rows are columns; its last column, or row, comes first.
+# EXIF orientations in which the stored image's rows are columns; its last column, or row, comes first.
 _TURNED, _FROM_THE_RIGHT, _FROM_BELOW = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
-# Where one image is broken: how long others are looked for, and how many are named.
+# After one broken image: how long to search for others, and how many to name.
 _SEARCH_SECONDS, _MOST_NAMED = 20.0, 10
 
 
 class StoredImages:
-    """The images of a data set as they are stored: `bytes`, or None and the `path` of a file.
+    """The stored images of a data set: `bytes`, or None and the `path` of a file.
 
-    Read from its table directly: through the data set's own indexing it takes five times as long, a third of the time
-    to decode 32×32 pixels. Pickled as the files that the table is mapped from.
+    They are read directly from the data set's table, as its own indexing takes five times as long, a third of the time
+    to decode 32×32 pixels. Pickling stores the files that the table is mapped from.
     """
 
     def __init__(self, dataset: datasets.Dataset):
@@ -57,13 +57,13 @@ class StoredImages:
 
 @contextmanager
 def reading(images: StoredImages | Sequence[dict[str, Any]], index: int) -> Iterator[dict[str, Any]]:
-    """Give a stored image to be decoded, e.g. by [`decode_image`]; an `InputError` says which ones are broken."""
+    """Yield a stored image for decoding, e.g. by [`decode_image`]; an `InputError` names the broken ones."""
     stored = images[index]
     try:
         yield stored
     except InputError:
         raise
-    except Exception as error:  # of PIL's many decoders: there is no end of kinds
+    except Exception as error:  # PIL's decoders may raise any exception
         reason = "it is no image of a known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise InputError(
             f"Image {index}{_place(stored)} cannot be decoded: {reason}.{_others_broken(images, index)} "
@@ -76,7 +76,7 @@ def _place(stored: dict[str, Any] | None) -> str:
 
 
 def _others_broken(images: StoredImages | Sequence[dict[str, Any]], known: int) -> str:
-    """Name the other images that cannot be decoded, as far as these are found in `_SEARCH_SECONDS`."""
+    """Name the other images that cannot be decoded, as far as they are found in `_SEARCH_SECONDS`."""
     broken, searched, end = [], 0, time.monotonic() + _SEARCH_SECONDS
     while searched < len(images) and (searched == 0 or time.monotonic() < end):
         try:
@@ -102,17 +102,17 @@ def decode_part(
     choose: Callable[[int, int], tuple[Box, bool]],
     sizes: Sequence[tuple[int, int]] | None,
 ) -> tuple[Image.Image, Box, bool]:
-    """Decode as much of an image as it takes to show a part of it.
+    """Decode only as much of an image as is needed to show a part of it.
 
     A JPEG is decoded at the smallest of 1, 1/2, 1/4 and 1/8 of its size at which the part is still as large as it
-    will be shown: the decoder leaves out the fine detail. Other formats are decoded in full. For views of 224×224
-    pixels this takes 0.5 times as long with photographs of 2000×1500, 0.8 times with 1024×768, and is no gain with
-    500×375, whose crops need all pixels. Views that are decoded so differ by 0.6 to 1.2 of 255 in the mean.
+    will be shown; the decoder skips the fine detail. Other formats are decoded in full. For views of 224×224 pixels
+    this takes 0.5 times as long with photographs of 2000×1500, 0.8 times with 1024×768, and saves nothing with
+    500×375, whose crops need all pixels. Pixels of these views differ by 0.6 to 1.2 of 255 on average.
 
     Args:
         stored: As for [`decode_image`].
-        choose: Called with the width and the height of the upright image: the part, and whether it is mirrored.
-        sizes: Width and height at which the part will be shown, in pixels, of each model; `None` to decode in full.
+        choose: Called with width and height of the upright image; returns the part, and whether it is mirrored.
+        sizes: Width and height in pixels at which each model will see the part; `None` to decode in full.
 
     Returns:
         The image, RGB and upright, the part's place in it, and whether it is mirrored.
@@ -130,14 +130,14 @@ def decode_part(
         if factor > 1:
             image.draft(None, (image.width // factor, image.height // factor))
         image = upright_rgb(image)
-        # The decoder completes the last column and row; where these come first now, all else has moved.
+        # The decoder pads the last column and row; if these come first now, everything else is shifted.
         x = image.width - width / factor if orientation in _FROM_THE_RIGHT else 0
         y = image.height - height / factor if orientation in _FROM_BELOW else 0
         return image, (left / factor + x, top / factor + y, right / factor + x, bottom / factor + y), mirrored
 
 
 def may_be_reduced(image: Image.Image, sizes: Sequence[tuple[int, int]] | None) -> bool:
-    """Whether [`decode_part`] decodes some parts of a stored image at half of its size, or less."""
+    """Whether [`decode_part`] decodes some parts of a stored image at half of its size or less."""
     if sizes is None or image.format not in _REDUCIBLE_FORMATS:
         return False
     either_way_up = (image.size, image.size[::-1])
@@ -146,24 +146,24 @@ def may_be_reduced(image: Image.Image, sizes: Sequence[tuple[int, int]] | None) 
 
 def open_image(stored: dict[str, Any]) -> Image.Image:
     if stored["bytes"] is None:
-        check_file(stored["path"])  # else a pipe would be waited for
+        check_file(stored["path"])  # reading a pipe would block
     return Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] in "IF":  # what convert() would clip
+    if image.mode[0] in "IF":  # convert() would clip these
         image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        image = image.convert("RGBA")  # the same colours; Pillow would ask for it in a warning that names no file
+        image = image.convert("RGBA")  # the same colours; avoids a Pillow warning that names no file
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Bytes of 16-bit, 32-bit and floating-point images; how much white is, where the mode leaves it open, they show.
+    """Bytes of 16-bit, 32-bit and floating-point images; if the mode does not define white, the values determine it.
 
     Raises:
-        ValueError: If they do not.
+        ValueError: If they do not determine it.
     """
     low, high = values.min(), values.max()
     if not (low >= 0 and high <= (255 if mode == "F" else 65535)):
@@ -171,7 +171,7 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
         raise ValueError(f"its values run from {low:g} to {high:g}, where {known} is understood")
     if mode == "F":
         return np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
-    # Some versions of Pillow open 16-bit files as 32 bits.
+    # Some versions of Pillow open 16-bit files as 32-bit ones.
     return (values >> (0 if mode == "I" and high <= 255 else 8)).astype(np.uint8)
 
 
@@ -179,22 +179,22 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 
 
 class KeptImages:
-    """Decoded images, one after another, in memory or in a file that is mapped; then their sizes, and a checksum.
+    """Decoded images one after another, followed by their sizes and a checksum, in memory or in a mapped file.
 
-    A file is pickled as its path: it costs nothing to send it to a worker.
+    A file is pickled as its path, so sending it to a worker is cheap.
 
     Args:
-        source: What `write` wrote: bytes, or a file.
+        source: Output of `write`: bytes, or a file.
         number: N, the number of images.
 
     Raises:
-        OSError: If the file is not there, or cannot be read.
+        OSError: If the file does not exist, or cannot be read.
         ValueError: If it is damaged.
     """
 
     def __init__(self, source: Path | bytes, number: int):
         self._source = source
-        # A plain view of the map: indexing numpy's memmap class itself takes several times as long.
+        # A plain view of the map, as indexing numpy's memmap class takes several times as long.
         content = (
             np.memmap(source, np.uint8, "r").view(np.ndarray)
             if isinstance(source, Path)
@@ -217,11 +217,11 @@ class KeptImages:
 
     @property
     def rows(self) -> np.ndarray:
-        """N rows of bytes: all images, where they have one size."""
+        """N rows of bytes: all images, if they have the same size."""
         return self._pixels.reshape(len(self._sizes), -1)
 
     def check(self) -> KeptImages:
-        """Read all, a second for each GB, and return this; raise a `ValueError` if it is not what was written."""
+        """Read everything (a second per GB) and return this; raise a `ValueError` if it is not what was written."""
         if hashlib.blake2b(self._all.data, digest_size=16).digest() != self._checksum:
             raise ValueError("its checksum is wrong")
         return self
@@ -245,32 +245,32 @@ class KeptImages:
 def shared_images(
     path: Path, number: int, decode: Callable[[], Iterable[np.ndarray]], num_bytes: Callable[[], float]
 ) -> KeptImages:
-    """Map a file of decoded images; write it before, if there is none.
+    """Map a file of decoded images; create it first if it does not exist.
 
-    Of processes that call this at the same time one writes, the others wait for it. A file has its name when it is
-    whole, and never changes; what a killed process left behind is removed by the next that writes. To free the disk,
-    delete the files.
+    If several processes call this at the same time, one writes, and the others wait for it. A file gets its name only
+    when it is complete, and never changes. The next writer removes what a killed process left behind. To free disk
+    space, delete the files.
 
     Args:
-        path: The file; its name should say all that the images depend on.
+        path: The file; its name should include everything that the images depend on.
         number: Number of images.
         decode: Yields them, H×W×3 bytes each.
-        num_bytes: Says how large all are, about.
+        num_bytes: Returns their approximate total size.
 
     Raises:
-        OSError: If they do not fit on the disk, or cannot be written there.
+        OSError: If they do not fit on the disk, or cannot be written.
     """
     if (images := _mapped(path, number)) is not None:
         return images
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):
-        if (images := _mapped(path, number)) is not None:  # another process has written it in the meantime
+        if (images := _mapped(path, number)) is not None:  # written by another process in the meantime
             return images
         partial = path.with_suffix(".partial")
         partial.unlink(missing_ok=True)
         for left in path.parent.glob("*.partial"):
             with suppress(filelock.Timeout), filelock.FileLock(left.with_suffix(".lock"), timeout=0):
-                left.unlink(missing_ok=True)  # nobody is writing it
+                left.unlink(missing_ok=True)  # no process is writing it
         needed, free = num_bytes(), shutil.disk_usage(path.parent).free
         if needed > free:
             raise OSError(f"{needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
@@ -278,7 +278,7 @@ def shared_images(
             with open(partial, "wb") as file:
                 KeptImages.write(file, decode())
                 file.flush()
-                os.fsync(file.fileno())  # its new name must not reach the disk before its content
+                os.fsync(file.fileno())  # the content must reach the disk before the new name
             partial.replace(path)
         except BaseException:  # the disk is full, an image is broken, Ctrl-C
             partial.unlink(missing_ok=True)

@@ -34,13 +34,13 @@ def dive_loss(
 
         DiVE = T² · KL( softmax(power · z_t / T) ‖ softmax(z_s / T) )
 
-    The teacher, trained with balanced softmax, has balanced answers already; a power below 1 flattens them further.
+    The teacher, trained with balanced softmax, is already balanced; a power below 1 flattens its targets further.
     The method's loss is (1 − α) · [`balanced_softmax_loss`] + α · DiVE.
 
     Args:
-        temperature: T > 0. The paper has 3 on CIFAR-100-LT; 2 is ours, as for the other losses.
-        power: Power of the teacher's probabilities, > 0; 0.5, and α = 0.5, are the paper's. A public reproduction,
-            whose teacher had flatter answers than the paper's, did better with T = 6 and power 1, the same targets.
+        temperature: T > 0. The paper uses 3 on CIFAR-100-LT; the default 2 is ours, as for the other losses.
+        power: Power of the teacher's probabilities, > 0; 0.5, with α = 0.5, as in the paper. A public reproduction,
+            whose teacher had flatter outputs than the paper's, did better with T = 6 and power 1, the same targets.
     """
     check_positive(power=power)
     student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature)
@@ -49,7 +49,7 @@ def dive_loss(
 
 
 def dive_log_targets(teacher_logits: torch.Tensor, temperature: float = 2.0, power: float = 0.5) -> torch.Tensor:
-    """Logarithm of what [`dive_loss`] has the student imitate: B×C. Arguments as there."""
+    """Logarithm of the target distribution of [`dive_loss`]: B×C. Arguments as there."""
     (teacher_logits,) = at_least_float32(teacher_logits)
     return F.log_softmax(power * teacher_logits / temperature, dim=-1)
 
@@ -68,8 +68,8 @@ def dkd_loss(
         DKD = T² · ( α · KL(b_t ‖ b_s) + β · KL(q_t ‖ q_s) )
 
     with b = (p_y, 1 − p_y) the probabilities of the label's class and of all others, and q the distribution over these
-    others alone, all from softmax(z / T). Both are softmaxes themselves: q of the other logits, and b of the label's
-    logit beside the log-sum-exp of the others, so nothing is divided by a vanishing 1 − p_y.
+    others alone, all from softmax(z / T). Both are computed as softmaxes: q of the other logits, b of the label's
+    logit and the log-sum-exp of the others. This avoids dividing by a vanishing 1 − p_y.
 
     Args:
         student_logits: B×C, C ≥ 2.
@@ -98,8 +98,8 @@ def wsl_loss(
 
         WSL = ω · T² · KL( softmax(z_t / T) ‖ softmax(z_s / T) ),    ω = 1 − exp( −CE(z_s, y) / CE(z_t, y) )
 
-    An example that the student knows better than the teacher does counts less. ω is a constant for the gradient. The
-    paper's weight of WSL beside the cross-entropy is 2.5, on ImageNet (`--alpha 2.5`).
+    An example that the student already knows better than the teacher counts less. No gradient flows through ω. On
+    ImageNet, the paper weights WSL by 2.5 relative to the cross-entropy (`--alpha 2.5`).
     """
     student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature, labels)
     student_ce, teacher_ce = (
@@ -125,10 +125,10 @@ def dist_loss(
 
         DIST = T² · ( β · (1 − ρ(p_t, p_s)) + γ · mean_c (1 − ρ(P_t[:, c], P_s[:, c])) )
 
-    ρ is Pearson's correlation, p = softmax(z / T) the probabilities of an example, and P those of the batch: the first
-    term relates the classes of an example, the second the examples of a class. The second, the same for each example,
-    is of the batch that the loss sees: a step that is cut otherwise, into micro-batches or processes, gives other
-    values.
+    ρ is Pearson's correlation, p = softmax(z / T) the probabilities of an example, and P those of the batch. The first
+    term relates the classes of an example, the second the examples of a class. The second term is the same for each
+    example and is computed over the batch that the loss sees, so splitting a step differently into micro-batches or
+    processes changes its value.
 
     Args:
         temperature: T > 0; the paper's 4 is for CIFAR-100, 1 for ImageNet.
@@ -160,11 +160,10 @@ def ltkd_loss(
         LTKD = T² · ( α · KL(b̂_t ‖ b_s) + β · Σ_G KL(q_t^G ‖ q_s^G) )
 
     b are the probabilities of three groups of classes (the third with most training images, the next, the rarest), q^G
-    those of the classes within a group, all from softmax(z / T). KL(p_t ‖ p_s) = KL(b_t ‖ b_s) + Σ_G b_t(G) ·
-    KL(q_t^G ‖ q_s^G), where both parts favour the head. So b̂_t is b_t, scaled such that its mean over the batch would
-    be uniform, and normalised again; and the groups within count the same. The mean is of the batch that the loss
-    sees: a step that is cut otherwise, into micro-batches or processes, gives other values. The defaults of α and β
-    are ours.
+    those of the classes within a group, all from softmax(z / T). In KL(p_t ‖ p_s) = KL(b_t ‖ b_s) + Σ_G b_t(G) ·
+    KL(q_t^G ‖ q_s^G), both parts favour the head. Therefore b_t is scaled so that its mean over the batch would be
+    uniform and renormalised to b̂_t, and all groups get the same weight. The mean is over the batch that the loss
+    sees, so splitting a step differently into micro-batches or processes changes it. The defaults of α and β are ours.
 
     Args:
         student_logits: B×C, C ≥ 3.
@@ -188,7 +187,7 @@ def ltkd_log_targets(
     class_counts: Sequence[int] | np.ndarray | torch.Tensor,
     temperature: float = 4.0,
 ) -> torch.Tensor:
-    """Logarithm of what [`ltkd_loss`] has the student imitate, b̂_t(G) · q_t^G: B×C. Arguments as there."""
+    """Logarithm of the target distribution of [`ltkd_loss`], b̂_t(G) · q_t^G: B×C. Arguments as there."""
     (teacher_logits,) = at_least_float32(teacher_logits)
     groups, targets = _thirds(class_counts, like=teacher_logits), F.log_softmax(teacher_logits / temperature, dim=-1)
     everyone = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)
@@ -199,13 +198,13 @@ def ltkd_log_targets(
 
 
 def _correlation(a: torch.Tensor, b: torch.Tensor, mass: torch.Tensor, dim: int) -> torch.Tensor:
-    """Pearson's correlation along a dimension, where entries have a mass of 0 or 1; 0 for what is constant."""
+    """Pearson's correlation along a dimension, of entries with mass 0 or 1; 0 for constant entries."""
     a, b = (mass * (x - (mass * x).sum(dim, keepdim=True) / mass.sum(dim, keepdim=True).clamp_min(1)) for x in (a, b))
     return F.cosine_similarity(a, b, dim=dim)
 
 
 def _thirds(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
-    """Numbers of the classes of three groups of a third of them, from the most images to the fewest."""
+    """Class numbers of the three groups, each a third of the classes, from the most images to the fewest."""
     order = torch.as_tensor(class_counts, device=like.device).argsort(descending=True, stable=True)
     require(
         len(order) == like.shape[-1] >= 3, f"ltkd needs the counts of at least 3 classes, got {len(order)} counts."
@@ -215,7 +214,7 @@ def _thirds(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch
 
 
 def _log_groups(log_p: torch.Tensor, groups: list[torch.Tensor]) -> torch.Tensor:
-    """B×3 logarithms of the probabilities of the groups."""
+    """B×3 log-probabilities of the groups."""
     return torch.stack([log_p[:, group].logsumexp(dim=1) for group in groups], dim=1)
 
 

@@ -1,7 +1,7 @@
-"""Texts that are always there: the docstrings of Python's standard library, by what its modules are for.
+"""A text data set that is always available: the docstrings of Python's standard library, by topic of their modules.
 
-They are read out of the source files of the Python that runs (licence: PSF-2.0), so another version of it has somewhat
-other texts; the fingerprint in the results tells.
+They are read from the source files of the running Python (licence: PSF-2.0), so they vary slightly between versions;
+the fingerprint in the results shows this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import InputError
 
-#: Modules and packages of each class; the first classes have most texts.
+#: Modules and packages of each class; the first classes have the most texts.
 GROUPS = {
     "mail": "email smtplib poplib imaplib mailbox mimetypes quopri",
     "web": "http urllib xmlrpc wsgiref socketserver html ssl",
@@ -33,10 +33,10 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @functools.cache
 def docstrings() -> tuple[list[str], list[int]]:
-    """Return texts of eight words or more, no two the same, and the number of the class of each; none is in two.
+    """Return distinct texts of eight words or more, each of exactly one class, and their class numbers.
 
     Raises:
-        InputError: If this Python came without the source files of its library.
+        InputError: If this Python comes without the source files of its library.
     """
     found: dict[str, set[int]] = {}
     for number, modules in enumerate(GROUPS.values()):

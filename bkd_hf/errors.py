@@ -1,4 +1,4 @@
-"""The exceptions that scripts print as one line, how they do, and how they print at all."""
+"""The exceptions that scripts print as one line, and how scripts print."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any
 
 from .text import one_line, printable
 
-#: Exit code of what was stopped and can be continued: EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
+#: Exit code after a stop that can be continued: EX_TEMPFAIL of sysexits.h, "the user is invited to retry".
 STOPPED = 75
 
 
 class InputError(ValueError):
-    """What the user gave cannot work; the message names the option, the value and the way out.
+    """Invalid input of the user; the message names the option, the value and a solution.
 
-    Scripts print the message alone, without a traceback. Everything else that is raised is a bug.
+    Scripts print only the message, without a traceback. All other exceptions are bugs.
     """
 
     def __init__(self, message: str = ""):
-        # From a worker of a data loader torch raises it anew, with the worker's traceback as the message.
+        # For an error in a data loader's worker, torch raises a new one, with the worker's traceback as the message.
         is_passed_on = message.startswith("Caught InputError in ")
         super().__init__(message.rpartition("InputError: ")[2].strip() if is_passed_on else message)
 
 
 class PublishError(RuntimeError):
-    """The Hub did not take what was to be published; the message says why and how to go on.
+    """The Hub rejected a publication; the message says why, and what to do.
 
     Attributes:
-        is_temporary: Whether the same may succeed later: no connection, too many requests, a fault of the Hub.
+        is_temporary: Whether a retry may succeed: no connection, too many requests, an error of the Hub.
     """
 
     def __init__(self, message: str, is_temporary: bool):
@@ -43,7 +43,7 @@ class PublishError(RuntimeError):
 
 
 class TrainingStopped(SystemExit):
-    """SIGTERM ended a training, or what goes with it, early; if nobody catches it, the process ends with code 75."""
+    """SIGTERM ended a training, or related work, early; if it is not caught, the process exits with code 75."""
 
     def __init__(self) -> None:
         super().__init__(STOPPED)
@@ -52,14 +52,14 @@ class TrainingStopped(SystemExit):
 def run_script(
     work: Callable[[], int | None], interrupted: str | Callable[[], str], *failures: type[Exception]
 ) -> int:
-    """Do the work of a script; return its exit code: 2 for bad input, 1 for failures, 130 for Ctrl-C, 75 for SIGTERM.
+    """Run a script; return its exit code: 2 for bad input, 1 for failures, 130 for Ctrl-C, 75 for SIGTERM.
 
-    What fails to be printed does not stop it: see [`keep_printing`].
+    Failures to print do not stop it: see [`keep_printing`].
 
     Args:
-        work: What the script does; what it returns is the exit code, 0 for `None`.
-        interrupted: What to say after Ctrl-C or SIGTERM, or what finds that out then.
-        failures: Further errors that are one line and the exit code 1, as those of the Hub and of the disk are.
+        work: The script's function; it returns the exit code, or `None` for 0.
+        interrupted: Message after Ctrl-C or SIGTERM, or a function that returns it.
+        failures: Further errors printed as one line with exit code 1, like those of the Hub and the disk.
     """
     keep_printing()
     warnings.formatwarning = lambda message, category, *_: (
@@ -85,17 +85,17 @@ def run_script(
         print(f"interrupted: {told(interrupted)}", file=sys.stderr)
         return 130
     except TrainingStopped:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher, whose other process has ended first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher after another process has ended
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {told(interrupted)}", file=sys.stderr)
         return STOPPED
 
 
 def why_not_stored(error: BaseException) -> str | None:
-    """Say which file could not be written or read, and why, if it is that which an error tells; else `None`."""
+    """Say which file could not be written or read, and why; `None` for other errors."""
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return f"{error.filename or 'A file'}: {error.strerror}"
-    # How safetensors and torch fail to write.
+    # Write errors of safetensors and torch.
     if type(error).__name__ == "SafetensorError" and "os error" in str(error):
         return f"Weights cannot be written: {first_line(error).rpartition('I/O error: ')[2]}"
     if isinstance(error, RuntimeError) and "inline_container" in str(error) and "Reader" not in str(error):
@@ -104,7 +104,7 @@ def why_not_stored(error: BaseException) -> str | None:
 
 
 def why_alone(error: BaseException) -> str | None:
-    """Say that another process of a run is gone or silent, if an error of torch tells that; else `None`."""
+    """Say that another process of a run has ended or does not respond, if torch's error means that; else `None`."""
     names = {kind.__name__ for kind in type(error).__mro__}
     is_of_gloo = isinstance(error, RuntimeError) and re.search("gloo|pair closure", str(error))
     if "DistError" not in names and not is_of_gloo:
@@ -117,15 +117,15 @@ def why_alone(error: BaseException) -> str | None:
 
 
 def keep_printing() -> None:
-    """Let no print fail, whatever the terminal can show, whether anybody reads, and whether the disk is full."""
+    """Let no print fail, even if the terminal lacks characters, the reader has gone, or the disk is full."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # it was closed by whoever began this process
+        if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="replace"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook put there
+        elif stream is getattr(sys, f"__{name}__"):  # not replaced by a test or a notebook
             stream.flush()
             raw = _Unfailing(stream.fileno(), "w", closefd=False)
-            # An unbuffered one, as of `python -u`, writes through to where nothing waits; here the buffer does.
+            # An unbuffered stream (`python -u`) writes directly; here there is a buffer, so each line is flushed.
             buffered, lines = io.BufferedWriter(raw), stream.line_buffering or stream.write_through
             safe = io.TextIOWrapper(buffered, stream.encoding, "replace", None, lines, stream.write_through)
             setattr(sys, name, safe)
@@ -134,7 +134,7 @@ def keep_printing() -> None:
 
 
 class _Unfailing(io.FileIO):
-    """A file that drops what cannot be written, and says so once, unless the reader has gone."""
+    """A file that drops what cannot be written, and reports it once, unless the reader has gone."""
 
     _said = False
 
@@ -154,5 +154,5 @@ class _Printable(logging.Formatter):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as far as it fits into one of ours: without its full stop."""
+    """First line of another library's error, without its full stop, for use in a message of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""What is told of an export, from the section `export` of `results.json`: lines, a table, a figure."""
+"""Reports of an export, from the section `export` of `results.json`: lines, a table, a figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .results import ONNX_FILES
 from .text import figure as figure_text
 
 FIGURE_NAME = "latency.png"
-#: Of the models, in the order in which they are told of.
+#: Titles of the models, in the order of the reports.
 _TITLES = {"teacher": "teacher (torch)", "student": "student (torch)", "onnx": "student (ONNX)",
            "int8": "student (ONNX, int8)"}  # fmt: skip
 _LOOKS = {"teacher": (COLOURS["teacher"], "o"), "student": (COLOURS["student"], "D"), "onnx": (GREEN, "s"),
@@ -26,14 +26,14 @@ def _name(key: str) -> str:
 
 
 def _models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was measured of each model, with its metrics."""
+    """Measurements of each model, with its metrics."""
     found = results["export"]["models"]
     of_teacher = {"metrics": (results["teacher"] or {}).get("metrics", {})}
     return {name: {**of_teacher, **found[name]} for name in _TITLES if name in found}
 
 
 def share_asked(results: dict[str, Any]) -> str:
-    """Return the sentence that says so if the student was not asked about all evaluation images; else an empty one."""
+    """Return a sentence if not all evaluation images were used; otherwise an empty string."""
     asked, known = results["export"].get("num_eval_images"), results["data"]["num_eval_images"]
     if asked in (None, known):
         return ""
@@ -41,7 +41,7 @@ def share_asked(results: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
-    """Return size, time and accuracy of each model as rows for the card, the first of which is the header."""
+    """Return size, time and accuracy of each model as rows for the card; the first row is the header."""
     models = _models(results)
     known = [key for key in _GROUPS if key in models["student"]["metrics"]]
     rows = [["", "MB", "ms for 1 image", "for 32", *map(_name, known)]]
@@ -53,7 +53,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    """Return the same for the terminal, with the largest difference of a logit."""
+    """Return the same for the terminal, with the largest logit difference."""
     header, *rows = table(results)
     difference = results["export"]["largest_logit_difference"]
     told = [f"ONNX: logits as torch's, to {difference:.1g}. Accuracies in %, times on this CPU:"]
@@ -69,9 +69,9 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 
 def plot_latency(results: dict[str, Any]) -> Figure:
-    """Draw accuracy (percent; few-shot, or over all images where no class is) against the time for one image.
+    """Draw accuracy (percent; few-shot, or overall without few-shot classes) against the time for one image.
 
-    The time is on a log scale, in milliseconds on the CPU that the results name; beside each model is its size.
+    The time is on a log scale, in milliseconds on the CPU named in the results; each model's size is beside it.
     """
     models, about = _models(results), results["export"]
     key = "few_shot_accuracy" if "few_shot_accuracy" in models["student"]["metrics"] else "accuracy"

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone: computed once, as the teacher's logits are, so that the head alone has to be run."""
+"""Features of a frozen backbone: computed once, like the teacher's logits, so that only the head has to be run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .errors import InputError
 from .head import the_head
 from .teacher import split_inputs
 
-#: Column of a batch: what comes into the head of a classifier, as one row of numbers for each example.
+#: Column of a batch: the input of a classifier's head, one row of numbers per example.
 FEATURES = "features"
 
 
 def answer_features(model: nn.Module) -> Callable[[dict[str, Any]], torch.Tensor]:
-    """Have a classifier also answer `features` in place of images; return what computes them.
+    """Let a classifier accept `features` in place of images; return the function that computes them.
 
     Args:
-        model: Its logits are those of its head about what the layers below it give. It is changed in place, and saved
-            as before.
+        model: Its logits are its head's output for the features of the layers below. It is changed in place; saving it
+            works as before.
 
     Returns:
         A function of a batch, on the device of the model; it returns the features, B×F.
 
     Raises:
-        InputError: Here, or when the features are computed, if the logits are not those of the head alone.
+        InputError: Here, or when the features are computed, if the logits do not depend only on the head's input.
     """
     refusal = (
         f"--feature_cache: the answers of {type(model).__name__} are not those of one head about its features. Use "
@@ -37,12 +37,12 @@ def answer_features(model: nn.Module) -> Callable[[dict[str, Any]], torch.Tensor
     )
     if len(heads := list(the_head(model).values())) != 1:
         raise InputError(refusal)
-    shape: list[torch.Size] = []  # of the features of one example
+    shape: list[torch.Size] = []  # shape of one example's features
 
     def forward(self: nn.Module, *args: Any, features: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if features is None:
             return type(self).forward(self, *args, **kwargs)
-        (head,) = the_head(self).values()  # of this model: it may be a copy
+        (head,) = the_head(self).values()  # of `self`, which may be a copy
         return ImageClassifierOutput(logits=head(features.reshape(-1, *shape[0])))
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The look of all figures.
 
-Colours are Okabe and Ito's, which the colour-blind can tell apart; line styles and markers say the same once more.
+Colours are Okabe and Ito's, for colour-blind readers; line styles and markers repeat the distinction.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .files import replacing, why_broken
 from .text import figure as figure_text
 
-# `Figure` throughout, never pyplot or rcParams: no display, no state that threads share, nothing to close.
+# `Figure` only, never pyplot or rcParams: no display, no shared state, nothing to close.
 
 DPI = 150
 WIDTH = 8.0  # inches
@@ -40,7 +40,7 @@ PERCENT: dict[str, Any] = {"ylim": (-4, 104), "yticks": range(0, 101, 20)}  # ro
 def save_figures(
     figures: Mapping[str, Callable[[], Figure]], folder: str | os.PathLike[str], only_missing: bool = False
 ) -> list[Path]:
-    """Draw figures, by the names of their files, into a folder, which is made; return their paths."""
+    """Save figures, by file name, into a folder, which is created if needed; return their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in figures.items():
@@ -51,7 +51,7 @@ def save_figures(
 
 
 def percent(fractions: Sequence[float | None]) -> np.ndarray:
-    """Fractions in percent; `None` becomes not a number."""
+    """Fractions in percent; `None` becomes NaN."""
     return 100 * np.array(fractions, dtype=float)
 
 
@@ -61,12 +61,12 @@ def class_accuracies(model_results: dict[str, Any]) -> np.ndarray:
 
 
 def point_style(model: str) -> dict[str, Any]:
-    """How a class of the teacher, or the student, is drawn."""
+    """Style of the points of the teacher or the student."""
     return {"label": model, "color": COLOURS[model], "linestyle": "none", "zorder": 3, **_POINTS[model]}
 
 
 def line_style(model: str) -> dict[str, Any]:
-    """How a curve of the teacher, or the student, is drawn."""
+    """Style of the curves of the teacher or the student."""
     return point_style(model) | {"linestyle": "--" if model == "teacher" else "-", "linewidth": 1.7}
 
 
@@ -78,7 +78,7 @@ def add_title(figure: Figure, title: str, note: str | None = None) -> None:
 
 
 def set_names(axes: Axes, axis: str, positions: Sequence[int], names: list[str], width: float | None = None) -> None:
-    """Label an axis with names, slanted if they do not fit beside each other into `width` inches."""
+    """Label an axis with names, slanted if they do not fit side by side into `width` inches."""
     slanted = width is not None and not fit_beside(names, width)
     slant: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
     set_ticks = axes.set_xticks if axis == "x" else axes.set_yticks
@@ -86,13 +86,13 @@ def set_names(axes: Axes, axis: str, positions: Sequence[int], names: list[str],
 
 
 def fit_beside(texts: list[str], width: float) -> bool:
-    """Return whether small texts fit beside each other into `width` inches."""
+    """Return whether small texts fit side by side into `width` inches."""
     character = 0.65 * SMALL / 72
     return all((len(text) + 1) * character <= width / len(texts) for text in texts)
 
 
 def tidy(axes: Axes, grid: Literal["y", "both"] | None = "y", colour: str = "#cccccc") -> None:
-    """Take away what a figure does not need, and add a grid."""
+    """Remove unneeded parts of a figure, and add a grid."""
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_fontsize(TEXT)
     axes.spines[["top", "right"]].set_visible(False)
@@ -103,28 +103,28 @@ def tidy(axes: Axes, grid: Literal["y", "both"] | None = "y", colour: str = "#cc
 
 
 def of_the(model: str, results: dict[str, Any], before: str, after: str = "") -> str:
-    """Say which of two models; nothing of one alone, which need be nobody's student."""
+    """Name one of two models; empty for a single model, which need not be a student."""
     return f"{before}{model}{after}" if all(results.get(name) for name in COLOURS) else ""
 
 
 def models_of(results: dict[str, Any]) -> list[str]:
-    """Return which of teacher and student there are results of."""
+    """Return which of teacher and student have results."""
     return [model for model in COLOURS if results.get(model)]
 
 
 def largest_first(data: dict[str, Any]) -> np.ndarray:
-    """Return the numbers of the classes, by their training images."""
+    """Return the class numbers, sorted from the most training images to the fewest."""
     return np.argsort(-np.asarray(data["class_counts"]), kind="stable")
 
 
 def names_of_classes(data: dict[str, Any]) -> list[str]:
-    """Return the names of all classes, with the number of each that the fonts cannot write."""
+    """Return the names of all classes, with the class number if the fonts lack characters of a name."""
     names = [figure_text(name) for name in data["class_names"]]
     return [f"{name} (class {number})" if "\ufffd" in name else name for number, name in enumerate(names)]
 
 
 def titled_figure(title: str, results: dict[str, Any], height: float) -> Figure:
-    """Return an empty figure that is called after a data set, with the names of the models below."""
+    """Return an empty figure titled with the data set, with the names of the models below."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     names = {model: figure_text(results[model]["model"], 45) for model in models_of(results)}
     models = "; ".join(of_the(model, results, "", ": ") + name for model, name in names.items())

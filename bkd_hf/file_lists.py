@@ -1,4 +1,4 @@
-"""Splits as they are published: lists of files and their labels, which become a data set."""
+"""Published splits, as lists of files and labels, turned into a data set."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .reading import check_file, read_json, read_text
 from .text import normal, one_line
 
-_SOME = 10  # that an error names
-_LONGEST_LABEL = 18  # digits of a number that a table keeps
+_SOME = 10  # how many an error names
+_LONGEST_LABEL = 18  # most digits that a table can store
 
 
 def read_list_file(path: str | os.PathLike[str], image_folder: str | os.PathLike[str]) -> tuple[list[Path], list[int]]:
-    """Read a list of images as ImageNet-LT and Places-LT are published: a line is `path label`.
+    """Read a list of images in the format of ImageNet-LT and Places-LT, with lines `path label`.
 
     Args:
-        path: The list; blank lines in it are skipped, and a path may have blanks.
-        image_folder: What the paths are relative to, also where they begin with a slash.
+        path: The list; blank lines are skipped, and a path may contain blanks.
+        image_folder: Folder that the paths are relative to, even if they begin with a slash.
 
     Returns:
         The files, and their labels.
 
     Raises:
-        InputError: Naming the line, if there is no label in it, or one that is no whole number ≥ 0.
+        InputError: If a line has no label, or one that is not an integer ≥ 0; the message names the line.
     """
     files, labels = [], []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -52,23 +52,23 @@ def read_list_file(path: str | os.PathLike[str], image_folder: str | os.PathLike
 def read_inaturalist_json(
     path: str | os.PathLike[str], image_folder: str | os.PathLike[str]
 ) -> tuple[list[Path], list[int], list[str]]:
-    """Read a list of images as iNaturalist 2018 is published (COCO's layout).
+    """Read a list of images in the format of iNaturalist 2018 (COCO's layout).
 
         {"images": [{"id": 1, "file_name": "train_val2018/Aves/2/a.jpg"}, …],
          "annotations": [{"image_id": 1, "category_id": 2}, …],
          "categories": [{"id": 2, "name": "Turdus merula"}, …]}
 
     Args:
-        path: The file; other fields in it do not matter.
-        image_folder: What the file names are relative to.
+        path: The file; other fields are ignored.
+        image_folder: Folder that the file names are relative to.
 
     Returns:
-        The files and their labels, in the order of `images`, and the class names. Classes are the categories in the
-        order of their ids, numbered from 0. A category without a name is called by its id; of categories that share
-        a name, as species of two kingdoms may, each has its id added: "Ficus variegata (12)".
+        The files and their labels, in the order of `images`, and the class names. Classes are the categories sorted by
+        id, numbered from 0. A category without a name is called by its id. If categories share a name, as species of
+        two kingdoms may, their ids are added: "Ficus variegata (12)".
 
     Raises:
-        InputError: If something is missing or said twice, or an image has not one annotation.
+        InputError: If something is missing or duplicate, or an image does not have exactly one annotation.
     """
     try:
         content = read_json(path)
@@ -111,14 +111,14 @@ def build_split_from_files(
 ) -> datasets.DatasetDict:
     """Build a split from published lists of its files.
 
-    Without `class_names` the classes are called as in the JSON files, or else by the folders of their training images
-    (the last part of their paths, or all parts below the folder of all, if only these tell them apart), or, where a
-    class is not one folder, by their numbers.
+    Without `class_names`, the names come from the JSON files, otherwise from the folders of the training images: the
+    last part of the path, or all parts below the common folder if needed to distinguish them. If a class is not one
+    folder, classes are named by their numbers.
 
     Args:
         train_list: The training images: a list (see `read_list_file`), or a `.json` (see `read_inaturalist_json`).
         test_list: The test images, in the same format.
-        image_folder: Where the images are.
+        image_folder: Folder of the images.
         val_list: The validation images, if any, in the same format.
         class_names: File with one class name per line, in the order of the labels.
 
@@ -127,7 +127,7 @@ def build_split_from_files(
         of the lists. The images are still files.
 
     Raises:
-        InputError: If a file is missing, naming all that are, or the lists do not fit together.
+        InputError: If files are missing (the message names them), or the lists are inconsistent.
     """
     lists = {"train": Path(train_list), "test": Path(test_list)}
     lists |= {"validation": Path(val_list)} if val_list else {}
@@ -169,7 +169,7 @@ def build_split_from_files(
 
 
 def _file(folder: str | os.PathLike[str], name: str) -> Path:
-    """Return where a listed file is: a name with accents may be spelled otherwise on the disk than in the list."""
+    """Return the path of a listed file; accents may be encoded differently on the disk than in the list."""
     name = name.lstrip("/")
     if name.isascii():
         return Path(folder, name)
@@ -202,7 +202,7 @@ def _check_labels(lists: Mapping[str, Path], labels: Mapping[str, Sequence[int]]
     if num_classes < 2:
         raise InputError(f"{lists['train']} has one class only; there is nothing to learn.")
     if num_bare := num_classes - len(known):
-        # One at a time: a label may be any number.
+        # Lazily, as a label may be arbitrarily large.
         bare = itertools.islice((label for label in range(num_classes) if label not in known), _SOME)
         raise InputError(
             f"{lists['train']} has no image of {num_bare} of {num_classes} classes: {_some(bare, num_bare)}. Labels "
@@ -214,7 +214,7 @@ def _check_labels(lists: Mapping[str, Path], labels: Mapping[str, Sequence[int]]
 
 
 def _folder_names(files: Sequence[Path], labels: Sequence[int]) -> list[str] | None:
-    """Name each class by the one folder of its images, if it is one and the names differ."""
+    """Name each class by the folder of its images, if each has exactly one and the names differ."""
     pairs = sorted({(label, Path(normal(str(file.parent)))) for file, label in zip(files, labels, strict=True)})
     folders = [folder for _, folder in pairs]
     if len(pairs) > len(set(labels)):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whether they load, and folders that one process holds at a time."""
+"""Atomic writes, checks whether files load, and folders locked by one process at a time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]
 
-#: What the file of an unfinished write ends with.
+#: Suffix of the file of an unfinished write.
 UNFINISHED = ".tmp"
 LOCK_NAME = "bkd_run.lock"
 
-# What parsers and decoders raise for damaged files.
+# Exceptions of parsers and decoders for damaged files.
 _DAMAGED = (ValueError, TypeError, AttributeError, LookupError, SyntaxError, RecursionError)
 
 _held: dict[Path, IO[str]] = {}
@@ -37,36 +37,36 @@ _held: dict[Path, IO[str]] = {}
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path to write to; what is there then becomes the file, in one step, when all of it is on the disk.
+    """Yield a path to write to; its content then replaces the file atomically, once it is on the disk.
 
-    A reader finds the old file or the whole new one. The file's permissions are those that the process gives any.
+    A reader finds the old file or the complete new one. The file gets the process's usual permissions.
     """
     path = Path(path)
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
         yield unfinished
         with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())  # its new name must not reach the disk before its content
+            os.fsync(file.fileno())  # the content must reach the disk before the new name
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text as [`replacing`] does."""
+    """Write a text atomically (see [`replacing`])."""
     with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def as_others_are(paths: Iterable[Path]) -> None:
-    """Give files the permissions that this process gives any: safetensors leaves its own to their owner alone."""
+    """Give files the process's usual permissions; safetensors makes its files readable only by their owner."""
     os.umask(umask := os.umask(0o077))
     for path in paths:
         path.chmod(0o666 & ~umask)
 
 
 def try_json(path: Path) -> dict[str, Any] | None:
-    """Return the content of a file; `None` if it is not there, or is not whole."""
+    """Return the content of a file; `None` if it does not exist, or is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # ValueError: neither JSON nor text
@@ -81,12 +81,12 @@ def hash_of(path: Path) -> str:
 
 
 def why_broken(path: Path) -> str | None:
-    """Say why a file of weights, a figure, a table, JSON or code does not load, or is not there; `None` if it does."""
+    """Say why a file (weights, a figure, a table, JSON or code) does not load or exist; `None` if it loads."""
     try:
         if not path.stat().st_size:
             return "it is empty"
         if path.suffix == ".safetensors":
-            with safe_open(path, "np") as file:  # compares the file's size with what its header tells
+            with safe_open(path, "np") as file:  # compares the file's size with its header
                 return None if file.keys() else "it holds no weights"
         if path.suffix == ".png":
             with Image.open(path) as image:
@@ -109,10 +109,10 @@ def why_broken(path: Path) -> str | None:
 
 
 def lock(folder: str | os.PathLike[str]) -> None:
-    """Hold a folder for this process, until [`unlock`] or the end of the process, however it comes.
+    """Lock a folder for this process, until [`unlock`] or the end of the process, however it ends.
 
     Raises:
-        InputError: If another process holds it; the message says which.
+        InputError: If another process has locked it; the message says which.
     """
     path = Path(folder, LOCK_NAME).resolve()
     held = _held.get(path)
@@ -131,13 +131,13 @@ def lock(folder: str | os.PathLike[str]) -> None:
 
 
 def unlock() -> None:
-    """Let go of all folders."""
+    """Release the locks of all folders."""
     while _held:
         _held.popitem()[1].close()
 
 
 def holder_of(folder: str | os.PathLike[str]) -> str | None:
-    """Say which other process holds a folder, e.g. "process 7 on host, since …"; `None` if nobody does."""
+    """Say which other process has locked a folder, e.g. "process 7 on host, since …"; `None` if none has."""
     path = Path(folder, LOCK_NAME)
     if fcntl is None or path.resolve() in _held or not path.exists():
         return None
@@ -146,9 +146,9 @@ def holder_of(folder: str | os.PathLike[str]) -> str | None:
 
 
 def is_open_in_a_run(log: IO[str]) -> bool:
-    """Mark what a process is to print to; True if that of another is, by which it or a child of it still prints.
+    """Mark a log file as in use; True if another process, or a child of it, still writes to it.
 
-    The mark goes with the open file, from process to process, and away with the last that has it.
+    Child processes inherit the mark with the open file; it disappears when the last of them ends.
     """
     if fcntl is None:
         return False
@@ -162,7 +162,7 @@ def is_open_in_a_run(log: IO[str]) -> bool:
 def _is_taken(file: IO[str]) -> bool:
     """Lock a file; True if another process has."""
     try:
-        # Not flock(), which workers that outlive a killed process would go on holding.
+        # Not flock(), which workers that outlive a killed process would keep.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True

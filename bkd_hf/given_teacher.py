@@ -1,4 +1,4 @@
-"""A teacher that was given: whether its outputs fit the classes of the data, and what it is worth."""
+"""A given teacher: whether its outputs match the classes of the data, and how good it is."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from .trainer import BKDTrainer
 
 @dataclass(frozen=True)
 class Match:
-    """Whether a teacher can be used as it is.
+    """Whether a teacher can be used without training.
 
     Attributes:
-        columns: For each class of the data the teacher's output that is about it, `None` where there is none.
-        why_trained: Why the teacher has to be trained on the data first; `None` if it has not.
+        columns: For each class of the data, the teacher's output for it, `None` if there is none.
+        why_trained: Why the teacher must be trained on the data first; `None` if it need not be.
     """
 
     columns: list[int | None] = field(default_factory=list)
     why_trained: str | None = None
 
     def lack(self, class_names: list[str]) -> str:
-        """Say which classes it lacks."""
+        """Name the classes it lacks."""
         missing = [name for name, column in zip(class_names, self.columns, strict=True) if column is None]
         return f"has no output for {len(missing)} of {len(class_names)} classes: {quoted(missing, 20)}"
 
@@ -56,7 +56,7 @@ def read_label_map(path: str | None) -> dict[str, str | int]:
 
 
 def match_teacher(arguments: RunArguments, class_names: list[str]) -> Match:
-    """Match a given teacher's outputs with the classes of the data, by name; if it is none, it is to be trained.
+    """Match a given teacher's outputs with the classes of the data by name, or find that it must be trained.
 
     Raises:
         InputError: If it lacks classes, or does not name them.
@@ -94,7 +94,7 @@ def match_teacher(arguments: RunArguments, class_names: list[str]) -> Match:
 
 
 def warn_of_unused_options(arguments: RunArguments) -> None:
-    """Name what was said of the training of a teacher that is not trained."""
+    """Warn about options for the training of a teacher that is not trained."""
     of_model = {field.name for field in dataclasses.fields(ModelArguments)}
     for alone in sorted(arguments.teacher_options.keys() - of_model):
         if f"teacher_{alone}" not in arguments.from_recipe:
@@ -103,7 +103,7 @@ def warn_of_unused_options(arguments: RunArguments) -> None:
 
 
 def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> tuple[FrozenTeacher, dict[str, Any]]:
-    """Load a teacher that was trained elsewhere, its outputs in the order of the data's classes; with its results."""
+    """Load a teacher trained elsewhere, with its outputs in the order of the data's classes, and its results."""
     options, data, name = arguments.for_teacher().model, inputs.data, arguments.model.given_teacher or ""
     option, class_names = f"--teacher_model_name_or_path {name}", data["class_names"]
     if None in match.columns:
@@ -134,11 +134,11 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
     teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
     teacher.is_balanced = corrects(origin.get("options", {}).get("training", {}))
-    # The class frequencies of this tail are not in the answers of a teacher that was trained on other images.
+    # A teacher trained on other images has not learned this tail's class frequencies.
     tau = arguments.data.post_hoc_tau if fingerprint == data["fingerprint"] else 0.0
-    args = copy.copy(arguments.training)  # measured as it will teach, in its own type
+    args = copy.copy(arguments.training)  # evaluated as it will teach, in its own dtype
     args.bf16_full_eval = args.fp16_full_eval = False
-    args.report_to = []  # this is not the student's
+    args.report_to = []  # not to the student's trackers
     trainer = BKDTrainer(
         model=teacher.as_classifier(),
         args=args,
@@ -153,7 +153,7 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
 def _check_above_chance(
     option: str, metrics: dict[str, Any], data: dict[str, Any], columns: list[int | None], force: bool
 ) -> None:
-    """Refuse a teacher that guesses: the one check that catches every mistake in its classes and in its pixels."""
+    """Reject a teacher that guesses; this check catches every mistake in its classes and pixels."""
     known = [
         (accuracy, num_images)
         for accuracy, num_images, column in zip(

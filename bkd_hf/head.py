@@ -1,4 +1,4 @@
-"""The head of a classifier: found, trained alone, freed of the class frequencies."""
+"""The head of a classifier: finding it, training it alone, removing the class frequencies from its bias."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .errors import InputError
 from .modeling_cosine_head import CosineHeadForImageClassification
 
 _NAMES = {"classifier", "head", "fc", "cls_classifier", "distillation_classifier", "classifier_distill"}
-#: Training images of a class, and in all, to which a head's bias is fitted.
+#: Maximal numbers of training images, per class and in total, to which a head's bias is fitted.
 IMAGES_PER_CLASS, NUM_IMAGES = 100, 20_000
-#: A class is favoured if it is answered so many times as often as it occurs; and so it may be after the bias was
-#: fitted, which leaves other images, that the model has not seen, some room below the former.
+#: A class is favoured if it is predicted more than `TOO_OFTEN` times as often as it occurs. On training images, a fit
+#: allows only `OFTEN` times, which leaves room for unseen images.
 TOO_OFTEN, OFTEN = 3.0, 1.25
-#: A class with n images counts n / (n + FEW) of one with many, as it tells so much less of images not seen.
+#: A class with n images gets the weight n / (n + FEW), as few images say little about unseen ones.
 FEW = 5
-#: The least step of [`least_lowering`], in logits, and how many it takes at most (of 100 classes it took 6 for each).
+#: Smallest step of [`least_lowering`], in logits, and most steps per class (100 classes needed 6 each).
 _STEP, _ROUNDS_PER_CLASS = 1e-3, 30
 
 
 def num_labels(model: nn.Module) -> int | None:
-    """Return a model's number of classes, where its configuration tells."""
+    """Return a model's number of classes, if its configuration has it."""
     return getattr(getattr(model, "config", None), "num_labels", None)
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the part of a classifier that is specific to its classes, by name: what maps features to logits."""
+    """Return the modules, by name, that map a classifier's features to logits."""
     if isinstance(model, CosineHeadForImageClassification):
         name = f"model.{model.config.head_name}"
         return {name: model.get_submodule(name)}
@@ -52,7 +52,7 @@ def the_head(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of the head by name, as [`head_modules`].
 
     Raises:
-        InputError: If the head cannot be told from the rest.
+        InputError: If the head cannot be identified.
     """
     head = head_modules(model)
     if not head:
@@ -64,10 +64,10 @@ def the_head(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Train the head alone, with the rest in evaluation mode: not even statistics of BatchNorm change.
+    """Freeze all but the head and keep the rest in evaluation mode, so that BatchNorm statistics do not change either.
 
     Raises:
-        InputError: If the head cannot be told from the rest.
+        InputError: If the head cannot be identified.
     """
     head = the_head(model)
     model.requires_grad_(False)
@@ -85,9 +85,9 @@ def freeze_backbone(model: nn.Module) -> None:
 
 
 def answer_one_class(model: nn.Module) -> None:
-    """Have a model's configuration say what it is trained for, whatever its weights were: one class of several.
+    """Set a model's configuration to single-label classification, whatever its weights were trained for.
 
-    `pipeline` would apply a sigmoid to the answers of a model that was for several classes at once.
+    `pipeline` would apply a sigmoid to the logits of a multi-label model.
     """
     if isinstance(config := getattr(model, "config", None), PreTrainedConfig):
         if config.problem_type is not None:
@@ -97,10 +97,10 @@ def answer_one_class(model: nn.Module) -> None:
 
 
 def prepare_head(model: nn.Module, args: BKDConfig) -> None:
-    """Have a student answer one class; freeze all but its head, or find that one's bias, where the options need it.
+    """Make a student single-label; freeze all but its head, or check that it has a bias, if the options need it.
 
     Raises:
-        InputError: If the head cannot be told from the rest, or has no bias.
+        InputError: If the head cannot be identified, or has no bias.
     """
     answer_one_class(model)
     if args.freeze_backbone:
@@ -113,7 +113,7 @@ def prepare_head(model: nn.Module, args: BKDConfig) -> None:
 
 
 def head_biases(model: nn.Module) -> list[nn.Parameter]:
-    """Return the biases that are added to a classifier's logits: one for each head, none where it has none."""
+    """Return the biases added to a classifier's logits: one for each head that has a bias."""
     last = []
     for head in head_modules(model).values():
         biases = [parameter for name, parameter in head.named_parameters() if name.split(".")[-1] == "bias"]
@@ -124,7 +124,7 @@ def head_biases(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def shift_logits(model: nn.Module, shift: torch.Tensor) -> None:
-    """Add C numbers to a classifier's logits for ever, by the bias of its head, where it has one."""
+    """Add C numbers to a classifier's logits permanently, by the bias of its head, if it has one."""
     for bias in head_biases(model):
         if bias.shape == shift.shape:
             bias.add_(shift.to(bias))
@@ -135,7 +135,7 @@ def sample_for_bias(labels: np.ndarray, seed: int) -> np.ndarray:
 
     Args:
         labels: N class numbers.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Returns:
         Increasing indices, at most `NUM_IMAGES`.
@@ -146,45 +146,45 @@ def sample_for_bias(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def favours_a_class(logits: torch.Tensor, labels: torch.Tensor, times: float | None = None) -> bool:
-    """Whether some class is answered so many times as often as it occurs, each class counting the same.
+    """Whether some class is predicted far more often than it occurs, with equal weight for each class.
 
-    Where none is, there is little to take out, and a tail that is known by heart would seem to need no help.
+    If none is, there is little to correct, and a fit would underrate a tail that the student has memorised.
 
     Args:
         logits: N×C, of training images.
         labels: N class numbers.
-        times: More than so many; `TOO_OFTEN` if not given.
+        times: A class is favoured above this ratio; `TOO_OFTEN` if not given.
     """
     times_answered = _times_answered(logits.cpu().argmax(dim=1), _shares(labels.cpu(), few=0), logits.shape[1])
     return bool(times_answered.max() > (TOO_OFTEN if times is None else times))
 
 
 def _shares(labels: torch.Tensor, few: int) -> torch.Tensor:
-    """Return what each of N images counts for where a class with n of them counts n / (n + few)."""
+    """Return the weight of each of N images if a class with n of them has the weight n / (n + few)."""
     return 1 / (torch.bincount(labels)[labels].double() + few)
 
 
 def _times_answered(answers: torch.Tensor, shares: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Return how many times as often as it occurs each class is answered; rounded, as sums depend on their order."""
+    """Return the ratio of predictions to occurrences of each class; rounded, as sums depend on their order."""
     return torch.bincount(answers, shares, minlength=num_classes).round(decimals=9)
 
 
 def least_lowering(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the least that has to be taken off a classifier's logits so that it favours no class.
+    """Return the smallest reduction of a classifier's logits after which it favours no class.
 
-    The class that is answered most is lowered until it is answered no more than `OFTEN` times as often as a class of
-    many training images occurs, where one of n images counts n / (n + `FEW`); then the next, until none is left. All
-    others stay as they are, so a class that the model does not know is not answered for its own sake. It is the
-    ascending auction of the assignment problem (Bertsekas, 1988, Annals of Operations Research 14): classes have room
-    for so many images, what is taken off is their price, and the prices that it ends with are the least at which
-    nobody is turned away, in whatever order they rise.
+    The most predicted class is lowered until it is predicted at most `OFTEN` times as often as a class with many
+    training images occurs, where a class with n images has the weight n / (n + `FEW`); then the next, until none is
+    left. The logits of all other classes are unchanged, so classes that the model does not know are not raised. This
+    is the ascending auction for the assignment problem (Bertsekas, 1988, Annals of Operations Research 14): classes
+    have limited capacity, the reduction is their price, and the final prices are the lowest at which all images are
+    placed, in whatever order the prices rise.
 
     Args:
         logits: N×C.
         labels: N class numbers.
 
     Returns:
-        C numbers ≤ 0 (float64); zeros if images with much the same logits, which no lowering can part, are too many.
+        C numbers ≤ 0 (float64); zeros if too many images have almost the same logits, which no reduction can separate.
     """
     z, shares = logits.detach().cpu().double(), _shares(labels.cpu(), FEW)
     shift, answers = z.new_zeros(z.shape[1]), z.argmax(dim=1)
@@ -211,19 +211,19 @@ def least_lowering(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def balancing_shift(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return what has to be added to a classifier's logits so that its mean answer is the uniform distribution.
+    """Return the shift of a classifier's logits that makes its mean prediction the uniform distribution.
 
-    The b at which the cross-entropy of z + b is least on training images, each *class* counting the same, whatever
-    prior the training has left in z. It is the re-training of the classifier on balanced data (Kang et al., 2020,
-    arXiv 1910.09217), of its bias alone; convex, with C unknowns. Where there are few images to tell from it stays
-    small: a class with n of them counts n / (n + `FEW`), and each number has a normal prior with variance 1.
+    This is the b that minimises the cross-entropy of z + b on training images with equal weight for each *class*,
+    whatever prior is left in z: re-training the classifier on balanced data (Kang et al., 2020, arXiv 1910.09217),
+    but only its bias. The problem is convex, with C unknowns. With few images the shift stays small: a class with n
+    images has the weight n / (n + `FEW`), and each entry has a normal prior with variance 1.
 
     Args:
         logits: N×C.
-        labels: N class numbers. A class without an image gets no shift.
+        labels: N class numbers. A class without images gets no shift.
 
     Returns:
-        C numbers (float64), with mean 0 over the classes that have images.
+        C numbers (float64), with mean 0 over the classes with images.
     """
     z, y = logits.detach().cpu().double(), labels.cpu()
     present = torch.bincount(y, minlength=z.shape[1]) > 0

@@ -1,4 +1,4 @@
-"""The head of a classifier, set from training images: class means at the start, a balanced bias at the end."""
+"""Fitting a classifier's head to training images: class means before training, a balanced bias after it."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ from .training_data import TrainingData, training_labels
 
 logger = logging.get_logger(__name__)
 
-#: Training images of a class, and in all, whose features are averaged.
+#: Maximal numbers of training images, per class and in total, whose features are averaged.
 IMAGES_PER_CLASS, NUM_IMAGES = 1000, 100_000
 
 
 def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: bool) -> torch.Tensor | None:
-    """Have a student favour no class, by the bias of its head.
+    """Fit the bias of a student's head so that the student favours no class.
+
+    First the remaining prior is removed (see [`balancing_shift`]), then classes that are still predicted too often are
+    lowered (see [`least_lowering`]).
 
     Args:
         student: In evaluation mode; the bias of its head is changed.
         data: The training images.
-        args: With `head_bias` `"balanced"`, or `"auto"`: only if a class is favoured. The prior that the training has
-            left is taken out (see [`balancing_shift`]); what is still answered too often is lowered (see
-            [`least_lowering`]).
-        sharded: Whether the weights are spread over processes.
+        args: With `head_bias` `"balanced"`, or `"auto"` to fit only if a class is favoured.
+        sharded: Whether the weights are sharded over processes.
 
     Returns:
-        The C numbers that were added, or `None` if none were.
+        The C numbers that were added, or `None` if the bias was not changed.
     """
     labels = training_labels(data.dataset)
     if labels is None or sharded or not head_biases(student):
@@ -61,14 +62,14 @@ def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: b
         shift = balancing_shift(logits, labels_of_sample)
         return shift + least_lowering(logits.cpu() + shift, labels_of_sample)
 
-    shift = on_main_process(fitted)  # other processes may round otherwise
+    shift = on_main_process(fitted)  # other processes may round differently
     if shift is not None:
         shift_logits(student, shift)
     return shift
 
 
 def describe_bias_shift(shift: Sequence[float], class_names: Sequence[str]) -> str:
-    """Say what was added to the answers of C classes, see [`fit_bias`]."""
+    """Describe what was added to the logits of C classes (see [`fit_bias`])."""
     ends = (f"{end:+.2f} ({class_names[shift.index(end)]!r})" for end in (min(shift), max(shift)))
     return (
         "In the end the head's bias was fitted to training examples, balanced over the classes (--head_bias): from "
@@ -77,18 +78,18 @@ def describe_bias_shift(shift: Sequence[float], class_names: Sequence[str]) -> s
 
 
 def start_from_class_means(student: nn.Module, data: TrainingData, args: BKDConfig) -> None:
-    """Set the vector of each class in the head to the mean of its training images' features, normalised.
+    """Set each class vector of the head to the normalised mean feature of the class's training images.
 
-    So does LIFT (Shi et al., 2024, arXiv 2309.10019): a class of the tail starts where its images are, not at random.
-    A linear head starts with answers as large as those of a cosine head, and without a bias.
+    As in LIFT (Shi et al., 2024, arXiv 2309.10019): a tail class starts at its images, not at random. A linear head
+    starts with logits as large as those of a cosine head, and without a bias.
 
     Args:
         student: In evaluation mode, with C×F weights in its head.
-        data: The training images, as they are in the first epoch; at most `IMAGES_PER_CLASS` of each class are seen.
+        data: The training images, as in the first epoch; at most `IMAGES_PER_CLASS` of each class are used.
         args: Options.
 
     Raises:
-        InputError: If a class has no training image, or a head has no vectors for the classes.
+        InputError: If a class has no training image, or a head has no class vectors.
         ValueError: If the training set can be read only once.
     """
     labels, layers = training_labels(data.dataset), class_vectors(student)
@@ -121,7 +122,7 @@ def start_from_class_means(student: nn.Module, data: TrainingData, args: BKDConf
 
 
 def check_means(class_counts: Sequence[int] | np.ndarray, class_names: Mapping[int, str]) -> None:
-    """Raise an `InputError` that names the classes without a training image, which have no mean."""
+    """Raise an `InputError` naming the classes without training images, which have no mean."""
     if empty := np.flatnonzero(np.asarray(class_counts) == 0).tolist():
         raise InputError(
             f"--head_init class_mean: there is no training example of {names_of(empty, class_names)}, so no mean. Use "
@@ -130,7 +131,7 @@ def check_means(class_counts: Sequence[int] | np.ndarray, class_names: Mapping[i
 
 
 def class_vectors(model: nn.Module) -> list[Any]:
-    """Return the layers whose C×F weights hold a vector for each class: one for each head.
+    """Return the layers whose C×F weights hold the class vectors: one for each head.
 
     Raises:
         InputError: If a head has none.

@@ -1,8 +1,8 @@
 """Publishing on the Hub: a finished run, a long-tailed split or the metric, each by an allow-list, in one commit.
 
-The commit is `create_commit`'s. `upload_folder` sends a large folder in several commits where hf_xet is installed, and
-sends a commit again whose answer was lost, which makes a second one. `create_commit` leaves out files that are there
-already: the same push again makes no commit. It retries uploads by itself, but nothing else, so `_with_hub` does.
+This uses `create_commit`. With hf_xet installed, `upload_folder` splits a large folder into several commits, and it
+repeats a commit whose response was lost. `create_commit` skips files that already exist, so repeating a push makes no
+new commit. It retries only uploads, so `_with_hub` retries the rest.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from .splits import PLACEHOLDER, SPLIT_NAME
 _T = TypeVar("_T")
 
 CARD_NAME = "README.md"
-#: In the app of a run (see `bkd_hf.spaces`), what it knows of each class.
+#: File in the app of a run (see `bkd_hf.spaces`) with its facts about each class.
 FACTS_NAME = "classes.json"
 TEACHER_FOLDER = "teacher"
-#: What is pushed, by the type of the repository; of a run also figures, export, and the code of a model of its own.
+#: What is pushed, by repository type; for a run also figures, export, and the code of a custom model.
 _ALLOWED = {
     "model": (
         "config.json", "preprocessor_config.json", "model.safetensors", "model-*-of-*.safetensors",
@@ -76,11 +76,11 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Publication:
-    """What is published of a folder.
+    """The published part of a folder.
 
     Attributes:
         repo_type: `"model"`, `"dataset"` or `"space"`.
-        files: Local path of each file but the card, by its path in the repository.
+        files: Local path of each file except the card, by its path in the repository.
         card: Content of `README.md`, which names the repository.
     """
 
@@ -89,7 +89,7 @@ class Publication:
     card: str
 
     def sizes(self) -> dict[str, int]:
-        """Return the size in bytes of all that is pushed, by path in the repository."""
+        """Return the size in bytes of everything that is pushed, by path in the repository."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         return dict(sorted({**sizes, CARD_NAME: len(self.card.encode())}.items()))
 
@@ -107,18 +107,17 @@ def publish_folder(
     retry_options: str = "",
     **card_options: Any,
 ) -> str:
-    """Push what a folder holds for others, in one commit: all of it arrives, or nothing.
+    """Push the publishable part of a folder in one commit, completely or not at all.
 
-    A second push of the same changes nothing. Transient failures (no connection, 429, 5xx, …) are retried for about
-    20 seconds.
+    Repeating a push changes nothing. Transient failures (no connection, 429, 5xx, …) are retried for about 20 seconds.
 
     Args:
         folder: Output folder of a finished run, a split, or the folder of the metric.
-        repo_id: `USER/NAME`, or `NAME` for the token's own user. Made if it is not there.
+        repo_id: `USER/NAME`, or `NAME` for the token's own user. Created if it does not exist.
         private: Whether a new repository is private.
         token: With write access; the stored one if not given.
-        license: For the card; what the card in the folder says if not given.
-        dataset_id: Id on the Hub of the training data, where it was read from a folder; else as `license`.
+        license: For the card; if not given, taken from the card in the folder.
+        dataset_id: Id on the Hub of training data that was read from a folder; if not given, as for `license`.
         revision: Branch.
         commit_message: Title of the commit.
         retry_options: Further options of the command that an error names.
@@ -128,9 +127,9 @@ def publish_folder(
         The URL of the repository.
 
     Raises:
-        InputError: If there is nothing finished in the folder, the id is malformed, there is no token, or a file holds
-            what should not leave this machine.
-        PublishError: If the Hub does not take it.
+        InputError: If the folder holds nothing finished, the id is malformed, there is no token, or a file holds
+            something that should not leave this machine.
+        PublishError: If the Hub rejects it.
     """
     card_options |= {"license": license, "dataset_id": dataset_id}
     publication = prepare(folder, repo_id, token, **card_options)
@@ -143,11 +142,11 @@ def publish_folder(
         retry += f" --{name} {shlex.quote(value)}" if value else ""
     with_hub = functools.partial(_with_hub, repo_id=repo_id, way_out=f"Nothing is lost: `{retry}` tries again.")
     url = with_hub(lambda: _open_repository(repo_id, publication.repo_type, private, token))
-    if url.repo_id != repo_id:  # NAME alone; the card needs USER/NAME
+    if url.repo_id != repo_id:  # was only NAME; the card needs USER/NAME
         publication = prepare(folder, url.repo_id, token, **card_options)
 
     def commit() -> None:
-        # Operations are made anew for each attempt, as they remember that they were begun.
+        # New operations for each attempt, as they remember that they were started.
         operations = [CommitOperationAdd(name, str(path)) for name, path in publication.files.items()]
         operations.append(CommitOperationAdd(CARD_NAME, publication.card.encode()))
         HfApi(token=token).create_commit(
@@ -166,7 +165,7 @@ def publish_folder(
 def publish_run(
     folder: str | os.PathLike[str], repo_id: str, with_teacher: bool = False, **options: Any
 ) -> Iterator[str]:
-    """Publish a run, and its teacher if wanted: arguments and errors as of [`folders_of_run`] and [`publish_folder`].
+    """Publish a run, optionally with its teacher: arguments and errors of [`folders_of_run`] and [`publish_folder`].
 
     Yields:
         The URL of each repository.
@@ -181,8 +180,8 @@ def folders_of_run(folder: str | os.PathLike[str], repo_id: str, with_teacher: b
 
     Args:
         folder: Output folder of the finished run.
-        repo_id: Of the student.
-        with_teacher: Whether the teacher that was trained in the run is published too, as `REPO_ID-teacher`.
+        repo_id: The student's repository.
+        with_teacher: Whether the teacher trained in the run is published too, as `REPO_ID-teacher`.
 
     Raises:
         InputError: If no teacher was trained in that run.
@@ -201,17 +200,17 @@ def folders_of_run(folder: str | os.PathLike[str], repo_id: str, with_teacher: b
 def prepare(
     folder: str | os.PathLike[str], repo_id: str, token: str | None = None, **card_options: Any
 ) -> Publication:
-    """Find out what would be published of a folder; nothing is sent.
+    """Determine what would be published of a folder; nothing is sent.
 
     Args:
         folder: As for [`publish_folder`].
         repo_id: As for [`publish_folder`].
-        token: Must be in no file, as the stored one.
-        card_options: `license`, `dataset_id`, … of [`bkd_hf.card.build`]; what is `None` is as in the folder.
+        token: Must not occur in any file, like the stored token.
+        card_options: `license`, `dataset_id`, … of [`bkd_hf.card.build`]; `None` values are taken from the folder.
 
     Raises:
-        InputError: If there is nothing finished in the folder, the id is malformed, or a file holds what should not
-            leave this machine.
+        InputError: If the folder holds nothing finished, the id is malformed, or a file holds something that should
+            not leave this machine.
     """
     check_repo_id(repo_id)
     folder = Path(folder)
@@ -222,7 +221,7 @@ def prepare(
     files = _existing(folder, _ALLOWED[repo_type])
     if repo_type == "model":
         results, figures = _finished_run(folder, files)
-        exported = ONNX_FILES.values() if "export" in results else ()  # else of an earlier student
+        exported = ONNX_FILES.values() if "export" in results else ()  # otherwise from an earlier student
         files |= _existing(folder, [*_own_code(folder), *figures, *exported])
         told = {name: value for name, value in card_options.items() if value not in (None, [], ())}
         card = str(build(results, repo_id, **{**choices_of_card(folder / CARD_NAME), **told}))
@@ -236,9 +235,9 @@ def prepare(
 
 
 def write_card(publication: Publication, folder: str | os.PathLike[str]) -> Path | None:
-    """Write the card of a run into its folder too, so that it holds what a reader sees on the Hub; return its path.
+    """Write the card of a run into its folder too, as it appears on the Hub; return its path.
 
-    The cards of splits and of the metric stay as they are: they can be published under several names.
+    The cards of splits and of the metric are not changed, as they can be published under several names.
     """
     if publication.repo_type != "model":
         return None
@@ -250,9 +249,9 @@ def write_card(publication: Publication, folder: str | os.PathLike[str]) -> Path
 def check_repo_access(
     repo_id: str, token: str | None = None, repo_type: str = "model", private: bool | None = None
 ) -> None:
-    """Find or make the repository, so that a wrong name or token is noticed before long work.
+    """Find or create the repository, so that a wrong name or token is noticed before long work.
 
-    Where the Hub cannot be reached, or has a fault, nothing is known yet: a warning says so.
+    If the Hub cannot be reached or fails, there is only a warning.
 
     Args:
         repo_id: As for [`publish_folder`].
@@ -285,7 +284,7 @@ def _existing(folder: Path, patterns: Iterable[str]) -> dict[str, Path]:
 
 
 def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any], list[str]]:
-    """Results and figures of a run that can be published; figures that are missing are drawn."""
+    """Results and figures of a publishable run; missing figures are drawn."""
     if RESULTS_NAME not in files:
         raise InputError(
             f"{folder} is no finished run: it has no {RESULTS_NAME}. An interrupted run is continued by the command "
@@ -312,17 +311,17 @@ def _finished_run(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Any],
 
 
 def _own_code(folder: Path) -> list[str]:
-    """Files with the code of a model that is not part of transformers, as its configuration names them."""
+    """Code files of a model that is not part of transformers, as named by its configuration."""
     named = (try_json(folder / "config.json") or {}).get("auto_map")
     found = named.values() if isinstance(named, dict) else ()
     classes = [name for names in found for name in (names if isinstance(names, list) else [names])]
-    # "repository--module.Class" is code that stays where it is.
+    # "repository--module.Class" is code in another repository.
     modules = {name.split(".")[0] for name in classes if isinstance(name, str)}
     return sorted(f"{module}.py" for module in modules if module.isidentifier())
 
 
 def _check_contents(publication: Publication, folder: Path, token: str | None) -> None:
-    """Refuse what does not load, and what should not leave this machine, by an error that names the file."""
+    """Reject files that do not load or should not leave this machine; the error names the file."""
     for name, path in publication.files.items():
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{name} is a link out of {folder}: nothing was pushed. Put the file itself there.")
@@ -349,7 +348,7 @@ def _check_contents(publication: Publication, folder: Path, token: str | None) -
 
 
 def _own_folders(folder: Path) -> list[str]:
-    """Folders whose paths tell who and where one is."""
+    """Folders whose paths reveal the user or the machine."""
     home = Path(os.path.expanduser("~"))  # "~" for a user without an entry in the system's list of users
     places = [folder.resolve().parent, Path.cwd(), home, home.resolve()]
     with contextlib.suppress(OSError, KeyError):
@@ -373,10 +372,10 @@ def _open_repository(repo_id: str, repo_type: str, private: bool | None, token: 
     api = HfApi(token=token)
     sdk = "gradio" if repo_type == "space" else None
     url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True, space_sdk=sdk)
-    try:  # create_repo is content with a repository that can be read
+    try:  # create_repo accepts a repository with read access only
         api.auth_check(url.repo_id, repo_type=repo_type, write=True)
     except HTTPError as error:
-        response = getattr(error, "response", None)  # other statuses tell nothing: not every Hub answers this
+        response = getattr(error, "response", None)  # other statuses say nothing: not every Hub supports this request
         if response is not None and response.status_code in (401, 403):
             raise
     if private and api.repo_info(url.repo_id, repo_type=repo_type).private is False:
@@ -387,10 +386,10 @@ def _open_repository(repo_id: str, repo_type: str, private: bool | None, token: 
 
 
 def _with_hub(request: Callable[[], _T], repo_id: str, way_out: str, patience: float = PATIENCE) -> _T:
-    """Make a request, again while it fails for a transient reason; what is left ends in one message."""
+    """Make a request, and retry transient failures; other failures end in one message."""
     end, wait = time.monotonic() + patience, 1.0
     while True:
-        get_session().timeout = SILENCE  # huggingface_hub would wait for ever
+        get_session().timeout = SILENCE  # huggingface_hub would wait indefinitely
         try:
             return request()
         except (HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -410,9 +409,9 @@ def _with_hub(request: Callable[[], _T], repo_id: str, way_out: str, patience: f
 
 
 def _failed_request(error: BaseException | None) -> BaseException | None:
-    """The failed request behind an error: an upload in threads hides it in a RuntimeError.
+    """The failed request behind an error; uploads in threads wrap it in a RuntimeError.
 
-    An answer that is no JSON, such as the error page of a proxy, comes out as a JSONDecodeError.
+    A response that is not JSON, such as a proxy's error page, raises a JSONDecodeError.
     """
     requests = (HTTPError, ConnectionError, TimeoutError, json.JSONDecodeError)
     while error is not None and not isinstance(error, requests):

@@ -1,4 +1,4 @@
-"""Folders of images whose class is the name of their folder."""
+"""Image folders in which each image's class is the name of its folder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .text import normal
 
 logger = logging.get_logger(__name__)
 
-#: Column names of what `load_image_dataset` returns, whatever they were called before.
+#: Column names of data sets returned by `load_image_dataset`.
 IMAGE_COLUMN = "image"
 LABEL_COLUMN = "label"
 
-# In folders of images: words that name a split, as `datasets` knows them, and what else `datasets` goes by.
+# For image folders: words that name a split in `datasets`, and other files that `datasets` uses.
 _SPLITS = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 _IMAGE_SUFFIXES = set(ImageFolder.EXTENSIONS)
 _TABLE_SUFFIXES = {".parquet", ".arrow"}
@@ -39,21 +39,20 @@ def class_features(class_names: list[str]) -> datasets.Features:
 def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | None:
     """Read images whose class is the name of their folder: `train/cat/1.jpg`, or `cat/1.jpg`.
 
-    The first folders are splits if they are called so (train, val, Test, …) and hold folders themselves; else they are
-    classes. In deeper trees the innermost folder is the class. `datasets` itself finds splits by words anywhere in a
-    path, where a class "steam_train" or a file "my_test_3.png" changes its split; and it takes 2 ms for each file
-    that is named to it.
+    The top folders are splits if they have such names (train, val, Test, …) and contain folders; otherwise they are
+    classes. In deeper trees, the innermost folder is the class. `datasets` finds splits by words anywhere in a path,
+    so a class "steam_train" or a file "my_test_3.png" ends up in the wrong split; it also takes 2 ms for each file.
 
     Args:
-        folder: Of the images. A single folder in it that holds all others is looked through.
+        folder: Folder of the images. If it only contains a single folder, that one is used.
 
     Returns:
-        The splits, under the names that `datasets` gives them (`"train"`, `"validation"`, `"test"`), each with the
-        columns `"image"` (files) and `"label"`; `None` where the folder holds something else: tables, images with
-        `metadata.csv`, a data set with a configuration of its own.
+        The splits, with the names of `datasets` (`"train"`, `"validation"`, `"test"`), each with the columns `"image"`
+        (files) and `"label"`; `None` if the folder holds something else: tables, images with `metadata.csv`, a data
+        set with its own configuration.
 
     Raises:
-        InputError: If an image lies in no class folder, or two class folders of a split have one name.
+        InputError: If an image is not in a class folder, or two class folders of a split have the same name.
     """
     folder = Path(os.path.abspath(folder))
     files = sorted(files_below(folder))
@@ -105,10 +104,10 @@ def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | 
 
 
 def files_below(folder: Path) -> Iterator[PurePath]:
-    """Paths relative to the folder, without what is hidden.
+    """Paths of all files relative to the folder, without hidden ones.
 
     Raises:
-        InputError: If a folder cannot be read, or something is no file that can be.
+        InputError: If a folder or file cannot be read.
     """
     todo: list[tuple[PurePath, frozenset[tuple[int, int]]]] = [(PurePath(), frozenset())]
     while todo:
@@ -138,7 +137,7 @@ def files_below(folder: Path) -> Iterator[PurePath]:
 
 
 def _is_described(folder: Path, files: list[PurePath]) -> bool:
-    """Whether something other than folders says what the images are."""
+    """Whether something other than folders describes the images."""
     if any(file.stem == "metadata" or file.suffix in _TABLE_SUFFIXES for file in files):
         return True
     card = folder / "README.md"
@@ -146,5 +145,5 @@ def _is_described(folder: Path, files: list[PurePath]) -> bool:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a folder's name tells: Train, test-images, train_val2018, …"""
+    """The split named by a folder: Train, test-images, train_val2018, …"""
     return next((_SPLITS[word] for word in re.split(r"[-._ 0-9]+", name.lower()) if word in _SPLITS), None)

@@ -49,7 +49,7 @@ logger = logging.get_logger(__name__)
 CacheImages = Literal["auto", "memory", "disk", "none"]
 CACHE_IMAGES: tuple[CacheImages, ...] = get_args(CacheImages)
 
-#: `cache_images="auto"` keeps decoded images up to this share of the memory that is free.
+#: `cache_images="auto"` keeps decoded images up to this share of the free memory.
 _CACHE_SHARE_OF_MEMORY = 0.25
 
 
@@ -57,42 +57,42 @@ _CACHE_SHARE_OF_MEMORY = 0.25
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """A labelled image data set as a model takes it: `{"pixel_values": 3×H×W float32, "labels": int}`.
+    """A labelled image data set as model inputs: `{"pixel_values": 3×H×W float32, "labels": int}`.
 
-    Given the processor of a teacher that takes other pixels, there are `"teacher_pixel_values"` too: the same view of
-    the image, the same crop and the same flip, at the teacher's size and in its numbers.
+    If the teacher's processor gives other pixels, examples also have `"teacher_pixel_values"`: the same view of the
+    image, with the same crop and flip, in the teacher's size and normalisation.
 
-    Batches are transformed as one array, so it is fast to fetch many examples at a time (`__getitems__`, which
-    torch's `DataLoader` uses) and to put them together by [`collate_images`].
+    Batches are transformed as one array, so fetching many examples at a time (`__getitems__`, which torch's
+    `DataLoader` uses) and batching them by [`collate_images`] is fast.
 
     Args:
-        dataset: With the columns `"image"` and `"label"`, as [`load_image_dataset`] gives it.
+        dataset: With the columns `"image"` and `"label"`, as returned by [`load_image_dataset`].
         processor: The model's image processor: size, crop, mean, standard deviation, interpolation.
         augmentation: `"none"`: the processor's own view (for evaluation); `"pad_crop"`: padded by an eighth with
             zeros and cropped at random (for small images); `"random_resized_crop"`: 8 to 100 % of the image at an
             aspect ratio of 3/4 to 4/3 (for large images).
         horizontal_flip: Whether augmented images are mirrored half of the time.
-        operations: What is done to the pixels of these views, one after another, by random numbers that are the same
-            for student and teacher: `"autoaugment"`, `"randaugment"`, `"trivialaugment_wide"`, `"cutout"`,
-            `"random_erasing"` (see `bkd_hf/operations.py`).
+        operations: Operations applied in turn to the pixels of these views, with the same random numbers for student
+            and teacher: `"autoaugment"`, `"randaugment"`, `"trivialaugment_wide"`, `"cutout"`, `"random_erasing"` (see
+            `bkd_hf/operations.py`).
         data_seed: Seed of the augmentation.
-        cache_images: `"memory"`: decode every image once, now; `"disk"`: the same, into a file that the processes of
-            this machine share and that later runs on the same images find; `"none"`: decode it each time it is seen;
-            `"auto"`: in memory, if the images take less than a quarter of what is free; where this machine runs
-            several processes (`LOCAL_WORLD_SIZE`), on the disk, if they take less than a quarter of its memory.
+        cache_images: `"memory"`: decode every image once, now; `"disk"`: the same, into a file shared by the processes
+            of this machine and by later runs on the same images; `"none"`: decode an image each time it is used;
+            `"auto"`: in memory, if the images take less than a quarter of the free memory; if this machine runs
+            several processes (`LOCAL_WORLD_SIZE`), on disk, if they take less than a quarter of its memory.
         train_transform: Called with each PIL image (RGB) instead of all augmentation and normalisation; returns a
-            3×H×W tensor. Whether it gives the same pixels after a resume is then up to it.
+            3×H×W tensor. Whether pixels are the same after a resume then depends on it.
         teacher_processor: The teacher's image processor; without effect if it gives the same pixels as `processor`.
-        cache_dir: Folder of the decoded images on the disk; by default `bkd_hf` in the cache folder of `datasets`.
+        cache_dir: Folder of the decoded images on disk; by default `bkd_hf` in the cache folder of `datasets`.
         reduced_decoding: Whether JPEGs are decoded only as large as their random resized crop needs, which is up to
-            twice as fast and alters pixels a little: see [`decode_part`]. Images that are large enough for it are
-            decoded each time, wherever the others are kept.
-        as_bytes: Whether pixels stay bytes ([`PixelBytes`], put together by [`collate_images`]) until a batch is sent
-            to the model's device: less to carry for workers, and for the way to a GPU. The numbers are the same.
+            twice as fast and slightly alters pixels: see [`decode_part`]. Images that are large enough for it are
+            decoded each time, and not cached like the others.
+        as_bytes: Whether pixels stay bytes ([`PixelBytes`], batched by [`collate_images`]) until a batch is sent to
+            the model's device, which reduces the transfer from workers and to a GPU. The numbers are the same.
 
     Raises:
         InputError: If an argument is unknown, an image cannot be decoded, a processor gives no fixed size, a
-            `train_transform` is to make pixels for a teacher with another processor, or the disk is full.
+            `train_transform` is used with a teacher that has another processor, or the disk is full.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class ImageDataset(torch.utils.data.Dataset):
             raise InputError(f"cache_images must be one of {', '.join(CACHE_IMAGES)}, got {cache_images!r}.")
         self.labels = labels_of(dataset, LABEL_COLUMN)
         self.distinguishes_repetitions = True  # see SampledExamples
-        self.collator = collate_images  # what puts its examples together to a batch
+        self.collator = collate_images  # batches its examples
         self.class_counts = class_counts(dataset, LABEL_COLUMN)
         self.class_names: list[str] = dataset.features[LABEL_COLUMN].names
         self.augmentation, self.horizontal_flip, self.data_seed = augmentation, horizontal_flip, data_seed
@@ -134,13 +134,13 @@ class ImageDataset(torch.utils.data.Dataset):
                     "others: use an augmentation of ImageDataset, or a teacher with the same processor."
                 )
             self._renderings["teacher_pixel_values"] = Rendering(teacher_processor, region_of=student)
-        # Whether views are cut out of originals, which are then what is kept; else the processors' views are.
+        # Whether views are cropped from originals, which are then cached; otherwise the processors' views are cached.
         self._needs_originals = train_transform is not None or AUGMENTATIONS[augmentation].of_original
-        # Width and height for which JPEGs may be decoded smaller; the same with and without the teacher's rendering.
+        # Width and height for which JPEGs may be decoded smaller; the same with and without a teacher.
         self._reduced_for = None
         if reduced_decoding and train_transform is None and self._needs_originals:
             self._reduced_for = [rendering.size for rendering in self._renderings.values()]
-        # In shared memory, so that workers that stay alive between epochs see it change.
+        # In shared memory, so that persistent workers see changes.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._kept: KeptImages | None = None
         if len(self) and cache_images != "none":
@@ -148,35 +148,35 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @property
     def in_memory(self) -> bool:
-        """Whether decoded images are kept, in memory or in a mapped file; if not, each is decoded when it is seen."""
+        """Whether decoded images are cached, in memory or in a mapped file; if not, each is decoded when used."""
         return self._kept is not None
 
     @property
     def needs_workers(self) -> bool:
-        """Whether other processes should prepare the batches.
+        """Whether worker processes should prepare the batches.
 
-        Not if images are decoded, at most 64 pixels wide and high, and there are no operations: to receive such a
-        batch takes as long as to make it (128 images of 32×32 pixels: 1.4 and 1.6 ms). With cutout that takes 3 ms,
-        with AutoAugment and cutout 24, with RandAugment 28.
+        Not if images are already decoded, at most 64 pixels wide and high, and there are no operations: receiving such
+        a batch takes as long as making it (128 images of 32×32 pixels: 1.4 and 1.6 ms). Making it takes 3 ms with
+        cutout, 24 with AutoAugment and cutout, 28 with RandAugment.
         """
         size = max(max(rendering.size) for rendering in self._renderings.values())
         return not self.in_memory or self._needs_originals or size > SMALL_IMAGE_SIZE or bool(self.operations)
 
     def for_student_alone(self) -> ImageDataset:
-        """Return the same views without those for the teacher, which then cost nothing, at the same epoch always."""
+        """Return the same views without the teacher's, and without their cost; the epoch is shared."""
         alone = copy.copy(self)
         alone._renderings = {"pixel_values": self._renderings["pixel_values"]}
         return alone
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation the next examples get."""
+        """Select the epoch whose augmentation the next examples get."""
         self._epoch[0] = epoch
 
     def describe_views(self) -> dict[str, Any]:
-        """Return all that the pixels of an example depend on, beside its number and the epoch, for a `LogitsFolder`.
+        """Return everything that an example's pixels depend on beside its index and the epoch, for a `LogitsFolder`.
 
         Raises:
-            InputError: If they depend on more than that.
+            InputError: If they depend on more than can be described.
         """
         if self.train_transform is not None:
             raise InputError(
@@ -187,7 +187,7 @@ class ImageDataset(torch.utils.data.Dataset):
             "images": fingerprint(self._stored.dataset),
             "pillow": PIL.__version__,
             "augmentation": self.augmentation,
-            **({"operations": self.operations} if self.operations else {}),  # what was cached without any stays valid
+            **({"operations": self.operations} if self.operations else {}),  # keeps earlier caches without any valid
             "horizontal_flip": self.horizontal_flip,
             "data_seed": self.data_seed,
             "reduced_for": self._reduced_for,
@@ -201,7 +201,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Return the examples of these indices; `i + r · len(self)` is image i augmented for the r-th time."""
+        """Return the examples of these indices; `i + r · len(self)` is the r-th augmentation of image i."""
         counters = np.asarray(indices)
         images = counters % len(self)
         return self._examples(images, counters, self.labels[images])
@@ -209,7 +209,7 @@ class ImageDataset(torch.utils.data.Dataset):
     def of_others(
         self, images: list[dict[str, Any]], keys: np.ndarray, labels: np.ndarray, data_seed: int, epoch: int
     ) -> list[dict[str, Any]]:
-        """Return examples of other stored images, rendered as those in here; `keys` stand for their indices."""
+        """Return examples of other stored images, rendered in the same way; `keys` replace their indices."""
         others: Any = copy.copy(self)
         others._stored, others._kept, others.data_seed = images, None, data_seed
         others._epoch = torch.tensor([epoch])
@@ -229,7 +229,7 @@ class ImageDataset(torch.utils.data.Dataset):
     # ---- Views ----------------------------------------------------------------------------------------------------
 
     def _views(self, indices: np.ndarray, counters: np.ndarray) -> dict[str, np.ndarray]:
-        """B×H×W×3 bytes for each model, of one and the same view of each image."""
+        """B×H×W×3 bytes for each model, of the same view of each image."""
         choose, num_draws, of_original = AUGMENTATIONS[self.augmentation]
         draws = hash_uniform(self.data_seed, int(self._epoch), counters[:, None], np.arange(num_draws))
         if of_original:
@@ -263,7 +263,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return views
 
     def _processed(self, index: int) -> dict[str, np.ndarray]:
-        """H×W×3 bytes for each model: what its processor makes of an image."""
+        """H×W×3 bytes for each model: its processor's view of an image."""
         with reading(self._stored, index) as stored:
             image = decode_image(stored)
         return {name: rendering.view(image) for name, rendering in self._renderings.items()}
@@ -316,10 +316,10 @@ class ImageDataset(torch.utils.data.Dataset):
             self._kept = KeptImages(file.getvalue(), len(self))
 
     def _decoded(self) -> Iterator[np.ndarray]:
-        """What is kept of each example: its original, H×W×3 bytes, or its views for all models as one line of pixels.
+        """What is cached of each example: its original, H×W×3 bytes, or its views for all models as one row of pixels.
 
-        Originals that are decoded anew for each view, at the size that it needs, are 0×0×3 here: so what is kept
-        decides how long a view takes, and not what it shows.
+        Originals that are decoded for each view at the size that it needs are 0×0×3 here, so that caching changes only
+        how long a view takes, and not its pixels.
         """
         for index in logging.tqdm(range(len(self)), desc="Decoding images", leave=False):
             if self._needs_originals:
@@ -331,7 +331,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 yield np.concatenate([view.reshape(1, -1, 3) for view in self._processed(index).values()], axis=1)
 
     def _num_bytes(self) -> int:
-        """Size of all that is kept: of originals, about."""
+        """Size of everything that is cached; approximate for originals."""
         if not self._needs_originals:
             return 3 * len(self) * sum(math.prod(rendering.size) for rendering in self._renderings.values())
         sample, pixels = np.linspace(0, len(self) - 1, num=min(64, len(self)), dtype=int).tolist(), []
@@ -341,7 +341,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return round(3 * len(self) * np.mean(pixels))
 
     def _key(self) -> str:
-        """A name for what is kept that says all on which its content depends."""
+        """Cache name that includes everything on which the content depends."""
         made_by: dict[str, Any] = {"pillow": PIL.__version__}
         if self._needs_originals:
             made_by["reduced_for"] = self._reduced_for
@@ -359,9 +359,9 @@ def _stacked(examples: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]
 
 
 def _place_for(num_bytes: int, shared: bool = True) -> CacheImages:
-    """Where `cache_images="auto"` keeps decoded images of this size, if processes may share them."""
+    """Where `cache_images="auto"` caches decoded images of this size, if processes may share them."""
     processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), psutil.virtual_memory()
-    # What is free changes by the moment, and all processes have to decide alike.
+    # Free memory changes all the time, and all processes must decide alike.
     available = memory.available if processes == 1 else memory.total
     copies = 1 if shared else processes
     if not 0 < num_bytes * copies <= _CACHE_SHARE_OF_MEMORY * available:
@@ -370,12 +370,12 @@ def _place_for(num_bytes: int, shared: bool = True) -> CacheImages:
 
 
 def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put examples together to a batch, as `transformers`' `default_data_collator` does.
+    """Combine examples into a batch, as `transformers`' `default_data_collator` does.
 
-    Tensors that are the successive parts of one tensor, as those of [`ImageDataset`]'s `__getitems__` are, are not
-    copied: the batch is that tensor.
+    Tensors that are successive parts of one tensor, as returned by [`ImageDataset`]'s `__getitems__`, are not copied:
+    the batch is that tensor.
     """
-    names = [name for name in examples[0] if name not in ("label", "label_ids")]  # which get another name
+    names = [name for name in examples[0] if name not in ("label", "label_ids")]  # these are renamed
     batch: dict[str, Any] = {}
     for name in names:
         parts = [example[name] for example in examples]
@@ -387,15 +387,15 @@ def collate_images(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def default_num_workers(dataset: Any, num_cores: int, on_cuda: bool) -> int:
-    """How many workers should prepare a process's batches, if the user does not say.
+    """Default number of data workers per process.
 
-    None, where they would not pay (see `ImageDataset.needs_workers`). Else one for each core: to decode a JPEG and cut
-    224×224 pixels out of it takes a core 1.5 ms (500×375) to 8 ms (2000×1500), and on the CPU, workers and model take
-    turns. A GPU's process keeps one core for itself, and 16 workers, some thousand images a second, suffice for it.
+    None if they would not pay off (see `ImageDataset.needs_workers`), otherwise one per core. Decoding a JPEG and
+    cropping 224×224 pixels takes a core 1.5 ms (500×375) to 8 ms (2000×1500). On a CPU, workers and model alternate.
+    With a GPU, one core is left for the main process, and 16 workers (some thousand images a second) are enough.
 
     Args:
-        dataset: The training images, or what else says whether it needs workers.
-        num_cores: Cores that are available to this process: those of the machine divided among its processes.
+        dataset: The training images, or another object that says whether it needs workers.
+        num_cores: Cores available to this process: those of the machine divided among its processes.
         on_cuda: Whether the models are on a GPU.
     """
     if not dataset.needs_workers:

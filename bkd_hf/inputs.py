@@ -1,4 +1,4 @@
-"""What a run and its teacher share: splits, their description, images (or texts) as each model takes them."""
+"""What a run and its teacher share: splits, their description, and the inputs of each model."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from .text import have, quoted
 from .text_data import TextDataset, fresh_tokenizer, limit_length, same_tokens, set_max_length
 from .views import same_pixels, set_image_size
 
-#: What makes a model's inputs of an image, or of a text.
+#: Turns an image or a text into a model's inputs.
 Processor: TypeAlias = BaseImageProcessor | PreTrainedTokenizerBase
 Examples: TypeAlias = ImageDataset | StreamedImages | TextDataset
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is trained on: the data that a run and its teacher share, and their examples as it takes them.
+    """A model's training inputs: the data shared by a run and its teacher, and the examples for this model.
 
     Attributes:
         splits: `train` and `eval`.
         data: The `data` section of the results.
-        processor: The model's.
-        images: By split: images, or what else the task is about.
+        processor: The model's processor.
+        images: By split: images, or other examples of the task.
         threads: CPU threads of this process.
-        say: Tells the user.
+        say: Prints a message.
     """
 
     splits: dict[str, Any]
@@ -54,7 +54,7 @@ class Inputs:
 
 
 def load_own_processor(options: ModelArguments, train: Any) -> Processor:
-    """Load what makes a model's inputs; that of fresh weights knows the mean and deviation, or words, of the data."""
+    """Load a model's processor; for fresh weights it is made from the data's mean and deviation, or words."""
     if options.task == "text":
         return load_tokenizer(options, train)
     name = options.model_name_or_path
@@ -67,10 +67,10 @@ def load_own_processor(options: ModelArguments, train: Any) -> Processor:
 
 
 def load_tokenizer(options: ModelArguments, train: Any = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or make that of fresh weights of the training texts, and set its length.
+    """Load the tokenizer of a model (made from the training texts for fresh weights), and set its maximal length.
 
     Raises:
-        InputError: If the model takes fewer tokens than are asked for.
+        InputError: If the model accepts fewer tokens than requested.
     """
     name = options.model_name_or_path
     if fresh_task(name) is not None:
@@ -83,7 +83,7 @@ def load_tokenizer(options: ModelArguments, train: Any = None) -> PreTrainedToke
 
 
 def load_teacher_processor(arguments: RunArguments, of_student: Processor, train: Any) -> Processor:
-    """Load the processor of a teacher with weights; fresh weights see what the student sees, unless told else."""
+    """Load the processor of a teacher with weights; a fresh teacher uses the student's by default."""
     of_teacher = arguments.for_teacher()
     is_fresh = fresh_task(of_teacher.model.model_name_or_path) is not None
     decisive = ["image_size", "max_length", *([] if is_fresh else ["model_name_or_path", "model_revision"])]
@@ -98,7 +98,7 @@ def prepare(
     for_training: bool = False,
     teacher: Processor | None = None,
 ) -> Examples:
-    """Make a model's inputs of a split, for training augmented, and its teacher's if that takes others."""
+    """Make a model's inputs for a split, augmented for training, and those of its teacher if they differ."""
     if arguments.model.task == "text":
         return TextDataset(split, processor, teacher)
     options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
@@ -113,26 +113,26 @@ def prepare(
         cache_images="none" if is_stream else options.cache_images,  # type: ignore[arg-type]
         teacher_processor=teacher,
         reduced_decoding=options.reduced_decoding,
-        # accelerate, where it sends the main process's batches to the others, knows how to cut tensors only.
+        # With dispatch_batches, accelerate can only split tensors.
         as_bytes=not any(args.accelerator_config.dispatch_batches for args in trainings),
     )
     return StreamedImages(split, images) if is_stream else images
 
 
 def same_inputs(arguments: RunArguments, first: Processor, second: Processor) -> bool:
-    """Whether two processors make the same numbers of the same image, or text."""
+    """Whether two processors give the same numbers for the same image or text."""
     return (same_tokens if arguments.model.task == "text" else same_pixels)(first, second)
 
 
 def how_they_differ(task: str) -> str:
-    """Say that teacher and student take different inputs."""
+    """Return a sentence that teacher and student take different inputs."""
     if task == "text":
         return "The teacher takes other tokens than the student: each text is tokenized for both."
     return "The teacher takes other pixels than the student: each view of an image is rendered for both."
 
 
 def load_splits(arguments: RunArguments) -> dict[str, Any]:
-    """Load `train` and `eval`, cut as the options say; with `--streaming`, `train` is a [`Stream`]."""
+    """Load `train` and `eval`, reduced as the options say; with `--streaming`, `train` is a [`Stream`]."""
     options, task = arguments.data, arguments.model.task
     if options.streaming:
         return load_stream(
@@ -172,16 +172,16 @@ def load_splits(arguments: RunArguments) -> dict[str, Any]:
 
 
 def choose_workers(args: BKDConfig, dataset: Any, num_threads: int) -> bool:
-    """Have other processes prepare the images, if the options do not say how many and it pays; whether they do.
+    """Choose the number of data workers if the options do not; return whether this gave any.
 
-    They stay alive from epoch to epoch, unless the options say otherwise. Started anew, they would be copies of a
-    process that holds a training: on a CPU, whose memory is then copied page by page as the training goes on, an epoch
-    of a ResNet-18 began 2 s late.
+    Workers stay alive between epochs, unless the options say otherwise. Restarted workers would be forks of a process
+    with a large memory, which is then copied page by page as training continues: on a CPU, this delayed an epoch of a
+    ResNet-18 by 2 s.
     """
     chooses = args.dataloader_num_workers == CHOOSE_WORKERS
     if chooses:
         args.dataloader_num_workers = default_num_workers(dataset, num_threads, args.device.type == "cuda")
-    if not args.dataloader_num_workers:  # what is about workers, torch refuses without any
+    if not args.dataloader_num_workers:  # torch rejects worker options without workers
         args.dataloader_persistent_workers, args.dataloader_prefetch_factor = False, None
     return chooses and args.dataloader_num_workers > 0
 
@@ -193,7 +193,7 @@ def long_tail_evaluation(data: dict[str, Any], post_hoc_tau: float) -> LongTailE
 
 
 def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
-    """Refuse a name that no evaluation will give; `Trainer` would at the first one."""
+    """Reject a metric name that no evaluation returns; `Trainer` would fail only at the first evaluation."""
     name = args.metric_for_best_model
     if name is None:
         return
@@ -208,7 +208,7 @@ def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:
 
 
 def warn_of_untested_classes(data: dict[str, Any]) -> None:
-    """Name classes without an evaluation example."""
+    """Warn about classes without an evaluation example."""
     counts, unit = data["eval_class_counts"], task_of(data).name
     untested = [name for name, count in zip(data["class_names"], counts, strict=True) if not count]
     if untested:

@@ -1,4 +1,4 @@
-"""A data set from anywhere (see `bkd_hf.sources`), with the splits, columns and classes that all else expects."""
+"""Load any data set (see `bkd_hf.sources`) with standard splits, columns and classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CARVED_SHARE = 0.2
 
 
 class NoTestSplitError(InputError):
-    """There is no split that others measure on too."""
+    """There is no published evaluation split."""
 
 
 def load_image_dataset(
@@ -39,31 +39,31 @@ def load_image_dataset(
     token: str | None = None,
     untouched_test: bool = False,
 ) -> datasets.DatasetDict:
-    """Load a labelled image data set from wherever it is.
+    """Load a labelled image data set from any source.
 
     Args:
         name: `"digits"` (comes with scikit-learn, needs no network), a Hub id, a folder written by `save_to_disk`, a
             folder of class folders, a folder of parquet files, or one parquet file.
         config_name: Configuration of a Hub data set.
-        image_column: Name of the image column: images, with or without the type that `datasets` gives them, or paths;
-            found by its type if not given, unless it holds paths.
+        image_column: Name of the image column: images, with or without the type of `datasets`, or paths. If not given,
+            it is found by its type; a column of paths must be given.
         label_column: Name of the label column; found by its type or a usual name if not given.
         train_split: Name of the training split; `"train"`, or the only one, if not given.
         eval_split: Name of the evaluation split. If not given, the first of validation, val, test, … that exists;
-            without any, a fifth of each class is carved out of the training split.
-        split_seed: Which images are carved out.
+            without any, a fifth of each class is held out from the training split.
+        split_seed: Selects which images are held out.
         cache_dir: Where `datasets` keeps its files.
         token: Token for private data sets.
-        untouched_test: Whether the evaluation split is one that others measure on too: `"test"` before `"validation"`
-            where it is not named, which then comes along, and none is carved out.
+        untouched_test: Whether the evaluation split must be a published one. If it is not named, `"test"` is then
+            preferred to `"validation"`, which is returned too, and nothing is held out.
 
     Returns:
-        The splits `"train"` and `"eval"`, with `untouched_test` maybe `"validation"`, each with the columns `"image"`
-        and `"label"` (a `ClassLabel`).
+        The splits `"train"` and `"eval"`, and with `untouched_test` possibly `"validation"`, each with the columns
+        `"image"` and `"label"` (a `ClassLabel`).
 
     Raises:
         NoTestSplitError: With `untouched_test`, if there is no such split.
-        InputError: If something is not there, or the labels are not classes.
+        InputError: If something does not exist, or the labels are not classes.
     """
     options = config_name, image_column, label_column, train_split, eval_split, split_seed, cache_dir, token
     return load_dataset_of("image", name, *options, untouched_test)
@@ -80,18 +80,18 @@ def load_text_dataset(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> datasets.DatasetDict:
-    """Load a labelled text data set from wherever it is.
+    """Load a labelled text data set from any source.
 
     Args:
         name: `"docstrings"` (comes with Python, needs no network), a Hub id, a folder written by `save_to_disk`, a
             folder of CSV, JSON or parquet files, or one such file.
-        text_column: Name of the text column; the only column of text beside the labels, or `"text"` and the like, if
-            not given.
+        text_column: Name of the text column. If not given, the only text column beside the labels, or one with a usual
+            name such as `"text"`.
         config_name: Configuration of a Hub data set.
-        label_column: As for [`load_image_dataset`], and the following.
+        label_column: As for [`load_image_dataset`], like the following arguments.
         train_split: Name of the training split.
         eval_split: Name of the evaluation split.
-        split_seed: Which texts are carved out.
+        split_seed: Selects which texts are held out.
         cache_dir: Where `datasets` keeps its files.
         token: Token for private data sets.
 
@@ -99,7 +99,7 @@ def load_text_dataset(
         The splits `"train"` and `"eval"`, each with the columns `"text"` and `"label"` (a `ClassLabel`).
 
     Raises:
-        InputError: If something is not there, or the labels are not classes.
+        InputError: If something does not exist, or the labels are not classes.
     """
     options = config_name, text_column, label_column, train_split, eval_split, split_seed, cache_dir, token
     return load_dataset_of("text", name, *options)
@@ -172,7 +172,7 @@ def find_splits(
     eval_split: str | None,
     untouched_test: bool,
 ) -> tuple[str, str | None]:
-    """Return the names of the splits to train and to evaluate on; `None` if none is for the latter."""
+    """Return the names of the training and the evaluation split; `None` for the latter if there is none."""
     for option, split in (("train_split_name", train_split), ("eval_split_name", eval_split)):
         if split is not None and split not in data:
             raise InputError(f"--{option} {split}: {name} has the splits {', '.join(data)}.")
@@ -195,7 +195,7 @@ def find_columns(
     column: str | None,
     label_column: str | None,
 ) -> tuple[str, str]:
-    """Return the names of the columns of images (or texts) and labels."""
+    """Return the names of the image (or text) column and of the label column."""
     features, option, source = dataset.features, f"{task}_column_name", SOURCES[task]
     columns = f"The columns are {', '.join(features)}."
     for given, chosen in ((option, column), ("label_column_name", label_column)):
@@ -222,7 +222,7 @@ def find_columns(
 
 
 def _standard_columns(dataset: datasets.Dataset, names: dict[str, str], feature: Any) -> datasets.Dataset:
-    """Keep the columns of examples and labels, under these names, the first of this type."""
+    """Keep only the columns of examples and labels, rename them, and cast the examples to this type."""
     column = next(iter(names))
     dataset = dataset.select_columns([*names])
     given = dataset.features[column]

@@ -1,4 +1,4 @@
-"""What many losses do: check and convert their inputs, compare two distributions, reduce the values."""
+"""Functions shared by losses: check and convert inputs, compare two distributions, reduce the values."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .text import have
 
 Reduction = Literal["mean", "sum", "none"]
 
-#: Examples with this label count for nothing, as in `torch.nn.functional.cross_entropy` and throughout `transformers`.
+#: Examples with this label are ignored, as in `torch.nn.functional.cross_entropy` and throughout `transformers`.
 IGNORE_INDEX = -100
 
 
 def at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Convert to the widest of their types, at least float32."""
+    """Convert tensors to the widest of their types, at least float32."""
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def standardized(logits: torch.Tensor) -> torch.Tensor:
     """Logits, B×C, with mean 0 and standard deviation 1 over the classes of each example."""
-    variance = logits.var(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)  # a root has no slope at 0
+    variance = logits.var(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)  # no gradient of √ at 0
     return (logits - logits.mean(dim=-1, keepdim=True)) / (variance.sqrt() + 1e-7)
 
 
@@ -38,13 +38,13 @@ def softened_divergence(log_targets: torch.Tensor, student_logits: torch.Tensor,
 
 
 def log_weights(class_weights: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """C logarithms of class weights, in type and on the device of `like`."""
+    """C logarithms of class weights, with type and device of `like`."""
     # The logarithm is taken before rounding to the logits' precision.
     return checked_weights(class_weights, like).log().to(device=like.device, dtype=like.dtype)
 
 
 def checked_weights(class_weights: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """C class weights; a `ValueError` if they are not positive, finite and C."""
+    """Check that there are C positive, finite class weights, and return them; raises a `ValueError` otherwise."""
     num_classes = logits.shape[-1]
     class_weights = torch.as_tensor(class_weights)
     if class_weights.shape != (num_classes,):
@@ -58,7 +58,7 @@ def checked_weights(class_weights: torch.Tensor, logits: torch.Tensor) -> torch.
 
 
 def reduce(losses: torch.Tensor, reduction: str, mass: torch.Tensor | None = None) -> torch.Tensor:
-    """Values (`"none"`), their sum, or their mean: over `mass`, B shares that the values have been multiplied by."""
+    """Reduce values; a mean divides by the sum of `mass`, B weights by which the values have been multiplied."""
     if reduction == "none":
         return losses
     if reduction == "sum":
@@ -69,15 +69,15 @@ def reduce(losses: torch.Tensor, reduction: str, mass: torch.Tensor | None = Non
 
 
 def reduce_labelled(losses: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
-    """As [`reduce`], where examples labelled −100 count for nothing."""
+    """As [`reduce`], but ignoring examples labelled −100."""
     counted = (labels != IGNORE_INDEX).to(losses.dtype)
     return reduce(losses * counted, reduction, counted)
 
 
 def log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """C logarithms of class counts, in type and on the device of `like`; a `ValueError` if one is 0."""
+    """C logarithms of class counts, with type and device of `like`; raises a `ValueError` if a count is 0."""
     if isinstance(class_counts, torch.Tensor) and class_counts.device.type != "cpu":
-        counts = class_counts.to(like.dtype)  # looked at on the CPU only
+        counts = class_counts.to(like.dtype)  # checked on the CPU only
     else:
         counts = torch.as_tensor(check_class_counts(class_counts))
         empty = (counts == 0).nonzero().flatten().tolist()
@@ -95,12 +95,12 @@ def log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: to
 
 
 def indices(labels: torch.Tensor) -> torch.Tensor:
-    """Labels that can index: an ignored example gets class 0, and counts for nothing anyhow."""
+    """Labels usable as indices: ignored examples get class 0."""
     return labels.long().clamp_min(0)
 
 
 def require(holds: bool, message: str) -> None:
-    """Raise a `ValueError` with a message unless something holds."""
+    """Raise a `ValueError` with a message unless a condition holds."""
     if not holds:
         raise ValueError(message)
 
@@ -120,7 +120,7 @@ def check_not_negative(**numbers: float) -> None:
 def checked_logits(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float, labels: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """The logits of both in one type, the teacher's as constants; a `ValueError` unless all inputs fit together."""
+    """Logits of both models in one type, the teacher's detached; raises a `ValueError` unless all inputs match."""
     check_positive(temperature=temperature)
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
         if logits.dim() != 2:

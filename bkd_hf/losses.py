@@ -1,33 +1,33 @@
 """Losses as pure functions of logits.
 
 Notation, as in the paper: ``z_s`` student logits, ``z_t`` teacher logits, ``y`` labels, ``T`` the temperature, ``w``
-the class weights, ``n`` the class counts. Arguments that mean the same in every loss:
+the class weights, ``n`` the class counts. Arguments shared by all losses:
 
-- `logits`, `student_logits`, `teacher_logits`: B×C; the teacher's are taken as constants.
-- `labels`: B integers in [0, C); examples labelled −100 are ignored. A mean over no example is not a number.
+- `logits`, `student_logits`, `teacher_logits`: B×C; no gradient flows to the teacher's.
+- `labels`: B integers in [0, C); examples labelled −100 are ignored. The mean over no examples is NaN.
 - `class_weights`: C positive weights, e.g. of [`class_balanced_weights`]; `None` for 1.
 - `class_counts`: C numbers of training images.
 - `temperature`: T > 0.
 - `label_smoothing`: share ε of the target that is spread evenly over the classes.
 - `reduction`: `"mean"` or `"sum"` over the batch (a scalar), or `"none"` (B values).
 
-Losses compute in float32 at least (float64 for float64 inputs). All raise a `ValueError` if shapes do not fit, the
-reduction is unknown, an option is out of its range, or, looked at on the CPU only, as it would cost an accelerator a
-synchronisation per step, a label is out of range, a weight is not positive or a class has no image.
+Losses compute in float32 at least (float64 for float64 inputs). They raise a `ValueError` if shapes do not match, the
+reduction is unknown or an option is out of range. On the CPU, they also raise one if a label is out of range, a weight
+is not positive or a class has no image; on an accelerator, these checks would cost a synchronisation per step.
 
-Which class frequencies a loss asks for, and why p in the targets softmax(z_t/T + p · log w) matters:
+Why the power p in the targets softmax(z_t/T + p · log w) matters:
 
-1. With class frequencies π, cross-entropy is least at z = log p(x|y) + log π: the tail as it is. Balanced answers are
-   z − log π (Bayes), that is z + log w with w ∝ 1/π; balanced softmax, CE(z + log π), is least at just these.
-2. softmax(z_t/T + p · log w) = softmax((z_t + pT · log w)/T): the paper's p = 1 takes T · log π off, at T = 2 twice.
-3. A teacher that is s times too sure of its training images, z_t = s · (log p(x|y) + log π), needs s · log w, p = s/T:
-   p = 1/T if it is calibrated there, p = 1 if it knows them by heart and is T times too sure.
-4. Where it is not that sure, p = 1 lets log w outvote z_t, and the target names the rarest class for every image.
-5. So: the largest p in [1/T, 1] that the teacher's answers about training images bear
-   (`bkd_hf.targets.strongest_power`), and CE(z + τ · log π) with τ = 2 − pT for the labels, which makes the two terms
-   ask for balanced answers on average: balanced softmax at p = 1/T, the paper's CE at p = 1, T = 2. A student that
-   has not yet learned all that may favour a class: below p = 1 its head's bias is then fitted to training images in
-   the end, balanced over the classes (`bkd_hf.head`). That is `--method bkd-calibrated`.
+1. With class frequencies π, cross-entropy is minimal at z = log p(x|y) + log π, which reproduces the long tail. By
+   Bayes, balanced logits are z − log π, or z + log w with w ∝ 1/π. They minimise balanced softmax, CE(z + log π).
+2. softmax(z_t/T + p · log w) = softmax((z_t + pT · log w)/T): the paper's p = 1 subtracts T · log π, twice at T = 2.
+3. A teacher that is s times overconfident on its training images, z_t = s · (log p(x|y) + log π), needs s · log w, so
+   p = s/T: p = 1/T if it is calibrated there, p = 1 if it has memorised them and is T times overconfident.
+4. If it is less confident than that, log w outweighs z_t at p = 1: the target is the rarest class for every image.
+5. `--method bkd-calibrated` therefore takes the largest p in [1/T, 1] at which the targets still match the labels
+   (`bkd_hf.targets.strongest_power`), and CE(z + τ · log π) with τ = 2 − pT for the labels. On average, the two terms
+   then ask for balanced logits: balanced softmax at p = 1/T, the paper's CE at p = 1, T = 2. A student that has not
+   fully learned this may favour a class; if p < 1, the bias of its head is then fitted after training, on
+   class-balanced training images (`bkd_hf.head`).
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ def class_balanced_weights(
     Args:
         class_counts: C numbers of training images.
         beta: β in [0, 1).
-        missing: What to do with a class that has no image: `"error"`, or `"clamp"` to count it as one example.
+        missing: For a class without images: `"error"`, or `"clamp"` to count it as one example.
 
     Returns:
         C weights, float64, on the CPU, summing to C.
 
     Raises:
-        ValueError: If β is outside [0, 1), a count is negative or no whole number, or a class has no image.
+        ValueError: If β is outside [0, 1), a count is negative or not an integer, or a class has no image.
     """
     counts = check_class_counts(class_counts)
     if not 0 <= beta < 1:
@@ -123,13 +123,13 @@ def deferred_weights(
 ) -> torch.Tensor:
     """Deferred re-weighting (Cao et al., 2019, arXiv 1906.07413): uniform weights, then `class_weights`.
 
-    A function of training progress alone, so it is right after a resume as well.
+    Depends only on training progress, so it is also correct after a resume.
 
     Args:
         class_weights: C weights.
         start: An epoch (≥ 1), a fraction of training (below 1), or `None` for "from the first step".
         epoch: Progress of training in epochs, e.g. 12.5.
-        num_epochs: Length of the training in epochs; what a fraction refers to.
+        num_epochs: Length of the training in epochs, for a `start` that is a fraction.
 
     Returns:
         `class_weights`, or ones of the same shape, type and device.
@@ -153,7 +153,7 @@ def kd_loss(
 
         KD = T² · KL( softmax(z_t / T) ‖ softmax(z_s / T) )
 
-    T² keeps the size of the gradient independent of T. The student takes over the class frequencies that the teacher
+    T² keeps the size of the gradient independent of T. The student inherits the class frequencies that the teacher
     has learned.
 
     Args:
@@ -177,18 +177,18 @@ def balanced_distillation_loss(
 
         BKD = T² · KL( softmax(z_t / T + p · log w) ‖ softmax(z_s / T) )
 
-    The paper (p = 1, eq. 5-6) multiplies the teacher's softmax by ``w`` and renormalises. That is exactly a shift of
+    The paper (p = 1, eq. 5-6) multiplies the teacher's softmax by ``w`` and renormalises. This is equal to shifting
     its logits by ``log w``, which cannot underflow. The scale of ``w`` cancels. The weights act on the *classes* of
     each target distribution, not on the examples.
 
-    p = 1 assumes a teacher that is sure of its training images, whose targets the shift can hardly move; p = 1/T
+    p = 1 assumes a teacher so confident on its training images that the shift hardly moves its targets; p = 1/T
     assumes one whose softmax(z_t) is calibrated on them (see the top of this module).
 
     Args:
         power: p ≥ 0; `"auto"` is 1/T, 0 is plain [`kd_loss`].
         standardize: Whether z_t and z_s are first replaced by (z − mean(z)) / std(z), over the classes of an example
-            (logit standardization: Sun et al., 2024, arXiv 2403.01427, algorithm 1): the student need not reach the
-            size of the teacher's logits then.
+            (logit standardization: Sun et al., 2024, arXiv 2403.01427, algorithm 1). The student then need not match
+            the scale of the teacher's logits.
     """
     student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature)
     log_targets = balanced_log_targets(teacher_logits, class_weights, temperature, power, standardize)
@@ -203,7 +203,7 @@ def balanced_log_targets(
     power: float | Literal["auto"] = 1.0,
     standardize: bool = False,
 ) -> torch.Tensor:
-    """Logarithm of what [`balanced_distillation_loss`] has the student imitate: B×C.
+    """Logarithm of the target distribution of [`balanced_distillation_loss`]: B×C.
 
         log softmax(z_t / T + p · log w)
 
@@ -232,9 +232,9 @@ def cross_entropy_loss(
 
         CE = −w_y · Σ_c q_c · log softmax(z)_c,    q = (1 − ε) · 1_y + ε / C
 
-    Without label smoothing (ε = 0) that is −w_y · log softmax(z)_y. With weights the mean divides by the sum of the
-    labels' weights, as in torch; with weights and smoothing, torch weighs each term of the sum by its own class
-    instead of the whole by the label's.
+    Without label smoothing (ε = 0) this is −w_y · log softmax(z)_y. With weights, the mean divides by the sum of the
+    labels' weights, as in torch. With weights and smoothing, torch instead weights each term of the sum by its own
+    class, not all of it by the label's.
     """
     check_labels(logits, labels)
     (logits,) = at_least_float32(logits)
@@ -257,9 +257,9 @@ def focal_loss(
 
         FL = (1 − p)^γ · ce,    ce = −w_y · log softmax(z)_y,    p = exp(−ce)
 
-    Without weights p is the probability of the label. With weights this is the form in the public code of LDAM (Cao et
-    al., 2019) and BKD, not Cui et al.'s w_y · (1 − p)^γ · (−log p): the weights enter before p is taken, and the mean
-    divides by the number of examples.
+    Without weights, p is the probability of the label. With weights, this is the form in the public code of LDAM (Cao
+    et al., 2019) and BKD, not Cui et al.'s w_y · (1 − p)^γ · (−log p): p is computed from the weighted ce, and the
+    mean divides by the number of examples.
 
     Args:
         gamma: γ ≥ 0; 0 gives the cross-entropy. The default is that of the long-tail literature (Cao et al., 2019);
@@ -267,7 +267,7 @@ def focal_loss(
     """
     check_not_negative(gamma=gamma)
     ce = cross_entropy_loss(logits, labels, reduction="none", class_weights=class_weights)
-    # 1 − exp(−ce) without cancellation; the floor keeps the slope of the power finite at ce = 0 for γ < 1.
+    # 1 − exp(−ce) without cancellation; the floor keeps the gradient finite at ce = 0 for γ < 1.
     uncertainty = -torch.expm1(-ce)
     focus = uncertainty.clamp_min(torch.finfo(ce.dtype).tiny) ** gamma if gamma else torch.ones_like(ce)
     return reduce_labelled(focus * ce, labels, reduction)
@@ -286,13 +286,13 @@ def ldam_loss(
 
         LDAM = CE(s · (cos − Δ_y · 1_y), y),    Δ_c = max_margin · (min_k n_k / n_c)^{1/4}
 
-    The logits are those of a cosine head, ``z = s · cos``: the rarer the class, the larger the margin s · Δ_y that is
-    taken off its logit while training. What the model answers stays s · cos.
+    The logits come from a cosine head, ``z = s · cos``. The rarer the label's class, the larger the margin s · Δ_y
+    subtracted from its logit during training. The model's own logits stay s · cos.
 
     Args:
         logits: B×C, ``scale`` times a cosine.
         max_margin: Margin of the rarest class, in units of the cosine.
-        scale: s > 0, the scale that is already in the logits.
+        scale: s > 0, already contained in the logits.
     """
     check_not_negative(max_margin=max_margin)
     check_positive(scale=scale)
@@ -382,10 +382,10 @@ def bkd_loss(
 
 
 def example_weights(labels: torch.Tensor, class_weights: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """Each example's weight, in the type of `like`: its class's, or 1 without any, and 0 where the label is −100."""
+    """Weight of each example, in the type of `like`: that of its class, 1 without weights, 0 if the label is −100."""
     counted = labels != IGNORE_INDEX
     if class_weights is None:
         return counted.to(like.dtype)
     weights = class_weights.to(device=like.device, dtype=like.dtype)
-    # Out-of-range labels are reported by the losses, with a message; here they only must not crash.
+    # The losses report out-of-range labels; here they only must not crash.
     return weights[labels.long().clamp(0, len(weights) - 1)] * counted

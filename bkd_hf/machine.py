@@ -1,4 +1,4 @@
-"""What a process takes of its machine: cores, memory, the precision it computes in, and threads that it must end."""
+"""Settings of a process on its machine: cores, memory, precision, and the process group."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def available_cores() -> int:
 
 
 def set_num_threads(num_threads: int | None = None) -> int:
-    """Give torch the cores of this process: `accelerate launch` leaves it one thread on a CPU machine.
+    """Set torch's threads to the cores of this process; `accelerate launch` sets only one on a CPU machine.
 
     Args:
-        num_threads: How many; by default the available cores divided among the processes of this machine.
+        num_threads: Number of threads; by default the available cores divided among the processes of this machine.
     """
     if num_threads is None:
         num_threads = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(num_threads)
-    # Else accelerate would choose anew with each `TrainingArguments` of a process of several on the CPU.
+    # Otherwise accelerate chooses again with each `TrainingArguments`, with several processes on the CPU.
     os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     return num_threads
 
@@ -61,34 +61,34 @@ def default_precision(use_cpu: bool) -> str:
 
 
 def precision_of(args: TrainingArguments) -> str:
-    """Return the precision that options say."""
+    """Return the precision set by options."""
     return {"no": "fp32"}.get(args.mixed_precision, args.mixed_precision)
 
 
-# What a launcher, or a saved configuration of accelerate, says in the environment.
+# Environment variables of a launcher or a saved configuration of accelerate.
 _LAUNCHER = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
 
 
 def launcher_precision() -> str | None:
-    """Return the mixed precision that the launcher asks for, `None` if it asks for none."""
+    """Return the mixed precision that the launcher requests, `None` for none."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     return None if precision == "no" else precision
 
 
 def launcher_compiler() -> str | None:
-    """Return the `--torch_compile_backend` that the launcher asks for, `None` if it asks for none."""
+    """Return the `--torch_compile_backend` that the launcher requests, `None` for none."""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").lower()
     return None if backend == "no" else backend
 
 
 def launcher_shards(*engines: str) -> bool:
-    """Return whether the launcher asks for one of these engines; by default `"FSDP"` and `"DEEPSPEED"`."""
+    """Return whether the launcher requests one of these engines; by default `"FSDP"` and `"DEEPSPEED"`."""
     names = [f"ACCELERATE_USE_{name}" for name in engines or ("FSDP", "DEEPSPEED")]
     return any(os.environ.get(name, "false").lower() in ("true", "1") for name in names)
 
 
 def launcher_accumulation() -> str | None:
-    """Return the accumulation steps that `accelerate launch` was given, which it tells DeepSpeed alone."""
+    """Return the accumulation steps given to `accelerate launch`, which it passes only to DeepSpeed."""
     try:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
@@ -104,7 +104,7 @@ def launcher_accumulation() -> str | None:
 
 @contextmanager
 def options_alone() -> Iterator[None]:
-    """Have libraries not see what the launcher says: the options say it, or something else."""
+    """Hide the launcher's settings from libraries, as the options include or override them."""
     found = {name: os.environ.pop(name) for name in _LAUNCHER if name in os.environ}
     try:
         yield
@@ -113,10 +113,10 @@ def options_alone() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, where it is glibc.
+    """Let glibc, if it is the C library, keep freed memory.
 
-    It would give the activations of each training step back to the system, to get the same memory anew, page by page,
-    in the next one: on a CPU a seventh of a step of a ResNet-32, a fifth of one of a ResNet-18 at 224 pixels.
+    It would return the activations of each training step to the system, and get the same memory again, page by page,
+    in the next step. On a CPU, this takes a seventh of a step of a ResNet-32, a fifth with a ResNet-18 at 224 pixels.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -127,13 +127,13 @@ def keep_freed_memory() -> None:
 
 
 def join_process_group(args: TrainingArguments) -> None:
-    """Join the process group of a launcher on the CPU, whose `ddp_timeout` transformers would drop."""
+    """Join the process group of a launcher on the CPU; transformers would ignore `ddp_timeout` there."""
     on_cpu = args.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")
     is_one_of_several = {"RANK", "MASTER_ADDR"} <= {*os.environ} and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if on_cpu and is_one_of_several and distributed.is_available() and not distributed.is_initialized():
         timeout = timedelta(seconds=args.ddp_timeout)
         store, rank, size = next(rendezvous("env://", timeout=timeout))
-        # torchrun keeps its store when it starts all again: there are the addresses of the processes before.
+        # torchrun keeps its store after a restart, with the addresses of the previous processes.
         store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = args.ddp_backend or "gloo"
         distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
@@ -142,8 +142,8 @@ def join_process_group(args: TrainingArguments) -> None:
 def leave_process_group() -> None:
     """Leave the process group, if there is one, and end its threads.
 
-    A process that ends with the threads of gloo running may be aborted, with all its work done. Models in
-    `DistributedDataParallel` hold them; their trainers, which know each other, go only when garbage is collected.
+    A process that ends while gloo's threads run may be aborted, even with its work done. Models in
+    `DistributedDataParallel` keep these threads; their trainers form cycles that only the garbage collector frees.
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

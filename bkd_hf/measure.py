@@ -1,4 +1,4 @@
-"""Results of a trainer that was used from Python: what `bkd-hf run` finds out along the way."""
+"""Results of a trainer used from Python, as `bkd-hf run` collects them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .teacher import TEACHER_PREFIX, gives_teacher_inputs
 
 
 def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
-    """Measure a trainer's student and teacher on its `eval_dataset`; all processes have to call it.
+    """Measure a trainer's student and teacher on its `eval_dataset`; all processes must call it.
 
     Args:
         trainer: A `BKDTrainer`.
-        dataset_name: What the data is called.
-        dataset_id: Its id on the Hub, where it is there.
+        dataset_name: Name of the data set.
+        dataset_id: Its id on the Hub, if it has one.
 
     Returns:
         The content of a `results.json` (see `bkd_hf.results`).
 
     Raises:
-        ValueError: If there is no `eval_dataset` or no class counts, or the teacher takes other inputs than the
-            student, which `eval_dataset` does not give.
+        ValueError: If there is no `eval_dataset`, there are no class counts, or `eval_dataset` lacks the teacher's
+            inputs.
     """
     counts, images = trainer.class_counts, trainer.eval_dataset
     if images is None or isinstance(images, dict) or counts is None:
@@ -64,12 +64,12 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
 
 
 def _name(model: Any) -> str:
-    """Where a model was loaded from; empty, if it was made from a configuration."""
+    """Name from which a model was loaded; empty if it was made from a configuration."""
     return getattr(getattr(model, "config", None), "_name_or_path", "")
 
 
 def _seen_by_teacher(trainer: Any) -> Any:
-    """Return the evaluation images as the teacher takes them."""
+    """Return the evaluation images as the teacher's inputs."""
     of_training, of_evaluation = map(gives_teacher_inputs, (trainer.train_dataset, trainer.eval_dataset))
     if of_training and not of_evaluation:
         raise ValueError(

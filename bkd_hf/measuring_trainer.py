@@ -1,4 +1,4 @@
-"""What a `Trainer` does when it measures: loss and metrics are added up batch by batch; no rank keeps all logits."""
+"""Evaluation in a `Trainer`: loss and metrics are accumulated batch by batch; no rank keeps all logits."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from .stopping import outlive_sigterm
 
 
 class EvaluationMeter:
-    """Loss and metrics of an evaluation, added up by each process, and then merged: each example counts once.
+    """Loss and metrics of an evaluation, accumulated per process and then merged; each example counts once.
 
     Args:
-        accelerator: Of the trainer.
-        label_smoothing: Of the cross-entropy.
-        accumulator: Of metrics; `None` for the loss alone.
+        accelerator: The trainer's.
+        label_smoothing: For the cross-entropy.
+        accumulator: For metrics; `None` to compute only the loss.
     """
 
     def __init__(self, accelerator: Accelerator, label_smoothing: float, accumulator: LongTailAccumulator | None):
         self.accelerator, self.label_smoothing, self.accumulator = accelerator, label_smoothing, accumulator
         self._sums = [torch.zeros(2, device=accelerator.device)]
         self._num_seen = 0
-        #: Examples that were answered by this process; after `finish` by all.
+        #: Examples evaluated by this process; after `finish` by all.
         self.num_answers = 0
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch of this process, without the examples that fill up the last one of all processes."""
+        """Add a batch of this process, without the examples that pad the last global batch."""
         number, rank, state = len(labels), self.accelerator.process_index, self.accelerator.gradient_state
         first = self._num_seen + rank * number
         self._num_seen += self.accelerator.num_processes * number
@@ -55,7 +55,7 @@ class EvaluationMeter:
             self.accumulator.update(logits.to("cpu", at_least_float32).numpy(), labels.cpu().numpy(), first)
 
     def finish(self) -> dict[str, float]:
-        """Merge what the processes added, and return loss and metrics; all processes have to call it."""
+        """Merge the results of all processes, and return loss and metrics; all processes must call it."""
         sums = torch.stack(self._sums).cpu().double().sum(dim=0)
         gathered = gather_object([(sums, self.num_answers, self.accumulator)])
         all_sums, answers, accumulators = zip(*gathered, strict=True)
@@ -69,7 +69,7 @@ class EvaluationMeter:
 
 
 class MeasuringTrainer(Trainer):
-    """A `Trainer` that counts each example of an evaluation once, and takes times by a clock that does not jump."""
+    """A `Trainer` that counts each evaluation example once, and measures times by a monotonic clock."""
 
     #: The long-tail metrics; `None` without class counts.
     long_tail: LongTailEvaluation | None = None
@@ -81,13 +81,13 @@ class MeasuringTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Make a loader as `Trainer`, which would give that of its own data set for another, if its workers stay."""
+        """Create a loader as `Trainer`, which with persistent workers would return the loader of its own data set."""
         if eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset:
             return super().get_eval_dataloader(eval_dataset)
         return self.get_test_dataloader(eval_dataset)
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        """Make a loader as `Trainer`; that of an evaluation gives all examples in order, whatever trainings want."""
+        """Create a loader as `Trainer`; for evaluation, one that yields all examples in order."""
         if is_training:
             return super()._get_dataloader(*args, is_training=True, **kwargs)
         told, config = self.args, self.accelerator.dataloader_config
@@ -107,9 +107,9 @@ class MeasuringTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate as `Trainer`, with a loss and metrics that are added up by each process, and then merged."""
+        """Evaluate as `Trainer`, with loss and metrics accumulated per process and then merged."""
         self.start_clock(metric_key_prefix)
-        if self.is_fsdp_enabled and not self.accelerator._models:  # accelerate spreads no model without its optimizer
+        if self.is_fsdp_enabled and not self.accelerator._models:  # accelerate shards no model without its optimizer
             self.accelerator.prepare_model(self.model, device_placement=True, evaluation_mode=True)
         self._share_buffers()
         accumulator = None
@@ -119,10 +119,9 @@ class MeasuringTrainer(Trainer):
             accumulator = self.long_tail.accumulator()
         self._evaluation = EvaluationMeter(self.accelerator, self.args.label_smoothing_factor, accumulator)
         uses_deepspeed, trains = self.is_deepspeed_enabled, self.deepspeed is not None
-        self.is_deepspeed_enabled = uses_deepspeed and trains  # which takes no model that it does not train
+        self.is_deepspeed_enabled = uses_deepspeed and trains  # DeepSpeed accepts only models that it trains
         try:
-            # Loaders take numbers from the common generator, how many depends on their workers: the training must not
-            # notice.
+            # Loaders draw from the global generator, depending on their workers; this must not affect training.
             with torch.random.fork_rng(devices=[]):
                 output = super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -142,11 +141,11 @@ class MeasuringTrainer(Trainer):
 
     @property
     def last_measured(self) -> LongTailAccumulator | None:
-        """The long-tail metrics of the last evaluation, over all processes; `None` where they were not added up."""
+        """The long-tail metrics of the last evaluation, over all processes; `None` if none were accumulated."""
         return self._evaluation.accumulator
 
     def _share_buffers(self) -> None:
-        """Have all processes use the statistics of BatchNorm that the main one saves: FSDP leaves each its own."""
+        """Broadcast the BatchNorm statistics of the main process, which it saves: under FSDP each has its own."""
         if self.is_fsdp_enabled:
             broadcast([*self.model.buffers()])
 
@@ -157,7 +156,7 @@ class MeasuringTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Predict logits; hidden states and other outputs, which some models add, are not gathered."""
+        """Predict logits; other model outputs, such as hidden states, are not gathered."""
         loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
         logits = logits[0] if isinstance(logits, tuple) else logits
         if logits is not None and labels is not None:
@@ -165,15 +164,15 @@ class MeasuringTrainer(Trainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def measure(self, dataset: Dataset, metric_key_prefix: str = "eval") -> tuple[dict, LongTailAccumulator]:
-        """Measure the model as `predict` does, but keep no logits; all processes have to call it.
+        """Measure the model as `predict` does, but without keeping logits; all processes must call it.
 
         Args:
             dataset: As for `predict`.
             metric_key_prefix: As for `predict`.
 
         Returns:
-            The metrics of `predict`, and the accumulator that has seen all examples, with post-hoc adjustment where
-            the trainer's [`LongTailEvaluation`] has a τ.
+            The metrics of `predict`, and the accumulator over all examples, with post-hoc adjustment if the trainer's
+            [`LongTailEvaluation`] has a τ.
 
         Raises:
             ValueError: Without class counts, or if the examples have no labels.
@@ -198,7 +197,7 @@ class MeasuringTrainer(Trainer):
         return output
 
     def start_clock(self, prefix: str) -> None:
-        """Begin to measure what `Trainer` reports as `{prefix}_runtime`."""
+        """Start the clock for what `Trainer` reports as `{prefix}_runtime`."""
         self._clock_offsets[prefix] = _clock_offset()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -207,7 +206,7 @@ class MeasuringTrainer(Trainer):
         super().log(logs, start_time)
 
     def _take_off_clock_jumps(self, metrics: dict[str, float]) -> None:
-        """Correct times and speeds: `Trainer` takes them from the clock on the wall, which somebody may set."""
+        """Correct times and speeds: `Trainer` uses the wall clock, which may be changed meanwhile."""
         for prefix, before in self._clock_offsets.items():
             name, jump = f"{prefix}_runtime", _clock_offset() - before
             if name in metrics and abs(jump) > 0.1:

@@ -1,10 +1,10 @@
-"""What `--method` may be, and what its parts may be: the registries of losses, and the presets.
+"""The registries of losses, and the presets of `--method`.
 
-A method is a choice from four tables: classification loss × its class weighting × distillation loss × sampler. Every
-choice runs through the same trainer, data and schedule: what differs between two methods is what their names say.
+A method combines a classification loss, its class weighting, a distillation loss and a sampler. All methods use the
+same trainer, data and schedule, and differ only in these four choices.
 
-To add a loss, write a function of logits in `losses.py` and one line in a registry below. Its arguments that are no
-inputs are its options (`--classification_loss_args`, `--distillation_loss_args`); the card reads title, source and
+To add a loss, write a function of logits in `losses.py` and add one line to a registry below. Arguments other than its
+inputs become its options (`--classification_loss_args`, `--distillation_loss_args`); the card reads title, source and
 formula from its docstring.
 """
 
@@ -40,7 +40,7 @@ from .losses import (
 )
 from .top_k import top_k_distillation_loss
 
-# What losses and mixtures are called with; their other arguments are options.
+# Inputs of losses and mixtures; their other arguments are options.
 _OF_LOSSES = {"logits", "student_logits", "teacher_logits", "labels", "class_counts", "class_weights", "reduction"}
 _OF_MIXTURES = {"epoch", "weight"}
 
@@ -51,7 +51,7 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 
 def call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-    """Call a function with what it takes of what is given."""
+    """Call a function with those of the given arguments that it accepts."""
     return function(**{name: value for name, value in given.items() if name in _parameters(function)})
 
 
@@ -77,13 +77,13 @@ class Loss:
     Attributes:
         function: Takes some of the inputs `logits` or `student_logits` and `teacher_logits` (B×C), `labels` (B),
             `class_counts` and `class_weights` (C) and `reduction` by name; all its other arguments are options.
-        shared: Options that it has in common with others: argument → name in [`BKDConfig`]. Any other argument is
-            the option LOSS_ARGUMENT, where [`BKDConfig`] has it, and can be given by `--…_loss_args`.
-        targets: Of a distillation loss: what the student imitates, the logarithm of a distribution, B×C; `None` if it
-            imitates none, and there is nothing to look at before training.
-        mixture: Of a distillation loss: weights of classification and distillation after some epochs.
+        shared: Options shared with other losses: argument → name in [`BKDConfig`]. Any other argument is the option
+            LOSS_ARGUMENT, if [`BKDConfig`] has it, and can be given by `--…_loss_args`.
+        targets: For a distillation loss: returns the logarithm of the target distribution, B×C; `None` if it has no
+            targets, so nothing can be checked before training.
+        mixture: For a distillation loss: weights of classification and distillation after some epochs.
         mean_over_examples: Whether its weighted mean divides by the number of examples, not by the sum of weights.
-        top_k: Of a distillation loss: the same of the teacher's k best classes (see `bkd_hf.top_k`), if there is one.
+        top_k: For a distillation loss: its version for the teacher's k best classes (see `bkd_hf.top_k`), if any.
     """
 
     function: Callable[..., torch.Tensor]
@@ -103,7 +103,7 @@ class Loss:
 
     @property
     def title(self) -> str:
-        """First sentence of its docstring, without the source; its name where it has none."""
+        """First line of its docstring, without the source; its name without a docstring."""
         return (self._docstring or self.function.__name__).partition("\n")[0].partition(" (")[0].rstrip(".:")
 
     @property
@@ -118,7 +118,7 @@ class Loss:
         paragraphs = re.split(r"\n\s*?\n", self._docstring)[1:]
         found = [text for text in paragraphs if text.startswith("    ")]
         if not found and len(paragraphs) == 1 and " = " in paragraphs[0]:
-            found = paragraphs  # alone, it has lost its indent: Python takes off what all lines share
+            found = paragraphs  # alone, it has lost its indent: getdoc removes the common indent
         return "\n".join(line.strip() for text in found[:1] for line in text.splitlines())
 
     @property
@@ -160,16 +160,16 @@ DISTILLATION_LOSSES: dict[str, Loss | None] = {
 CLASS_WEIGHTINGS = ("none", "reweight", "drw")
 #: What `--sampler` may be; `class_balanced` draws each class equally often (Kang et al., 2020, arXiv 1910.09217).
 SAMPLERS = ("instance", "class_balanced")
-#: What `--student_init` may be: the student's own weights, or the teacher's; `auto`: the teacher's where they fit and
-#: the teacher is not so sure of its training images that its answers bear `class_balance_power` 1.
+#: What `--student_init` may be: the student's own weights, or the teacher's; `auto`: the teacher's if they fit and
+#: `class_balance_power` is below 1, as the teacher is not confident enough on its training images for 1.
 STUDENT_INITS = ("model", "teacher", "auto")
-#: What `--head_bias` may be: as it was learned, or fitted to balanced data afterwards; `auto`: fitted for a student
-#: that favours a class, of a teacher that is not so sure of its training images as to bear `class_balance_power` 1.
+#: What `--head_bias` may be: as learned, or fitted to balanced data after training; `auto`: fitted if the student
+#: favours a class and `class_balance_power` is below 1.
 HEAD_BIASES = ("learned", "balanced", "auto")
-#: What `--distillation_prior` may be: the teacher holds the class frequencies as the counts are, or as far as its
-#: answers about training images show; `auto`: the latter if its run says that its training balanced them.
+#: What `--distillation_prior` may be: the teacher's class prior follows the counts, or is measured from its logits on
+#: training images; `auto`: measured if the record of its run says that its training balanced the classes.
 PRIORS = ("auto", "counts", "teacher")
-# Choices that correct for the class frequencies.
+# Choices that correct for class frequencies.
 _CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "ltkd", "class_balanced"}
 
 
@@ -184,10 +184,10 @@ class Method:
         sampler: One of `SAMPLERS`.
         student_init: One of `STUDENT_INITS`.
         head_bias: One of `HEAD_BIASES`.
-        class_balance_power: Of the weights in the distillation loss.
-        logit_adjustment_tau: Of the classification loss.
-        deferred_reweighting_start: Of the weights in the distillation loss.
-        teacher: The method by which its teacher is trained.
+        class_balance_power: p of the weights in the distillation loss.
+        logit_adjustment_tau: τ of the classification loss.
+        deferred_reweighting_start: Start of the weights in the distillation loss.
+        teacher: The method that trains its teacher.
     """
 
     classification_loss: str = "cross_entropy"
@@ -202,7 +202,7 @@ class Method:
     teacher: str = "ce"
 
     def options(self) -> dict[str, Any]:
-        """Options of [`BKDConfig`] that the preset gives a value."""
+        """Options of [`BKDConfig`] that the preset sets."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "teacher"}
 
 
@@ -233,7 +233,7 @@ METHODS = {
     "dist": Method(distillation_loss="dist"),
     "ltkd": Method(distillation_loss="ltkd"),
 }
-#: The preset for data and budgets of people's own, and the default of `bkd-hf run`.
+#: The preset recommended for new data, and the default of `bkd-hf run`.
 RECOMMENDED = "bkd-calibrated"
 
 
@@ -241,7 +241,7 @@ def corrects(options: Mapping[str, Any]) -> bool:
     """Whether a method corrects for the class frequencies, by loss, weights or sampler.
 
     Args:
-        options: By name, those of [`Method`] among them.
+        options: Options by name, including those of [`Method`].
     """
     parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
     return any(options.get(part) in _CORRECTING for part in parts)

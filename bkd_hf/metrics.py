@@ -1,4 +1,4 @@
-"""Long-tail metrics; the numbers are computed in `long_tail/metrics.py`, which can stand alone."""
+"""Long-tail metrics; they are computed in `long_tail/metrics.py`, which also works without this package."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def groups_of(data: dict[str, Any]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class LongTailEvaluation:
-    """[`long_tail_metrics`] as `compute_metrics` of a `Trainer`: the scalars, which it logs at every evaluation.
+    """[`long_tail_metrics`] as `compute_metrics` of a `Trainer`, which logs the scalars at every evaluation.
 
-    `BKDTrainer` adds them up batch by batch, without collecting logits.
+    `BKDTrainer` accumulates them batch by batch, without collecting logits.
 
     Args:
         class_counts: C numbers of *training* images.
@@ -71,10 +71,10 @@ class LongTailEvaluation:
         return accumulator.scalars()
 
     def accumulator(self, post_hoc_tau: float = 0.0) -> LongTailAccumulator:
-        """Return an accumulator of these metrics that has seen nothing yet."""
+        """Return an empty accumulator of these metrics."""
         return LongTailAccumulator(self.class_counts, *self.thresholds, post_hoc_tau)
 
     @property
     def thresholds(self) -> tuple[int, int]:
-        """Those of many-shot and of few-shot classes."""
+        """Thresholds of many-shot and of few-shot classes."""
         return self.many_shot_threshold, self.few_shot_threshold

@@ -33,12 +33,12 @@ from .tasks import DEFAULT_TASK, TASKS
 from .text import normal, one_line
 
 _HEAD_WIDTH = 64  # of a BERT
-#: Height and width of images for fresh weights, where nothing is said.
+#: Default height and width of images for fresh weights.
 FRESH_IMAGE_SIZE = 32
-#: Tokens of a text, where nothing is said and a model takes as many.
+#: Default number of tokens of a text, if a model accepts as many.
 MAX_LENGTH = 512
 _MAX_DEPTH = 1202  # of the paper
-_MANY_CLASSES = 7919  # a prime that no layer has for another reason
+_MANY_CLASSES = 7919  # a prime that no layer's size has by chance
 
 
 def cifar_resnet_depth(name: str) -> int | None:
@@ -89,21 +89,21 @@ def load_classifier(
     """Load a model to be trained, with a head for these classes.
 
     Args:
-        name: `cifar-resnet-20`, `-32`, `-44`, `-56`, `-110`, …, or `bert-LAYERSxWIDTH`, for fresh weights; else a
+        name: `cifar-resnet-20`, `-32`, `-44`, `-56`, `-110`, …, or `bert-LAYERSxWIDTH`, for fresh weights; otherwise a
             folder or a Hub id, whose head is replaced by a fresh one if it is for other classes.
-        class_names: Names of the C classes, kept in the model's configuration.
-        image_size: Of a fresh model.
-        cosine_scale: Scale s of a cosine head, with logits s · cos, as the margins of LDAM need it; `None` for the
-            model's own kind of head. A model of transformers is put into a [`CosineHeadForImageClassification`].
+        class_names: Names of the C classes, stored in the model's configuration.
+        image_size: Image size of a fresh model.
+        cosine_scale: Scale s of a cosine head, with logits s · cos, as needed for the margins of LDAM; `None` for the
+            model's own kind of head. A model of transformers is wrapped in a [`CosineHeadForImageClassification`].
         task: What it classifies: `"image"` or `"text"`.
-        processor: What makes its inputs: a fresh BERT is to know the tokens of this tokenizer.
+        processor: The model's processor; a fresh BERT gets the vocabulary of this tokenizer.
         from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
 
     Returns:
-        The model; its attribute `new_parameters` lists the names of those that are not from the given weights.
+        The model; its attribute `new_parameters` lists the names of parameters that are not from the given weights.
 
     Raises:
-        InputError: If there is no such model, it takes no RGB images, or it cannot have a cosine head.
+        InputError: If there is no such model, it does not accept RGB images, or it cannot have a cosine head.
     """
     overrides: dict[str, Any] = {
         "id2label": dict(enumerate(class_names)),
@@ -123,7 +123,7 @@ def load_classifier(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **overrides,
-            # The default is the type that the file has, and training in half precision loses small updates.
+            # The default is the file's dtype, and training in half precision loses small updates.
             **{"dtype": torch.float32, **from_pretrained_kwargs},
         )
         names = label_names(config)
@@ -131,7 +131,7 @@ def load_classifier(
         raise not_loadable(name, error, task) from error
     if getattr(model.config, "num_channels", 3) != 3:
         raise InputError(f"The model {name} takes images of {model.config.num_channels} channels; RGB is needed.")
-    if task == "text" and model.config.pad_token_id is None:  # then it would take no batch
+    if task == "text" and model.config.pad_token_id is None:  # needed for batches
         model.config.pad_token_id = getattr(processor, "pad_token_id", None)
     new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     answer_one_class(model)
@@ -148,7 +148,7 @@ def _fresh_classifier(
     overrides: dict[str, Any],
     cosine: dict[str, Any],
 ) -> PreTrainedModel | None:
-    """Make a model of fresh weights; `None` for a name that is of none."""
+    """Create a model with fresh weights; `None` if the name does not ask for one."""
     if (depth := cifar_resnet_depth(name)) is not None:
         config = CifarResNetConfig(depth=depth, image_size=image_size, **overrides, **cosine)
         return CifarResNetForImageClassification(config)
@@ -174,7 +174,7 @@ def _fresh_classifier(
 def load_config(
     name: str, cosine_scale: float | None = None, task: str = DEFAULT_TASK, **from_pretrained_kwargs: Any
 ) -> PreTrainedConfig:
-    """Load the configuration of a model with weights, that is to be trained (arguments as [`load_classifier`]).
+    """Load the configuration of a model with weights that will be trained (arguments as [`load_classifier`]).
 
     Raises:
         InputError: If there is no such model, it is for another task, or it cannot have a cosine head.
@@ -190,14 +190,14 @@ def load_config(
 
 
 def linear_head(config: PreTrainedConfig, name: str = "") -> str:
-    """Return the name of the linear layer that makes the logits of a model, found out by one without weights.
+    """Return the name of the linear layer that computes a model's logits, found with a model without weights.
 
     Args:
-        config: Of the model; with very many classes, no other layer has its number of outputs.
-        name: What the model is called in an error.
+        config: The model's configuration; with very many classes, no other layer has as many outputs.
+        name: Name of the model in an error.
 
     Raises:
-        InputError: If no single linear layer does, so that no cosine head can take its place.
+        InputError: If there is no single such layer, so that no cosine head can replace it.
     """
     why, found, of_classes = "its code is not part of transformers", [], []
     if type(config).__module__.startswith("transformers.") and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
@@ -221,7 +221,7 @@ def linear_head(config: PreTrainedConfig, name: str = "") -> str:
 
 
 def _with_cosine_head(model: PreTrainedModel, scale: float) -> CosineHeadForImageClassification:
-    """Put a classifier, with all its weights but the head's bias, where its features meet a cosine head."""
+    """Replace a classifier's head by a cosine head, keeping all weights except the head's bias."""
     about, head = model.config.to_dict(), linear_head(model.config)
     of_this_model = ("id2label", "label2id", "problem_type", "dtype", "_name_or_path", "transformers_version")
     config = CosineHeadConfig(
@@ -244,7 +244,7 @@ def label_names(config: PreTrainedConfig) -> list[str] | None:
 
 
 def why_not_alike(student: nn.Module, teacher: nn.Module) -> str | None:
-    """Return why a student cannot take over a teacher's weights; `None` if it can."""
+    """Return why a student cannot use a teacher's weights; `None` if it can."""
     if bare_type(student) is not bare_type(teacher):
         return f"the student is a {bare_type(student).__name__}, the teacher a {bare_type(teacher).__name__}"
     of_student, of_teacher = student.state_dict(), teacher.state_dict()
@@ -259,14 +259,14 @@ def why_not_alike(student: nn.Module, teacher: nn.Module) -> str | None:
 def start_from_teacher(
     student: nn.Module, teacher: nn.Module, class_counts: np.ndarray | None = None, prior: float = 1.0
 ) -> None:
-    """Give a student the weights of a teacher that is alike (see [`why_not_alike`]).
+    """Copy a teacher's weights to a student of the same architecture (see [`why_not_alike`]).
 
     Args:
         student: Changed in place.
-        teacher: Where the weights come from.
-        class_counts: C numbers of training images, to take the class frequencies out of the student's answers by the
-            bias of its head, where it has one, as post-hoc logit adjustment does; `None` leaves them in.
-        prior: How much of the class frequencies is in the teacher's answers, 0 to 1.
+        teacher: Source of the weights.
+        class_counts: C numbers of training images, to remove the class frequencies from the student's logits by the
+            bias of its head, if it has one, like post-hoc logit adjustment; `None` keeps them.
+        prior: κ, how much of the class frequencies the teacher's logits contain, 0 to 1.
     """
     student.load_state_dict(whole_weights(teacher), strict=True)
     if class_counts is None:
@@ -276,7 +276,7 @@ def start_from_teacher(
 
 
 def _renew_head(model: PreTrainedModel) -> set[str]:
-    """Draw fresh weights for the head, and return their names: those there are stand for other classes."""
+    """Draw fresh weights for the head, whose weights are for other classes, and return their names."""
     new = set()
     for prefix, head in head_modules(model).items():
         for module in head.modules():
@@ -296,9 +296,9 @@ def load_processor(
     task: str = DEFAULT_TASK,
     **from_pretrained_kwargs: Any,
 ) -> Any:
-    """Load what makes a model's inputs: its image processor, or tokenizer.
+    """Load a model's image processor or tokenizer.
 
-    A fresh CIFAR ResNet gets one made of the other arguments; of a fresh BERT see `fresh_tokenizer`.
+    For a fresh CIFAR ResNet, it is made from the other arguments; for a fresh BERT see `fresh_tokenizer`.
 
     Args:
         name: As for [`load_classifier`].
@@ -309,7 +309,7 @@ def load_processor(
         from_pretrained_kwargs: For `from_pretrained` (`cache_dir`, `revision`, `token`, `trust_remote_code`).
 
     Raises:
-        InputError: If there is no such model, or it comes without what makes its inputs.
+        InputError: If there is no such model, or it comes without a processor.
     """
     if cifar_resnet_depth(name) is not None:
         return ViTImageProcessorPil(
@@ -319,8 +319,8 @@ def load_processor(
             image_std=image_std or [0.5] * 3,
         )
     try:
-        # Pillow's arithmetic, also where torchvision is installed: its resizing gives slightly other pixels, and a
-        # teacher that was saved would differ from a student that is fresh.
+        # Always Pillow, even with torchvision installed, whose resizing gives slightly different pixels: a saved
+        # teacher's would differ from those of a fresh student.
         backend = {"backend": "pil"} if task == "image" else {}
         return TASKS[task].auto_processor.from_pretrained(name, **backend, **from_pretrained_kwargs)
     except Exception as error:  # as above
@@ -328,10 +328,10 @@ def load_processor(
 
 
 def check_image_size(name: str, config: PreTrainedConfig, image_size: int) -> None:
-    """Refuse a size of images that a model does not take, found out by one without weights.
+    """Check that a model accepts an image size, using a model without weights.
 
     Raises:
-        InputError: If it takes images of its own size, and none of this.
+        InputError: If it accepts images of its own size, but not of this one.
     """
 
     def why_not(size: int) -> Exception | None:
@@ -354,9 +354,9 @@ def check_image_size(name: str, config: PreTrainedConfig, image_size: int) -> No
 
 
 def prefer_channels_last(model: nn.Module) -> bool:
-    """Store the weights of a convolutional model as its kernels like them; whether there were any.
+    """Store the weights of a convolutional model channels-last; return whether there are any.
 
-    The results are the same up to rounding; on CPUs and tensor cores convolutions become faster.
+    Results are the same up to rounding; on CPUs and tensor cores, convolutions become faster.
     """
     if not any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride for module in model.modules()):
         return False  # none, or patch embeddings only
@@ -381,7 +381,7 @@ def not_loadable(name: str, error: Exception, task: str = DEFAULT_TASK) -> Input
 
 
 def load_weights_strictly(model: PreTrainedModel, checkpoint: str) -> None:
-    """Load the weights of a folder by `from_pretrained`, as users will, and every one of them.
+    """Load all weights from a folder by `from_pretrained`, as users will.
 
     Raises:
         ValueError: If names or shapes differ.

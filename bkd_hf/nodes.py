@@ -1,7 +1,7 @@
-"""Several machines, or nodes, whose disks need not be shared: the main process decides, and its files count.
+"""Several machines (nodes), with or without a shared disk: the main process decides, and its files count.
 
-A run without a common disk leaves its checkpoints and results on the main node alone. What the others have to read, a
-checkpoint or the teacher that was trained, is sent to them.
+Without a shared disk, checkpoints and results are only on the main node. Files that the other nodes must read, a
+checkpoint or the trained teacher, are sent to them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .files import UNFINISHED, replacing, write_text
 
 T = TypeVar("T")
 
-_PATIENCE = 3.0  # seconds after which what one machine has written is on a common disk for the others
-_PART = 1 << 26  # bytes that are sent at a time
+_PATIENCE = 3.0  # seconds after which other machines see a new file on a shared disk
+_PART = 1 << 26  # bytes sent at a time
 _seen: dict[Path, tuple[bool, bool]] = {}
 
 
 def on_main_process(work: Callable[[], T]) -> T:
-    """Do something in the main process alone; return in all what it returns. All processes have to call it.
+    """Call a function in the main process only, and return its result in all. All processes must call this.
 
     Raises:
-        InputError: In all processes, if the work does.
+        InputError: In all processes, if the function raises one.
     """
     found: list[Any] = [None]
     if PartialState().is_main_process:
@@ -49,18 +49,18 @@ def on_main_process(work: Callable[[], T]) -> T:
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """Have the main process go first, then one of each other node, then the rest: disks may be common or not."""
+    """Let the main process go first, then one of each other node, then the rest, for shared and separate disks."""
     state = PartialState()
     with state.main_process_first(), state.local_main_process_first():
         yield
 
 
 def check_same(told: T, refusal: Callable[[T, T], str]) -> None:
-    """Refuse what differs from process to process. All have to call it.
+    """Check that a value is the same in all processes. All must call it.
 
     Args:
-        told: By this process.
-        refusal: Called with what the main process told, and what another did; what it returns is the error.
+        told: The value in this process.
+        refusal: Called with the main process's value and another process's; returns the error message.
 
     Raises:
         InputError: In all processes.
@@ -72,9 +72,9 @@ def check_same(told: T, refusal: Callable[[T, T], str]) -> None:
 
 
 def sees_main_disk(folder: Path) -> tuple[bool, bool]:
-    """Return whether this process sees a folder of the main one, and whether all do. All have to call it.
+    """Return whether this process sees the main process's folder, and whether all do. All must call it.
 
-    Found out once for a folder and all that is in it: the main process writes a file there, for which all look.
+    The main process writes a file there, for which all look; the result is cached for a folder and its contents.
     """
     state, folder = PartialState(), folder.absolute()
     if state.num_processes == 1 or sum(gather_object([state.is_local_main_process])) == 1:
@@ -100,11 +100,11 @@ def sees_main_disk(folder: Path) -> tuple[bool, bool]:
 
 
 def send_folder(folder: Path, run_folder: Path) -> None:
-    """Give nodes that do not see the main one's disk the files in a folder there; not those in its folders.
+    """Send the files of a folder (not its subfolders) to nodes that do not see the main node's disk.
 
     Args:
-        folder: Of a run. All processes have to call it, each with its own path.
-        run_folder: The run's.
+        folder: A folder of a run. All processes must call this, each with its own path.
+        run_folder: The run's folder.
     """
     sees, all_see = sees_main_disk(run_folder)
     if all_see:
@@ -125,7 +125,7 @@ def send_folder(folder: Path, run_folder: Path) -> None:
 
 @contextmanager
 def kept_by_main(folder: Path, run_folder: Path) -> Iterator[Path]:
-    """Give a folder to write to, whose files lie in this one on the main node's disk then. All have to call it."""
+    """Yield a folder to write to, whose files end up in this folder on the main node's disk. All must call it."""
     sees, all_see = sees_main_disk(run_folder)
     if all_see:
         yield folder

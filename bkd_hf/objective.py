@@ -1,4 +1,4 @@
-"""What is optimised: one object made of the options and the class counts."""
+"""The training objective, built from the options and the class counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .top_k import TopK
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is, by optimizer steps.
+    """Training progress, measured in optimizer steps.
 
     Attributes:
         epoch: Epochs trained, e.g. 12.5.
@@ -38,22 +38,21 @@ class Objective:
 
         L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + p · log w) ‖ softmax(z_s / T) )
 
-    All is derived from the options when it is used: options that change, change the objective.
+    Everything is derived from the options on use, so changing an option changes the objective.
 
     Args:
         options: A [`BKDConfig`].
-        class_counts: C numbers of training images, where they are known.
+        class_counts: C numbers of training images, if known.
         device: Where the logits are.
-        has_teacher: Whether there is a teacher; without one the classification loss alone is left.
-        known_classes: Numbers of the classes that the teacher knows, where these are not all. The distillation loss
-            is then one between distributions over these, and examples of other classes have none: nothing is taught
-            about a class that the teacher has no idea of.
+        has_teacher: Whether there is a teacher; without one, only the classification loss is used.
+        known_classes: Numbers of the classes that the teacher knows, if not all. The distillation loss then compares
+            distributions over these classes only, and is 0 for examples of other classes.
         classification_loss: Used instead of the option's: called with logits (B×C) and labels (B), it returns B
             values, which are multiplied by the labels' class weights.
         distillation_loss: Used instead of the option's: called with the logits of student and teacher (B×C), labels
             (B) and class weights (C), it returns B values.
-        look: Looks at the targets (see `bkd_hf.targets.look`), or returns `None` if it cannot; called where
-            `class_balance_power` is `"measured"`, or `distillation_prior` is `"teacher"`.
+        look: Measures the targets (see `bkd_hf.targets.look`), or returns `None` if it cannot; called if
+            `class_balance_power` is `"measured"` or `distillation_prior` is `"teacher"`.
     """
 
     def __init__(
@@ -91,10 +90,10 @@ class Objective:
 
         Args:
             z_s: Student logits, B×C.
-            z_t: Teacher logits, B×C, or what [`top_k`] takes of them; `None` for the classification loss alone.
-            is_top_k: Whether it is the latter.
+            z_t: Teacher logits, B×C, or what [`top_k`] keeps of them; `None` for the classification loss alone.
+            is_top_k: Whether `z_t` is what [`top_k`] keeps.
             y: Labels, B; −100 is ignored.
-            progress: Decides about deferred weights and warm-up.
+            progress: Training progress, for deferred weights and warm-up.
 
         Raises:
             ValueError: If a loss does not return one value per example.
@@ -114,8 +113,8 @@ class Objective:
         _per_example("classification", values, y)
         if w is None or self.loss("classification_loss").mean_over_examples:  # type: ignore[union-attr]
             return values
-        # A weighted mean divides by the sum of the weights over the whole step. Divided by their mean instead, the
-        # values of all losses have one and the same plain mean.
+        # A weighted mean divides by the sum of the weights over the whole step. Dividing the values by the mean weight
+        # instead lets all losses use the same plain mean.
         mean = progress.mean_weight
         return values / (example_weights(y, w, like=w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
 
@@ -131,7 +130,7 @@ class Objective:
 
     @property
     def top_k(self) -> TopK | None:
-        """What is kept of the teacher's logits where `teacher_cache_top_k` asks for it; `None` where it does not."""
+        """What `teacher_cache_top_k` keeps of the teacher's logits; `None` if the option is not set."""
         options = self.options
         if options.teacher_cache_top_k is None or not self.has_teacher or not self.distils:
             return None
@@ -159,11 +158,11 @@ class Objective:
         return call(self.loss("distillation_loss").top_k, given)  # type: ignore[union-attr, arg-type]
 
     def log_targets(self, z_t: torch.Tensor, power: float | None = None) -> torch.Tensor:
-        """What the student imitates in the end: the logarithm of a distribution over the classes, B×C.
+        """Logarithm of the target distribution at the end of training, B×C.
 
         Args:
             z_t: Teacher logits, B×C.
-            power: Of the class weights; that of the options if not given.
+            power: Power of the class weights; that of the options if not given.
         """
         targets = self.loss("distillation_loss").targets  # type: ignore[union-attr]
         w = self._raised(self.final_weights(), power) if self.balances_distillation else None
@@ -196,7 +195,7 @@ class Objective:
         return self._raised(deferred_weights(self.final_weights(), start, progress.epoch, progress.num_epochs))
 
     def final_weights(self) -> torch.Tensor:
-        """The C weights by the effective number, as they are once they are in force."""
+        """The C weights by the effective number, without deferral."""
         beta = self.options.class_balance_beta
         if beta not in self._weights_of:
             weights = class_balanced_weights(self.known_class_counts(), beta)
@@ -212,7 +211,7 @@ class Objective:
     # ---- What the options choose ----------------------------------------------------------------------------------
 
     def loss(self, part: str) -> Loss | None:
-        """The registry's line for `"classification_loss"` or `"distillation_loss"`, or an own one; `None` for none."""
+        """The registry entry for `"classification_loss"` or `"distillation_loss"`, or the user's; `None` for none."""
         registry = CLASSIFICATION_LOSSES if part == "classification_loss" else DISTILLATION_LOSSES
         line, own = registry[getattr(self.options, part)], self.own[part]
         return line if own is None else Loss(own, mixture=constant if line is None else line.mixture)
@@ -224,7 +223,7 @@ class Objective:
 
     @property
     def has_known_targets(self) -> bool:
-        """Whether it is known what the student imitates (see [`log_targets`])."""
+        """Whether the distillation targets are known (see [`log_targets`])."""
         loss = self.loss("distillation_loss")
         return loss is not None and loss.targets is not None
 
@@ -246,7 +245,7 @@ class Objective:
 
     @property
     def prior(self) -> float:
-        """κ, how much of the class frequencies the teacher is taken to hold: all, or as much as was measured."""
+        """κ, the share of the class frequencies that the teacher is assumed to have learned: 1, or as measured."""
         if self.options.distillation_prior != "teacher" or not self.balances_distillation:
             return 1.0
         return self._measured("prior_in_teacher", "--distillation_prior teacher", "--distillation_prior counts")
@@ -264,16 +263,16 @@ class Objective:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether there is a teacher whose answers about training images do not bear the power 1."""
+        """Whether there is a teacher, and the power is below 1."""
         return self.has_teacher and self.distils and self.power < 1
 
     @property
     def tau(self) -> float:
         """τ of the logit-adjusted classification loss.
 
-        `"auto"` is 1 + κ · (1 − p · T), at least 0. With κ = 1 that is 2 − p · T: the targets take the class
-        frequencies out p · T times, the labels the rest of twice. With p = 1/T both do so once; with the paper's
-        p = 1, at T = 2, the labels not at all, as there.
+        `"auto"` is 1 + κ · (1 − p · T), at least 0. With κ = 1, this is 2 − p · T: the targets remove the class
+        frequencies p · T times, and the loss on the labels 2 − p · T times. At p = 1/T each removes them once. At the
+        paper's p = 1 and T = 2, the loss on the labels does not remove them, as in the paper.
         """
         tau = self.options.logit_adjustment_tau
         if tau != "auto":
@@ -284,7 +283,7 @@ class Objective:
 
     @property
     def settled(self) -> dict[str, float]:
-        """The numbers that options came out as which the losses look at and which may be left open: p, κ, τ."""
+        """The resolved values of the options that the losses use and that may be `auto` or `measured`: p, κ, τ."""
         found = {}
         if self.has_teacher and self.balances_distillation:
             found = {"class_balance_power": self.power, "distillation_prior": self.prior}
@@ -293,12 +292,12 @@ class Objective:
         return found
 
     def _raised(self, weights: torch.Tensor, power: float | None = None) -> torch.Tensor:
-        """The weights to the power of p · κ, as all distillation losses get them, own ones too."""
+        """The weights to the power of p · κ, as passed to all distillation losses, user-defined ones too."""
         power = self.power * self.prior if power is None else power
         return weights if power == 1 else weights.pow(power)
 
     def _arguments(self, part: str) -> dict[str, Any]:
-        """Values of the options of a loss, with a number for `auto`; the power is in the weights already."""
+        """Option values of a loss, with `auto` resolved; without the power, which the weights already include."""
         arguments = self.options.loss_arguments(part) if self.own[part] is None else {}
         if "power" in self.loss(part).shared:  # type: ignore[union-attr]
             arguments.pop("power", None)
@@ -321,11 +320,11 @@ class Objective:
         self.mixture(0.0)
 
     def check(self, model_config: Any) -> None:
-        """Notice what cannot work with a student, before training.
+        """Check, before training, that the objective works with a student.
 
         Raises:
             ValueError: If there is a teacher but no distillation, a class that needs images has none, or the student
-                does not have the head that `head` or `ldam` ask for.
+                does not have the head that `head` or `ldam` requires.
         """
         options = self.options
         if self.has_teacher and not self.distils:
@@ -338,13 +337,13 @@ class Objective:
             check_head(options, model_config)
 
     def check_empty_classes(self, class_names: Mapping[int, str]) -> None:
-        """Notice a class without a training image where its number is needed.
+        """Check that no class is without training images, if the losses need their number.
 
         Args:
-            class_names: Names by number; a class without one is called by its number.
+            class_names: Names by number; a class without a name is called by its number.
 
         Raises:
-            InputError: If there is one, naming it.
+            InputError: If there is such a class; the message names it.
         """
         options, needing = self.options, []
         if options.class_weighting != "none":
@@ -363,7 +362,7 @@ class Objective:
 
 
 def check_head(options: Any, model_config: Any) -> None:
-    """Notice a student whose head, as its configuration tells, is not the one that is asked for.
+    """Check that a student's head, according to its configuration, is the requested one.
 
     Raises:
         InputError: If it is not.
@@ -407,6 +406,6 @@ def _per_example(kind: str, losses: torch.Tensor, labels: torch.Tensor) -> torch
 
 
 def _among(classes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Number labels by their place among some classes; −100 for all others."""
+    """Renumber labels by their position among some classes; −100 for all other classes."""
     places = (labels[:, None] == classes).int()
     return torch.where(places.any(dim=1), places.argmax(dim=1), IGNORE_INDEX)

@@ -1,7 +1,7 @@
-"""The student of a finished run without torch: `onnx/model.onnx`, and `onnx/model_quantized.onnx` in 8-bit integers.
+"""ONNX export of a finished run's student: `onnx/model.onnx`, and `onnx/model_quantized.onnx` in 8-bit integers.
 
-The first answers as torch does, or there is none. The second is a fourth of the size; what rounding costs falls on
-rare classes first, whose answers have the smallest margins, so accuracies are told by group.
+The first is only kept if its outputs match torch's. The second has a fourth of the size. As rounding first affects
+rare classes, which have the smallest margins, accuracies are reported by group.
 """
 
 from __future__ import annotations
@@ -48,27 +48,27 @@ from .teacher import load_teacher
 from .text import one_line
 from .views import output_size
 
-#: Evaluation images that each is asked about at most, of each class in proportion, and one at least: three models on a
-#: CPU could take hours for more, and what rounding costs is seen on these.
+#: Most evaluation images used, in proportion to the classes, at least one of each. More could take three models hours
+#: on a CPU, and these show the cost of rounding.
 EVALUATION_IMAGES = 10_000
 _BATCH = 32
 
 
 def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
-    """Export the student of a finished run, and tell of it in its results, figures and card; in one process.
+    """Export the student of a finished run, and update its results, figures and card; in one process.
 
-    What was exported already, and is whole, stays as it is.
+    A complete earlier export is kept.
 
     Args:
-        arguments: What the run was told (see [`recorded_arguments`]).
-        say: Tells the user.
+        arguments: The run's arguments (see [`recorded_arguments`]).
+        say: Prints a message.
 
     Returns:
         The content of `results.json`, with the section `export`.
 
     Raises:
-        InputError: If libraries are missing, the data are not those of the run, the model cannot be exported, or its
-            file answers otherwise than torch. There is no file then.
+        InputError: If libraries are missing, the data are not those of the run, the model cannot be exported, or the
+            file's outputs differ from torch's. No file is written then.
     """
     check_of_images("--export onnx", arguments.model.task)
     import_onnx()
@@ -81,11 +81,11 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
     lock(folder)
     for name in ONNX_FILES.values():
         (folder / name).unlink(missing_ok=True)
-    if results.pop("export", None):  # nothing tells of what is not there
+    if results.pop("export", None):  # results must not list deleted files
         save_json(results, folder / RESULTS_NAME)
     results["export"] = _export(arguments, results, say)
     save_json(results, folder / RESULTS_NAME)
-    (folder / "figures" / FIGURE_NAME).unlink(missing_ok=True)  # of an earlier export
+    (folder / "figures" / FIGURE_NAME).unlink(missing_ok=True)  # from an earlier export
     save_plots(results, folder / "figures", only_missing=True)
     card = build(results, arguments.repo_id, **choices_of_card(folder / CARD_NAME))
     write_text(folder / CARD_NAME, str(card))
@@ -95,11 +95,11 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
 
 
 def recorded_arguments(folder: Path, option: str = "--export onnx") -> RunArguments:
-    """Return what the run in a folder was told about its models and data, from its own record.
+    """Return a run's arguments about models and data, from the record in its folder.
 
     Args:
-        folder: Of the run.
-        option: What needs it.
+        folder: The run's folder.
+        option: The option that needs it, for messages.
 
     Raises:
         InputError: If there is no record.
@@ -131,7 +131,7 @@ def _export(arguments: RunArguments, results: dict[str, Any], say: Announcer) ->
     metadata, size = describe(processor, names), output_size(processor)
     for name in ONNX_FILES.values():
         (folder / name).parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=(folder / ONNX_FILES["onnx"]).parent) as place:  # nothing unchecked stays
+    with tempfile.TemporaryDirectory(dir=(folder / ONNX_FILES["onnx"]).parent) as place:  # until files are checked
         paths = {name: Path(place, f"{name}.onnx") for name in ONNX_FILES}
         to_onnx(student, size, paths["onnx"], metadata)
         quantize(paths["onnx"], paths["int8"], (pixels for pixels, _ in _batches(calibration)), metadata)
@@ -171,7 +171,7 @@ def _export(arguments: RunArguments, results: dict[str, Any], say: Announcer) ->
 def _images(
     arguments: RunArguments, results: dict[str, Any], processor: BaseImageProcessor
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Training images to calibrate by, and those of the evaluation, as the model takes them."""
+    """Training images for calibration, and evaluation images, as the model's inputs."""
     splits, data = load_splits(arguments), results["data"]
     recorded = {"train": data["fingerprint"], "eval": data["eval_fingerprint"]}
     if any(fingerprint_like(recorded[name], split) != recorded[name] for name, split in splits.items()):
@@ -182,7 +182,7 @@ def _images(
     chosen = choose_calibration_images(labels_of(splits["train"]), results["seed"])
     number = max(EVALUATION_IMAGES, len(data["class_names"]))
     asked = limit_examples(splits["eval"], number, "export", results["seed"])
-    # Not kept: each is seen once.
+    # Not cached, as each is used once.
     views = [ImageDataset(split, processor, cache_images="none") for split in (splits["train"].select(chosen), asked)]
     return views[0], views[1]
 
@@ -197,7 +197,7 @@ def _batches(images: ImageDataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def _load_teacher(
     arguments: RunArguments, results: dict[str, Any], say: Announcer
 ) -> tuple[nn.Module, tuple[int, int]] | None:
-    """The run's teacher, and height and width of its images; `None` if there is none, or it is not there any more."""
+    """The run's teacher, and height and width of its images; `None` if there is none, or it was deleted."""
     if results["teacher"] is None:
         return None
     own = Path(arguments.training.output_dir, TEACHER_FOLDER)
@@ -214,5 +214,5 @@ def _load_teacher(
 
 
 def _num_bytes(model: nn.Module) -> int:
-    """Size of the weights, in the type that they have in memory."""
+    """Size of the weights in memory, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

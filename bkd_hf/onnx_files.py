@@ -1,4 +1,4 @@
-"""A classifier as an ONNX file: written, rounded to 8-bit integers, compared with torch, and how fast each answers."""
+"""A classifier as an ONNX file: export, 8-bit quantization, comparison with torch, and latency."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from .schema import GroupAccuracies
 from .text import one_line
 from .views import output_size
 
-#: Of the ONNX operators: what `torch.onnx` writes of itself, and onnxruntime reads since 1.14.
+#: Version of the ONNX operators: the default of `torch.onnx`, supported by onnxruntime since 1.14.
 OPSET = 18
-#: Largest difference of a logit from torch's, as a share of the largest logit, or of 1 if that is larger.
+#: Largest difference of a logit from torch's, relative to the largest logit, or to 1 if that is larger.
 TOLERANCE = 1e-3
-#: Training images that tell the range of activations: as many of each class as there are, and in all about.
+#: Approximate number of training images for the range of activations, balanced over the classes as far as possible.
 CALIBRATION_IMAGES = 512
-#: Images that are answered at once, where time is measured.
+#: Batch sizes for measuring latency.
 BATCH_SIZES = (1, 32)
-#: Of a measurement of time: how many, and at least how long.
+#: Number of time windows of a measurement, and their minimal length.
 WINDOWS, WINDOW_SECONDS = 5, 0.05
 
 _MAX_CALIBRATION_IMAGES = 2048  # where there are more classes than CALIBRATION_IMAGES
-_QUANTIZED = ("Conv", "Gemm", "MatMul")  # nearly all of the time; what lies between keeps its digits
+_QUANTIZED = ("Conv", "Gemm", "MatMul")  # nearly all of the time; other operations keep their precision
 
 Answer = Callable[[np.ndarray], np.ndarray]
 
 
 def import_onnx() -> None:
-    """Import what an export needs; raises an `InputError` where it is not installed."""
+    """Import the libraries for an export; raises an `InputError` if they are not installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -58,7 +58,7 @@ def import_onnx() -> None:
 
 
 class _Logits(nn.Module):
-    """A classifier of transformers that gives B×C logits, and nothing else."""
+    """A classifier of transformers that returns only B×C logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -69,7 +69,7 @@ class _Logits(nn.Module):
 
 
 def describe(processor: BaseImageProcessor, class_names: list[str]) -> dict[str, str]:
-    """Return what an ONNX file says of itself: its classes, in order, and what makes its input of an image."""
+    """Return the metadata of an ONNX file: its classes, in order, and the processing of images."""
     settings = json.loads(processor.to_json_string())
     normalisation = {name: settings.get(name) for name in ("image_mean", "image_std", "rescale_factor")}
     told = {"class_names": class_names, "image_size": output_size(processor), **normalisation, "processor": settings}
@@ -82,8 +82,8 @@ def to_onnx(model: nn.Module, size: tuple[int, int], path: Path, metadata: Mappi
     Args:
         model: In evaluation mode.
         size: H, W.
-        path: Of the file.
-        metadata: What it is to say of itself.
+        path: Path of the file.
+        metadata: Metadata of the file.
 
     Raises:
         InputError: If it cannot be exported.
@@ -103,9 +103,9 @@ def to_onnx(model: nn.Module, size: tuple[int, int], path: Path, metadata: Mappi
             )
             program.save(path, external_data=False)
             _finish(path, metadata)
-    except OSError:  # of the disk, not of the model
+    except OSError:  # a disk error, not one of the model
         raise
-    except Exception as error:  # whatever the exporter raises
+    except Exception as error:  # the exporter may raise any exception
         why = one_line(first_line(error.__cause__ or error), 300)
         raise InputError(
             f"--export onnx: {type(model).__name__} is not exportable, because {why}. The run itself is whole: use "
@@ -114,16 +114,16 @@ def to_onnx(model: nn.Module, size: tuple[int, int], path: Path, metadata: Mappi
 
 
 def quantize(path: Path, to: Path, batches: Iterable[np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write an ONNX file once more, with weights and activations of its heavy layers in 8 bits (static, QDQ).
+    """Quantize an ONNX file: weights and activations of its heavy layers in 8 bits (static, QDQ).
 
-    Weights have a scale for each output channel and 7 bits, with which the answers are the same on every processor.
-    The range of an activation is what it takes for the given images.
+    Weights use a scale per output channel and 7 bits, so that outputs are the same on every processor. The range of an
+    activation is determined on the given images.
 
     Args:
         path: The file.
         to: The new file.
-        batches: B×3×H×W float32, to calibrate by.
-        metadata: What it is to say of itself.
+        batches: B×3×H×W float32, for calibration.
+        metadata: Metadata of the new file.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -145,15 +145,15 @@ def quantize(path: Path, to: Path, batches: Iterable[np.ndarray], metadata: Mapp
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            reduce_range=True,  # x86 without VNNI adds two products in 16 bits, which 8-bit weights overflow
+            reduce_range=True,  # x86 without VNNI adds two products in 16 bits, which overflows with 8-bit weights
             op_types_to_quantize=list(_QUANTIZED),
-            extra_options={"MatMulConstBOnly": True},  # weights, not attention
+            extra_options={"MatMulConstBOnly": True},  # products with weights, not in attention
         )
         _finish(to, metadata)
 
 
 def _finish(path: Path, metadata: Mapping[str, str]) -> None:
-    """Have a file say what it is, and not where on this machine it was made."""
+    """Add metadata to a file, and remove local paths."""
     import onnx
 
     model = onnx.load(path)
@@ -167,7 +167,7 @@ def _finish(path: Path, metadata: Mapping[str, str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Have libraries keep their advice to themselves."""
+    """Silence warnings and logs of libraries."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -182,7 +182,7 @@ def _quiet() -> Iterator[None]:
 
 
 def torch_answers(model: nn.Module) -> Answer:
-    """Return a model as a function of B×3×H×W numbers."""
+    """Return a torch model as a function of B×3×H×W numbers."""
 
     def answer(pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
@@ -192,12 +192,12 @@ def torch_answers(model: nn.Module) -> Answer:
 
 
 def onnx_answers(path: Path, threads: int) -> Answer:
-    """Return an ONNX file as the same, on the CPU."""
+    """Return an ONNX file as a function of B×3×H×W numbers, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # beside what else is measured
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # spinning would slow the other models
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {"pixel_values": pixels})[0]
 
@@ -208,15 +208,15 @@ def compare(
     """Measure the student in torch, as ONNX and in int8 on the same images.
 
     Args:
-        answers: By these names: `student`, `onnx`, `int8`.
-        batches: Of the evaluation: B×3×H×W float32, and B labels.
+        answers: The models by name: `student`, `onnx`, `int8`.
+        batches: Evaluation batches: B×3×H×W float32, and B labels.
         evaluation: The metrics.
 
     Returns:
-        Accuracies by name, the largest difference of a logit between ONNX and torch, and what it may be.
+        Accuracies by name, the largest difference of a logit between ONNX and torch, and its limit.
 
     Raises:
-        InputError: If it is larger.
+        InputError: If the difference exceeds the limit.
     """
     meters = {name: evaluation.accumulator() for name in answers}
     differences, sizes = [], [1.0]
@@ -227,7 +227,7 @@ def compare(
         for name, meter in meters.items():
             meter.update(logits[name], labels)
     difference, tolerance = float(np.max(differences)), float(TOLERANCE * np.max(sizes))
-    if not difference <= tolerance:  # or no number
+    if not difference <= tolerance:  # also for NaN
         raise InputError(
             f"--export onnx: the file's logits differ from torch's by up to {difference:.2g} on the evaluation "
             f"images, more than {tolerance:.2g}, so it was not kept. The run itself is whole: use its student with "
@@ -242,10 +242,10 @@ def compare(
 
 
 def latencies(answers: Mapping[str, Answer], sizes: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, float]]:
-    """Return the seconds that each takes for 1 and for 32 images: the median of windows, in which they take turns.
+    """Return the seconds of each model for 1 and for 32 images: the median of windows, in which they take turns.
 
     Args:
-        answers: By name.
+        answers: The models by name.
         sizes: H, W of their images.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in answers}
@@ -255,7 +255,7 @@ def latencies(answers: Mapping[str, Answer], sizes: Mapping[str, tuple[int, int]
         windows: dict[str, list[float]] = {name: [] for name in answers}
         for _ in range(WINDOWS):
             for name, answer in answers.items():
-                answer(pixels[name])  # caches are another's
+                answer(pixels[name])  # warm-up: the caches hold another model's data
                 begin, calls = time.perf_counter(), 0
                 while (elapsed := time.perf_counter() - begin) < WINDOW_SECONDS or not calls:
                     answer(pixels[name])
@@ -267,11 +267,11 @@ def latencies(answers: Mapping[str, Answer], sizes: Mapping[str, tuple[int, int]
 
 
 def choose_calibration_images(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return the indices of about `CALIBRATION_IMAGES` training images, as many of each class, or all that it has.
+    """Return the indices of about `CALIBRATION_IMAGES` training images, equally many per class, or all it has.
 
     Args:
         labels: N class numbers.
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
     num_classes = labels.max(initial=0) + 1
     most = max(1, CALIBRATION_IMAGES // max(1, len(np.unique(labels))))

@@ -1,8 +1,8 @@
-"""Operations on the pixels of training images, after the view is chosen: a table, one line and one pure function each.
+"""Operations on the pixels of training images, after the view is chosen: a table with one line and function each.
 
-Their random numbers are hashes of (seed, epoch, index), as those of the views. Lists of kernels, their magnitudes and
-the kernels themselves are those of the papers and, to the byte, of torchvision for PIL images: the nearest pixel is
-shown, black outside. Only magnitudes are exact here, and rounded to single precision there.
+Their random numbers are hashes of (seed, epoch, index), like those of the views. Kernels, lists of kernels and
+magnitudes are those of the papers, and equal torchvision's for PIL images to the byte (nearest pixel, black outside),
+except that torchvision rounds magnitudes to single precision.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from .augmentations import first_fitting_box
 
-#: Width and height of the view by which magnitudes are chosen: the student's. What is moved or erased in pixels of it
-#: is the same share of a teacher's view of another size.
+#: Width and height of the view that defines magnitudes: the student's. Shifts and erased areas, in its pixels, are the
+#: same fractions of a teacher's view of another size.
 Size = tuple[int, int]
 
 
 class Operation(NamedTuple):
-    """What may be done to each training image.
+    """An operation on training images.
 
     Attributes:
-        apply: Function of an image (H×W×3 bytes, red first), `num_draws` numbers in [0, 1) and the size by which
-            magnitudes are chosen. Returns H×W×3 bytes.
-        num_draws: Random numbers for an image.
-        title: What the card calls it.
-        source: Number of the paper on arXiv; `None` for what has none.
+        apply: Function of an image (H×W×3 bytes, red first), `num_draws` numbers in [0, 1) and the size that defines
+            magnitudes. Returns H×W×3 bytes.
+        num_draws: Random numbers per image.
+        title: Name in the card.
+        source: Number of the paper on arXiv; `None` if it has none.
     """
 
     apply: Callable[[np.ndarray, np.ndarray, Size], np.ndarray]
@@ -44,13 +44,13 @@ class Ranges(NamedTuple):
     """The largest magnitudes.
 
     Attributes:
-        size: Width and height of the view in whose pixels images are moved.
-        right: Pixels by which images are moved to the right, or left.
-        down: Pixels by which they are moved down, or up.
-        shear: Pixels by which a row or column is moved more than the one before.
+        size: Width and height of the view in whose pixels shifts are given.
+        right: Horizontal shift in pixels, in either direction.
+        down: Vertical shift in pixels, in either direction.
+        shear: Pixels by which a row or column is shifted more than the one before.
         angle: In degrees, counter-clockwise.
-        factor: By which brightness, colour, contrast and sharpness grow or fall, 1 being all of it.
-        bits: That are left of the 8 of a byte.
+        factor: Relative change of brightness, colour, contrast and sharpness, up to 1.
+        bits: Remaining bits of each byte.
     """
 
     size: Size
@@ -63,12 +63,12 @@ class Ranges(NamedTuple):
 
 
 def usual_ranges(size: Size) -> Ranges:
-    """Of AutoAugment and RandAugment: 150 of 331 pixels, as on ImageNet, whatever the size of the image."""
+    """Ranges of AutoAugment and RandAugment: 150 of 331 pixels, as on ImageNet, for any image size."""
     return Ranges(size, 150 / 331 * size[0], 150 / 331 * size[1], shear=0.3, angle=30, factor=0.9, bits=4)
 
 
 def wide_ranges(size: Size) -> Ranges:
-    """Of TrivialAugment: 32 pixels, whatever the size of the image."""
+    """Ranges of TrivialAugment: 32 pixels for any image size."""
     return Ranges(size, 32, 32, shear=0.99, angle=135, factor=0.99, bits=2)
 
 
@@ -83,7 +83,7 @@ def _move(image: Image.Image, right: float, down: float, size: Size) -> Image.Im
     return _affine(image, 1, 0, -x, 0, 1, -y)
 
 
-#: Functions of an image, a share of the largest magnitude in [-1, 1] (its sign means nothing to some), and `Ranges`.
+#: Functions of an image, a fraction of the largest magnitude in [-1, 1] (some ignore the sign), and `Ranges`.
 KERNELS: dict[str, Callable[[Image.Image, float, Ranges], Image.Image]] = {
     "Identity": lambda image, share, most: image,
     "ShearX": lambda image, share, most: _affine(image, 1, share * most.shear, 0, 0, 1, 0),
@@ -101,14 +101,14 @@ KERNELS: dict[str, Callable[[Image.Image, float, Ranges], Image.Image]] = {
     "Equalize": lambda image, share, most: ImageOps.equalize(image),
     "Invert": lambda image, share, most: ImageOps.invert(image),
 }
-#: Those of RandAugment and TrivialAugment.
+#: The kernels of RandAugment and TrivialAugment.
 COMMON_KERNELS = [name for name in KERNELS if name != "Invert"]
 
 
 # ---- Operations ---------------------------------------------------------------------------------------------------
 
-#: The 25 sub-policies found for CIFAR-10 (arXiv 1805.09501, appendix): twice a kernel, its probability and magnitude,
-#: 0 to 9, which means nothing to some.
+#: The 25 sub-policies for CIFAR-10 (arXiv 1805.09501, appendix): two kernels, each with its probability and magnitude
+#: (0 to 9; some kernels ignore it).
 CIFAR10_POLICY = (
     (("Invert", 0.1, 7), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
     (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)), (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
@@ -145,16 +145,16 @@ def randaugment(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray
 
 
 def trivialaugment_wide(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
-    """One kernel of 14, at a magnitude of 0 to 30; the kernels reach further than those of RandAugment."""
+    """One kernel of 14, at a magnitude of 0 to 30, with wider ranges than RandAugment."""
     kernel, magnitude, sign = draws
     apply = KERNELS[COMMON_KERNELS[int(kernel * len(COMMON_KERNELS))]]
     return np.asarray(apply(Image.fromarray(pixels), _signed(int(magnitude * 31) / 30, sign), wide_ranges(size)))
 
 
 def cutout(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
-    """Black square of half the (shorter) side around any pixel; what sticks out of the image is cut off.
+    """Black square of half the (shorter) side around any pixel, clipped at the image's border.
 
-    Black as in the long-tail recipes, which erase before they normalise; the paper's code erases after that, to the
+    It is black as in the long-tail recipes, which erase before normalising; the paper's code erases after it, to the
     mean.
     """
     (x, y), half = (int(draw * side) for draw, side in zip(draws, size, strict=True)), min(size) // 4
@@ -164,13 +164,13 @@ def cutout(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
 def random_erasing(pixels: np.ndarray, draws: np.ndarray, size: Size) -> np.ndarray:
     """Black rectangle of 2 to 40 % of the image at an aspect ratio of 0.3 to 1/0.3, half of the time.
 
-    Black, so that models that see the image at different sizes see the same; of the paper's fills it is one.
+    It is black, one of the paper's fills, so that models with different image sizes see the same.
     """
     box = first_fitting_box(*size, draws[1:], (0.02, 0.4), (0.3, 1 / 0.3)) if draws[0] < 0.5 else None
     return pixels if box is None else _erase(pixels, box, size)
 
 
-#: By name; further ones of a user are choices too.
+#: By name; users can add their own.
 OPERATIONS = {
     "autoaugment": Operation(autoaugment, 5, "AutoAugment by the policy for CIFAR-10", "1805.09501"),
     "randaugment": Operation(randaugment, 4, "RandAugment", "1909.13719"),
@@ -185,9 +185,9 @@ def operate(images: np.ndarray, names: Sequence[str], draws: Sequence[np.ndarray
 
     Args:
         images: B×H×W×3 bytes, red first.
-        names: Of the operations.
+        names: Names of the operations.
         draws: For each of them, B×`num_draws` numbers in [0, 1).
-        size: Width and height by which magnitudes are chosen.
+        size: Width and height that define magnitudes.
 
     Returns:
         B×H×W×3 bytes.

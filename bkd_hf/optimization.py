@@ -1,4 +1,4 @@
-"""Of optimizers and learning-rate schedules what `transformers` does not have."""
+"""Optimizers and learning-rate schedules that `transformers` lacks."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class StepDecay:
     """Factor of the initial learning rate at an optimizer step: linear warm-up by epochs, then steps.
 
     As in the long-tail literature (Cao et al., 2019): constant within an epoch, (e + 1)/n of the rate in epoch e of n
-    warm-up epochs, and given factors of the *initial* rate from given epochs on. For `LambdaLR`, which saves the
-    attributes of such an object in its state.
+    warm-up epochs, and given factors of the *initial* rate from given epochs on. `LambdaLR` saves the attributes of
+    such an object in its state.
 
     Args:
         steps_per_epoch: Optimizer steps per epoch.
         warmup_epochs: n.
         step_epochs: Increasing epochs, counted from 0.
-        step_factors: As many factors.
+        step_factors: One factor for each of `step_epochs`.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class StepDecay:
 
 
 def with_own_rates(groups: list[dict[str, Any]], rates: Mapping[nn.Parameter, float]) -> list[dict[str, Any]]:
-    """Return an optimizer's parameter groups, cut so that some parameters have learning rates of their own."""
+    """Return an optimizer's parameter groups, split so that some parameters have their own learning rates."""
     cut = []
     for group in groups:
-        # Those without a rate of their own stay apart from others that happen to have the same.
+        # Parameters without their own rate stay separate from others that happen to have the same.
         of_rate: dict[tuple[bool, float], list[nn.Parameter]] = {(False, group["lr"]): []}
         for parameter in group["params"]:
             of_rate.setdefault((parameter in rates, rates.get(parameter, group["lr"])), []).append(parameter)
@@ -66,15 +66,15 @@ def with_own_rates(groups: list[dict[str, Any]], rates: Mapping[nn.Parameter, fl
 
 
 def layer_depths(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Tell how deep each parameter lies, by blocks: 0 below the first of n, i in block i, n + 1 above the last.
+    """Return the depth of each parameter in blocks: 0 below the first of n, i in block i, n + 1 above the last.
 
-    As BEiT counts for its layer-wise learning-rate decay (Bao et al., 2021, arXiv 2106.08254), whose n + 1 holds the
-    last normalisation and the head. Blocks are the elements of a model's outermost list of blocks; where an element,
-    a stage, has such lists itself, their elements. What lies between blocks, as the merging of patches, goes with the
-    block that is defined before it.
+    This is the numbering of BEiT's layer-wise learning-rate decay (Bao et al., 2021, arXiv 2106.08254), whose n + 1
+    holds the last normalisation and the head. Blocks are the elements of a model's outermost list of blocks or, if
+    these are stages with such lists themselves, the elements of those. Layers between blocks, such as patch merging,
+    count to the block defined before them.
 
     Raises:
-        InputError: If there are no two blocks, or the head cannot be told from the rest.
+        InputError: If there are fewer than two blocks, or the head cannot be identified.
     """
     heads = the_head(model)
     lists = [each for each in _lists_of_blocks(model) if each[0] not in heads and "embed" not in each[0]]
@@ -153,13 +153,13 @@ class OptimizingTrainer(Trainer):
             rates |= dict.fromkeys(head, args.head_learning_rate)
         if is_new and rates:
             groups = with_own_rates(optimizer.param_groups, rates)
-            if args.layer_decay is not None:  # the rate of the first is logged
+            if args.layer_decay is not None:  # the first group's rate is logged
                 groups.sort(key=lambda group: abs(group["lr"] - args.learning_rate))
             optimizer.param_groups = groups
         return optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Norm of the gradients; where nothing is clipped it is for the log alone, and taken at logged steps only."""
+        """Norm of the gradients; without clipping, it is only computed at logged steps."""
         if grad_norm is None and not self._logs_after(self.state.global_step + 1):
             return None
         return super()._get_grad_norm(model, grad_norm)
@@ -173,7 +173,7 @@ class OptimizingTrainer(Trainer):
         return False
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Count none: the estimate of `Trainer` is for tokens, and walks through all parameters at every step."""
+        """Return 0: `Trainer`'s estimate is for tokens, and iterates over all parameters at every step."""
         return 0
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -195,7 +195,7 @@ class OptimizingTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """Set the options of a trial as `Trainer` does; those that were left to the method follow it."""
+        """Set the options of a trial as `Trainer` does; options that were not set explicitly follow the method."""
         super()._hp_search_setup(trial)
         if trial is None or self.hp_search_backend is None:
             return

@@ -1,4 +1,4 @@
-"""The options of a run, their roles, and what a run and its teacher are told.
+"""The options of a run and of its teacher, and their roles.
 
 The options of the training itself are those of [`BKDConfig`].
 """
@@ -33,7 +33,7 @@ from .operations import OPERATIONS
 from .ranges import check_choice, check_ranges, defaults_of, explain
 from .tasks import DEFAULT_TASK, TASKS, check_task, fresh_task
 
-#: The Hub's name for a licence that nobody has chosen.
+#: The Hub's name for an unspecified licence.
 UNKNOWN_LICENSE = "unknown"
 
 
@@ -101,25 +101,25 @@ class ModelArguments:
         check_choice("task", self.task, tuple(TASKS))
         check_choice("precision", self.precision, ("auto", *PRECISIONS))
         is_cifar_resnet = cifar_resnet_depth(self.model_name_or_path) is not None
-        bert_shape(self.model_name_or_path)  # raises if there is none such
+        bert_shape(self.model_name_or_path)  # raises for an invalid shape
         if self.image_size is None and is_cifar_resnet:
             self.image_size = FRESH_IMAGE_SIZE
 
     @property
     def given_teacher(self) -> str | None:
-        """Name of a teacher that has weights already; `None` for one that is trained from fresh weights."""
+        """Name of a teacher that already has weights; `None` for one trained from fresh weights."""
         name = self.teacher_model_name_or_path
         return None if name is None or fresh_task(name) is not None else name
 
     def from_pretrained_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments for what loads the model or its processor: those of `from_pretrained`, and the task."""
+        """Keyword arguments for loading the model or its processor: those of `from_pretrained`, and the task."""
         names = ("cache_dir", "token", "trust_remote_code", "task")
         return {**{name: getattr(self, name) for name in names}, "revision": self.model_revision}
 
 
 @dataclass
 class DataArguments:
-    """Which images, or texts, are trained on, and how they are seen."""
+    """Which images or texts are used, and how they are processed."""
 
     _argument_group_name: ClassVar[str] = "data"
     _roles_of_all: ClassVar = ("shared",)  # teacher and student are trained on the same images
@@ -195,7 +195,7 @@ class DataArguments:
         check_ranges(self)
         check_choice("imbalance_profile", self.imbalance_profile, PROFILES)
         check_choice("train_augmentation", self.train_augmentation, ("auto", *AUGMENTATIONS))
-        if self.train_operations == ["none"]:  # so that a command line can take back what a file says
+        if self.train_operations == ["none"]:  # so that a command line can override a file
             self.train_operations = None
         for name in self.train_operations or ():
             check_choice("train_operations", name, tuple(OPERATIONS))
@@ -208,7 +208,7 @@ class DataArguments:
 
 @dataclass
 class PublishingArguments:
-    """What others get beside the student, and what its page says; where on the Hub is said by `--hub_model_id`."""
+    """What is published beside the student, and what its card says; `--hub_model_id` names the repository."""
 
     _argument_group_name: ClassVar[str] = "publishing"
     _roles_of_all: ClassVar = ("publishing",)
@@ -227,14 +227,14 @@ class PublishingArguments:
 
 # ---- Their roles --------------------------------------------------------------------------------------------------
 
-# What an option is about, where that is not simply what is computed:
-#   student     means nothing to a teacher           shared      one for teacher and student
-#   secret      never leaves this machine            path        a place here: its folders are told to nobody
-#   machine     how this machine does the work       reporting   what is said and kept of the work
-#   publishing  what goes to the Hub, and where to   permission  lets a run go on, and changes nothing in it
-#   place       where the work is done; may move the last digits, but is of no interest to others
-#   image, text means nothing in a run of another task
-# An own option has its roles in its annotation (HfArgumentParser hands all metadata of a field to argparse).
+# Roles of options that do more (or less) than influence the result:
+#   student     has no meaning for a teacher         shared      the same for teacher and student
+#   secret      never leaves this machine            path        a local path: its folders are never published
+#   machine     how this machine does the work       reporting   what is printed and saved
+#   publishing  what goes to the Hub, and where      permission  allows a run to continue, and changes nothing in it
+#   place       where the work is done; may change the last digits, but does not matter to others
+#   image, text has no meaning for another task
+# bkd_hf's own options have their roles in the annotation (HfArgumentParser passes a field's metadata to argparse).
 _INHERITED_ROLES = {
     "secret": "hub_token",
     "path": "output_dir run_name deepspeed",
@@ -262,17 +262,17 @@ for _role, _names in _INHERITED_ROLES.items():
 
 
 def options_with(*roles: str) -> set[str]:
-    """Return the names of the options that have one of these roles."""
+    """Return the names of the options with one of these roles."""
     return {name for name, own in _ROLES.items() if own.intersection(roles)}
 
 
 #: All options of a run.
 OPTIONS = frozenset(_ROLES)
-#: Options that change nothing in what a run computes; they may differ when it is continued.
+#: Options that do not influence the result; they may differ when a run is continued.
 WITHOUT_INFLUENCE = options_with("secret", "machine", "reporting", "publishing", "permission")
-#: Options that say which teacher there is, and how it is used: without one they change nothing.
+#: Options about which teacher is used, and how; without a teacher they have no effect.
 ABOUT_TEACHER = options_with("student").intersection(field.name for field in dataclasses.fields(ModelArguments))
-#: Options that cannot be set for the teacher alone.
+#: Options that cannot be set separately for the teacher.
 NOT_FOR_TEACHER = options_with("student", "shared", "secret", "publishing")
 
 
@@ -281,25 +281,25 @@ NOT_FOR_TEACHER = options_with("student", "shared", "secret", "publishing")
 
 @dataclass
 class RunArguments:
-    """Everything that a run is told.
+    """All arguments of a run.
 
     Attributes:
         options: All options by name.
-        teacher_options: What was given for the teacher alone, by name; of it, what makes a difference.
+        teacher_options: Options given for the teacher alone, by name; only those that make a difference.
         overwrite: Whether an earlier run in the output folder is deleted.
         command_line: What was parsed.
         is_teacher: Whether this run trains a teacher, within the run of its student.
         measures_precision: Whether the precision is still to be measured (see `bkd_hf.precision`).
-        precision_rates: Images a second in each precision, where it was.
-        from_recipe: Options that only a file of options gave, those of the teacher with `teacher_`: one recipe serves
-            many runs, so nobody is told which of them have no effect in this one.
-        model, data, training, publishing: The same options, by what they are about.
+        precision_rates: Images per second in each precision, if measured.
+        from_recipe: Options given only by a file, those of the teacher with `teacher_`. As one recipe serves many
+            runs, there is no warning if they have no effect.
+        model, data, training, publishing: The same options by group.
 
     Raises:
         InputError: If a value is out of its range.
     """
 
-    options: dict[str, Any] = field(repr=False)  # tokens among them
+    options: dict[str, Any] = field(repr=False)  # may contain tokens
     teacher_options: dict[str, Any] = field(default_factory=dict)
     overwrite: bool = False
     command_line: tuple[str, ...] | None = None
@@ -336,7 +336,7 @@ class RunArguments:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], output_dir: str) -> RunArguments:
-        """Return what a run was told about models and data, from the record in its folder (`bkd_run.json`)."""
+        """Return a run's options about models and data, from the record in its folder (`bkd_run.json`)."""
         told = {**record.get("model", {}), **record.get("data", {}), "output_dir": output_dir, "use_cpu": True}
         of_teacher = {name: value for name, value in record.get("teacher_training", {}).items() if name in told}
         return cls({**_DEFAULTS, **{name: value for name, value in told.items() if name in _DEFAULTS}}, of_teacher)
@@ -348,14 +348,14 @@ class RunArguments:
 
     @property
     def repo_id(self) -> str:
-        """Of the model, on the Hub."""
+        """Id of the model on the Hub."""
         return self.training.hub_model_id or Path(self.training.output_dir).absolute().name
 
     def for_teacher(self) -> RunArguments:
-        """Return what the run of the teacher is told: the same, its method, and what was given for it alone.
+        """Return the arguments of the teacher's run: the same, with its own method and the options given for it alone.
 
         Raises:
-            InputError: If a value is out of its range, or the teacher would need one itself.
+            InputError: If a value is out of its range, or the teacher would need a teacher itself.
         """
         if self._teacher is None:
             with self.naming_teacher_options():
@@ -369,7 +369,7 @@ class RunArguments:
 
     @contextmanager
     def naming_teacher_options(self) -> Iterator[None]:
-        """Have an error about an option that was given for the teacher alone call it as it was given."""
+        """Have errors about options given for the teacher alone use their names as given."""
         try:
             yield
         except InputError as error:
@@ -379,7 +379,7 @@ class RunArguments:
             raise InputError(f"--teacher_{str(error).removeprefix('--')}") from error
 
     def _options_of_teacher(self) -> dict[str, Any]:
-        """Options of the teacher where nothing was given for it alone."""
+        """Options of the teacher if nothing is given for it alone."""
         options = {**self.options, **{name: _DEFAULTS[name] for name in (*options_with("student"), *METHOD_OPTIONS)}}
         if self.model.teacher_model_name_or_path is not None:
             options["model_name_or_path"] = self.model.teacher_model_name_or_path
@@ -396,7 +396,7 @@ class RunArguments:
         }
 
     def options_without_effect(self) -> dict[str, str]:
-        """Return why options that were given have no effect, by option."""
+        """Return, by option, why a given option has no effect."""
         model, method = self.model, self.training.method
         of_given = ["teacher_label_map", "assume_label_order", "allow_partial_teacher", "force_teacher"]
         found: dict[str, str] = {}
@@ -435,14 +435,14 @@ def _build(cls: type, options: dict[str, Any]) -> Any:
 
 
 def _build_training(options: dict[str, Any]) -> BKDConfig:
-    """Make the options of a training. What the launcher says is among them by now, or they say something else."""
+    """Create the options of a training. They already include, or override, the launcher's settings."""
 
     def build(options: dict[str, Any]) -> BKDConfig:
         with options_alone():
-            # A run publishes what it has measured, at its end; Trainer would at every save.
+            # A run publishes its results once, at the end; Trainer would push at every save.
             return _build(BKDConfig, {**options, "push_to_hub": False})
 
     try:
         return build(options)
-    except Exception as error:  # transformers and accelerate raise anything
+    except Exception as error:  # transformers and accelerate may raise any exception
         raise explain(error, options, _DEFAULTS, build) from error

@@ -1,4 +1,4 @@
-"""Figures of runs, made from the content of their `results.json` alone (see `bkd_hf.results`), here `results`."""
+"""Figures of runs, made only from the content of their `results.json` (see `bkd_hf.results`), here `results`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _GROUP_SHADES = {"many_shot": "#ffffff", "medium_shot": "#f1f1f1", "few_shot": "
 
 _MAX_NAMED_CLASSES = 30
 _MAX_POINTS = 200
-_MIN_NAMED_STRETCH = 0.09  # share of the axis with room for the name of a group
+_MIN_NAMED_STRETCH = 0.09  # fraction of the axis that has room for a group's name
 
 _PART = {"linewidth": 1.2, "markersize": 4, "zorder": 2}
 _FEW_SHOT = {"linewidth": 1.0, "markersize": 4}
@@ -67,19 +67,18 @@ _CURVES: tuple[tuple[str, str, str, str, dict[str, Any]], ...] = (
     ("test accuracy (%)", "teacher", "eval_few_shot_accuracy", "teacher: few-shot", {"marker": "s", **_FEW_SHOT}),
     ("test accuracy (%)", "student", "eval_accuracy", "student: all classes", {}),
     ("test accuracy (%)", "student", "eval_few_shot_accuracy", "student: few-shot", {"marker": "^", **_FEW_SHOT}),
-    # Often the same for both: the student's line shows through the gaps between the teacher's dashes above it.
+    # Often equal: the student's line shows through the gaps of the teacher's dashed line above it.
     ("learning rate", "teacher", "learning_rate", "teacher", {"zorder": 3}),
     ("learning rate", "student", "learning_rate", "student", {"zorder": 2}),
 )  # fmt: skip
 
 
 def save_plots(results: dict[str, Any], folder: str | os.PathLike[str], only_missing: bool = False) -> list[Path]:
-    """Draw all figures that the results allow into a folder, which is made if it is not there; return their paths.
+    """Save all figures that the results allow into a folder, which is created if needed; return their paths.
 
     These are `class_accuracy.png` (see `plot_class_accuracy`), `training_curves.png` (see `plot_training_curves`; only
-    if there is a history), `confusion_student.png` and `confusion_teacher.png` (see `plot_confusion`); of a
-    model without a teacher, which may be one itself, `confusion.png`; of one that was exported `latency.png`. With
-    `only_missing`, those that are there and load are left as they are.
+    with a history), `confusion_student.png` and `confusion_teacher.png` (see `plot_confusion`); without a teacher
+    `confusion.png`; for an exported model `latency.png`. With `only_missing`, existing figures that load are kept.
     """
     return save_figures(_figures(results), folder, only_missing)
 
@@ -105,14 +104,14 @@ def _figures(results: dict[str, Any]) -> dict[str, Callable[[], Figure]]:
 
 
 def plot_class_accuracy(results: dict[str, Any]) -> Figure:
-    """Draw what each class has to learn from, and how well it is learned.
+    """Draw the training images and the accuracy of each class.
 
-    Classes lie on the x axis, from the most to the fewest training images: by name, or by rank if they are more than
-    30. Above are the training images per class (a number, on a log scale), below is each class's accuracy on the test
-    images (percent) for teacher and student, and beside it the accuracies over all test images and of the groups (the
-    mean over the classes of a group), whose shade is that of their stretch of the x axis. Of more than 30 classes a
-    moving average shows the trend; of more than 200, points are means over neighbouring ranks. Classes without test
-    images leave a gap.
+    Classes are on the x axis, from the most to the fewest training images: by name, or by rank if there are more than
+    30. Above are the training images per class (log scale), below is each class's accuracy on the test images (in
+    percent) for teacher and student, and beside it the accuracies over all test images and of the groups (the mean
+    over the classes of a group), shaded like their part of the x axis. With more than 30 classes, a moving average
+    shows the trend; with more than 200, points are means over neighbouring ranks. Classes without test images leave a
+    gap.
 
     The figure's axes are the training images, the accuracies per class, those per group, and the legend's.
     """
@@ -126,7 +125,7 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
     _draw_training_images(images_axes, data, width)
     _draw_classes(class_axes, data, width)
     handles = _draw_class_accuracies(class_axes, results)
-    if len(models_of(results)) == 1:  # a teacher's own run, say: nobody's student
+    if len(models_of(results)) == 1:  # e.g. a teacher's own run, which has no student
         handles[0].set_label("this model")
     _draw_group_accuracies(group_axes, results)
     images_axes.tick_params(labelbottom=False, bottom=len(data["class_counts"]) <= _MAX_NAMED_CLASSES)
@@ -138,10 +137,10 @@ def plot_class_accuracy(results: dict[str, Any]) -> Figure:
 
 
 def plot_class_counts(name: str, class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
-    """Draw the training images per class of a data set, as above the accuracies of `plot_class_accuracy`.
+    """Draw the training images per class of a data set, like the upper part of `plot_class_accuracy`.
 
     Args:
-        name: The data set's.
+        name: The data set's name.
         class_names: C names.
         class_counts: C numbers of training images.
     """
@@ -164,7 +163,7 @@ def _draw_training_images(axes: Axes, data: dict[str, Any], width: float) -> Non
     counts = np.sort(data["class_counts"])[::-1]
     ranks = np.arange(1, counts.size + 1)
     smallest, largest = max(1, counts.min()), max(1, counts.max())
-    # A log scale has no zero to start from: half of the smallest class leaves it a bar that can be seen.
+    # A log scale has no zero: starting at half of the smallest class leaves it a visible bar.
     top = largest * (largest / smallest) ** 0.12 * 1.4
     axes.set(yscale="log", ylim=(smallest / 2, top), ylabel=f"training {task_of(data).name}s\n(log scale)")
     if counts.size <= _MAX_NAMED_CLASSES:
@@ -223,7 +222,7 @@ def _draw_class_accuracies(axes: Axes, results: dict[str, Any]) -> list[Line2D]:
     window = max(5, order.size // 12 | 1)  # odd: as many neighbours to the left as to the right
     in_points = functools.partial(np.add.reduceat, indices=np.arange(0, order.size, size))
     small = {"markersize": 3, "markeredgewidth": 0.8, "alpha": 0.5}
-    halo = [Stroke(linewidth=4, foreground="white", alpha=0.8), Normal()]  # apart from the points, and each other
+    halo = [Stroke(linewidth=4, foreground="white", alpha=0.8), Normal()]  # separates lines and points
     for model, values in accuracies.items():
         axes.plot(_means(ranks, in_points), _means(values, in_points), **point_style(model) | small)
     for model, values in accuracies.items():
@@ -239,7 +238,7 @@ def _draw_class_accuracies(axes: Axes, results: dict[str, Any]) -> list[Line2D]:
 
 
 def _means(values: np.ndarray, total: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Return the means over the stretches that `total` sums up, without those that are not a number."""
+    """Return the means over the ranges that `total` sums up, ignoring NaN."""
     known = ~np.isnan(values)
     sums, numbers = total(np.where(known, values, 0.0)), total(known.astype(float))
     return np.divide(sums, numbers, where=numbers > 0, out=np.full(numbers.size, np.nan))
@@ -262,7 +261,7 @@ def _draw_group_accuracies(axes: Axes, results: dict[str, Any]) -> None:
 
 
 def _class_labels(data: dict[str, Any]) -> list[str]:
-    """Return the names of the classes, the largest first; none where they are too many to be named."""
+    """Return the class names, largest class first; empty if there are too many to show."""
     order = largest_first(data)
     names = names_of_classes(data)
     return [names[index] for index in order] if order.size <= _MAX_NAMED_CLASSES else []
@@ -272,12 +271,12 @@ def _class_labels(data: dict[str, Any]) -> list[str]:
 
 
 def plot_training_curves(results: dict[str, Any]) -> Figure:
-    """Draw the course of training of teacher and student, as far as it is in their histories.
+    """Draw the training curves of teacher and student, from their histories.
 
-    One panel each, over epochs: the training loss (for the student also its two parts: classification, and
-    distillation before it is weighted), the accuracy on the test images (percent; overall, and of the few-shot
-    classes), and the learning rate. A panel without any data is left out. Losses and learning rates that span more
-    than a factor of 20 are on a log scale.
+    There is one panel each, over epochs: the training loss (for the student also its two parts: classification, and
+    unweighted distillation), the accuracy on the test images (percent; overall, and of the few-shot classes), and the
+    learning rate. Panels without data are left out. Losses and learning rates that span more than a factor of 20 are
+    on a log scale.
 
     Raises:
         ValueError: If neither model has a history.
@@ -290,9 +289,9 @@ def plot_training_curves(results: dict[str, Any]) -> Figure:
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, curves) in zip(all_axes, panels.items(), strict=True):
         for epochs, values, style in curves:
-            # A few markers are enough to tell lines apart; a single point is seen only by its marker.
+            # A few markers distinguish lines; a single point is only visible by its marker.
             axes.plot(epochs, values, markevery=max(1, epochs.size // 10), **style)
-        # Beside the axes: curves may run anywhere within.
+        # Beside the axes, as curves may be anywhere inside.
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=SMALL, handlelength=3.5)
         axes.set_ylabel(name)
         tidy(axes)
@@ -320,7 +319,7 @@ def _training_panels(results: dict[str, Any]) -> dict[str, list[tuple[np.ndarray
     for panel, model, key, label, style in _CURVES:
         history = histories.get(model, [])
         if key == "ce_loss" and not any("kd_loss" in entry for entry in history):
-            continue  # alone, it would be the same line again
+            continue  # alone, it would repeat the same line
         entries = [entry for entry in history if key in entry and "epoch" in entry]
         epochs = np.array([entry["epoch"] for entry in entries], dtype=float)
         values = np.array([entry[key] for entry in entries], dtype=float)  # null becomes nan, a gap

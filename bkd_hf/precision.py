@@ -1,7 +1,7 @@
 """`--precision auto` on a CPU with bf16 instructions: the faster of fp32 and bf16, as measured on the student.
 
-That a processor multiplies bf16 does not say that a model gains by it: large products do, depthwise convolutions and
-tiny layers lose. So training steps are timed, once for a model, its batch and a machine, and the answer is kept.
+Even with bf16 instructions, not every model becomes faster: large matrix products do, depthwise convolutions and tiny
+layers become slower. So training steps are timed once per model, batch and machine, and the result is cached.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from .results import cpu_name
 from .tasks import TASKS, task_of_model
 from .views import output_size
 
-#: How many times as fast as fp32 bf16 must be: less is noise, for which nobody should lose digits.
+#: Least speed-up of bf16 over fp32 that is worth the lost digits; less is noise.
 LEAST_GAIN = 1.1
-#: File of the rates that were measured, by what they depend on.
+#: File of the measured rates, by everything they depend on.
 CACHE = Path(constants.HF_HOME) / "bkd_hf" / "precision.json"
 
 _MEASURED = ("fp32", "bf16")
-_LONG_ENOUGH = 0.2  # seconds of a step whose time can be trusted
-_BUDGET = 1.5  # seconds for steps of that length
+_LONG_ENOUGH = 0.2  # seconds of a step for a reliable time
+_BUDGET = 1.5  # seconds for such steps
 _MAX_ROUNDS = 5
 
 
@@ -47,28 +47,28 @@ def seconds_of_step(model: nn.Module, inputs: torch.Tensor, precision: str) -> f
     """Time of one forward and backward pass of a classifier, in seconds.
 
     Args:
-        model: Gives B×C logits; its gradients are deleted.
+        model: Returns B×C logits; its gradients are deleted.
         inputs: B×3×H×W images, or B×L numbers of tokens.
         precision: `"fp32"` or `"bf16"` (mixed precision, by autocast).
     """
     started = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         logits = model(**{TASKS[task_of_model(model)].main_input: inputs}).logits
-    logits.float().logsumexp(-1).mean().backward()  # as expensive as any loss
+    logits.float().logsumexp(-1).mean().backward()  # costs as much as any loss
     elapsed = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
     return elapsed
 
 
 def measure_rates(step: Callable[[str, int], float], batch_size: int) -> dict[str, float]:
-    """Return how many images a second each precision trains, measured in about three seconds at most.
+    """Return how many images per second each precision trains, measured in at most about three seconds.
 
-    The steps have the whole batch, or as many of its images as take a fifth of a second. In slow machines' noise the
-    fastest step counts, and the two precisions take turns. A slow model has fewer steps, of two images at least.
+    The steps use the whole batch, or as many of its images as take a fifth of a second. The two precisions take turns,
+    and the fastest step counts, to reduce noise. A slow model gets fewer steps, with at least two images.
 
     Args:
         step: Takes a precision and a number of images; returns the seconds of a step.
-        batch_size: Of the training, on one device.
+        batch_size: Batch size of the training on one device.
     """
 
     def both(num_images: int) -> dict[str, float]:
@@ -76,7 +76,7 @@ def measure_rates(step: Callable[[str, int], float], batch_size: int) -> dict[st
 
     def slower(num_images: int) -> float:
         seconds = max(both(num_images).values())
-        loads = _LONG_ENOUGH <= seconds < 5 * _LONG_ENOUGH  # perhaps: the first step of a shape also makes its kernels
+        loads = _LONG_ENOUGH <= seconds < 5 * _LONG_ENOUGH  # possibly: the first step of a shape creates its kernels
         return max(both(num_images).values()) if loads else seconds
 
     num_images = min(2, batch_size)  # one alone is too few for BatchNorm
@@ -88,19 +88,19 @@ def measure_rates(step: Callable[[str, int], float], batch_size: int) -> dict[st
 
 
 def faster_precision(rates: dict[str, float]) -> str:
-    """Return `"bf16"` where it is faster than fp32 by more than noise, else `"fp32"`."""
+    """Return `"bf16"` if it is faster than fp32 by more than noise, else `"fp32"`."""
     return "bf16" if rates["bf16"] >= LEAST_GAIN * rates["fp32"] else "fp32"
 
 
 def settle_precision(options: RunArguments, model: nn.Module, inputs: Inputs) -> None:
-    """Choose the precision of a run where its options leave that to a measurement; all processes have to call it.
+    """Choose the precision of a run by measurement, if its options ask for that; all processes must call it.
 
-    The main process measures, or finds what was measured before, and all do as it says. Teacher and student share it.
+    The main process measures, or reads an earlier measurement, and decides for all. Teacher and student share it.
 
     Args:
-        options: Of the run; its precision, and that of its teacher's run, is set.
-        model: Its student, before adapter and frozen backbone; it is left as it is.
-        inputs: Of the run.
+        options: The run's arguments; sets the precision of the run and of its teacher's run.
+        model: The student, before adding an adapter or freezing; it is not changed.
+        inputs: The run's inputs.
     """
     if not options.measures_precision:
         return
@@ -120,7 +120,7 @@ def settle_precision(options: RunArguments, model: nn.Module, inputs: Inputs) ->
 
 
 def share_precision(options: RunArguments) -> None:
-    """Have all processes compute in the precision that the main one found in its folder, or wait for a measurement."""
+    """Share the precision that the main process found in its folder, or that it is still to be measured."""
     told = options.measures_precision, options.training.bf16, options.precision_rates
     measures, is_bf16, options.precision_rates = broadcast_object_list([told])[0]
     if (measures, is_bf16) != told[:2]:
@@ -133,7 +133,7 @@ def _set_precision(options: RunArguments, precision: str) -> None:
     for told in (options, options.for_teacher()):
         told.options["bf16"] = told.training.bf16 = precision == "bf16"
         told.training.mixed_precision = "bf16" if told.training.bf16 else "no"
-    AcceleratorState._reset_state()  # accelerate holds a process to the precision of its first model, the rehearsal's
+    AcceleratorState._reset_state()  # accelerate would keep the precision of the first model, the rehearsal's
 
 
 def _shape_of_example(inputs: Inputs) -> tuple[int, ...]:
@@ -144,12 +144,12 @@ def _shape_of_example(inputs: Inputs) -> tuple[int, ...]:
 
 
 def _rates(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> dict[str, float]:
-    """Return the rates that were measured before, or measure them, one process of a machine at a time."""
+    """Return cached rates, or measure them, one process of a machine at a time."""
 
     def step(precision: str, num_images: int) -> float:
         return seconds_of_step(model, examples[:num_images], precision)
 
-    # Of texts only their length matters.
+    # For texts only the length matters.
     examples = torch.randn(batch_size, *shape) if len(shape) == 3 else torch.full((batch_size, *shape), 2)
     key = _key(model, shape, batch_size)
     try:
@@ -160,7 +160,7 @@ def _rates(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> dict[st
                 known[key] = measure_rates(step, batch_size)
                 write_text(CACHE, json.dumps(known, indent=1))
             return known[key]
-    except OSError:  # a folder that cannot be written: then each run measures
+    except OSError:  # the folder cannot be written, so each run measures
         return measure_rates(step, batch_size)
 
 
@@ -171,6 +171,6 @@ def _is_whole(rates: Any) -> bool:
 
 def _key(model: nn.Module, shape: tuple[int, ...], batch_size: int) -> str:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    # The text of a module lists its layers with their sizes and strides.
+    # A module's repr lists its layers with their sizes and strides.
     told = repr(model), trained, shape, batch_size, cpu_name(), torch.get_num_threads(), torch.__version__
     return blake2b(repr(told).encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""How a command is called: by `bkd-hf`, which each installation has, or by its script, which a checkout has."""
+"""How to call a command: by `bkd-hf` in every installation, or by its script in a checkout."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAM = "bkd-hf"
-#: The scripts of a checkout that do the same, by command.
+#: The corresponding scripts of a checkout, by command.
 SCRIPTS = {"run": "run_bkd.py", "compare": "compare.py", "split": "make_long_tailed.py", "publish": "publish.py"}
 
 _FOLDER = Path(__file__).parent.parent / "scripts"
 
 
 def script_of(command: str) -> Path | None:
-    """Return the script to call for a command; `None` outside of a checkout, and where `bkd-hf` was called itself."""
+    """Return the script to call for a command; `None` outside of a checkout, and if `bkd-hf` itself was called."""
     path = _FOLDER / SCRIPTS[command]
     return path if path.is_file() and not sys.argv[0].startswith(f"{PROGRAM} ") else None
 
 
 def without_checkout(command: str) -> str:
-    """Return a command as whoever has the package calls it: a script by its module, a recipe by its name."""
+    """Return a command for users of the installed package: scripts by module, recipes by name."""
     for name, script in SCRIPTS.items():
         command = re.sub(
             rf"^([a-z][\w ]*(?: --num_processes \d+)?) scripts/{script}(?= |$)", rf"\1 -m bkd_hf {name}", command

@@ -1,4 +1,4 @@
-"""What a run says, and measures, while it trains: how long it takes, and what it keeps on disk."""
+"""What a run prints and measures during training: its duration, and what it stores on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .trainer import BKDTrainer
 
 
 class Clock(TrainerCallback):
-    """Measures training time over all sessions of a run that was interrupted: each log carries what has passed."""
+    """Measures training time over all sessions of an interrupted run; each log includes the time so far."""
 
     def __init__(self) -> None:
         self.before = 0.0
@@ -34,7 +34,7 @@ class Clock(TrainerCallback):
             state.log_history[-1]["elapsed_seconds"] = round(self.before + time.perf_counter() - self.started, 3)
 
     def summary(self, trainer: BKDTrainer, num_images: int) -> dict[str, float]:
-        """Time and speed of the training itself; evaluations in between are taken off."""
+        """Time and speed of the training itself, without evaluations."""
         history, state = trainer.state.log_history, trainer.state
         elapsed = next(e["elapsed_seconds"] for e in reversed(history) if "train_runtime" in e)
         evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history if "train_runtime" not in entry)
@@ -42,7 +42,7 @@ class Clock(TrainerCallback):
 
 
 class TellOfCaches(TrainerCallback):
-    """Says how large the caches of the teacher's logits and of features are, before they are filled."""
+    """Prints the size of the caches of the teacher's logits and of features, before they are filled."""
 
     def __init__(self, trainer: BKDTrainer, say: Callable[[str], Any]):
         self.trainer, self.say = trainer, say
@@ -54,24 +54,24 @@ class TellOfCaches(TrainerCallback):
 
 
 class TellOfTime(TrainerCallback):
-    """Says how long a training takes, after its first steps, if that is more than a minute.
+    """Prints the estimated duration of a training after its first steps, if it is more than a minute.
 
     Args:
         say: Called with a sentence.
     """
 
-    FIRST, LAST = 3, 13  # steps between which time is taken: the first ones also load and compile
+    FIRST, LAST = 3, 13  # time is measured between these steps; the first ones also load and compile
 
     def __init__(self, say: Callable[[str], Any]):
         self.say = say
         self.num_steps, self.started = 0, 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Start anew."""
+        """Reset the measurement."""
         self.num_steps = 0
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Take the time."""
+        """Measure the time."""
         self.num_steps += 1
         if self.num_steps == self.FIRST:
             self.started = time.perf_counter()
@@ -98,7 +98,7 @@ _COLUMNS = {
 
 
 class ProgressTable(TrainerCallback):
-    """Prints a line of a table for each evaluation, or for each log that none follows, unless `log_level` is higher.
+    """Prints a table line for each evaluation, or for each log without one, unless `log_level` is higher.
 
     Args:
         say: Called with a line.
@@ -115,12 +115,12 @@ class ProgressTable(TrainerCallback):
             return
         self.known |= {name: 100 * value if name.endswith("_accuracy") else value for name, value in logs.items()}
         if "loss" in logs and control.should_evaluate:
-            return  # to come in the same line
+            return  # will be in the same line
         known, self.known = self.known | {"epoch": f"{logs['epoch']:.4g}/{state.num_train_epochs}"}, {}
         titles = [title for title, (name, _) in _COLUMNS.items() if name in known or title in self.titles]
         cells = ((title, *_COLUMNS[title]) for title in titles)
         line = " ".join(f"{format(known[name], style) if name in known else '':>{len(t)}}" for t, name, style in cells)
-        with tqdm.external_write_mode():  # beside the bar, where there is one
+        with tqdm.external_write_mode():  # keeps a progress bar intact
             for text in [line] if titles == self.titles else [" ".join(titles), line]:
                 self.say(text)
         self.titles = titles
@@ -132,7 +132,7 @@ class _Bar(ProgressCallback):
 
 
 def show_progress(trainer: BKDTrainer, say: Callable[[str], Any]) -> None:
-    """Have a trainer print a table, not all it logs, a bar on terminals, what it keeps, and how long it takes."""
+    """Let a trainer print a table instead of its logs, a bar on terminals, cache sizes, and its duration."""
     has_bar = trainer.pop_callback(ProgressCallback) is not None
     if has_bar or trainer.pop_callback(PrinterCallback) is not None:
         trainer.add_callback(ProgressTable(say))
@@ -145,7 +145,7 @@ def show_progress(trainer: BKDTrainer, say: Callable[[str], Any]) -> None:
 def tell_of_targets(
     trainer: BKDTrainer, class_names: list[str], say: Callable[[str], Any], are_forced: bool
 ) -> dict[str, Any] | None:
-    """Say what the student is to imitate, and return it; refuse it if it knows the labels no more, unless forced."""
+    """Print and return the target statistics; reject targets that no longer match the labels, unless forced."""
     if trainer.student_started_from_teacher:
         say("The student starts from the teacher's weights (--student_init).")
     statistics = trainer.look_at_targets()
@@ -160,7 +160,7 @@ def tell_of_targets(
             "--distillation_prior teacher takes out only that."
         )
     if collapse := why_collapsed(statistics, class_names):
-        # At p = 1/T not the re-weighting is to blame, but the teacher, as after the first steps of a training.
+        # At p = 1/T the cause is not the re-weighting but the teacher, as after the first steps of a training.
         over_corrects = statistics.get("power", 0.0) > 1 / trainer.args.temperature
         wrong, way_out = f"The distillation targets collapse: {collapse}.", "a teacher that was trained longer"
         if over_corrects:

@@ -1,4 +1,4 @@
-"""What a `Trainer` leaves: checkpoints that are whole; results, figures, card; one commit of what others need."""
+"""What a `Trainer` writes: complete checkpoints, results, figures and card, and one commit to the Hub."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .sharding import in_bare_type
 
 
 class PublishingTrainer(MeasuringTrainer):
-    """A `Trainer` that publishes its student, once, with what was measured; checkpoints stay here."""
+    """A `Trainer` that publishes its student once, with its results; checkpoints stay local."""
 
-    _has_new_weights = False  # that results.json does not tell of
+    _has_new_weights = False  # newer than results.json
 
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer`; `resume_from_checkpoint=True` is the last checkpoint that is whole."""
+        """Train as `Trainer`; `resume_from_checkpoint=True` selects the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = on_main_process(lambda: last_complete_checkpoint(self.args.output_dir)) or True
         if isinstance(resume_from_checkpoint, str):
@@ -49,11 +49,11 @@ class PublishingTrainer(MeasuringTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save one as `Trainer`; its `trainer_state.json` comes last, when it is whole, and no other goes before."""
+        """Save as `Trainer`, but write `trainer_state.json` last, and delete old checkpoints only after that."""
         run_dir, limit = self._get_output_dir(trial=trial), self.args.save_total_limit
         folder = Path(run_dir, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier session, damaged
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one from an earlier session
         self._share_buffers()
         self.accelerator.wait_for_everyone()
 
@@ -80,10 +80,10 @@ class PublishingTrainer(MeasuringTrainer):
         self.accelerator.wait_for_everyone()  # all processes have written their part
 
     def _delete_earlier(self, newest: Path, limit: int) -> None:
-        """Delete checkpoints until no more than `limit` are left; never the newest, or the best.
+        """Delete checkpoints until at most `limit` are left; never the newest or the best.
 
-        `Trainer` would go by the times of the folders, where a clock that is set back makes the newest the oldest.
-        Those of steps that this training has not reached yet are an earlier one's, or damaged: they go first.
+        `Trainer` would go by the times of the folders, which are wrong after a clock is set back. Checkpoints of steps
+        that this training has not reached yet come from an earlier one, or are damaged, and are deleted first.
         """
         best, step = Path(self.state.best_model_checkpoint or newest), self.state.global_step
         others = {int(path.name[11:]): path for path in newest.parent.glob("checkpoint-*") if path.name[11:].isdigit()}
@@ -93,7 +93,7 @@ class PublishingTrainer(MeasuringTrainer):
             shutil.rmtree(others[number])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as `Trainer`; the final model is whole, also where checkpoints are spread over files of processes."""
+        """Save as `Trainer`; the final model is complete even if checkpoints are sharded over processes."""
         super().save_model(output_dir, _internal_call)
         is_final = output_dir in (None, self.args.output_dir)
         if self.is_fsdp_enabled and is_final and self.saves_shards:
@@ -122,7 +122,7 @@ class PublishingTrainer(MeasuringTrainer):
         return super()._finalize_training(trial, *args)
 
     def _of_main_node(self, checkpoint: str | None) -> str | None:
-        """Return where the checkpoint of this name is that the main process knows, and have each node see it."""
+        """Return the path of the main process's checkpoint of this name, and copy it to nodes that lack it."""
         run_folder = Path(self.args.output_dir)
         if sees_main_disk(run_folder)[1]:
             return checkpoint
@@ -138,9 +138,9 @@ class PublishingTrainer(MeasuringTrainer):
             super()._load_best_model()
 
     def _load_pretrained_weights(self, checkpoint: str) -> bool:
-        """Load a checkpoint as users will; False if the model is of a kind that only `Trainer` knows to load.
+        """Load a checkpoint as users will; False if only `Trainer` can load this kind of model.
 
-        Trainer loads with `strict=False`, which silently skips all weights that `save_pretrained` renamed (ViT's).
+        `Trainer` loads with `strict=False`, which silently skips weights that `save_pretrained` renamed (ViT's).
         """
         ours = isinstance(self.model, PreTrainedModel) and not type(self.model).__module__.startswith("peft.")
         if ours and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
@@ -152,7 +152,7 @@ class PublishingTrainer(MeasuringTrainer):
     # ---- Results --------------------------------------------------------------------------------------------------
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
-        """Save as `Trainer`; a file of them that is damaged is made anew."""
+        """Save as `Trainer`; a damaged metrics file is replaced."""
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
             save_json(metrics, folder / f"{split}_results.json")
@@ -163,11 +163,11 @@ class PublishingTrainer(MeasuringTrainer):
     def save_results(self, dataset_name: str | None = None, dataset_id: str | None = None) -> dict[str, Any]:
         """Measure student and teacher on `eval_dataset`; write `results.json` and the figures into `output_dir`.
 
-        All processes have to call it.
+        All processes must call it.
 
         Args:
-            dataset_name: What the data is called.
-            dataset_id: Its id on the Hub, where it is there.
+            dataset_name: Name of the data set.
+            dataset_id: Its id on the Hub, if it has one.
 
         Returns:
             The content of `results.json` (see `bkd_hf.results`).
@@ -198,7 +198,7 @@ class PublishingTrainer(MeasuringTrainer):
     ) -> None:
         """Write the model card, `README.md`, from the `results.json` in `output_dir` (see `bkd_hf.card`).
 
-        If there is none, or this trainer has trained since, all is measured first, for which all processes have to
+        If there is none, or this trainer has trained since, everything is measured first; then all processes must
         call it.
 
         Args:
@@ -207,10 +207,10 @@ class PublishingTrainer(MeasuringTrainer):
             tags: As for `Trainer`.
             model_name: The headline.
             finetuned_from: Id on the Hub of the model that the student started from.
-            tasks: Known from the results, and ignored.
-            dataset_tags: Id on the Hub of the data; of several the first.
-            dataset: What the data is called.
-            dataset_args: Known from the results, and ignored.
+            tasks: Ignored; taken from the results.
+            dataset_tags: Id on the Hub of the data; the first of several.
+            dataset: Name of the data set.
+            dataset_args: Ignored; taken from the results.
         """
         folder = Path(self.args.output_dir)
         if not (folder / RESULTS_NAME).exists() or self._has_new_weights:
@@ -234,8 +234,8 @@ class PublishingTrainer(MeasuringTrainer):
     ) -> str | Future[str] | None:
         """Measure student and teacher, and publish the student: weights, figures, results and card, in one commit.
 
-        Nothing else that lies in `output_dir` is pushed: no checkpoint, no teacher, no `training_args.bin`. All
-        processes have to call it; the main one pushes, the others return at once.
+        Nothing else in `output_dir` is pushed: no checkpoint, no teacher, no `training_args.bin`. All processes must
+        call it; the main process pushes, the others return at once.
 
         Args:
             commit_message: As for `Trainer`.
@@ -249,8 +249,8 @@ class PublishingTrainer(MeasuringTrainer):
             The URL of the repository, or a `Future` of it if `blocking=False`; `None` in other processes.
 
         Raises:
-            InputError: If the repository's name or the token cannot be right.
-            PublishError: If the Hub does not take it.
+            InputError: If the repository's name or the token is invalid.
+            PublishError: If the Hub rejects it.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
@@ -271,7 +271,7 @@ class PublishingTrainer(MeasuringTrainer):
         return publish() if blocking else HfApi().run_as_future(publish)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Find or make the repository, so that a wrong name or token is noticed before training."""
+        """Find or create the repository, so that a wrong name or token is noticed before training."""
         if self.is_world_process_zero():
             private = self.args.hub_private_repo if private is None else private
             check_repo_access(self._repo_id(), token or self.args.hub_token, private=private)
@@ -279,7 +279,7 @@ class PublishingTrainer(MeasuringTrainer):
         self.push_in_progress = None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push nothing: checkpoints hold optimizer states, and a student is published when it is measured."""
+        """Push nothing: checkpoints hold optimizer states, and a student is published after it is measured."""
 
     def _repo_id(self) -> str:
         return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
@@ -293,7 +293,7 @@ def _card_options(
     finetuned_from: str | None = None,
     dataset_tags: str | list[str] | None = None,
 ) -> dict[str, Any]:
-    """What `Trainer.create_model_card` takes, as `bkd_hf.card.build` takes it."""
+    """Convert the arguments of `Trainer.create_model_card` to those of `bkd_hf.card.build`."""
     return {
         "language": language,
         "license": license,

@@ -1,4 +1,4 @@
-"""Which numbers the options may be: one table, for those of `transformers.TrainingArguments` too, which checks few."""
+"""Valid ranges of the options, including those of `transformers.TrainingArguments`, which checks only few."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("at most 131072", lambda value: value <= 2**17, "max_length"),
     ("at most 1,000,000", lambda value: value <= 10**6, "dataloader_prefetch_factor ddp_bucket_cap_mb"),
     ("in 0 to 4294967295", lambda value: 0 <= value < 2**32, "seed data_seed split_seed"),
-    # Numbers that no machine counts to, but that a library would put into 64 bits.
+    # Numbers too large for a library's 64 bits.
     (
         "at most 1e18",
         lambda value: value <= 10**18,
@@ -71,7 +71,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def check_ranges(options: Any) -> None:
-    """Raise an `InputError` for the first option of an object that is out of its range; `None` is not given."""
+    """Raise an `InputError` for the first option of an object that is out of its range; `None` means not given."""
     for condition, holds, names in _RANGES:
         for name in names.split():
             value = getattr(options, name, None)
@@ -80,7 +80,7 @@ def check_ranges(options: Any) -> None:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise an `InputError` if an option is none of its choices."""
+    """Raise an `InputError` if an option's value is not one of its choices."""
     if value not in choices:
         raise InputError(f"--{name} must be one of {', '.join(choices)}, got {one_line(value, 80)!r}.")
 
@@ -88,18 +88,18 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def explain(
     error: Exception, values: Mapping[str, Any], defaults: Mapping[str, Any], attempt: Callable[[dict], Any]
 ) -> InputError:
-    """Make one line of what a library raised for some options; it names the one without which there is no error.
+    """Turn a library's error about some options into one line, naming the option without which it disappears.
 
     Args:
-        error: What was raised.
+        error: The exception.
         values: The options by name.
-        defaults: What they are if they are not given.
-        attempt: Called with other values, it raises or does not.
+        defaults: Their defaults.
+        attempt: Called with other values; raises an exception, or does not.
     """
     if isinstance(error, InputError):
         return error
     why = one_line(error, 300).rstrip(".") or type(error).__name__
-    for name, value in reversed(list(values.items())):  # the finer options come last
+    for name, value in reversed(list(values.items())):  # the more specific options come last
         if name in defaults and value != defaults[name]:
             try:
                 with warnings.catch_warnings():

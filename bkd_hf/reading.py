@@ -1,4 +1,4 @@
-"""Reading files that may be anything: each fault is one `InputError`, and no file is waited for."""
+"""Reading arbitrary files: every fault is one `InputError`, and reading never blocks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from yaml import YAMLError
 from .errors import InputError, first_line
 from .text import one_line
 
-_DEEPEST = 30  # lists and objects in each other
+_DEEPEST = 30  # nested lists and objects
 
 
 def check_file(path: str | os.PathLike[str]) -> os.stat_result:
     """Return the status of a file.
 
     Raises:
-        OSError: If it is not there, or is a pipe, a device, a socket or a folder, which cannot be read to an end.
+        OSError: If it does not exist, or is a pipe, a device, a socket or a folder, which have no end.
     """
     try:
         status = os.stat(path)
-    except ValueError as error:  # no name that a file could have
+    except ValueError as error:  # not a valid file name
         raise FileNotFoundError(errno.ENOENT, f"there cannot be such a file: {first_line(error)}") from error
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file")
@@ -42,7 +42,7 @@ def read_text(path: str | os.PathLike[str], kind: str = "text") -> str:
         kind: What it should hold, for the message.
 
     Raises:
-        InputError: If it cannot be read, or is not in UTF-8.
+        InputError: If it cannot be read, or is not UTF-8.
     """
     try:
         check_file(path)
@@ -60,7 +60,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Return what a JSON file holds.
 
     Raises:
-        InputError: If it is none, or something in it has a name twice.
+        InputError: If it is not JSON, or an object in it repeats a name.
     """
     text = read_text(path, "JSON")
     try:
@@ -79,7 +79,7 @@ def read_card(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the metadata of a card of the Hub.
 
     Raises:
-        InputError: If it cannot be read, or they are no YAML.
+        InputError: If it cannot be read, or they are not YAML.
     """
     text = read_text(path)
     try:
@@ -109,6 +109,6 @@ def read_option_file(option: str, path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"--{option} {path} is not in UTF-8: {error}. Save it in UTF-8.") from error
-    except (OSError, ValueError) as error:  # ValueError: no name of a file at all
+    except (OSError, ValueError) as error:  # ValueError: not a valid file name
         why = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"--{option} {one_line(path, 80)} cannot be read: {why}.") from error

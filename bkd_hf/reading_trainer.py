@@ -1,4 +1,4 @@
-"""How training examples come to the models: global batches, and what was computed of them beforehand."""
+"""How training examples reach the models: global batches and precomputed columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .training_data import TrainingData
 
 
 class ReadingTrainer(Trainer):
-    """A `Trainer` that cuts its training examples into global batches, for a student and maybe its teacher."""
+    """A `Trainer` that splits its training examples into global batches, for a student and optionally a teacher."""
 
     args: BKDConfig
     bkd_objective: Objective
@@ -43,19 +43,19 @@ class ReadingTrainer(Trainer):
 
     @property
     def teacher_cache(self) -> LogitsFolder | None:
-        """Where the teacher's logits are kept; known when training begins."""
+        """Cache of the teacher's logits; available once training begins."""
         return self._training_data.computed.get(TEACHER_LOGITS)
 
     @property
     def feature_cache(self) -> LogitsFolder | None:
-        """Where the features of the frozen backbone are kept; known when training begins."""
+        """Cache of the frozen backbone's features; available once training begins."""
         return self._training_data.computed.get(FEATURES)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the training data, cut into global batches (see [`GlobalBatchSampler`]).
+        """Return the training data, split into global batches (see [`GlobalBatchSampler`]).
 
-        Iterable data sets, other sampling strategies than random and sequential, and accelerate's `split_batches` and
-        `dispatch_batches` take `Trainer`'s own path, without the guarantee for the last step of an epoch.
+        Iterable data sets, sampling strategies other than random and sequential, and accelerate's `split_batches` and
+        `dispatch_batches` use `Trainer`'s own path, without the guarantee for the last step of an epoch.
         """
         data = self._training_data = self._new_training_data()
         if self.teacher_model is not None:
@@ -68,7 +68,7 @@ class ReadingTrainer(Trainer):
             data.open_features(self._about_backbone, self._compute_features)
         data.check_sampler()
         if isinstance(self.train_dataset, StreamedImages):
-            self.args.ignore_data_skip = True  # it begins where it was
+            self.args.ignore_data_skip = True  # the stream resumes by itself
             self._update_steps_per_epoch = self.class_counts.sum() / self.args.images_in_step(self.args.world_size)  # type: ignore[union-attr]
             loader = data.stream_loader(self._train_batch_size, self.accelerator)
         elif data.numbers_examples:
@@ -96,7 +96,7 @@ class ReadingTrainer(Trainer):
         return self._update_steps_per_epoch if isinstance(self.train_dataset, StreamedImages) else None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
-        """Get the batches of a step as `Trainer`, and note where a stream is after them."""
+        """Get the batches of a step as `Trainer`, and record the stream's position after them."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         for batch in batches:
             if isinstance(batch, dict) and POSITION in batch:
@@ -104,14 +104,14 @@ class ReadingTrainer(Trainer):
         return batches, num_items
 
     def _keep_stream(self) -> None:
-        """Put where the stream is into the state of a checkpoint; all processes have to call it."""
+        """Save the stream's position in the state of a checkpoint; all processes must call it."""
         if isinstance(self.train_dataset, StreamedImages):
             positions = {lane: at for part in gather_object([self._stream_positions]) for lane, at in part.items()}
             cut = {"num_lanes": self.train_dataset.num_lanes, "batch_size": self._train_batch_size}
             self.state.stateful_callbacks[POSITION] = {**cut, "positions": positions}
 
     def _restore_stream(self) -> None:
-        """Have a stream begin where it was at a checkpoint, if training goes on from one."""
+        """Restore the stream's position if training resumes from a checkpoint."""
         if not isinstance(self.train_dataset, StreamedImages):
             return
         kept = self.state.stateful_callbacks.get(POSITION, {"positions": {}})
@@ -147,5 +147,5 @@ class ReadingTrainer(Trainer):
             self._signature_columns = columns
 
     def _remove_unused_columns(self, dataset: datasets.Dataset, description: str | None = None) -> datasets.Dataset:
-        # What `with_transform` makes of the columns is not known; removing them first would take away the images.
+        # It is unknown which columns `with_transform` needs; removing them first would remove the images.
         return dataset if dataset.format["type"] == "custom" else super()._remove_unused_columns(dataset, description)

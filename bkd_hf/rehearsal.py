@@ -1,4 +1,4 @@
-"""A rehearsal of a training: what `transformers` and others refuse in the options, they refuse before any work."""
+"""A rehearsal of a training, so that errors of `transformers` and others about options appear before any work."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _NUM_IMAGES, _SIZE, _NUM_CLASSES = 4, 8, 2
 
 
 def check_before_work(arguments: RunArguments) -> None:
-    """Refuse what cannot work, as far as it can be known without data: first what is quick to find out.
+    """Check the arguments as far as possible without data, the quickest checks first.
 
     Raises:
-        InputError: Naming the option.
+        InputError: If something cannot work; the message names the option.
     """
     trains_teacher = arguments.distils and (arguments.model.given_teacher is None or arguments.model.finetune_teacher)
     trained = [arguments, arguments.for_teacher()] if trains_teacher else [arguments]
@@ -103,7 +103,7 @@ def _check_image_size(options: RunArguments, config: PreTrainedConfig) -> None:
 
 
 def _check_publishing(arguments: RunArguments) -> None:
-    """Notice a wrong name or token."""
+    """Check the repository's name and the token."""
     if arguments.publishing.hub_dataset_id is not None:
         check_repo_id(arguments.publishing.hub_dataset_id)
     if arguments.publishing.push_to_hub and PartialState().is_main_process:
@@ -112,7 +112,7 @@ def _check_publishing(arguments: RunArguments) -> None:
 
 
 def _check_name(option: str, path: Any) -> None:
-    """Refuse what can be no name of a file or folder; it may be that of neither."""
+    """Check that a path could be a file or folder; it need not exist."""
     try:
         if path is not None and not str(path).startswith("{"):  # --deepspeed may be JSON
             os.stat(path)
@@ -158,11 +158,11 @@ class _Images(Dataset):
 def rehearse(args: BKDConfig) -> None:
     """Train a tiny model for one step with these options, and evaluate it.
 
-    Left out is what the options of the method do, which are checked by themselves, what a real model has to be there
-    for, and what would leave traces. All processes have to call it.
+    It leaves out the method's options, which are checked separately, options that need a real model, and everything
+    that would leave traces. All processes must call it.
 
     Raises:
-        InputError: Naming the option, if that cannot be done.
+        InputError: If that fails; the message names the option.
     """
     if args.deepspeed:  # its file is for the batches of the real training
         return
@@ -173,10 +173,10 @@ def rehearse(args: BKDConfig) -> None:
             warnings.simplefilter("ignore")
             _rehearse(values, folder)
 
-    gc.freeze()  # Trainer collects garbage, for which all that was imported would be looked through
+    gc.freeze()  # Trainer collects garbage, which would scan all imported modules
     try:
         attempt(values)
-    except NotFiniteError:  # of the training, not of its options
+    except NotFiniteError:  # caused by the training, not by its options
         return
     except Exception as error:  # whatever a library raises
         raise explain(error, values, defaults_of(BKDConfig), attempt) from error
@@ -194,7 +194,7 @@ def _check_compiler(args: BKDConfig) -> None:
     """Compile something tiny, which takes what may be missing here, such as a C++ compiler."""
     try:
         _compiled(args.torch_compile_backend, args.torch_compile_mode)(torch.zeros(2))
-    except Exception as error:  # of a compiler: there is no end of kinds
+    except Exception as error:  # a compiler may raise any exception
         raise InputError(
             f"--torch_compile cannot work on this machine: {one_line(first_line(error), 300)}. Install what is "
             "missing, or leave it out."
@@ -205,7 +205,7 @@ def _rehearse(values: dict[str, Any], folder: str) -> None:
     reporting = BKDConfig(folder, report_to=values["report_to"], use_cpu=values["use_cpu"]).report_to
     for callback in get_reporting_integration_callbacks(reporting):
         callback()
-    if values["torch_compile"]:  # unknown names are refused before anything is compiled
+    if values["torch_compile"]:  # unknown names are rejected before anything is compiled
         _compiled(values["torch_compile_backend"], values["torch_compile_mode"])
     evaluates = str(getattr(values["eval_strategy"], "value", values["eval_strategy"])) != "no"
     quiet = {

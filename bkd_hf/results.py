@@ -1,8 +1,8 @@
-"""`results.json`: the one hand-off from a run to everything that reports on it.
+"""`results.json`: the only interface between a run and everything that reports on it.
 
-Its parts are described, and checked where one is read, by the types in `bkd_hf.schema`.
+The types in `bkd_hf.schema` describe its parts, and check a file when it is read.
 
-It holds no absolute path and no user name: a local model or data set is recorded by the name of its folder.
+It contains no absolute paths and no user names: a local model or data set is recorded by the name of its folder.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from .text import one_line
 
 RESULTS_NAME = "results.json"
 SCHEMA_VERSION = 1
-#: The exported student (see `bkd_hf.onnx_export`), by what it is.
+#: Files of the exported student (see `bkd_hf.onnx_export`).
 ONNX_FILES = {"onnx": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn")
-# Folders in the text of an option, such as JSON.
+# Matches folders in the text of an option, such as JSON.
 _FOLDERS = re.compile(r"""(?<![\w.:/~-])~?/(?:[^\s"',;:/]+/)*""")
-# And of the scripts' own: --from.
+# With those of the scripts: --from.
 _FOLDER_OPTIONS = options_with("path") | {"config", "from"}
 _OF_PUBLISHING = options_with("publishing")
 _SECRETS = options_with("secret")
-# Neither a result nor of interest to others.
+# Neither results nor relevant to others.
 _NOT_RECORDED = _OF_PUBLISHING | (options_with("path") & WITHOUT_INFLUENCE)
 
 
@@ -70,7 +70,7 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: The file, or the folder that holds it.
 
     Raises:
-        InputError: If it is not there, is no results file, or is of another schema version.
+        InputError: If it does not exist, is no results file, or has another schema version.
     """
     path = Path(path)
     path = path / RESULTS_NAME if path.is_dir() else path
@@ -82,15 +82,15 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_schema(results: Any, source: str | os.PathLike[str] = "This run", adds_up: bool = False) -> None:
-    """Refuse what is not the content of a `results.json` of this version.
+    """Check that something is the content of a `results.json` of this version.
 
     Args:
-        results: As read.
-        source: Where from, for the message.
-        adds_up: Whether it has to add up (see [`find_fault`]).
+        results: The content as read.
+        source: Its source, for the message.
+        adds_up: Whether sums and means must be consistent (see [`find_fault`]).
 
     Raises:
-        InputError: If it is of another schema version, or not what `bkd_hf.schema` says.
+        InputError: If it has another schema version, or does not match `bkd_hf.schema`.
     """
     version = results.get("schema_version") if isinstance(results, dict) else None
     if version != SCHEMA_VERSION:
@@ -103,13 +103,13 @@ def check_schema(results: Any, source: str | os.PathLike[str] = "This run", adds
 
 
 def save_json(content: Any, path: str | os.PathLike[str]) -> None:
-    """Write JSON so that a reader finds the old file or the whole new one, never a part.
+    """Write JSON atomically: a reader finds the old file or the complete new one.
 
     NaN and infinity, which JSON does not have, are written as `null`.
     """
     text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as unfinished:
-        # Halves of characters, which UTF-8 has not, are written as JSON's own escapes.
+        # Lone surrogates, which UTF-8 does not allow, are written as JSON escapes.
         unfinished.write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
@@ -121,14 +121,14 @@ def describe_data(
     few_shot_threshold: int,
     recorded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the `data` section of a run on these images (the counts as [`describe_classes`]); all processes call it.
+    """Return the `data` section of a run on these images (counts as in [`describe_classes`]); all processes call it.
 
-    The fingerprints of an earlier run that are to be compared with these can be given as `recorded`.
+    `recorded` may hold the fingerprints of an earlier run, to compare with.
     """
     recorded = recorded or {}
     names, of_training, of_evaluation = (
         train.features[LABEL_COLUMN].names,
-        getattr(train, "class_counts", None) or class_counts(train),  # of a stream, told
+        getattr(train, "class_counts", None) or class_counts(train),  # given for streams
         class_counts(evaluation),
     )
     split = None if evaluation.split is None else str(evaluation.split)
@@ -144,7 +144,7 @@ def describe_data(
 
 
 def described_task(task: str) -> dict[str, str]:
-    """Return the entry of the `data` section that tells the task; none for images, which older results are all of."""
+    """Return the `data` section's entry for the task; none for images, the only task of older results."""
     return {} if task == DEFAULT_TASK else {"task": task}
 
 
@@ -155,7 +155,7 @@ def describe_classes(
     many_shot_threshold: int = MANY_SHOT_THRESHOLD,
     few_shot_threshold: int = FEW_SHOT_THRESHOLD,
 ) -> dict[str, Any]:
-    """Return the `data` section of data of which nothing else is known.
+    """Return the `data` section of data of which only the classes are known.
 
     Args:
         class_names: Names of the C classes.
@@ -198,12 +198,12 @@ def describe_run(
         training: Options of the student's training.
         data: The `data` section (see [`describe_data`]).
         student: The `student` section (see [`describe_model`]), with its training and history.
-        teacher: The same of the teacher, where there is one.
-        teacher_training: Options of the teacher's training, where it was trained in the same run.
+        teacher: The same for the teacher, if there is one.
+        teacher_training: Options of the teacher's training, if it was trained in the same run.
         model_options: Options about models.
         data_options: Options about data.
         command: The options on its command line.
-        precision_rates: Images a second in each precision, where the faster was measured and chosen.
+        precision_rates: Images per second in each precision, if the precision was chosen by measurement.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -226,12 +226,12 @@ def describe_run(
 
 
 def describe_model(name: str, model: nn.Module, measured: LongTailAccumulator) -> dict[str, Any]:
-    """Return what is told of a model: what it is, and how well it does.
+    """Return the description of a model and its metrics.
 
     Args:
-        name: Folder, Hub id, or `cifar-resnet-…`; empty for what was made from a configuration.
+        name: Folder, Hub id, or `cifar-resnet-…`; empty for a model made from a configuration.
         model: The model.
-        measured: Its answers about the evaluation images.
+        measured: Its metrics on the evaluation images.
     """
     classifier = model.model if isinstance(model, FrozenTeacher) else model
     return {
@@ -248,9 +248,9 @@ def summarize_training(state: TrainerState, seconds: float, num_images: int) -> 
     """Return the `training` of a model: its time and speed.
 
     Args:
-        state: Of the trainer.
-        seconds: What the training took, without evaluations.
-        num_images: Of the training set.
+        state: The trainer's state.
+        seconds: Duration of the training, without evaluations.
+        num_images: Size of the training set.
     """
     return {
         "seconds": round(seconds, 2),
@@ -262,14 +262,14 @@ def summarize_training(state: TrainerState, seconds: float, num_images: int) -> 
 
 
 def history_of(state: TrainerState) -> list[dict[str, float]]:
-    """Return the `history` of a model: what was logged while training, without the summary at the end."""
+    """Return the `history` of a model: the training log without its final summary."""
     return [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
 
 
 def describe_training(args: BKDConfig, relative_to: BKDConfig | None = None) -> dict[str, Any]:
-    """Return the options of a training: what differs from another, or from the defaults of `transformers`."""
+    """Return the options of a training that differ from another, or from the defaults of `transformers`."""
     other = recorded_defaults(TrainingArguments) if relative_to is None else recordable(relative_to.to_dict())
-    # Own options are recorded even at their defaults: they are what the run is about.
+    # bkd_hf's own options are always recorded, even at their defaults.
     return {
         name: value for name, value in recordable(args.to_dict()).items() if name not in other or value != other[name]
     }
@@ -281,7 +281,7 @@ def recorded_defaults(options: type) -> dict[str, Any]:
 
 
 def training_options(results: dict[str, Any], model: str = "student") -> dict[str, Any]:
-    """Return all options of a training in a run: those recorded, and the defaults of `transformers` for the others.
+    """Return all options of a training: those recorded, and the defaults of `transformers` for the others.
 
     Args:
         results: The content of a `results.json`.
@@ -310,12 +310,12 @@ def describe_versions() -> dict[str, str | None]:
 
 
 def describe_command(arguments: Sequence[str], num_processes: int = 1, called_by: Sequence[str] | None = None) -> str:
-    """Return a command line as others can use it: without secrets, publishing, and folders of this machine.
+    """Return a command line that others can use: without secrets, publishing options and local folders.
 
     Args:
         arguments: The options.
-        num_processes: Of the launcher.
-        called_by: What comes before them; if not given, what launches a run.
+        num_processes: Number of processes of the launcher.
+        called_by: The words before the options; by default those that launch a run.
     """
     processes = ["--num_processes", str(num_processes)] if num_processes > 1 else []
     words = called_by or program("run", ["accelerate", "launch", *processes])
@@ -329,8 +329,8 @@ def told_arguments(
 
     Args:
         arguments: The words.
-        show: Called with each value and the option that it is of; returns what is told of it.
-        left_out: Further options that are not told.
+        show: Called with each value and its option; returns what to show.
+        left_out: Further options to leave out.
     """
     told: list[str] = []
     option = ""
@@ -345,7 +345,7 @@ def told_arguments(
 
 
 def _shown(value: str, option: str) -> str:
-    if value.startswith("scripts/"):  # the recipes in a checkout are where they are for everybody
+    if value.startswith("scripts/"):  # the recipes of a checkout, at the same place for everybody
         return value
     return Path(value).name if option in _FOLDER_OPTIONS else without_folders(value)
 
@@ -367,7 +367,7 @@ def describe_hardware(args: BKDConfig) -> dict[str, Any]:
 
 
 def recordable(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options without secrets and without anything that tells where on a machine the run was."""
+    """Return options without secrets and local paths."""
 
     def told(value: Any, option: str) -> Any:
         if isinstance(value, dict):
@@ -384,20 +384,20 @@ def recordable(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def hub_id(name: str) -> str | None:
-    """Return the name of a data set or model that is on the Hub; `None` for what is here."""
+    """Return the name of a data set or model on the Hub; `None` for a local one."""
     here = name in DEMOS or _is_path(name) or os.path.exists(name)
     return None if here or not re.fullmatch(HUB_ID, name) else name
 
 
 def without_folders(text: str) -> str:
-    """Return the last part of a path on this machine; a Hub id as it is; other text without the folders in it."""
+    """Return the last part of a local path, a Hub id unchanged, and other text without the folders in it."""
     if _is_path(text) or os.path.exists(text):
         return os.path.basename(os.path.realpath(os.path.expanduser(text)))
     return _FOLDERS.sub("", text)
 
 
 def _is_path(text: str) -> bool:
-    """Whether a text without blanks is no Hub id, which has one slash at most."""
+    """Whether a text without blanks is a path, not a Hub id, which has at most one slash."""
     is_word = not any(character.isspace() or character in "{[,;:" for character in text)
     return is_word and (text.startswith((".", "~", "/")) or text.count("/") > 1)
 
@@ -415,14 +415,14 @@ def _without_nan(content: Any) -> Any:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that this package runs from; `None` if it was installed otherwise, or has no git."""
+    """Commit of the checkout that this package runs from; `None` without a checkout or git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # or it lies in somebody else's repository
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails inside another project's repository
         return git("rev-parse", "--short=12", "HEAD") + (" with changes" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""A run, from data to results: `run` trains a student and, with the very same function, its teacher."""
+"""A run, from data to results: `run` trains a student and, with the same function, its teacher."""
 
 from __future__ import annotations
 
@@ -81,17 +81,17 @@ from .training_data import check_features
 
 @options_alone()
 def run(arguments: RunArguments) -> dict[str, Any]:
-    """Train a teacher (unless one is given, or the method has none) and a student, evaluate, and leave all on disk.
+    """Train a teacher (unless one is given, or the method has none) and a student, evaluate, and save everything.
 
     The output folder holds the student as `transformers` saves it, `results.json`, the figures, a model card, and in
-    `teacher`, if it was trained here, the same of the teacher. A run that was interrupted is continued; one that is
-    finished is reported again.
+    `teacher` the same for a teacher trained in the run. An interrupted run is continued; a finished one is reported
+    again.
 
     Returns:
         The content of `results.json`.
 
     Raises:
-        InputError: If something that the user gave cannot work.
+        InputError: If the user's input is invalid.
     """
     started, say = time.perf_counter(), Announcer()
     output_dir = Path(arguments.training.output_dir)
@@ -127,7 +127,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
 
 
 def _is_still_the_same(arguments: RunArguments, say: Announcer) -> bool:
-    """Refuse to report a finished run of other images or weights; make again what is missing of its reports."""
+    """Refuse to report a finished run on other images or weights; recreate its missing reports."""
     try:
         _, data = _load_data(arguments)
     except InputError as error:
@@ -159,7 +159,7 @@ def _load_data(arguments: RunArguments) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) -> dict[str, Any]:
-    """Check all that may be wrong, from what is quick to find out to what takes long, and train."""
+    """Check everything that may be wrong, the quickest checks first, and train."""
     say.stage("Data")
     splits, data = _load_data(arguments)
     counts, unit = data["class_counts"], task_of(data).name
@@ -180,7 +180,7 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     processor = load_own_processor(arguments.model, splits["train"])
     distils, publishing = arguments.distils, arguments.publishing
     teacher_processor = load_teacher_processor(arguments, processor, splits["train"]) if distils else processor
-    # Before any image is decoded: a teacher that does not fit should not cost that time.
+    # Before any image is decoded, to fail early if the teacher does not fit.
     match = match_teacher(arguments, data["class_names"]) if distils else Match()
     if publishing.push_to_hub and publishing.push_teacher and not match.why_trained:
         raise InputError(
@@ -203,7 +203,7 @@ def _train(
     inputs: Inputs,
     provide_teacher: Callable[[], tuple[FrozenTeacher, dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-    """Train one model, teacher or student, in the folder of its run, unless that is done; leave all results there."""
+    """Train one model, teacher or student, in its run folder, unless it is finished; write all results there."""
     args, data, say, folder = options.training, inputs.data, inputs.say, Path(options.training.output_dir)
     if choose_workers(args, inputs.images["train"], inputs.threads) and not options.is_teacher:
         workers = args.dataloader_num_workers
@@ -214,7 +214,7 @@ def _train(
     if _claim(options, identity):
         say(f"Using the teacher in {folder}, trained on the same data with the same options.")
         return on_main_process(lambda: load_results(folder))
-    # First: a student that cannot be loaded should not cost an earlier run, or the training of the teacher.
+    # First, so that a failure to load costs neither an earlier run nor the training of the teacher.
     model = _load_model(options, data, inputs.processor, say)
     teacher, teacher_results = None, None
     is_to_come = provide_teacher is not None and options.model.given_teacher is None
@@ -228,7 +228,7 @@ def _train(
         say.stage("Teacher")
         teacher, teacher_results = provide_teacher()
         _record(options, identity_of(options, data))  # with its teacher, now that there is one
-        gc.collect()  # its trainer and callbacks know each other: their workers would stay, idle, beside the student's
+        gc.collect()  # its trainer and callbacks form cycles, which would keep its idle workers alive
     if not options.is_teacher:
         say.stage("Student")
     section = _fit(options, inputs, model, teacher, teacher_results)
@@ -247,7 +247,7 @@ def _train(
     if PartialState().is_main_process:
         try:
             _report(options, results)
-        except InputError:  # a card that cannot be made must not cost what was measured
+        except InputError:  # results must not be lost because a card cannot be written
             save_json(results, folder / RESULTS_NAME)
             raise
         save_json(results, folder / RESULTS_NAME)  # last: it says that the run is finished
@@ -270,17 +270,17 @@ def _report(options: RunArguments, results: dict[str, Any], only_missing: bool =
 def _load_model(
     options: RunArguments, data: dict[str, Any], processor: Processor, say: Announcer | None = None
 ) -> PreTrainedModel:
-    """Load the model that is to be trained, with a head for the data's classes; if fresh, for this processor."""
+    """Load the model to train, with a head for the data's classes; a fresh model is made for this processor."""
     name, args = options.model.model_name_or_path, options.training
     torch.manual_seed(args.seed)  # fresh weights, and fresh heads of pretrained models
     kwargs = options.model.from_pretrained_kwargs()
     size = options.model.image_size or FRESH_IMAGE_SIZE
-    with _without("modeling_utils", "LOAD REPORT"):  # a table of what is said below in a sentence
+    with _without("modeling_utils", "LOAD REPORT"):  # a table; the message below replaces it
         model = load_classifier(name, data["class_names"], size, args.cosine_scale, processor=processor, **kwargs)
     if args.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise InputError(f"--activation_checkpointing: {name} ({type(model).__name__}) knows none. Leave it out.")
     if args.head_learning_rate is not None:
-        the_head(model)  # raises, if it cannot be told
+        the_head(model)  # raises if it cannot be identified
     if args.layer_decay is not None:
         layer_depths(model)  # likewise
     if args.head_init == "class_mean":
@@ -295,7 +295,7 @@ def _load_model(
 
 @contextmanager
 def _without(module: str, words: str) -> Iterator[None]:
-    """Leave out what a module of transformers logs with these words."""
+    """Suppress log messages of a transformers module that contain these words."""
 
     def is_something_else(record: Any) -> bool:
         return words not in record.getMessage()
@@ -315,7 +315,7 @@ def _fit(
     teacher: nn.Module | None,
     teacher_results: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Train (from the last checkpoint if there is one), save and evaluate a model; return its section of results."""
+    """Train (from the last checkpoint, if any), save and evaluate a model; return its section of the results."""
     args, data, images, say = options.training, inputs.data, inputs.images, inputs.say
     name, clock, size = options.model.model_name_or_path, Clock(), model.num_parameters()
     images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -349,7 +349,7 @@ def _fit(
     checkpoint = on_main_process(lambda: last_complete_checkpoint(args.output_dir))
     if checkpoint is not None:
         say(f"Continuing from {Path(checkpoint).name}.{is_cut_otherwise(checkpoint, args)}")
-    # Steps that are given as a share of all are numbers in a checkpoint; what differs else is refused by now.
+    # Steps given as a fraction are absolute numbers in a checkpoint; other differences have been rejected before.
     with _without("trainer_utils", "do not match the ones in the `trainer_state.json`"):
         outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.head_bias_shift is not None:
@@ -374,7 +374,7 @@ def _fit(
 def _provide_teacher(
     arguments: RunArguments, inputs: Inputs, processor: Processor, match: Match
 ) -> tuple[FrozenTeacher, dict[str, Any]]:
-    """Train the teacher, as a run of its own, or use the one that was given; with its results."""
+    """Train the teacher as its own run, or use the given one; return it with its results."""
     images, options, given = inputs.images, arguments.for_teacher(), arguments.model.given_teacher
     if not same_inputs(arguments, inputs.processor, processor):
         images = {"eval": prepare(arguments, inputs.splits["eval"], processor)}
@@ -401,7 +401,7 @@ def _claim(options: RunArguments, identity: dict[str, str | None] | None = None)
 
 
 def _agree(options: RunArguments) -> None:
-    """Have all processes do the same run, in the precision that the main one found in its folder."""
+    """Make all processes do the same run, in the precision that the main process found in its folder."""
     share_precision(options)
     check_same(
         what_is_told(options),
@@ -413,7 +413,7 @@ def _agree(options: RunArguments) -> None:
 
 
 def _record(options: RunArguments, identity: dict[str, str | None]) -> None:
-    PartialState().wait_for_everyone()  # all have looked at what is there
+    PartialState().wait_for_everyone()  # all have inspected the folder
     if PartialState().is_main_process:
         record_run(options, identity)
     options.overwrite = False  # that is done
@@ -429,7 +429,7 @@ def _device_name(options: RunArguments, threads: int) -> str:
 
 
 def _publish(arguments: RunArguments, say: Announcer) -> None:
-    """Push the finished student, in the main process alone: the others need not wait."""
+    """Push the finished student in the main process; the others need not wait."""
     training, publishing = arguments.training, arguments.publishing
     if not publishing.push_to_hub or not PartialState().is_main_process:
         return

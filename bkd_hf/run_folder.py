@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, what the run in it was told and of what it is, how far it came."""
+"""The output folder of a run: its owner, the run's arguments, images and weights, and its progress."""
 
 from __future__ import annotations
 
@@ -28,23 +28,24 @@ from .ranges import defaults_of
 from .results import RESULTS_NAME, save_json
 from .tasks import fresh_task
 
-#: Marks an output folder as ours and records what the run in it was told.
+#: Marks an output folder as ours, and records its run's arguments.
 RUN_NAME = "bkd_run.json"
-#: Says that a checkpoint was written to its end, and what it holds.
+#: Marks a checkpoint as complete, and lists its contents.
 COMPLETE_NAME = "complete.json"
 
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-# In the order in which it is deleted: first what says that the run is finished, last what says that it is ours.
+# In the order of deletion: first the file that marks the run as finished, last the one that marks it as ours.
 _LEFT_BY_A_RUN = (
     RESULTS_NAME, "figures", "onnx", "teacher", "checkpoint-[0-9]*", "model*.safetensors*", "config.json",
     "preprocessor_config.json", *_TOKENIZER, "modeling_cifar_resnet.py", "modeling_cosine_head.py",
     "training_args.bin", "trainer_state.json", "*_results.json", "README.md", ".tmp??????", RUN_NAME,
 )  # fmt: skip
 _WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
-_PROCESSES = "num_processes"  # that were at work when a run was begun, or last continued
+_PROCESSES = "num_processes"  # when a run was begun, or last continued
 _IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights", "precision_rates")
 
-# How a training is looked at and kept, which changes nothing in it; and when, unless something is chosen by that.
+# Options for evaluating, logging and saving have no influence on the training. When these happen has none either,
+# unless it decides about the best model.
 _WATCHING = (
     "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "prediction_loss_only",
     "per_device_eval_batch_size", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
@@ -58,12 +59,12 @@ _WATCHING_TIMES = (
 
 
 def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = None, is_to_train: bool = True) -> str:
-    """Return what the output folder holds of this very run: `"new"` (nothing), `"interrupted"` or `"finished"`.
+    """Return the state of this run in its output folder: `"new"` (nothing there), `"interrupted"` or `"finished"`.
 
     Args:
-        arguments: What the run is told.
-        identity: Of its images and weights (see [`identity_of`]), as far as it is known.
-        is_to_train: Whether these processes are those that would train it; else as many as began it are thought of.
+        arguments: The run's arguments.
+        identity: Identity of its images and weights (see [`identity_of`]), as far as known.
+        is_to_train: Whether these processes would train it; otherwise as many processes as began it are assumed.
 
     Raises:
         InputError: If it holds something else, or a run with other options, on other images or from other weights.
@@ -89,7 +90,7 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
         raise InputError(
             f"--output_dir {output_dir} is not empty and was not made by run_bkd.py: name a new or an empty folder."
         )
-    if content <= {RUN_NAME}:  # at most stopped by an error before anything was computed: nothing to protect
+    if content <= {RUN_NAME}:  # nothing was computed yet, so there is nothing to protect
         return "new"
     has_results = RESULTS_NAME in content
     damage = _damage(output_dir, arguments.is_teacher) if has_results else ""
@@ -118,24 +119,24 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
 
 
 def claim_output_dir(arguments: RunArguments, identity: dict[str, str | None] | None = None) -> bool:
-    """Make the output folder ours; True if it holds the finished results of this very run (arguments as there).
+    """Claim the output folder; True if it holds the finished results of this run (arguments as for [`run_state`]).
 
-    An unfinished one is locked until this process ends, or unlocks all. Nothing in it is changed.
+    The folder of an unfinished run is locked until this process ends or unlocks all. Nothing in it is changed.
 
     Raises:
-        InputError: As [`run_state`]; also if the folder cannot be written, or another process holds it.
+        InputError: As [`run_state`]; also if the folder cannot be written, or another process has locked it.
     """
     found, output_dir = _state(arguments, identity), Path(arguments.training.output_dir)
     if PartialState().is_main_process and found != "finished":
         with _usable(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
             lock(output_dir)
-        found = _state(arguments, identity)  # whoever held it may have changed it
+        found = _state(arguments, identity)  # another process may have changed it before
     return found == "finished"
 
 
 def record_run(arguments: RunArguments, identity: dict[str, str | None]) -> None:
-    """Write into a claimed folder which run is in it; `overwrite` deletes an earlier one first (arguments as there).
+    """Record the run in a claimed folder; `overwrite` first deletes an earlier one (arguments as for [`run_state`]).
 
     Raises:
         InputError: If the folder cannot be written.
@@ -151,7 +152,7 @@ def record_run(arguments: RunArguments, identity: dict[str, str | None]) -> None
 
 
 def precision_begun_in(output_dir: str | os.PathLike[str]) -> tuple[str | None, dict[str, float] | None]:
-    """Return the precision of the run that a folder holds, `None` if there is none; and the rates that it measured."""
+    """Return the precision of the run in a folder (`None` without a run), and the rates that it measured."""
     record = try_json(Path(output_dir) / RUN_NAME) or {}
     is_bf16 = record.get("training", {}).get("bf16")
     return None if is_bf16 is None else ("bf16" if is_bf16 else "fp32"), record.get("precision_rates")
@@ -165,12 +166,12 @@ def _state(arguments: RunArguments, identity: dict[str, str | None] | None) -> s
 
 
 def identity_of(arguments: RunArguments, data: dict[str, Any], with_teacher: bool = True) -> dict[str, str | None]:
-    """Return what tells a run's images, classes and weights from others, as far as it is known yet.
+    """Return the identity of a run's images, classes and weights, as far as known yet.
 
     Args:
-        arguments: What the run is told.
+        arguments: The run's arguments.
         data: The `data` section of its results.
-        with_teacher: Whether it has its teacher already, where it trains one.
+        with_teacher: Whether a teacher trained in the run already exists.
     """
     options, given = arguments.model, arguments.model.given_teacher
     teacher = given or (f"{arguments.training.output_dir}/teacher" if with_teacher else None)
@@ -186,7 +187,7 @@ def identity_of(arguments: RunArguments, data: dict[str, Any], with_teacher: boo
 
 
 def _identity_of_weights(name: str, options: ModelArguments) -> str | None:
-    """Hash of a model's files, or the commit of one from the Hub; `None` for fresh weights, and if it is not known."""
+    """Hash of a model's files, or its commit on the Hub; `None` for fresh weights, and if unknown."""
     if fresh_task(name) is not None:
         return None
     folder = Path(name).expanduser()
@@ -204,7 +205,7 @@ def _identity_of_weights(name: str, options: ModelArguments) -> str | None:
 
 
 def _damage(output_dir: Path, needs_weights: bool) -> str:
-    """Say what of a finished run does not load; weights that were deleted are missed where they are needed."""
+    """Say which files of a finished run do not load; deleted weights only count if they are needed."""
     if try_json(output_dir / RESULTS_NAME) is None:
         return f"{RESULTS_NAME} is damaged"
     files = [path for name in ("config.json", "model*.safetensors") for path in output_dir.glob(name)]
@@ -226,7 +227,7 @@ def _usable(output_dir: Path) -> Iterator[None]:
 def _why_other(
     record: dict[str, Any], arguments: RunArguments, identity: dict[str, str | None] | None, num_processes: int
 ) -> str:
-    """Say in what a recorded run differs from one that so many processes would do; empty if in nothing."""
+    """Describe how a recorded run differs from one with this number of processes; empty if it does not."""
     here = what_is_told(arguments, identity, num_processes)
     there = {name: value for name, value in record.items() if name != _PROCESSES}
     there = _with_later_options(_with_global_batches(there, num_processes), here, arguments)
@@ -239,7 +240,7 @@ def _why_other(
 def what_is_told(
     arguments: RunArguments, identity: dict[str, str | None] | None = None, num_processes: int | None = None
 ) -> dict[str, Any]:
-    """Return what tells a run from others (arguments as there), done by so many processes; by those there are."""
+    """Return what identifies a run (arguments as for [`run_state`]), by default with the current processes."""
     of_teacher = {}
     if arguments.teacher_options:
         teacher = arguments.for_teacher()
@@ -257,14 +258,14 @@ def what_is_told(
         for part, options in told.items()
     }
     measured = {"precision_rates": arguments.precision_rates} if arguments.precision_rates else {}
-    return json.loads(json.dumps({**influential, **(identity or {}), **measured}))  # as it will be read back
+    return json.loads(json.dumps({**influential, **(identity or {}), **measured}))  # as when read back
 
 
 def _options_in_use(args: BKDConfig, num_processes: int | None) -> dict[str, Any]:
-    """All options, with those that the method does not look at as if they were not given; `None`: no influence."""
+    """All options; those that the method does not use have their defaults, and `None` means without influence."""
     defaults = method_defaults(args.method)
     unused = {name: defaults[name] for name in USED_BY if not option_is_used(name, vars(args))}
-    # Where a cache lies has no influence, whether there is one may move the last digits.
+    # The place of a cache has no influence; using one may change the last digits.
     caches = {name: "off" if getattr(args, name) == "off" else "on" for name in ("teacher_cache", "feature_cache")}
     chooses = args.load_best_model_at_end or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
     without = (*_WATCHING, *(() if chooses else _WATCHING_TIMES), *BATCH_CUT)
@@ -273,7 +274,7 @@ def _options_in_use(args: BKDConfig, num_processes: int | None) -> dict[str, Any
 
 
 def _with_global_batches(there: dict[str, Any], num_processes: int) -> dict[str, Any]:
-    """Have what an older version wrote down, how batches are cut, say how large they are with so many processes."""
+    """Convert an older record's batch split to the global batch size with this number of processes."""
     training, alone = there.get("training", {}), there.get("teacher_training", {})
     if "global_batch_size" in training or not training.keys() >= {*BATCH_CUT}:
         return there
@@ -289,7 +290,7 @@ def _with_global_batches(there: dict[str, Any], num_processes: int) -> dict[str,
 
 
 def _with_later_options(there: dict[str, Any], here: dict[str, Any], arguments: RunArguments) -> dict[str, Any]:
-    """Have what an older version wrote down say the options that it did not know, where they are as by default."""
+    """Add options to an older record that did not exist then, if they have their defaults now."""
     filled = dict(there)
     for section in ("model", "data", "training"):
         defaults, known = defaults_of(type(getattr(arguments, section))), there.get(section, {})
@@ -299,7 +300,7 @@ def _with_later_options(there: dict[str, Any], here: dict[str, Any], arguments: 
 
 
 def _with_teacher(told: dict[str, Any], names: set[str] | None) -> dict[str, Any]:
-    """Have what was told say these options of the teacher, given for it or as for the student; `None`: no teacher."""
+    """Add the teacher's options, given for it or shared with the student, to a record; `None` without a teacher."""
     model, training = told.get("model", {}), told.get("training", {})
     if names is None:
         model = {name: value for name, value in model.items() if name not in ABOUT_TEACHER}
@@ -310,7 +311,7 @@ def _with_teacher(told: dict[str, Any], names: set[str] | None) -> dict[str, Any
 
 
 def _delete_run(output_dir: Path) -> None:
-    """Delete what a run leaves, and nothing that somebody put beside it."""
+    """Delete the files of a run, and nothing else in its folder."""
     for pattern in _LEFT_BY_A_RUN:
         for path in list(output_dir.iterdir()):
             if not fnmatch(path.name.removesuffix(UNFINISHED), pattern):
@@ -319,14 +320,14 @@ def _delete_run(output_dir: Path) -> None:
                 path.unlink()
                 continue
             if path.name == "teacher":
-                _delete_run(path)  # or what is left of it, after a kill, would not be known as ours
+                _delete_run(path)  # otherwise the rest, after a kill, would not be recognised as ours
             shutil.rmtree(path)
 
 
 def differences(
     there: dict[str, Any], here: dict[str, Any], prefix: str = "", where: tuple[str, str] = ("there", "here")
 ) -> str:
-    """E.g. "--temperature is 2.0 there, 4.0 here", or in words of your own; empty if nothing differs."""
+    """E.g. "--temperature is 2.0 there, 4.0 here", or with other words; empty if nothing differs."""
     found = []
     for name in sorted({*there, *here}):
         old, new = there.get(name), here.get(name)
@@ -342,7 +343,7 @@ def differences(
 
 
 def mark_complete(checkpoint: str | os.PathLike[str]) -> None:
-    """Write down the hashes of a checkpoint's files, of one that is still to be renamed under its final name."""
+    """Record the hashes of a checkpoint's files; one that is still to be renamed is recorded under its final name."""
     folder = Path(checkpoint)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE_NAME)
     names = [path.relative_to(folder).as_posix().removesuffix(UNFINISHED) for path in files]
@@ -350,7 +351,7 @@ def mark_complete(checkpoint: str | os.PathLike[str]) -> None:
 
 
 def why_not_complete(checkpoint: str | os.PathLike[str]) -> str | None:
-    """Say what is missing or damaged of a checkpoint; `None` if it is as [`mark_complete`] saw it."""
+    """Say what is missing or damaged in a checkpoint; `None` if it is as [`mark_complete`] recorded it."""
     folder = Path(checkpoint)
     files = try_json(folder / COMPLETE_NAME)
     if not files:
@@ -364,20 +365,20 @@ def why_not_complete(checkpoint: str | os.PathLike[str]) -> str | None:
 
 
 def check_checkpoint(checkpoint: str | os.PathLike[str]) -> None:
-    """Raise an `InputError` if a checkpoint is damaged; one that [`mark_complete`] never saw may be anything."""
+    """Raise an `InputError` if a checkpoint is damaged; one without a record of [`mark_complete`] is not checked."""
     if Path(checkpoint, COMPLETE_NAME).exists() and (why := why_not_complete(checkpoint)):
         raise InputError(f"The checkpoint {checkpoint} cannot be used: {why}. Remove it, and run the same again.")
 
 
 def has_checkpoint(output_dir: str | os.PathLike[str]) -> bool:
-    """Whether a run, or its teacher's in it, has a checkpoint that was written to its end, or is finished."""
+    """Whether a run, or the teacher's run in it, has a complete checkpoint, or is finished."""
     folder = Path(output_dir)
     left = (f"checkpoint-*/{COMPLETE_NAME}", f"teacher/checkpoint-*/{COMPLETE_NAME}", f"teacher/{RESULTS_NAME}")
     return any(next(folder.glob(pattern), None) for pattern in (*left, RESULTS_NAME))
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Return the latest checkpoint that is whole, `None` without one; a warning names those that are not."""
+    """Return the latest complete checkpoint, `None` without one; a warning names incomplete ones."""
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
     for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
         why = why_not_complete(folder)
@@ -390,7 +391,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def is_cut_otherwise(checkpoint: str | os.PathLike[str], args: BKDConfig) -> str:
-    """Say what changes if batches were cut otherwise when a checkpoint was saved; empty if they were not."""
+    """Say what changes if batches were split differently when a checkpoint was saved; empty if they were not."""
     size = (try_json(Path(checkpoint, "trainer_state.json")) or {}).get("train_batch_size")
     processes = len(list(Path(checkpoint).glob("rng_state*.pth")))
     is_known = size and processes and not args.auto_find_batch_size

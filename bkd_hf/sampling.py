@@ -1,4 +1,4 @@
-"""In which order, and in which pieces, the training examples are seen; random numbers."""
+"""Order and batching of the training examples; random numbers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .loss_inputs import IGNORE_INDEX
 
 
 class GlobalBatchSampler:
-    """Cuts each epoch into *global* batches, and each of those into the micro-batches of all processes.
+    """Splits each epoch into *global* batches, and each of these into the micro-batches of all processes.
 
-    One optimizer step sees one global batch: `batch_size` × `accumulation_steps` × `num_processes` examples, fewer in
-    the last step of an epoch. Which examples these are depends on (seed, epoch) alone, not on how the batch is cut, so
-    32 × 1, 8 × 4 accumulated and 2 processes × 16 train the same model, up to rounding, the short last step included.
+    One optimizer step uses one global batch: `batch_size` × `accumulation_steps` × `num_processes` examples, fewer in
+    the last step of an epoch. Its examples depend only on (seed, epoch), not on how the batch is split. So 32 × 1,
+    8 × 4 accumulated and 2 processes × 16 train the same model up to rounding, including the short last step.
 
     Micro-batches come in the order (step, accumulation step, process), their number is a multiple of the number of
-    processes, and those of a step differ by one example at most: what accelerate's `BatchSamplerShard` needs to hand
-    each process its own, without padding. If the last step has fewer examples than there are processes, the idle ones
-    get an *ignored copy* of an example. Indices say more than which example is meant, see [`SampledExamples`].
+    processes, and their sizes within a step differ by at most one. So accelerate's `BatchSamplerShard` gives each
+    process its own without padding. If the last step has fewer examples than processes, the idle processes get an
+    *ignored copy* of an example. Indices also encode repetitions and ignored copies, see [`SampledExamples`].
 
-    With `class_balanced_labels` an epoch is as long, but each of its examples is drawn anew: a class, all equally
-    likely, then an example of it (Kang et al., 2020, arXiv 1910.09217). Examples of rare classes come many times.
+    With `class_balanced_labels`, an epoch has the same length, but each example is drawn independently: first a class,
+    uniformly, then an example of it (Kang et al., 2020, arXiv 1910.09217). Examples of rare classes occur many times.
 
     Args:
         num_examples: Size of the training set.
@@ -34,12 +34,12 @@ class GlobalBatchSampler:
         accumulation_steps: Micro-batches per process and optimizer step.
         num_processes: Number of processes.
         seed: Seed of the order.
-        shuffle: Whether to shuffle each epoch anew.
-        drop_last: Whether to leave out the last global batch of an epoch if it is not full.
-        pad_last: Whether to fill its micro-batches up with ignored copies of the epoch's first examples, so that all
-            have the same size. The loss is the same mean; BatchNorm sees the copies in that step's statistics.
-        class_balanced_labels: The class number of each example, for class-balanced sampling; `None` for each example
-            once an epoch.
+        shuffle: Whether to shuffle in each epoch.
+        drop_last: Whether to drop the last global batch of an epoch if it is not full.
+        pad_last: Whether to pad its micro-batches with ignored copies of the epoch's first examples, so that all have
+            the same size. The loss is the same mean, but BatchNorm's statistics of that step include the copies.
+        class_balanced_labels: The class number of each example, for class-balanced sampling; `None` to use each
+            example once per epoch.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class GlobalBatchSampler:
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
-        # Read by accelerate: batches of varying size, and nothing for it to drop.
+        # For accelerate: batches vary in size, and none must be dropped.
         self.batch_size = None
         self.drop_last = False
 
@@ -76,7 +76,7 @@ class GlobalBatchSampler:
         self._padded_size = batch_size if pad_last and self._num_full else 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration yields."""
+        """Select the epoch whose order the next iteration uses."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -118,9 +118,9 @@ class GlobalBatchSampler:
 
 
 def innermost(dataset: Any) -> Iterator[Any]:
-    """Yield the data sets that one is made of: those in a `Subset` (`.dataset`) or a `ConcatDataset` (`.datasets`).
+    """Yield the data sets inside one: those in a `Subset` (`.dataset`) or a `ConcatDataset` (`.datasets`).
 
-    One that has a `set_epoch` of its own is asked no further, as it may pass on what it is told.
+    Does not descend into a data set with its own `set_epoch`, which may pass the call on.
     """
     parts = getattr(dataset, "datasets", None)
     if not isinstance(parts, Sequence):
@@ -135,9 +135,9 @@ def innermost(dataset: Any) -> Iterator[Any]:
 class SampledExamples(torch.utils.data.Dataset):
     """A map-style dataset as [`GlobalBatchSampler`] indexes it.
 
-    Index `i + r · len(dataset)` is the r-th repetition of example `i` within an epoch, which a dataset that says
-    `distinguishes_repetitions` is asked for as such (to augment it otherwise each time), any other as `i`. A negative
-    index `−1 − i` is example `i` labelled −100: it counts for nothing.
+    Index `i + r · len(dataset)` is the r-th repetition of example `i` within an epoch. A dataset that says
+    `distinguishes_repetitions` gets this index (and augments each repetition differently), any other gets `i`. A
+    negative index `−1 − i` is example `i` labelled −100, which is ignored.
 
     Args:
         dataset: The data set.
@@ -180,12 +180,12 @@ def hash_uniform(*counters: npt.ArrayLike) -> np.ndarray:
     """Numbers in [0, 1), each a hash of its counters (SplitMix64's finaliser, Steele et al., 2014).
 
     Args:
-        counters: Integers or integer arrays that broadcast against each other; their order matters.
+        counters: Integers or integer arrays that broadcast; their order matters.
 
     Returns:
         float64, of the broadcast shape.
     """
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         state = np.zeros((), dtype=np.uint64)
         for counter in counters:
             bits = np.asarray(counter, dtype=np.int64).astype(np.uint64)

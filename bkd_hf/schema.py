@@ -1,7 +1,7 @@
-"""What a `results.json` holds, as types by which it is checked: it may come from anywhere.
+"""The contents of a `results.json`, as types by which it is checked, as it may come from anywhere.
 
-Fractions for metrics, seconds for times. What is `NotRequired` is missing where it does not apply, and in results of
-earlier versions. Further fields may follow in any part.
+Metrics are fractions, times are seconds. `NotRequired` fields are missing if they do not apply, and in results of
+earlier versions. Any part may have further fields.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .metrics import check_shot_thresholds, groups_of
 from .text import one_line
 
 _CONFIG = ConfigDict(strict=True, allow_inf_nan=False, str_max_length=1_000_000, extra="allow")
-#: What can be the id of a repository.
+#: Pattern of a repository id.
 HUB_ID = r"[\w.-]+(/[\w.-]+)?"
-_LARGEST = 2**53  # what every reader of JSON keeps
+_LARGEST = 2**53  # exact in every JSON reader
 
 _READ_OPTIONS = (
     "learning_rate", "weight_decay", "optim", "momentum", "lr_scheduler_type", "warmup_steps", "lr_step_epochs",
@@ -38,7 +38,7 @@ _READ_OPTIONS = (
 Integer = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=_LARGEST)]
-Real = Annotated[float, Field(ge=-1e39, le=1e39)]  # what single precision has, and a figure can show
+Real = Annotated[float, Field(ge=-1e39, le=1e39)]  # within single precision, which figures can show
 Amount = Annotated[float, Field(ge=0, le=1e39)]
 Fraction = Annotated[float, Field(ge=0, le=1.0001)]  # sums in single precision are rounded
 HubId = Annotated[str, Field(pattern=f"^{HUB_ID}$")]
@@ -69,7 +69,7 @@ class PostHocMetrics(Metrics):
 
 
 class TrainingSummary(TypedDict):
-    """Where a model was trained in this run."""
+    """For a model trained in this run."""
 
     seconds: Amount
     images_per_second: Amount
@@ -79,7 +79,7 @@ class TrainingSummary(TypedDict):
 
 
 class HistoryEntry(TypedDict):
-    """What was logged while training; `null` is not a number."""
+    """An entry of the training log; `null` stands for NaN."""
 
     step: NotRequired[Count]
     epoch: NotRequired[Amount]
@@ -93,7 +93,7 @@ class HistoryEntry(TypedDict):
 
 
 class Targets(TypedDict):
-    """See `bkd_hf.targets.target_statistics`; `power` where the loss has class weights."""
+    """See `bkd_hf.targets.target_statistics`; with `power` if the loss has class weights."""
 
     num_images: Count
     target_agreement: Fraction
@@ -109,7 +109,7 @@ class Targets(TypedDict):
 
 
 class SettledOptions(TypedDict):
-    """Options that the losses look at and that may be left open (see `Objective.settled`), as they came out."""
+    """Resolved values of options of the losses that may be `auto` or `measured` (see `Objective.settled`)."""
 
     class_balance_power: NotRequired[Amount]
     distillation_prior: NotRequired[Fraction]
@@ -117,27 +117,27 @@ class SettledOptions(TypedDict):
 
 
 class Model(TypedDict):
-    """A teacher or a student; of a teacher there are post-hoc metrics only if it was trained on these very images."""
+    """A teacher or a student; a teacher has post-hoc metrics only if it was trained on the same images."""
 
     model: str
     hub_id: NotRequired[HubId | None]  # `null` if it is not from the Hub
     architecture: NotRequired[str]
     num_parameters: Count
-    num_trained_parameters: NotRequired[Count]  # of adapter and head, where there is an adapter
+    num_trained_parameters: NotRequired[Count]  # of adapter and head, if there is an adapter
     metrics: Metrics
     post_hoc_metrics: NotRequired[PostHocMetrics | None]
-    num_eval_images: NotRequired[Count]  # that were answered: all that the data tell of
-    answers: NotRequired[list[Count]]  # C numbers of evaluation images for which each class was the answer
+    num_eval_images: NotRequired[Count]  # evaluated images: all of the data
+    answers: NotRequired[list[Count]]  # C numbers of evaluation images predicted as each class
     # [true class, predicted class, test images], the most frequent first (2,000 at most)
     confusions: list[Annotated[list[Count], Field(min_length=3, max_length=3)]]
     training: NotRequired[TrainingSummary]
     history: NotRequired[list[HistoryEntry]]
-    method: NotRequired[str | None]  # of a teacher, where it is known
-    augmentation: NotRequired[str]  # of its training images, where it was trained on images in this run
+    method: NotRequired[str | None]  # of a teacher, if known
+    augmentation: NotRequired[str]  # of its training images, if it was trained on images in this run
     settled_options: NotRequired[SettledOptions]
-    head_bias_shift: NotRequired[list[Real]]  # C numbers that were added in the end, where a bias was fitted
-    started_from_teacher: NotRequired[bool]  # of a student that has one
-    targets: NotRequired[Targets | None]  # of such a student, where its method has any
+    head_bias_shift: NotRequired[list[Real]]  # C numbers added after training, if a bias was fitted
+    started_from_teacher: NotRequired[bool]  # of a student with a teacher
+    targets: NotRequired[Targets | None]  # of a student with a teacher, if its method has targets
 
 
 class Data(TypedDict):
@@ -145,7 +145,7 @@ class Data(TypedDict):
 
     name: str
     hub_id: NotRequired[HubId | None]
-    eval_split: NotRequired[str | None]  # "train" for images that were set aside of it; `null` if not known
+    eval_split: NotRequired[str | None]  # "train" for images held out from it; `null` if unknown
     fingerprint: Fingerprint | None  # of labels and images
     eval_fingerprint: Fingerprint | None
     num_train_images: Positive
@@ -159,18 +159,18 @@ class Data(TypedDict):
 
 
 class Hardware(TypedDict):
-    """What a run was computed on."""
+    """The hardware of a run."""
 
     device: str
     cpu_cores: NotRequired[Count | None]
     cpu_threads: Positive
     num_processes: Positive
     precision: str
-    precision_rates: NotRequired[dict[str, Amount]]  # images a second, where the faster precision was measured
+    precision_rates: NotRequired[dict[str, Amount]]  # images per second, if the precision was chosen by measurement
 
 
 class Versions(TypedDict):
-    """Of Python and the libraries, and the commit of bkd_hf where it is a git checkout."""
+    """Versions of Python and the libraries, and the commit of bkd_hf if it is a git checkout."""
 
     bkd_hf: str
     torch: str
@@ -180,7 +180,7 @@ class Versions(TypedDict):
 
 
 class GroupAccuracies(TypedDict):
-    """Of [`Metrics`], what is told of an exported model."""
+    """The part of [`Metrics`] reported for an exported model."""
 
     accuracy: Fraction
     balanced_accuracy: Fraction
@@ -190,15 +190,15 @@ class GroupAccuracies(TypedDict):
 
 
 class AnsweringModel(TypedDict):
-    """A model as it is run to answer, on a CPU in single precision, or in int8."""
+    """A model in inference, on a CPU in single precision or in int8."""
 
-    bytes: Count  # of its file; of a model in torch of its weights
-    seconds: dict[Literal["1", "32"], Amount]  # for so many images at once: a median
+    bytes: Count  # size of its file; for a torch model, of its weights
+    seconds: dict[Literal["1", "32"], Amount]  # median, for this many images at once
     metrics: NotRequired[GroupAccuracies]  # on the evaluation images; a teacher's are in its own section
 
 
 class ExportedModels(TypedDict):
-    """All that are compared."""
+    """All compared models."""
 
     teacher: NotRequired[AnsweringModel]
     student: AnsweringModel  # in torch
@@ -213,15 +213,15 @@ class Export(TypedDict):
     onnxruntime: str
     largest_logit_difference: Amount  # between ONNX and torch, on the evaluation images
     tolerance: Amount
-    num_calibration_images: Count  # of the training, for int8
-    num_eval_images: NotRequired[Count]  # that accuracies and differences are of; missing: all
+    num_calibration_images: Count  # training images, for int8
+    num_eval_images: NotRequired[Count]  # for accuracies and differences; missing: all
     device: str
     cpu_threads: Positive
     models: ExportedModels
 
 
 def _training_options() -> type:
-    """Options of a training that are read again: by their own types, but for words that may be numbers."""
+    """Training options that are read again, with their own types, except for words that may be numbers."""
     names = {name for name in (*METHOD_OPTIONS, *_READ_OPTIONS) if not name.endswith("_args")}
     kinds = {int: Integer, float: Real, str | None: str | Real | None}
     hints = {name: hint for name, hint in get_type_hints(BKDConfig).items() if name in names}
@@ -233,14 +233,14 @@ TrainingOptions = _training_options()
 
 
 class DataOptions(TypedDict):
-    """Options about data that are read again."""
+    """Data options that are read again."""
 
     train_augmentation: NotRequired[str | None]
     train_operations: NotRequired[list[str] | None]
 
 
 class Options(TypedDict):
-    """What a run was told, without secrets and places."""
+    """A run's options, without secrets and paths."""
 
     model: dict[str, Any]
     data: DataOptions
@@ -255,12 +255,12 @@ class Results(TypedDict):
 
     schema_version: int
     options: Options
-    method: NotRequired[str]  # the preset, and in brackets what was chosen otherwise, e.g. "bkd (temperature 4)"
+    method: NotRequired[str]  # the preset, with differing options in brackets, e.g. "bkd (temperature 4)"
     seed: Integer
-    command: NotRequired[str | None]  # what was called; `null` from Python
-    command_is_shortened: NotRequired[bool]  # whether files and folders in it are named without those around them
+    command: NotRequired[str | None]  # the command; `null` from Python
+    command_is_shortened: NotRequired[bool]  # whether parent folders were removed from paths in it
     data: Data
-    teacher: Model | None  # `null` where the student's method has none
+    teacher: Model | None  # `null` if the student's method has none
     student: Model
     versions: Versions
     hardware: Hardware
@@ -268,11 +268,11 @@ class Results(TypedDict):
 
 
 def find_fault(results: Any, adds_up: bool = True) -> str | None:
-    """Return what is wrong with the content of a `results.json`, as what is said of it; `None` if nothing is.
+    """Return what is wrong with the content of a `results.json`, as a predicate; `None` if nothing is.
 
     Args:
-        results: As read.
-        adds_up: Whether sums and means have to be those of their parts, as where somebody else may have changed them.
+        results: The content as read.
+        adds_up: Whether sums and means must match their parts, for files that others may have changed.
     """
     try:
         _adapter().validate_python(results)
@@ -299,7 +299,7 @@ def _models(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _misfits(results: dict[str, Any]) -> Iterator[str]:
-    """Parts that do not fit each other, or this version of bkd_hf."""
+    """Parts that are inconsistent with each other, or with this version of bkd_hf."""
     options, data = results["options"], results["data"]
     for part in ("training", "teacher_training"):
         if (method := options[part].get("method", "bkd")) not in METHODS:
@@ -364,7 +364,7 @@ def _wrong_sums(results: dict[str, Any]) -> Iterator[str]:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise an `InputError` unless this can be the id of a repository."""
+    """Raise an `InputError` unless this is a valid repository id."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

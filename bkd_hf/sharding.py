@@ -1,4 +1,4 @@
-"""Models that are spread over processes: what FSDP2 needs to be told of them, and how they are put together again."""
+"""Models sharded over processes: settings for FSDP2, checks for DeepSpeed, and gathering the weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch.distributed.tensor import DTensor
 from .errors import InputError
 from .machine import launcher_shards
 
-#: Bytes of weights above which a teacher is spread too, where the student is.
+#: Bytes of weights above which a teacher is sharded too, if the student is.
 LARGE_TEACHER = 1 << 30
 
 
 def layers_to_wrap(model: nn.Module) -> list[str]:
-    """Return the names of the classes of layers that FSDP gathers one at a time: the blocks of a model.
+    """Return the class names of the layers that FSDP gathers one at a time: the blocks of a model.
 
-    They are those that transformers keeps on one device; where it names none, classes of which there are several side
+    These are the classes that transformers keeps on one device; if it names none, classes with several instances side
     by side.
     """
     there = {type(module).__name__ for module in model.modules()}
@@ -38,10 +38,10 @@ def layers_to_wrap(model: nn.Module) -> list[str]:
 
 
 def check_engine(args: Any, accelerator: Accelerator) -> None:
-    """Refuse a training that accelerate would not spread over processes, though it is asked to.
+    """Check that accelerate shards a training as requested.
 
     Raises:
-        InputError: If another engine runs than the one that options or launcher ask for.
+        InputError: If another engine runs than the one requested by options or launcher.
     """
     wanted = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed}
     asked = [name for name, is_asked in wanted.items() if is_asked or launcher_shards(name)]
@@ -57,9 +57,9 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
 
 
 def start_deepspeed_anew(args: Any) -> None:
-    """Have accelerate take this training's DeepSpeed: it keeps the first of a process, and refuses a second.
+    """Let accelerate use this training's DeepSpeed settings; it would keep a process's first ones, and reject others.
 
-    Where its file says nothing of them, gradients are clipped as the options say, and not at a norm of 1.
+    If its file does not set gradient clipping, the options do, instead of the default norm of 1.
     """
     if args.deepspeed_plugin is not None:
         AcceleratorState._reset_state()
@@ -67,10 +67,10 @@ def start_deepspeed_anew(args: Any) -> None:
 
 
 def check_deepspeed(args: Any) -> None:
-    """Refuse what would save no model.
+    """Reject settings with which no model would be saved.
 
     Raises:
-        InputError: Naming the way out.
+        InputError: With such settings; the message names a solution.
     """
     gathers = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
     plugin = args.deepspeed_plugin
@@ -79,7 +79,7 @@ def check_deepspeed(args: Any) -> None:
 
 
 def tell_of_layers(accelerator: Accelerator, args: Any, model: nn.Module) -> None:
-    """Tell accelerate how to spread a model; it would go by the one that this process has trained before."""
+    """Tell accelerate how to shard a model; it would use the settings of the process's previous model."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     plugin = FullyShardedDataParallelPlugin(**(args.fsdp_plugin_args or {}))
@@ -87,13 +87,13 @@ def tell_of_layers(accelerator: Accelerator, args: Any, model: nn.Module) -> Non
         plugin.transformer_cls_names_to_wrap = layers_to_wrap(model)
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
-    # accelerate would spread them by themselves, and again with the layer that they are in; some models have none.
+    # accelerate would shard the embeddings alone, and again with their layer; some models have none.
     model.get_input_embeddings = lambda: None  # type: ignore[assignment]
     accelerator.state.fsdp_plugin = plugin
 
 
 def spread_large_teacher(teacher: nn.Module, accelerator: Accelerator) -> None:
-    """Spread a frozen model that is large over the processes, where the student is spread too."""
+    """Shard a large frozen model over the processes, if the student is sharded too."""
     size = sum(parameter.numel() * parameter.element_size() for parameter in teacher.parameters())
     if not (accelerator.is_fsdp2 and size > LARGE_TEACHER):
         return
@@ -104,14 +104,14 @@ def spread_large_teacher(teacher: nn.Module, accelerator: Accelerator) -> None:
 
 
 def bare_type(model: nn.Module) -> type:
-    """Return the class of a model, without what FSDP has put before it."""
+    """Return the class of a model, without FSDP's wrapper class."""
     kind = type(model)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
 
 
 @contextmanager
 def in_bare_type(model: nn.Module) -> Iterator[None]:
-    """Have a model be of its own class while it is saved: its name, and code of its own, are written down."""
+    """Restore a model's own class while it is saved, as its name and custom code are saved too."""
     kind = type(model)
     model.__class__ = bare_type(model)
     try:
@@ -121,16 +121,16 @@ def in_bare_type(model: nn.Module) -> Iterator[None]:
 
 
 def own_part(weight: Any) -> torch.Tensor:
-    """Return what this process has of a weight that may be spread."""
+    """Return this process's part of a weight that may be sharded."""
     if isinstance(weight, DTensor):
         return weight.to_local()
     part = getattr(weight, "ds_tensor", None)
     if part is None:
         return weight
-    # ZeRO-3 fills up the parts of the last processes with anything.
+    # ZeRO-3 pads the parts of the last processes with arbitrary values.
     return part[: max(0, weight.ds_numel - part.numel() * torch.distributed.get_rank(weight.ds_process_group))]
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return all weights of a model that may be spread. All processes have to call it."""
+    """Return all weights of a model that may be sharded. All processes must call it."""
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Where data sets come from: the Hub, files, folders of images, the digits of scikit-learn, Python's docstrings."""
+"""Sources of data sets: the Hub, files, folders of images, scikit-learn's digits, Python's docstrings."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def _with_test_split(everything: datasets.Dataset, per_class: int) -> datasets.D
 
 
 def _image_columns(features: Mapping[str, Any]) -> list[str]:
-    """Columns of images, whether or not the file says so: tables of pandas, polars and others do not.
+    """Image columns, even if not declared as such: tables of pandas, polars and others are not.
 
-    A plain column of bytes may hold anything; it is one of images where no other is.
+    A plain column of bytes may hold anything; it counts as an image column only if there is no other.
     """
     images = [
         column
@@ -69,27 +69,27 @@ def _image_columns(features: Mapping[str, Any]) -> list[str]:
 
 
 def _text_columns(features: Mapping[str, Any]) -> list[str]:
-    """Columns of strings; of several those that are called as texts usually are."""
+    """Columns of strings; if there are several, those with usual names for texts."""
     texts = [column for column, feature in features.items() if holds(feature, "string")]
     usual = [column for column in _TEXT_COLUMN_NAMES if column in texts]
     return usual[:1] if len(texts) > 1 and usual else texts
 
 
 def holds(feature: Any, kind: str) -> bool:
-    """Whether a column holds values of a kind, as `"string"`."""
+    """Whether a column holds values of a kind, such as `"string"`."""
     return isinstance(feature, datasets.Value) and feature.dtype in (kind, f"large_{kind}")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where data of a task come from.
+    """Where the data of a task come from.
 
     Attributes:
-        demo: What is always there, by name.
+        demo: Data sets that are always available, by name.
         files: Formats of a single file, by suffix.
-        folder: Reads a folder that `datasets` should not read by itself; `None` where it should.
-        others: What there is beside the Hub, for messages.
-        find: Which columns hold examples.
+        folder: Reads folders that `datasets` should not read by itself; `None` if it should.
+        others: Sources beside the Hub, for messages.
+        find: Finds the columns that hold examples.
         feature: The type of their column.
     """
 
@@ -119,25 +119,25 @@ SOURCES = {
         datasets.Value("string"),
     ),
 }
-#: What is always there, by name; the task of each.
+#: The task of each data set that is always available, by name.
 DEMOS = {name: task for task, source in SOURCES.items() for name in source.demo}
 
 
 def open_splits(
     task: str, name: str, config_name: str | None, cache_dir: str | None, token: str | None, streaming: bool = False
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load what is there, with its own columns and splits.
+    """Load a data set with its own columns and splits.
 
     Args:
         task: `"image"` or `"text"`.
-        name: As for [`load_image_dataset`], and the following.
+        name: As for [`load_image_dataset`], like the following arguments.
         config_name: Configuration of a Hub data set.
         cache_dir: Where `datasets` keeps its files.
         token: Token for private data sets.
-        streaming: Load nothing of it yet.
+        streaming: Whether to open it without loading.
 
     Raises:
-        InputError: If it is not there, or cannot be read.
+        InputError: If it does not exist, or cannot be read.
     """
     source = SOURCES[task]
     path = Path(name).expanduser()
@@ -167,7 +167,7 @@ def open_splits(
                 data = datasets.load_dataset(place, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
     except InputError:
         raise
-    except Exception as error:  # of `datasets`, and of all that it reads with: there is no end of kinds
+    except Exception as error:  # `datasets` and the libraries it uses may raise any exception
         where = (
             "It is a folder here, but holds no data set that `datasets` can read"
             if path.is_dir()

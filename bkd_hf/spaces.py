@@ -1,4 +1,4 @@
-"""A Gradio app of a finished run: `OUTPUT_DIR/space`, which works where it is, and as a Space on the Hub."""
+"""A Gradio app of a finished run: `OUTPUT_DIR/space`, which works locally and as a Space on the Hub."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .text import one_line
 SPACE_FOLDER = "space"
 _TEMPLATE = Path(__file__).with_name("space")
 _PROCESSOR = "preprocessor_config.json"
-_CPU_BUILDS = "https://download.pytorch.org/whl/cpu"  # others are gigabytes
+_CPU_BUILDS = "https://download.pytorch.org/whl/cpu"  # other builds take gigabytes
 
 
 def build_space(
     folder: Path, space_id: str, model_id: str | None = None, license: str | None = None, examples: int = 0
 ) -> Path:
-    """Write the app of the finished run in a folder; return its own folder, for [`bkd_hf.hub.publish_folder`].
+    """Write the app of the finished run in a folder; return the app's folder, for [`bkd_hf.hub.publish_folder`].
 
-    It answers by the ONNX file, where the student was exported, else by transformers and torch. It links the model
-    `model_id`, and shows so many `examples` of the evaluation set, each of another class, from common to rare.
+    It uses the ONNX file if the student was exported, otherwise transformers and torch. It links the model `model_id`,
+    and shows this number of `examples` of the evaluation set, each of another class, from common to rare.
 
     Raises:
-        InputError: If the id is malformed, there is no finished run, or not the images that it was evaluated on.
+        InputError: If the id is malformed, there is no finished run, or the evaluation images are not available.
     """
     check_repo_id(space_id)
     publication = prepare(folder, model_id or space_id, license=license)
@@ -79,7 +79,7 @@ def build_space(
 
 
 def class_facts(results: dict[str, Any]) -> dict[str, Any]:
-    """Return what the app knows: title, a line on the model, and of each class, in the model's order, its facts."""
+    """Return the app's data: title, a line about the model, and facts about each class, in the model's order."""
     data, metrics = results["data"], results["student"]["metrics"]
     tested = np.array(data["eval_class_counts"])
     accuracies = np.array(metrics["per_class_accuracy"], dtype=float)
@@ -101,7 +101,7 @@ def class_facts(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _examples(folder: Path, results: dict[str, Any], number: int) -> list[Any]:
-    """The first images of some classes in the evaluation set, evenly from the most to the fewest training images."""
+    """The first evaluation images of some classes, spread evenly from the most to the fewest training images."""
     evaluation = load_splits(recorded_arguments(folder, "--space_examples"))["eval"]
     if fingerprint(evaluation) != results["data"]["eval_fingerprint"]:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Long-tailed splits as data sets of their own: built, written as parquet with a card, and read again to check."""
+"""Long-tailed splits as separate data sets: written as parquet with a card, and read back for verification."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .text import code, code_block, markdown, one_line
 
 SPLIT_NAME = "split.json"
 SCHEMA_VERSION = 1
-#: Stands in a card for the id that the repository will have.
+#: Placeholder in a card for the repository's id.
 PLACEHOLDER = "USER/NAME"
 
 _CARD_TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
 _FIGURE_NAME = "class_counts.png"
 _SHARD_BYTES = 500_000_000
-#: A card lists every class up to this number; of more classes, the largest and the smallest.
+#: A card lists all classes up to this number; with more, only the largest and the smallest.
 _MAX_LISTED_CLASSES = 500
 _LISTED_OF_MORE = 100
 _SIZE_CATEGORIES = ["n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B"]
@@ -49,16 +49,16 @@ def save_split(
 ) -> dict[str, Any]:
     """Write a split as a data set that `datasets.load_dataset` reads, from the folder or from the Hub.
 
-    It writes `data/SPLIT-00000-of-0000N.parquet` with the images byte for byte as they are stored, a card
-    (`README.md`), `class_counts.png` and the record of what it is and how it was made (`split.json`). The same split
-    gives the same files, byte for byte. All of it is read again, and compared, before it gets its place; on the way
-    that takes twice the room of the images on the disk of `folder`, and the memory of three parquet files (1.5 GB).
+    It writes `data/SPLIT-00000-of-0000N.parquet` with the unchanged bytes of the stored images, a card (`README.md`),
+    `class_counts.png` and a record of its contents and origin (`split.json`). The same split gives the same files,
+    byte for byte. Everything is read back and compared before it is moved to its place. This temporarily takes twice
+    the images' size on the disk of `folder`, and the memory of three parquet files (1.5 GB).
 
     Args:
-        splits: `"train"`, `"test"` and maybe `"validation"`, with the columns `"image"` and `"label"`.
-        folder: Where to. If it holds this split already, only the card is written again.
-        how: How it was made, for record and card: `name`, `command`, and the options that matter, without folders.
-        license: License of the images, as the Hub calls it.
+        splits: `"train"`, `"test"` and optionally `"validation"`, with the columns `"image"` and `"label"`.
+        folder: Output folder. If it already holds this split, only the card is written again.
+        how: How it was made, for record and card: `name`, `command`, and the relevant options, without folders.
+        license: License of the images, by its name on the Hub.
 
     Returns:
         The record: `schema_version`, `how`, `class_names`, and for each of the `splits` its `num_images`,
@@ -66,11 +66,11 @@ def save_split(
 
     Raises:
         InputError: If the folder holds something else, or cannot be written.
-        RuntimeError: If what is read again is not what was written.
+        RuntimeError: If the data read back differs from what was written.
     """
     folder = Path(folder)
     check_output_folder(folder, how)
-    # Beside its place, so that an interruption leaves nothing that looks like a split.
+    # Written beside its place, so that an interruption leaves nothing that looks like a split.
     place = folder.resolve()
     partial = place.with_name(f".{place.name}.partial")
     try:
@@ -109,10 +109,10 @@ def save_split(
 
 
 def check_output_folder(folder: str | os.PathLike[str], how: Mapping[str, Any]) -> None:
-    """Refuse a folder that `save_split` would refuse, before a split is built.
+    """Check, before a split is built, that `save_split` would accept a folder.
 
     Raises:
-        InputError: If it holds anything but a split that was made in the same way.
+        InputError: If it holds anything but a split made in the same way.
     """
     folder = Path(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -123,7 +123,7 @@ def check_output_folder(folder: str | os.PathLike[str], how: Mapping[str, Any]) 
     try:
         record = read_json(folder / SPLIT_NAME)
         there = dict(record["how"]) if record["schema_version"] == SCHEMA_VERSION else None
-    except (ValueError, KeyError, TypeError):  # InputError among them
+    except (ValueError, KeyError, TypeError):  # includes InputError
         there = None
     if there is None:
         raise InputError(f"--output_dir {folder} holds a split that this version of bkd_hf cannot read. {way_out}")
@@ -137,14 +137,14 @@ def check_output_folder(folder: str | os.PathLike[str], how: Mapping[str, Any]) 
 
 
 def _check_unchanged(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse a split that was made in the same way, but of other images, or is not whole."""
+    """Reject a split made in the same way, but from other images, or incomplete."""
     there = read_json(folder / SPLIT_NAME)
     way_out = "Delete it to make it again, or choose another --output_dir."
     if any(there.get(part) != record[part] for part in ("class_names", "splits")):
         raise InputError(f"--output_dir {folder} holds this split of other images: they have changed. {way_out}")
     try:
         found = {split: sum(footer.num_rows for footer in _footers(folder, split)) for split in record["splits"]}
-    except (OSError, ValueError):  # what `pyarrow` raises for a file that is cut off
+    except (OSError, ValueError):  # raised by `pyarrow` for a truncated file
         found = {}
     expected = {split: content["num_images"] for split, content in record["splits"].items()}
     if found != expected or not (folder / _FIGURE_NAME).is_file():
@@ -170,7 +170,7 @@ def _write_parquet(dataset: datasets.Dataset, folder: Path, split: str) -> None:
 
 
 def _check_reload(folder: Path, record: dict[str, Any]) -> None:
-    """Read everything as a user will, and compare."""
+    """Read everything back as users will, and compare."""
     names = record["class_names"]
     expected = {split: (content["fingerprint"], names) for split, content in record["splits"].items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".reload") as cache:
@@ -234,7 +234,7 @@ def _write_card(folder: Path, record: dict[str, Any], license: str) -> None:
 
 
 def exact(value: float) -> str:
-    """Return a number as one writes it, with all its digits."""
+    """Return a number as usually written, with all its digits."""
     return repr(float(value)).removesuffix(".0")
 
 

@@ -1,4 +1,4 @@
-"""What happens at SIGTERM, by which schedulers take a machine back: a training keeps what it has learned, and ends."""
+"""Handling of SIGTERM, with which schedulers preempt a machine: a training saves a checkpoint, and ends."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .errors import TrainingStopped
 
 @contextmanager
 def at_sigterm(act: Callable[[], Any] | None) -> Iterator[None]:
-    """Call a function when SIGTERM comes, instead of what was called so far; a thread of a program cannot have that.
+    """Replace the handler of SIGTERM; without effect outside the main thread.
 
     Args:
-        act: Called in the midst of anything; `None` to change nothing.
+        act: Called at any moment; `None` to change nothing.
     """
     if act is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -36,19 +36,19 @@ def at_sigterm(act: Callable[[], Any] | None) -> Iterator[None]:
 
 
 def stop() -> None:
-    """Raise [`TrainingStopped`]: for work that is lost, or on disk already."""
+    """Raise [`TrainingStopped`], for work that may be lost or is already on disk."""
     raise TrainingStopped
 
 
 class StopAtSigterm(TrainerCallback):
-    """Has a training that gets SIGTERM stop after the step that it is in; all processes stop after the same one.
+    """Stops a training after its current step at SIGTERM; all processes stop after the same step.
 
-    transformers' own callback for `enable_jit_checkpoint` would not do: it saves in the middle of a step, when
-    BatchNorm has seen it and the weights have not; each process sees its own signal, seconds later, so that several
-    stop at different steps; and the evaluation of an epoch that is not over follows.
+    transformers' own callback for `enable_jit_checkpoint` is not sufficient: it saves in the middle of a step, after
+    BatchNorm's update but before that of the weights; the processes handle their signals separately, and stop at
+    different steps; and it evaluates the unfinished epoch.
 
     Attributes:
-        has_stopped: Whether this training is to end before its time.
+        has_stopped: Whether this training ends early.
         saved_step: Step of the last checkpoint.
     """
 
@@ -62,11 +62,11 @@ class StopAtSigterm(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen, while a training goes on.
+        """Handle SIGTERM during a training.
 
         Raises:
-            TrainingStopped: At SIGTERM where no step is to be finished, or if something fails after it: other
-                processes, and the workers of loaders, may have got it too, and be gone.
+            TrainingStopped: At SIGTERM outside of a step, or if something fails after SIGTERM, as other processes and
+                data workers may have ended at the same signal.
         """
         self._forget()
         try:
@@ -78,12 +78,12 @@ class StopAtSigterm(TrainerCallback):
             raise
         finally:
             self._is_stepping = False
-        if self._is_asked:  # after the last step: for whoever listens else
+        if self._is_asked:  # after the last step: for other handlers
             signal.raise_signal(signal.SIGTERM)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Stop in the midst of something that is kept as far as it comes, or takes longer than a step."""
+        """Stop at once, during work whose partial results are kept, or that takes longer than a step."""
         self._is_stepping = False
         yield
         self._is_stepping = True
@@ -95,7 +95,7 @@ class StopAtSigterm(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.enable_jit_checkpoint and _is_one_of_several() and distributed.get_backend() != "gloo":
-            # On the host: to ask the devices, each step would have to wait for them.
+            # On the host, as a collective on the devices would synchronise at each step.
             self._group = distributed.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -110,7 +110,7 @@ class StopAtSigterm(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.has_stopped and state.epoch != int(state.epoch) and state.global_step < state.max_steps:
-            # It goes on when the training does.
+            # These follow when the training continues.
             control.should_log = control.should_evaluate = control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -132,9 +132,9 @@ def _is_one_of_several() -> bool:
 
 
 def outlive_sigterm(loader: DataLoader) -> DataLoader:
-    """Have the workers of a loader outlive a SIGTERM that goes to all processes, as SLURM sends it.
+    """Let the workers of a loader survive a SIGTERM that goes to all processes, as SLURM sends it.
 
-    torch would have them die of it, and the step that they work for fail.
+    Otherwise they would end, and the step that needs them would fail.
     """
     inner: Any = getattr(loader, "base_dataloader", loader)
     inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)

@@ -1,16 +1,16 @@
-"""Training images that are read as they come, from shards (parquet, webdataset) that no machine has to hold.
+"""Streaming of training images from shards (parquet, webdataset), which need not fit on a machine.
 
-The shards are divided into *lanes*: in each pass lane l reads every L-th of them, in an order that is drawn by (seed,
-pass), and shuffles block by block. Micro-batch m of the training is the next of lane m mod L. L is 8, or what is next
-to it that the readers (processes × data workers) divide and that has as many shards. From that follows:
+The shards are divided into *lanes*: in each pass, lane l reads every L-th shard, in an order drawn by (seed, pass),
+and shuffles block by block. Micro-batch m of the training comes from lane m mod L. L is 8, or the nearest multiple of
+the number of readers (processes × data workers) for which there are enough shards. Therefore:
 
 - Each pass has each example once, for any number of readers. A lane with fewer examples begins its next pass earlier.
-- While L stays the same, each step has the same examples for any number of readers: 1, 2, 4 and 8 where there are 8
-  shards or more. With fewer shards, or more readers than 8, L changes with the readers, and so do the steps.
-- A lane has a block of the shuffle buffer in memory, and what `datasets` reads at a time: of parquet, a row group.
-- Where a lane is, is `state_dict()` of its shard at the beginning of its block, and a number in the block. It comes
-  with each batch, so a checkpoint knows what was trained on, whatever workers have read ahead. To go on, a lane reads
-  its block again.
+- While L stays the same, each step has the same examples for any number of readers: 1, 2, 4 or 8 with at least 8
+  shards. With fewer shards, or more than 8 readers, L changes with the readers, and so do the steps.
+- A lane keeps a block of the shuffle buffer in memory, and what `datasets` reads at a time (a row group of parquet).
+- The position of a lane is the `state_dict()` of its shard at the beginning of its block, and an index in the block.
+  It comes with each batch, so a checkpoint has the position of the training, even if workers have read ahead. To
+  resume, a lane reads its block again.
 
 An example is augmented by (seed, pass, hash of its bytes).
 """
@@ -43,18 +43,18 @@ from .text import normal, one_line
 
 T = TypeVar("T")
 
-#: Key of a batch: from which lane it is, and where that is now.
+#: Key of a batch: its lane, and the lane's position.
 POSITION = "stream_position"
 NUM_LANES, SAMPLE_SIZE = 8, 1024
 
 
 class Stream:
-    """A training set that is read as it comes.
+    """A training set that is streamed.
 
     Args:
-        shards: With columns of images, undecoded, and labels.
-        class_counts: Numbers of images by the names of the C classes, in the order of their numbers.
-        buffer_size: Images, undecoded, among which all lanes together shuffle.
+        shards: With columns of undecoded images and labels.
+        class_counts: Numbers of images by name of the C classes, in the order of the class numbers.
+        buffer_size: Number of undecoded images in the shuffle buffers of all lanes together.
         columns: Names of the columns of images and labels.
 
     Raises:
@@ -77,7 +77,7 @@ class Stream:
         num_lanes = min(NUM_LANES, shards.num_shards)
         each = -(-SAMPLE_SIZE // num_lanes)
         found = [e for number in range(num_lanes) for e in Lane(self, number, num_lanes, 0).take(each, 1)[1]]
-        #: Some examples, from the beginning of each lane, for what has to look at images before training.
+        #: Some examples from the beginning of each lane, for checks before training.
         self.sample = datasets.Dataset.from_dict(
             {name: [example[name] for example in found] for name in (IMAGE_COLUMN, LABEL_COLUMN)}, self.features
         )
@@ -85,7 +85,7 @@ class Stream:
         self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest() + "-sampled"
 
     def number_of(self, label: Any) -> int:
-        """Return the number of a class; an `InputError` if it has none."""
+        """Return the number of a class; raises an `InputError` if it has none."""
         number = label if isinstance(label, int) else self._numbers.get(normal(str(label)), -1)
         if not 0 <= number < len(self.class_counts):
             raise InputError(
@@ -102,14 +102,14 @@ SPLIT_TWICE = (
 
 
 class Lane:
-    """Every so-maniest shard of each pass, shuffled block by block, for ever.
+    """Every L-th shard of each pass, shuffled block by block, without end.
 
     Args:
-        stream: What is read.
-        number: Of this lane.
-        num_lanes: L. If there are fewer shards, each lane reads all of them, and keeps every L-th example.
-        seed: Of the order.
-        position: Where to begin.
+        stream: The stream.
+        number: Number of this lane.
+        num_lanes: L. With fewer shards, each lane reads all of them, and keeps every L-th example.
+        seed: Seed of the order.
+        position: Position to begin at.
     """
 
     def __init__(self, stream: Any, number: int, num_lanes: int, seed: int, position: dict[str, Any] | None = None):
@@ -119,7 +119,7 @@ class Lane:
         self._block: list[dict[str, Any]] | None = None
 
     def take(self, number: int, most_passes: float = float("inf")) -> tuple[list[int], list[dict[str, Any]]]:
-        """Return the next examples, and of each its pass; fewer if that is a pass too many."""
+        """Return the next examples and the pass of each; fewer if `most_passes` are over."""
         passes: list[int] = []
         found: list[dict[str, Any]] = []
         while len(found) < number:
@@ -137,7 +137,7 @@ class Lane:
         return passes, found
 
     def _read(self, shard: int, inside: Any, seen: int, **position: int) -> Iterator[tuple[dict[str, Any], list]]:
-        """Yield blocks, and where each begins."""
+        """Yield blocks with their positions."""
         count, shares = self.stream.shards.num_shards, self.stream.shards.num_shards < self.num_lanes
         size, without = max(1, self.stream.buffer_size // self.num_lanes), 0
         for number in itertools.count(position["pass"]):
@@ -149,7 +149,7 @@ class Lane:
                 if inside is not None:
                     source.load_state_dict(inside)
                 begin = {"pass": number, "shard": place, "inside": inside, "seen": seen}
-                for columns in readable(source.iter(size)):  # unlike iter(source), not divided among workers once more
+                for columns in readable(source.iter(size)):  # unlike iter(source), not divided among workers again
                     rows = zip(*(columns[name] for name in self.stream.columns), strict=True)
                     block = [dict(zip((IMAGE_COLUMN, LABEL_COLUMN), row, strict=True)) for row in rows]
                     shuffled = np.random.default_rng([self.seed, number, self.number, seen]).permutation(len(block))
@@ -166,11 +166,11 @@ class Lane:
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
-    """Batches of a [`Stream`] as models take them, for ever; they say where the stream is then (`POSITION`).
+    """Batches of a [`Stream`] as model inputs, without end; they include the stream's position (`POSITION`).
 
     Args:
-        stream: What is read.
-        sample: The stream's `sample` as the models take it: says how images are rendered and augmented.
+        stream: The stream.
+        sample: The stream's `sample` as model inputs, which defines how images are rendered and augmented.
     """
 
     needs_workers, in_memory, collator = True, False, staticmethod(collate_images)
@@ -220,7 +220,7 @@ def _content(image: dict[str, Any] | None) -> bytes:
 
 
 def sample_of(dataset: Any) -> Any:
-    """Return the sample of a stream, for what has to look at examples by number; any other data set as it is."""
+    """Return the sample of a stream, for access to examples by index; any other data set unchanged."""
     return dataset.sample if isinstance(dataset, (Stream, StreamedImages)) else dataset
 
 
@@ -237,13 +237,13 @@ def load_stream(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> dict[str, Any]:
-    """Open a training set as a stream, `"train"`; what it is evaluated on, `"eval"`, is written to the disk.
+    """Open a training set as a stream, `"train"`; the evaluation set, `"eval"`, is written to the disk.
 
     Arguments are those of [`load_image_dataset`] and [`Stream`]: `counts` is a JSON file of class counts, `columns`
-    are those of images and labels, `splits` those to train and to evaluate on.
+    names the columns of images and labels, `splits` the splits for training and evaluation.
 
     Raises:
-        InputError: If something is not there, or the counts are not those of the classes.
+        InputError: If something does not exist, or the counts do not match the classes.
     """
     found, names, columns = open_columns(name, config_name, columns, splits, cache_dir, token)
     if "eval" not in found:
@@ -283,7 +283,7 @@ def open_columns(
     names = [split for split in find_splits(name, data, *splits, untouched_test=False) if split]
     opened = [data[split] if data[split].features else data[split]._resolve_features() for split in names]
     image, label = find_columns("image", name, opened[0], *columns)
-    # Not renamed: that would call a function with each example.
+    # Not renamed, which would call a function for each example.
     stored = [each.select_columns([image, label]).cast_column(image, datasets.Image(decode=False)) for each in opened]
     return dict(zip(("train", "eval"), stored, strict=False)), names, (image, label)
 
@@ -295,7 +295,7 @@ def count_labels(
     split: str | None = None,
     token: str | None = None,
 ) -> dict[str, int]:
-    """Count the training images of each class in one pass over their labels, as `--class_counts` takes them.
+    """Count the training images of each class in one pass over their labels, for `--class_counts`.
 
     Arguments and errors are those of [`load_stream`].
     """
@@ -310,12 +310,12 @@ def count_labels(
 
 
 def read_counts(path: str, labels: Any) -> dict[str, int]:
-    """Return class counts by name, in the order of the classes' numbers, from a JSON file: by name or number.
+    """Return class counts by name, in the order of the class numbers, from a JSON file with names or numbers.
 
-    `labels` is what the label column holds.
+    `labels` is the feature of the label column.
 
     Raises:
-        InputError: If they are no counts, or not of the classes that the labels have.
+        InputError: If they are not counts, or do not match the classes of the labels.
     """
     content, names = read_json(path), getattr(labels, "names", None)
     if not isinstance(content, dict) or not content or any(type(n) is not int or n < 0 for n in content.values()):
@@ -340,10 +340,10 @@ def _numbered(stream: Stream, examples: datasets.IterableDataset) -> Iterator[di
 
 
 def readable(parts: Iterable[T]) -> Iterator[T]:
-    """Yield what `datasets` reads of shards; an `InputError` if one is damaged, or does not come."""
+    """Yield what `datasets` reads from shards; raises an `InputError` if one is damaged or unavailable."""
     try:
         yield from parts
-    except Exception as error:  # of pyarrow, tarfile, HTTP, …; the log of `datasets` names the file
+    except Exception as error:  # from pyarrow, tarfile, HTTP, …; the log of `datasets` names the file
         raise InputError(
             f"A shard of --dataset_name cannot be read: {one_line(first_line(error), 200)}. Replace it; or if it came "
             "by a network, run the same again."
@@ -351,7 +351,7 @@ def readable(parts: Iterable[T]) -> Iterator[T]:
 
 
 def _state_of(name: str, token: str | None) -> Any:
-    """What changes when a data set does."""
+    """A value that changes when a data set does."""
     if not Path(name).expanduser().exists():
         return HfApi(token=token).dataset_info(name).sha
     files = sorted(path for path in Path(name).expanduser().rglob("*") if path.is_file())

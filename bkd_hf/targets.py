@@ -1,7 +1,7 @@
-"""A look at what the student is to imitate, before it is trained: do the targets still know the labels?
+"""A check of the distillation targets before training: do they still match the labels?
 
-Re-weighted by class, the answers of a teacher that is not sure of its training images can all name the rarest class
-(see `bkd_hf.losses`). A student learns that faithfully, so such targets are refused before the training.
+If the teacher is not confident on its training images, re-weighting by class can make the rarest class the target of
+all images (see `bkd_hf.losses`). A student would learn this faithfully, so such targets are rejected before training.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .teacher import FrozenTeacher, split_inputs
 from .teacher_logits import TeacherLogitsError
 from .training_data import TrainingData
 
-#: Training images that are looked at.
+#: Number of training images that are checked.
 NUM_IMAGES = 1024
-# Mean probability that answers have to leave to other classes than the label to tell of a prior.
+# Least mean probability of the classes other than the label for which a prior can be measured.
 _LEAST_LEFT = 0.05
 # The targets collapse if they are right less than a quarter as often as the teacher, …
 _LEAST_AGREEMENT = 0.25
-# … or name one class for most images, and far more often than these are of it.
+# … or favour one class for most images, far more often than it occurs.
 _MOST_FAVOURED, _FAR_BEYOND_ITS_SHARE = 0.75, 5.0
 
 
@@ -38,21 +38,21 @@ def strongest_power(
     temperature: float = 2.0,
     share_kept: float = 0.95,
 ) -> float:
-    """Return the largest p in [1/T, 1] at which the targets softmax(z_t/T + p · log w) still know the labels.
+    """Return the largest p in [1/T, 1] at which the targets softmax(z_t/T + p · log w) still match the labels.
 
-    Where the teacher is right, its target names the label as long as p is below
+    If the teacher is right about image i, the label is also the most likely class of its target as long as p is below
 
         p_i = min_c (z_y − z_c) / (T · (log w_c − log w_y))    over the classes c with a larger weight than y's
 
-    and p is what a share of 95 % of these p_i are not below. A teacher that has memorised its training images gives 1,
-    the paper's p; one that has not, 1/T, which is right for a teacher whose softmax(z_t) is calibrated on them.
+    The result is the largest p that 95 % of these p_i reach. A teacher that has memorised its training images gives 1,
+    the paper's p; one that has not gives 1/T, which is right for a teacher whose softmax(z_t) is calibrated on them.
 
     Args:
         teacher_logits: N×C, of training images.
         labels: N class numbers.
         class_weights: C positive weights, w.
         temperature: T > 0.
-        share_kept: Share of the teacher's right answers that the targets are to keep.
+        share_kept: Share of the teacher's correct predictions that the targets must keep.
     """
     logits, labels = teacher_logits.double(), labels.long()[:, None]
     log_weights = class_weights.double().log().to(logits.device)
@@ -63,30 +63,30 @@ def strongest_power(
     least, most = min(1.0, 1 / temperature), 1.0
     if not limits.numel():
         return least
-    limits = limits.sort().values  # a quantile by interpolation may meet ∞ − ∞
+    limits = limits.sort().values  # an interpolated quantile may compute ∞ − ∞
     return float(limits[int((1 - share_kept) * (limits.numel() - 1))].clamp(least, most))
 
 
 def prior_in_teacher(
     teacher_logits: torch.Tensor, labels: torch.Tensor, class_counts: Sequence[int] | np.ndarray | torch.Tensor
 ) -> float:
-    """Return how much of the class frequencies a teacher's answers hold: 1 for plain training, 0 for balanced ones.
+    """Return κ, how much of the class frequencies a teacher's logits contain: 1 for plain training, 0 for balanced.
 
-    With z = log p(x|c) + κ · log π_c, κ is the number in [0, 1] for which softmax(z − κ · log n), renormalised over
-    the classes that are not the label, gives each class the same whatever n_c: the slope of the logarithm of its mean
-    over log n_c, by least squares over the classes, is 0. A teacher that has memorised its training images, and leaves
-    other classes less than 5 % on average, does not tell: it is right whatever its prior, and is taken to hold all of
-    it. Nor does one of two classes, of which the other one gets everything.
+    With z = log p(x|c) + κ · log π_c, κ is the number in [0, 1] at which softmax(z − κ · log n), renormalised over the
+    classes other than the label, does not depend on the class counts: the slope of the logarithm of a class's mean
+    probability over log n_c, by least squares over the classes, is 0. A teacher that has memorised its training images,
+    and gives other classes less than 5 % on average, is right whatever its prior; it cannot be measured, and the result
+    is 1. With two classes there is only one other class, and the result is 1, too.
 
     Args:
         teacher_logits: N×C, of training images.
         labels: N class numbers.
-        class_counts: C numbers of training images. If all are the same, there is nothing to measure either: 1.
+        class_counts: C numbers of training images. If all are equal, there is nothing to measure, and the result is 1.
     """
     z, counts = teacher_logits.double(), torch.as_tensor(class_counts).to(teacher_logits.device, torch.float64)
     of_label = torch.nn.functional.one_hot(labels, len(counts)).bool()
     left = 1 - z.softmax(dim=1)[of_label]
-    # Each class of images counts the same.
+    # Equal weight for each class of images.
     weights = (-torch.bincount(labels, minlength=len(counts)).double().log()).to(z.device)[labels][:, None]
     num_images = weights.masked_fill(of_label, -torch.inf).logsumexp(dim=0)
     known = (counts > 0) & num_images.isfinite() & z.isfinite().any(dim=0)
@@ -131,8 +131,8 @@ def target_statistics(
     Returns:
         `num_images`; `target_agreement` and `teacher_agreement` (how often the best class of the target, or of the
         teacher, is the label); `mass` and `labels` (shares of many-, medium- and few-shot classes in the targets and
-        in the labels); and of the class that most targets favour `favoured_class` (its number), `favoured_share` (of
-        the targets) and `favoured_label_share` (of the labels).
+        in the labels); and for the class that most targets favour, `favoured_class` (its number), `favoured_share`
+        (its share of the targets) and `favoured_label_share` (its share of the labels).
     """
     num_classes, best = log_targets.shape[1], log_targets.argmax(dim=1)
     mass = log_targets.double().exp().mean(dim=0).cpu().numpy()
@@ -152,10 +152,10 @@ def target_statistics(
 
 
 def why_collapsed(statistics: dict[str, Any], class_names: Sequence[str]) -> str | None:
-    """Return why a student should not learn these targets; `None` if nothing speaks against them.
+    """Return why a student should not learn these targets; `None` if there is no reason.
 
     Args:
-        statistics: Of [`target_statistics`].
+        statistics: From [`target_statistics`].
         class_names: C names.
     """
     target, teacher = statistics["target_agreement"], statistics["teacher_agreement"]
@@ -201,16 +201,16 @@ def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> 
 def answers_about_sample(
     teacher: FrozenTeacher, data: TrainingData, num_images: int, args: BKDConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a teacher's logits of some training images, N×C, and the labels, of those whose class it knows.
+    """Return a teacher's logits for some training images, N×C, and their labels; only for classes that it knows.
 
     Args:
         teacher: The teacher.
         data: The training images.
-        num_images: How many to look at, drawn by the seed.
+        num_images: Number of images, drawn by the seed.
         args: Options.
 
     Raises:
-        InputError: If none of the images is of a class that the teacher knows.
+        InputError: If the teacher knows the class of none of the images.
         TeacherLogitsError: If the logits are not finite.
     """
     numbers = np.random.default_rng(args.seed).permutation(len(data.examples))[:num_images]
@@ -237,17 +237,17 @@ def look(
     labels: torch.Tensor,
     evaluation: LongTailEvaluation,
 ) -> dict[str, Any]:
-    """Look at the targets of some training images, with the power of the class weights that they are to have.
+    """Compute statistics of the targets of some training images, with the power of the class weights in training.
 
     Args:
         objective: Has a distillation loss with targets.
         teacher_logits: N×C.
         labels: N.
-        evaluation: Knows the class counts, and which of them make a many- or few-shot class.
+        evaluation: Has the class counts, and the thresholds of many- and few-shot classes.
 
     Returns:
-        What [`target_statistics`] returns, where there are class weights their `power` and `prior_in_teacher`, and
-        with `teacher_cache_top_k` the mass that the classes that are kept have in the targets, `top_k_mass`.
+        The result of [`target_statistics`]; with class weights also their `power` and `prior_in_teacher`, and with
+        `teacher_cache_top_k` the mass of the kept classes in the targets, `top_k_mass`.
     """
     found: dict[str, float] = {}
     exponent = None
@@ -255,7 +255,7 @@ def look(
         options, weights, counts = objective.options, objective.final_weights(), objective.known_class_counts().clone()
         if objective.known_classes is not None:
             counts[np.setdiff1d(np.arange(len(counts)), objective.known_classes.cpu())] = 0
-        # Both numbers are those of the main process: the devices of others may round otherwise.
+        # Both numbers come from the main process: other devices may round differently.
         prior = on_main_process(lambda: prior_in_teacher(teacher_logits, labels, counts))
         share = prior if options.distillation_prior == "teacher" else 1.0
         if options.class_balance_power == "measured":

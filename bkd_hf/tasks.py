@@ -1,8 +1,7 @@
-"""What is classified: images, or texts. What a run has to know of either, beside how its examples are made.
+"""The tasks, image or text classification, and what a run must know about them.
 
-How data of a task are found is in `bkd_hf.sources`, how its examples become a model's inputs in `bkd_hf.inputs`.
-Cards, tables and figures call an example by the name of its task ([`task_of`]); a message that runs of any task may
-give says "example".
+`bkd_hf.sources` finds the data of a task, `bkd_hf.inputs` turns examples into a model's inputs. Cards, tables and
+figures call an example by the name of its task ([`task_of`]); messages shared by all tasks say "example".
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ TEXT_COLUMN = "text"
 
 @dataclass(frozen=True)
 class Task:
-    """What is classified.
+    """A classification task.
 
     Attributes:
-        name: `"image"`, …: what an example is called, too.
-        title: Of the task, on the Hub.
-        column: Of the examples, in a data set as it was loaded.
+        name: `"image"`, …; also the name of an example.
+        title: Title of the task on the Hub.
+        column: Column of the examples in a loaded data set.
         main_input: Name of a model's first input.
-        auto_model: Loads its classifiers; `configurations` holds the types of theirs.
-        auto_processor: Loads what makes a model's inputs.
-        fresh: Names of models with fresh weights, and, as a sentence tells them, `fresh_names`.
+        auto_model: Loads its classifiers; `configurations` holds their configuration classes.
+        auto_processor: Loads a model's processor.
+        fresh: Names of models with fresh weights; `fresh_names` for sentences.
     """
 
     name: str
@@ -59,12 +58,12 @@ class Task:
         return f"{self.name}-classification"
 
     def takes(self, config: Any) -> bool:
-        """Whether there is a classifier for this configuration, in transformers or in code that comes with it."""
+        """Whether there is a classifier for this configuration, in transformers or in code of the model."""
         own_code = getattr(config, "auto_map", None) or {}
         return type(config) in self.configurations or self.auto_model.__name__ in own_code
 
     def check(self, name: str, config: Any) -> None:
-        """Raise an `InputError` if a model, given by its configuration, classifies something else."""
+        """Raise an `InputError` if a model, according to its configuration, is for another task."""
         others = [task.name for task in TASKS.values() if task is not self and task.takes(config)]
         if others and not self.takes(config):
             raise InputError(
@@ -100,12 +99,12 @@ TASKS = {
         ),
     )
 }
-#: The task where nothing is said, and that of older results.
+#: The default task, and that of older results.
 DEFAULT_TASK = "image"
 
 
 def fresh_task(name: str) -> str | None:
-    """Return what a model classifies whose name asks for fresh weights; `None` for one that has weights."""
+    """Return the task of a name that stands for fresh weights; `None` for a model with weights."""
     return next((task.name for task in TASKS.values() if task.fresh.fullmatch(name)), None)
 
 
@@ -116,17 +115,17 @@ def check_task(
     options_of: Callable[[str], Collection[str]],
     has_cosine_head: bool,
 ) -> None:
-    """Refuse what another task's runs have.
+    """Check that a run uses no options of another task.
 
     Args:
-        task: Of a run.
-        options: What it is told, by name.
-        defaults: What the options are if they are not given.
-        options_of: Returns the names of those that mean something in one task alone.
+        task: Task of the run.
+        options: Its options by name.
+        defaults: Defaults of the options.
+        options_of: Returns the names of the options that only one task has.
         has_cosine_head: Whether its model gets a cosine head.
 
     Raises:
-        InputError: For the first that does not go with the task.
+        InputError: For the first option of another task.
     """
     name = options["model_name_or_path"]
     for other in TASKS.keys() - {task}:
@@ -148,13 +147,13 @@ def check_task(
 
 
 def check_of_images(option: str, task: str) -> None:
-    """Raise an `InputError` if an option is given for another task than images, the only one that has it."""
+    """Raise an `InputError` if an option for images is given in another task."""
     if task != DEFAULT_TASK:
         raise InputError(f"{option} is for --task {DEFAULT_TASK}, and this is --task {task}: leave it out.")
 
 
 def task_of_columns(columns: list[str]) -> Task:
-    """Return the task of a data set as it was loaded."""
+    """Return the task of a loaded data set."""
     return next((task for task in TASKS.values() if task.column in columns), TASKS[DEFAULT_TASK])
 
 

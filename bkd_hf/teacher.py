@@ -1,18 +1,18 @@
-"""The frozen teacher, and which of its answers is about which class of the data.
+"""The frozen teacher, and the matching of its outputs with the classes of the data.
 
 Teacher and student may come from different people. Mismatches are fixed or reported:
 
 - **Pixels.** If the teacher's image processor differs (size, crop, mean, standard deviation, interpolation, order of
-  channels), each view of an image, with its crop and its flip, is rendered for both models; otherwise once.
-- **Classes** are matched by name (upper case, hyphens and underscores aside). Another order is fixed; surplus outputs,
-  say of an ImageNet-21k teacher, are left out. `--teacher_label_map FILE` names renamed classes, in JSON:
-  `{"name in the data": "name or number at the teacher"}`. A teacher that lacks classes is refused with their names;
-  `--allow_partial_teacher` distils the others only. A teacher without class names (`LABEL_0`, …) is refused unless you
-  say `--assume_label_order`.
-- **A head for other classes** is replaced, and the teacher is fine-tuned on the data first, with its own image
-  processor, as `--finetune_teacher` does in any case.
-- **The check of all that** is the teacher's accuracy on the evaluation images: one that only guesses is
-  refused, unless `--force_teacher`.
+  channels), each view of an image, with its crop and flip, is rendered for both models; otherwise once.
+- **Classes** are matched by name, ignoring case, hyphens and underscores. A different order is fixed; surplus outputs,
+  such as those of an ImageNet-21k teacher, are dropped. `--teacher_label_map FILE` maps renamed classes, in JSON:
+  `{"name in the data": "name or number at the teacher"}`. A teacher that lacks classes is rejected, with their names;
+  `--allow_partial_teacher` distils only the others. A teacher without class names (`LABEL_0`, …) is rejected unless
+  `--assume_label_order` is given.
+- **A head for other classes** is replaced, and the teacher is first fine-tuned on the data, with its own image
+  processor. `--finetune_teacher` does this in any case.
+- **Final check**: a teacher whose accuracy on the evaluation images is no better than guessing is rejected, unless
+  `--force_teacher` is given.
 
 Tested as student and as teacher with tiny random weights (`tests/test_architectures.py`: two steps, save, reload in a
 new process, `pipeline`, resumption to the same weights bit for bit):
@@ -44,28 +44,28 @@ from .models import label_names, place_of, why_not_alike
 from .tasks import DEFAULT_TASK, TASKS
 from .text import normal, one_line
 
-#: Inputs with this prefix go to the teacher, without it.
+#: Inputs with this prefix go to the teacher, without the prefix.
 TEACHER_PREFIX = "teacher_"
-#: Key of the teacher's logits in an example and in a batch, where they were computed beforehand.
+#: Key of precomputed teacher logits in an example and in a batch.
 TEACHER_LOGITS = "teacher_logits"
 
 
 class FrozenTeacher(nn.Module):
-    """A model that only answers: no gradient, evaluation mode for ever.
+    """A model for inference only: without gradients, always in evaluation mode.
 
-    `train()` has no effect, so nothing that switches a whole tree of modules to training can make its BatchNorm drift
-    or its dropout active.
+    `train()` has no effect, so switching a whole tree of modules to training cannot change its BatchNorm statistics or
+    activate its dropout.
 
     Args:
         model: Any classifier whose output is logits, has `.logits`, or has them as its first element.
-        columns: For each of the C classes of the data, the number of the model's output that is about it, or `None`
-            if there is none (see [`align_labels`]). Not given: the outputs are those of the data, in the same order.
+        columns: For each of the C classes of the data, the number of the model's output for it, or `None` if there is
+            none (see [`align_labels`]). Not given: the outputs are the data's classes, in the same order.
     """
 
     #: Whether it is known to have been trained by a method that corrects for the class frequencies.
     is_balanced = False
     _columns: torch.Tensor | None
-    #: The classes of the data that the teacher knows, where these are not all.
+    #: The classes of the data that the teacher knows, if not all.
     known_classes: torch.Tensor | None
 
     def __init__(self, model: nn.Module, columns: Sequence[int | None] | None = None):
@@ -74,48 +74,48 @@ class FrozenTeacher(nn.Module):
         self.num_classes = num_labels(model) if columns is None else len(columns)
         numbers = None if columns is None else torch.tensor([-1 if c is None else c for c in columns])
         if numbers is not None and numbers.tolist() == list(range(num_labels(model) or 0)):
-            numbers = None  # as it is
+            numbers = None  # no change
         known = None if numbers is None or (numbers >= 0).all() else (numbers >= 0).nonzero().flatten()
         self.register_buffer("_columns", numbers, persistent=False)
         self.register_buffer("known_classes", known, persistent=False)
         self.train(False)
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stay in evaluation mode, whatever `mode` says."""
+        """Stay in evaluation mode, whatever `mode` is."""
         super().train(False)
         return self
 
     def as_classifier(self) -> TeacherAsClassifier:
-        """Return a module whose output has `.logits`, as a `Trainer` evaluates it."""
+        """Return a module whose output has `.logits`, which a `Trainer` can evaluate."""
         return TeacherAsClassifier(self)
 
     @property
     def input_names(self) -> list[str]:
-        """What the model takes, by name."""
+        """Names of the model's inputs."""
         return list(inspect.signature(self.model.forward).parameters)
 
     @property
     def columns(self) -> list[int] | None:
-        """The output for each class of the data, −1 where there is none; `None` if they are as they are."""
+        """Number of the output for each class of the data, −1 for none; `None` if outputs are used unchanged."""
         return None if self._columns is None else self._columns.tolist()
 
     @torch.no_grad()
     def forward(self, **inputs: Any) -> torch.Tensor:
         """Return the logits, B×C; −∞ for classes that the teacher does not know."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        if dtype != torch.float32:  # given as a module in half precision: images are in float32
+        if dtype != torch.float32:  # a module given in half precision; images are in float32
             inputs = {
                 name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
                 for name, x in inputs.items()
             }
-        # Spares autograd's bookkeeping; compiled code has none of it, and fails where it changes that mode itself.
+        # Avoids autograd's overhead; compiled code has none, and fails if it changes this mode itself.
         with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode():
             logits = self.model(**inputs)
         if not isinstance(logits, torch.Tensor):
             logits = logits.logits if hasattr(logits, "logits") else logits[0]
         if dtype != torch.float32:
             logits = logits.float()
-        logits = logits.clone()  # an ordinary tensor, which a loss may keep for its gradient
+        logits = logits.clone()  # an ordinary tensor, which autograd may save
         if self._columns is None:
             return logits
         aligned = logits.index_select(1, self._columns.clamp_min(0))
@@ -123,7 +123,7 @@ class FrozenTeacher(nn.Module):
 
 
 class TeacherAsClassifier(nn.Module):
-    """A teacher whose output has `.logits`, whatever it takes."""
+    """A teacher whose output has `.logits`, with any inputs."""
 
     def __init__(self, teacher: FrozenTeacher):
         super().__init__()
@@ -134,7 +134,7 @@ class TeacherAsClassifier(nn.Module):
 
 
 def gives_teacher_inputs(dataset: Any) -> bool:
-    """Whether the examples of a data set have inputs for the teacher alone."""
+    """Whether the examples of a data set have separate inputs for the teacher."""
     return hasattr(dataset, "__getitem__") and any(key.startswith(TEACHER_PREFIX) for key in dataset[0])
 
 
@@ -149,7 +149,7 @@ def why_not_start_from(teacher: FrozenTeacher, student: nn.Module, dataset: Any)
 
 
 def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
-    """Take a batch apart: inputs of the student, inputs of the teacher (the same, if it has none alone), labels.
+    """Split a batch into inputs of the student, inputs of the teacher (the same without separate ones), and labels.
 
     Raises:
         ValueError: If there are no labels.
@@ -163,7 +163,7 @@ def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 def teacher_label_names(teacher: str, task: str = DEFAULT_TASK, **from_pretrained_kwargs: Any) -> list[str] | int:
-    """Return the names of a teacher's outputs; their number if they have none, or generic ones (`LABEL_0`, …).
+    """Return the names of a teacher's outputs; their number if they have no names or generic ones (`LABEL_0`, …).
 
     Raises:
         InputError: If there is no such model, or it is for another task.
@@ -171,7 +171,7 @@ def teacher_label_names(teacher: str, task: str = DEFAULT_TASK, **from_pretraine
     try:
         config = AutoConfig.from_pretrained(teacher, **from_pretrained_kwargs)
         names = label_names(config)
-    except Exception as error:  # whatever a library raises about what is in the files
+    except Exception as error:  # libraries may raise any exception for broken files
         raise _not_loadable(teacher, error, task) from error
     TASKS[task].check(teacher, config)
     return config.num_labels if names is None else names
@@ -182,7 +182,7 @@ def align_labels(
 ) -> list[int | None]:
     """Find, for each class of the data, the teacher's output of that name.
 
-    Names are the same if they differ in upper case, underscores, hyphens and spaces only, unless that is ambiguous.
+    Case, underscores, hyphens and spaces are ignored, unless that makes names ambiguous.
 
     Args:
         teacher_names: Names of the teacher's outputs.
@@ -190,10 +190,10 @@ def align_labels(
         label_map: For renamed classes: name in the data → name (or number) of the teacher's output.
 
     Returns:
-        For each class the number of an output, `None` where there is none.
+        For each class the number of an output, `None` if there is none.
 
     Raises:
-        InputError: If the map names what is not there, a name is ambiguous, or two classes get the same output.
+        InputError: If the map has an unknown name, a name is ambiguous, or two classes get the same output.
     """
     label_map = {normal(name): other for name, other in (label_map or {}).items()}
     class_names = [normal(name) for name in class_names]
@@ -238,18 +238,18 @@ def _plain(name: str) -> str:
 
 
 def beats_guessing(accuracies: Sequence[float], num_images: Sequence[int]) -> bool | None:
-    """Tell whether a classifier does more than guess.
+    """Decide whether a classifier is better than guessing.
 
-    A guess is right for 1/C of the images of a class, give or take; for the mean over C classes that is
-    σ = √( (1/C) · (1 − 1/C) · Σ_c 1/n_c ) / C. Three σ above 1/C, and a fiftieth of the way from there to 1, is no
-    guess; nor, if the images are too few for that, is half of the way.
+    Guessing is right for 1/C of the images of a class on average. The mean over C classes then has the standard
+    deviation σ = √( (1/C) · (1 − 1/C) · Σ_c 1/n_c ) / C. An accuracy three σ above 1/C is better than guessing, or,
+    with few images, one half of the way from 1/C to 1; in any case it must be a fiftieth of that way above 1/C.
 
     Args:
         accuracies: Of C classes, fractions.
         num_images: n > 0 of each, on which they were measured.
 
     Returns:
-        `None` where it may be either.
+        `None` if it cannot be decided.
     """
     number = len(accuracies)
     chance, mean = 1 / number, sum(accuracies) / number
@@ -286,7 +286,7 @@ def load_teacher(
         model, info = TASKS[task].auto_model.from_pretrained(
             teacher, output_loading_info=True, **{"dtype": torch.float32, **from_pretrained_kwargs}
         )
-    except Exception as error:  # as above
+    except Exception as error:  # as in `teacher_label_names`
         raise _not_loadable(teacher, error, task) from error
     incomplete = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if incomplete:
@@ -308,7 +308,7 @@ def _not_loadable(teacher: str, error: Exception, task: str) -> InputError:
 def check_numbers_of_classes(
     student: nn.Module, teacher: FrozenTeacher | None, class_counts: Sequence[int] | np.ndarray | None
 ) -> None:
-    """Raise a `ValueError` if student, teacher and data do not have the same number of classes, where it is known."""
+    """Raise a `ValueError` unless student, teacher and data have the same number of classes, as far as known."""
     numbers = {
         "student": num_labels(student),
         "teacher": None if teacher is None else teacher.num_classes,

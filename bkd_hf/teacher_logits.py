@@ -1,14 +1,14 @@
-"""The teacher's logits for views of the training images: computed beforehand, then one more column of the batch.
+"""The teacher's logits for views of the training images: precomputed, then read as one more column of the batch.
 
-With augmentation that is a function of (seed, epoch, index), image i in epoch e looks as in epoch e mod K, where K is
-the number of views. The logits for one view of all images are one file: N×C numbers, then their checksum. It lies in a
-folder that is named by all that the logits depend on: the teacher's weights, configuration and precision, the images,
-what is made of them, the augmentation and its seed.
+As augmentation is a function of (seed, epoch, index), image i can look in epoch e as in epoch e mod K, where K is the
+number of views. The logits for one view of all images form one file: N×C numbers and their checksum. Its folder is
+named by everything that the logits depend on: the teacher's weights, configuration and precision, the images and their
+processing, the augmentation and its seed.
 
-The features of a frozen backbone are kept in the same way (`bkd_hf.features`).
+The features of a frozen backbone are cached in the same way (`bkd_hf.features`).
 
-A file gets its name when it is complete, so runs need not know of each other: two that compute the same view write
-equally good files. A file whose checksum is wrong is computed again, never read.
+A file gets its name only when it is complete, so runs need no coordination: two that compute the same view write
+equally good files. A file with a wrong checksum is never used, but computed again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ logger = logging.get_logger(__name__)
 #: Where `--teacher_cache auto` and `--feature_cache auto` keep their files.
 DEFAULT_FOLDERS = {name: Path(constants.HF_HOME) / "bkd_hf" / name for name in ("teacher_logits", "features")}
 
-# Entries of a model's configuration; the type of its weights is known from these.
+# Entries of a model's configuration without influence on its logits; the weights themselves tell their type.
 _WITHOUT_INFLUENCE = {
     "transformers_version", "_name_or_path", "_commit_hash", "architectures", "auto_map", "dtype", "torch_dtype",
     "id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states",
@@ -61,19 +61,19 @@ class TeacherLogitsError(NotFiniteError):
 
 
 class LogitsFolder:
-    """Files of a teacher's logits, or of other rows of numbers, one for each view. All processes make one together.
+    """Files of a teacher's logits, or of other rows of numbers, one for each view. All processes create it together.
 
     Args:
-        folder: Where such folders are; this one gets a folder in it, named by `about`.
-        about: All that the logits depend on; must be writable as JSON.
+        folder: Parent folder; the files go into a subfolder named by `about`.
+        about: Everything that the logits depend on; must be serialisable as JSON.
         shape: Numbers of views K, examples N and classes C.
-        dtype: `"float16"` or `"float32"`, as the logits are stored; or of the rows of a [`TopKFolder`].
-        what: What they are, in messages.
-        option: That asked for them.
-        unit: What the C numbers of an example are about.
+        dtype: `"float16"` or `"float32"`, as the logits are stored; or that of the rows of a [`TopKFolder`].
+        what: Name of the contents, for messages.
+        option: The option that requested them.
+        unit: What each of the C numbers stands for.
 
     Raises:
-        InputError: If the folder cannot be written, or its disk has no room.
+        InputError: If the folder cannot be written, or its disk is too full.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class LogitsFolder:
         self._num_bytes = math.prod(self.shape) * self.dtype.itemsize
         text = json.dumps({**about, "shape": self.shape, "dtype": str(dtype)}, sort_keys=True, indent=1)
         self.folder = Path(folder).expanduser() / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-        for problem in gather_object([self._prepare(text)]):  # or processes would go different ways
+        for problem in gather_object([self._prepare(text)]):  # so that all processes fail together
             if problem:
                 raise InputError(problem)
 
@@ -105,11 +105,11 @@ class LogitsFolder:
         )
 
     def path(self, view: int) -> Path:
-        """Where the logits of a view are."""
+        """Path of the logits of a view."""
         return self.folder / f"view{view}.bin"
 
     def open(self, view: int) -> np.ndarray | None:
-        """Map the N×C logits of a view into memory; `None` if they are not there, or damaged."""
+        """Map the N×C logits of a view into memory; `None` if they are missing or damaged."""
         path, digest = self.path(view), self._digest(view)
         if not path.exists():
             return None
@@ -121,7 +121,7 @@ class LogitsFolder:
         return None
 
     def write(self, view: int, batches: Iterable[np.ndarray]) -> None:
-        """Write the logits of a view, batch after batch, and give the file its name when all of it is on disk."""
+        """Write the logits of a view batch by batch, and give the file its name once it is complete on disk."""
         digest, partial = self._digest(view), self.folder / f"view{view}-{uuid.uuid4().hex}.partial"
         try:
             for rows in batches:
@@ -137,11 +137,11 @@ class LogitsFolder:
             partial.unlink(missing_ok=True)
 
     def pack(self, rows: np.ndarray) -> np.ndarray:
-        """N×C float32 as they are stored."""
+        """Convert N×C float32 to the stored format."""
         return rows.astype(self.dtype)
 
     def unpack(self, stored: np.ndarray) -> np.ndarray:
-        """What is stored as N×C float32."""
+        """Convert the stored format to N×C float32."""
         return stored.astype(np.float32)
 
     @property
@@ -162,7 +162,7 @@ class LogitsFolder:
         return hashlib.blake2b(f"{self.folder.name} {view}".encode(), digest_size=16)
 
     def _prepare(self, about: str) -> str:
-        """Make the folder; return why this cannot be, if so."""
+        """Create the folder; return why that fails, if it does."""
         try:
             with self._writing():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ class LogitsFolder:
                     (self.folder / "about.json").write_text(about + "\n", encoding="utf-8")
                 free = shutil.disk_usage(self.folder).free
                 for path in self.folder.glob("*.partial"):
-                    with suppress(FileNotFoundError):  # its run may complete or remove it at any time
+                    with suppress(FileNotFoundError):  # its run may rename or remove it at any time
                         if time.time() - path.stat().st_mtime > 3600:  # its process was killed
                             path.unlink()
         except InputError as error:
@@ -189,8 +189,8 @@ class TopKFolder(LogitsFolder):
     """A [`LogitsFolder`] of the rows of [`TopK.take`]: 4k + 4R bytes an image with float16 and up to 65,536 classes.
 
     Args:
-        folder, about, shape: As there.
-        dtype: Of the k logits.
+        folder, about, shape: As for [`LogitsFolder`].
+        dtype: Type of the k logits.
         top_k: What is kept.
     """
 
@@ -226,14 +226,14 @@ def precompute_logits(
     batch_size: int = 128,
     **loader_options: Any,
 ) -> None:
-    """Write the teacher's logits of a view of all examples, unless they are there. All processes share the work.
+    """Write the teacher's logits of a view of all examples, unless they exist. All processes share the work.
 
     Args:
-        teacher: Called with a batch, on the host; returns B×C logits, or other numbers for which the folder is.
-        dataset: Map-style, N examples, which shows them in this view.
+        teacher: Called with a batch on the host; returns B×C logits, or other numbers that the folder holds.
+        dataset: Map-style, N examples, rendered in this view.
         folder: Where one process of each machine writes them.
         view: Number of the view.
-        batch_size: Examples that a process asks the teacher about at a time.
+        batch_size: Examples per process and call of the teacher.
         loader_options: For torch's `DataLoader`.
 
     Raises:
@@ -243,8 +243,8 @@ def precompute_logits(
     state, num_examples = PartialState(), len(dataset)
     if all(gather_object([folder.open(view) is not None])):
         return
-    # All processes ask about as many batches, all of one size: compiled teachers, and those that are spread over
-    # processes, need that. Batches of the processes follow one another.
+    # All processes compute the same number of batches, all of the same size, as compiled and sharded teachers need.
+    # The processes take consecutive batches.
     batch_size = min(batch_size, math.ceil(num_examples / state.num_processes))
     per_round = batch_size * state.num_processes
     examples = np.arange(math.ceil(num_examples / per_round) * per_round).clip(max=num_examples - 1)
@@ -281,14 +281,14 @@ class WithColumn(Subset):
 
     Args:
         dataset: N examples.
-        folder: Their logits; those of a view have to be there when an example is read.
-        name: Of the column.
+        folder: Their logits; those of a view must exist when an example is read.
+        name: Name of the column.
     """
 
     def __init__(self, dataset: Any, folder: LogitsFolder, name: str = TEACHER_LOGITS):
         super().__init__(dataset, range(len(dataset)))
         self.folder, self.name = folder, name
-        # Shared with workers. The second number counts: the file of the same view may be a new one.
+        # Shared with workers. The second number is a counter, as the file of a view may be replaced.
         self._view = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._opened: dict[tuple[int, ...], np.ndarray | None] = {}
 
@@ -296,14 +296,14 @@ class WithColumn(Subset):
         return {**self.__dict__, "_opened": {}}  # a pickled map would be a copy
 
     def set_epoch(self, view: int) -> None:
-        """Choose the view whose logits the next examples get."""
+        """Select the view whose logits the next examples get."""
         self._view.copy_(torch.tensor([view, self._view[1] + 1]))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        """Return the examples of these indices, with their logits as arrays, which all collators put together."""
+        """Return the examples of these indices, with their logits as arrays, which all collators can batch."""
         view = tuple(self._view.tolist())
         if view not in self._opened:
             self._opened = {view: self.folder.open(view[0])}
@@ -315,12 +315,12 @@ class WithColumn(Subset):
 
 
 def describe_teacher(teacher: FrozenTeacher) -> dict[str, Any]:
-    """Return what a teacher's logits depend on, beside its inputs: architecture, weights, order of its outputs."""
+    """Return what a teacher's logits depend on beside its inputs: architecture, weights, order of outputs."""
     return {**describe_weights(teacher.model), "columns": teacher.columns}
 
 
 def describe_weights(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
-    """Return what a model's answers depend on, beside its inputs: architecture and weights.
+    """Return what a model's outputs depend on beside its inputs: architecture and weights.
 
     Args:
         model: The model.
@@ -345,10 +345,10 @@ def describe_weights(model: nn.Module, without: Iterable[str] = ()) -> dict[str,
 
 
 def describe_views(dataset: Any, sampler: str, option: str = "--teacher_cache") -> dict[str, Any]:
-    """Return what the views of a data set's examples depend on, beside their numbers and the epoch.
+    """Return what the views of a data set's examples depend on beside their index and the epoch.
 
     Raises:
-        InputError: If they depend on more than that.
+        InputError: If they depend on more than can be described.
     """
     if sampler != "instance":
         raise InputError(

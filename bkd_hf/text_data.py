@@ -1,4 +1,4 @@
-"""From stored texts to a model's tokens: tokenizers, their lengths, and data sets of numbers of tokens."""
+"""From stored texts to a model's tokens: tokenizers, their lengths, and data sets of token ids."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .models import MAX_LENGTH
 from .tasks import TEXT_COLUMN
 from .teacher import TEACHER_PREFIX
 
-#: Most words that a fresh tokenizer knows; it spells all others.
+#: Size of a fresh tokenizer's vocabulary; other words are split into characters.
 VOCABULARY_SIZE = 8192
 _PROBES = ["The quick brown fox, it jumps: over 13 lazy dogs!", "naïve café\nDON'T  ünïcode 北京"]
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_UNLIMITED = 10**9  # as transformers says it of tokenizers that tell no length
+_UNLIMITED = 10**9  # transformers' length of tokenizers without one exceeds this
 
 
 @dataclass
 class PadTexts(DataCollatorWithPadding):
-    """Put tokenized texts together to a batch, each as long as the longest of them, rounded up to a multiple of 8.
+    """Batch tokenized texts, padded to the length of the longest, rounded up to a multiple of 8.
 
     Args:
-        teacher_tokenizer: Of the tokens whose names begin with `teacher_`, where there are some.
+        teacher_tokenizer: Tokenizer of the inputs whose names begin with `teacher_`, if any.
     """
 
     pad_to_multiple_of: int | None = 8
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return tensors: B×L, and what is one number, or one row of them, for each text."""
+        """Return tensors: B×L, and others with one number or one row per text."""
         of_teacher = self.teacher_tokenizer.model_input_names if self.teacher_tokenizer is not None else []
         names = {f"{TEACHER_PREFIX}{n}": n for n in of_teacher if f"{TEACHER_PREFIX}{n}" in features[0]}
         batch = dict(super().__call__([{n: v for n, v in one.items() if n not in names} for one in features]))
@@ -50,13 +50,13 @@ class PadTexts(DataCollatorWithPadding):
 
 
 class TextDataset(torch.utils.data.Dataset):
-    """A labelled text data set as a model takes it: `{"input_ids": …, "attention_mask": …, "labels": int}`.
+    """A labelled text data set as model inputs: `{"input_ids": …, "attention_mask": …, "labels": int}`.
 
-    Given the tokenizer of a teacher that takes other tokens, there are `"teacher_input_ids"` and the like too.
+    If the teacher's tokenizer gives other tokens, examples also have `"teacher_input_ids"` and so on.
 
     Args:
-        dataset: With the columns `"text"` and `"label"`, as `load_text_dataset` gives it.
-        tokenizer: The model's; what is longer than its `model_max_length` is cut off.
+        dataset: With the columns `"text"` and `"label"`, as returned by `load_text_dataset`.
+        tokenizer: The model's; texts longer than its `model_max_length` are truncated.
         teacher_tokenizer: The teacher's; without effect if it gives the same tokens.
     """
 
@@ -89,7 +89,7 @@ class TextDataset(torch.utils.data.Dataset):
 
     @property
     def usual_length(self) -> int:
-        """Tokens that nine texts of ten do not exceed."""
+        """Number of tokens that nine of ten texts do not exceed."""
         return int(np.quantile([len(tokens) for tokens in self.tokens["input_ids"]], 0.9))
 
     def for_student_alone(self) -> TextDataset:
@@ -100,7 +100,7 @@ class TextDataset(torch.utils.data.Dataset):
         return alone
 
     def describe_views(self) -> dict[str, Any]:
-        """Return all that an example depends on, beside its number, for a `LogitsFolder`."""
+        """Return everything that an example depends on beside its index, for a `LogitsFolder`."""
         return {"tokens": hash_of_table(self.tokens)}
 
     def __len__(self) -> int:
@@ -116,9 +116,9 @@ class TextDataset(torch.utils.data.Dataset):
 
 
 def fresh_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """Make a tokenizer of the most frequent words of some texts, lower-cased; it spells all others by characters.
+    """Create a tokenizer of the most frequent words of some texts, lower-cased; it splits other words into characters.
 
-    The same texts give the same tokens, in any order.
+    The order of the texts does not matter.
     """
     plain = BertTokenizer(vocab={token: number for number, token in enumerate(_SPECIAL)})
     split, lower = plain.backend_tokenizer.pre_tokenizer, plain.backend_tokenizer.normalizer
@@ -131,10 +131,10 @@ def fresh_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
 
 
 def set_max_length(tokenizer: PreTrainedTokenizerBase, name: str, max_length: int | None) -> None:
-    """Have a tokenizer cut texts off after so many tokens; `None`: after 512, or the most that its model takes.
+    """Set the number of tokens after which a tokenizer truncates; `None` for 512, or the most that its model accepts.
 
     Raises:
-        InputError: If it takes fewer, or the tokenizer cannot make batches.
+        InputError: If the model accepts fewer, or the tokenizer cannot make batches.
     """
     if tokenizer.pad_token_id is None:
         raise InputError(
@@ -149,14 +149,14 @@ def set_max_length(tokenizer: PreTrainedTokenizerBase, name: str, max_length: in
 
 
 def limit_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """Have a tokenizer that tells no length know that of its model's position embeddings."""
+    """Give a tokenizer without a maximal length that of its model's position embeddings."""
     most = getattr(config, "max_position_embeddings", None)
     if tokenizer.model_max_length > _UNLIMITED and isinstance(most, int) and most > 0:
         tokenizer.model_max_length = most
 
 
 def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers make the same numbers of the same text."""
+    """Whether two tokenizers give the same token ids for the same text."""
     if first.get_vocab() != second.get_vocab() or first.model_max_length != second.model_max_length:
         return False
     return dict(first(_PROBES)) == dict(second(_PROBES))

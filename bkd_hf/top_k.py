@@ -1,4 +1,4 @@
-"""The teacher's k best classes in place of all C: 2 GB of cached logits where all take 100."""
+"""Caching only the teacher's k best classes instead of all C: 2 GB of logits instead of 100."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .loss_inputs import (
 
 @dataclass(frozen=True)
 class TopK:
-    """What is kept of a teacher's logits: the k best classes, and of all others the logarithm of their mass.
+    """What is kept of a teacher's logits: those of the k best classes, and the log-mass of all others.
 
-    The classes are those with the largest target probability. The mass of the others is that in the target: the
-    log-sum of z_t/T + p · log w over *them*, each with its own weight, so it is for one T, one p and one w.
+    The best classes are those with the largest target probability. The mass of the others is that in the target: the
+    log-sum-exp of z_t/T + p · log w over *them*, each with its own weight, so it is valid for one T, p and w.
 
     Args:
-        k: How many classes, 1 ≤ k < C.
-        shifts: R×C logarithms of the class weights in force, p · log w, one row for each phase of the training: the
-            last for its end, and the first, of zeros, for its beginning where weights are deferred.
+        k: Number of classes, 1 ≤ k < C.
+        shifts: R×C logarithms of the class weights, p · log w, one row for each phase of the training: the last for
+            its end; with deferred weights, the first (zeros) for its beginning.
         temperature: T > 0.
         standardize: Whether logits are standardized first.
     """
@@ -44,7 +44,7 @@ class TopK:
         """Return rows of 2k + R numbers: k logits and the numbers of their classes, and R logarithms of the rest.
 
         Args:
-            logits: B×C, finite; computed with in float32 at least.
+            logits: B×C, finite; computations use float32 at least.
         """
         (logits,) = at_least_float32(logits)
         logits = standardized(logits) if self.standardize else logits
@@ -54,7 +54,7 @@ class TopK:
         return torch.cat([logits.gather(1, classes), classes.to(logits.dtype), rest], dim=1)
 
     def describe(self) -> dict[str, Any]:
-        """Return all that the rows depend on, beside the logits."""
+        """Return everything that the rows depend on beside the logits."""
         shifts = hashlib.blake2b(self.shifts.cpu().numpy().tobytes(), digest_size=16).hexdigest()
         return {"k": self.k, "temperature": self.temperature, "standardize": self.standardize, "shifts": shifts}
 
@@ -73,9 +73,9 @@ def top_k_distillation_loss(
 
         T² · KL( (q_1, …, q_k, q_R) ‖ (s_1, …, s_k, s_R) ),    q = softmax(z_t/T + p · log w),  s = softmax(z_s/T)
 
-    where all other classes are one, R, with the sum of their probabilities. Exact are q_R and s_R, with the weight of
-    each class in them, and all other q and s: the student learns how much mass the rest has, and not how the teacher
-    divides it. What is missing of the loss over all classes is never negative, and no more than the rest weighs:
+    where R combines all other classes, with the sum of their probabilities. All these q and s are exact, including the
+    weight of each class in q_R and s_R. The student learns how much mass the rest has, but not how the teacher divides
+    it. The missing part of the full loss is never negative, and weighted by the mass of the rest:
 
         T² · q_R · KL( q restricted to R ‖ s restricted to R )
 
@@ -83,10 +83,10 @@ def top_k_distillation_loss(
 
     Args:
         student_logits: B×C.
-        top_k: B×(2k + R), of [`TopK.take`], with the same T, weights and standardization.
-        class_weights: C positive weights, to the power p, as they are in this phase; `None` for 1.
-        k: How many classes.
-        phase: Which of the R logarithms of the rest is that of these weights.
+        top_k: B×(2k + R), from [`TopK.take`], with the same T, weights and standardization.
+        class_weights: C positive weights of this phase, to the power p; `None` for 1.
+        k: Number of classes.
+        phase: Index of these weights among the R logarithms of the rest.
         temperature: T > 0.
         reduction: As for all losses.
         standardize: Whether z_s is standardized, as z_t was.
@@ -99,6 +99,6 @@ def top_k_distillation_loss(
     log_q = F.log_softmax(torch.cat([targets, top_k[:, 2 * k :][:, phase, None]], dim=1), dim=-1)
     student_logits = (standardized(student_logits) if standardize else student_logits) / temperature
     rest = student_logits.scatter(1, classes, -torch.inf).logsumexp(dim=1, keepdim=True)
-    # Of k + 1 logits, whose softmax these probabilities are.
+    # k + 1 logits, whose softmax gives these probabilities.
     student = torch.cat([student_logits.gather(1, classes), rest], dim=1)
     return reduce(temperature**2 * softened_divergence(log_q, student, 1.0), reduction)

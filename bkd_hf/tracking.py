@@ -1,4 +1,4 @@
-"""The figure of accuracies per class in a tracker, at each evaluation, beside the numbers that `Trainer` sends it."""
+"""Sends the figure of accuracies per class to trackers at each evaluation, beside the metrics sent by `Trainer`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .tasks import task_of_model
 
 
 class ClassFigures(TrainerCallback):
-    """Sends the figure of accuracies per class to the trackers of `report_to` that take pictures.
+    """Sends the figure of accuracies per class to the trackers in `report_to` that accept images.
 
     Args:
         trainer: A `BKDTrainer`.
 
     Attributes:
-        known: Sections of results for the figure: `data`, where more of it is known than the counts of its classes,
-            and the `teacher`, where it is measured already.
+        known: Sections of results for the figure: `data`, if more is known than the class counts, and `teacher`, if it
+            has been measured.
     """
 
     def __init__(self, trainer: Any):
@@ -30,11 +30,11 @@ class ClassFigures(TrainerCallback):
         self.known: dict[str, Any] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Name the run by its folder: Trackio would make a name up, another one when it goes on or is measured."""
+        """Name the run by its folder; Trackio would invent a new name at each start and for the final evaluation."""
         args.run_name = args.run_name or args.output_dir.strip("./")  # also a place below its folder
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Draw the evaluation that is just over, and send it."""
+        """Draw and send the figure of the last evaluation."""
         trackers = {type(c).__name__: c for c in self.trainer.callback_handler.callbacks}
         shown, measured = trackers.keys() & {"TensorBoardCallback", "TrackioCallback"}, self.trainer.last_measured
         if not (shown and state.is_world_process_zero and measured is not None and measured.num_images):

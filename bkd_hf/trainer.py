@@ -68,21 +68,21 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         L = CE(z_s, y) + α · T² · KL( softmax(z_t / T + log w) ‖ softmax(z_s / T) )     mean over the global batch
 
     or by another method of [`BKDConfig`]: λ_c · classification loss + λ_d · distillation loss (`bkd_hf.objective`).
-    The loss is one mean over all examples of an optimizer step, however these are cut into accumulation steps and
-    processes. In every other respect a [`~transformers.Trainer`]; reading (`ReadingTrainer`), evaluation
-    (`MeasuringTrainer`), optimizers and schedules (`OptimizingTrainer`), `ema_decay` (`AveragingTrainer`), `adapter`
-    (`AdaptingTrainer`) and `push_to_hub()` (`PublishingTrainer`) say what they do differently.
+    The loss is one mean over all examples of an optimizer step, no matter how they are split into accumulation steps
+    and processes. In all other respects this is a [`~transformers.Trainer`]. The base classes document their changes:
+    reading (`ReadingTrainer`), evaluation (`MeasuringTrainer`), optimizers and schedules (`OptimizingTrainer`),
+    `ema_decay` (`AveragingTrainer`), `adapter` (`AdaptingTrainer`) and `push_to_hub()` (`PublishingTrainer`).
 
-    The trainer does not look into the inputs: those whose names start with `teacher_` go to the teacher (without the
-    prefix) and all others to the student; if there are none, both models get the same.
+    Inputs whose names start with `teacher_` go to the teacher (without the prefix), all others to the student. If no
+    name does, both models get the same inputs.
 
     Args:
         model: The student, a classifier with `.logits` in its output.
         teacher_model: A module, a folder or a Hub id. It is frozen, kept in evaluation mode, and never saved.
-            `None` trains with the method's classification loss alone, on the very same path.
+            `None` trains with the method's classification loss alone, on the same code path.
         args: Options.
         data_collator: As for `Trainer`; by default that of an [`ImageDataset`] or `TextDataset`, or of parts of one.
-        train_dataset: As for `Trainer`; a map-style data set gives the guarantees above.
+        train_dataset: As for `Trainer`; the guarantee above needs a map-style data set.
         class_counts: C numbers of training images; counted in `train_dataset` if not given.
         eval_dataset, processing_class, model_init, compute_metrics, callbacks, optimizers,
             preprocess_logits_for_metrics: As for `Trainer`.
@@ -95,8 +95,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         ValueError: If the numbers of classes of student, teacher and class counts differ, labels are out of range,
             a class that needs images has none, there is a teacher but no distillation, or the student of `ldam` has no
             cosine head.
-        TeacherLogitsError, TrainingDivergedError: While training, if the teacher's logits, or the student's loss or
-            weights, are not finite: at the next log, evaluation or checkpoint.
+        TeacherLogitsError, TrainingDivergedError: During training, if the teacher's logits, or the student's loss or
+            weights, are not finite; raised at the next log, evaluation or checkpoint.
     """
 
     # The loss is a mean over the whole optimizer step: Trainer must not divide it by the accumulation steps again.
@@ -127,15 +127,15 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             raise ValueError("teacher_model is the student itself: freezing it would stop all training. Pass a copy.")
 
         if args.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
-            # Trainer would cut each batch among the GPUs by DataParallel, and the number of its examples with it.
+            # Trainer would split each batch, and its number of examples, among the GPUs by DataParallel.
             logger.warning_once(f"The first of {args.n_gpu} GPUs is used: `accelerate launch` uses all.")
             args._n_gpu = 1
         if data_collator is None:
             data_collator = collator_of(eval_dataset if train_dataset is None else train_dataset)
         self._stop, self.class_figures = StopAtSigterm(), ClassFigures(self)
-        # Trainer collects all logits for a compute_metrics; the long-tail metrics are added up batch by batch.
+        # Trainer collects all logits for compute_metrics; the long-tail metrics are accumulated batch by batch.
         adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
-        # In place of Trainer's callback for that, which would listen from now on.
+        # Instead of Trainer's callback for SIGTERM, which would listen from now on.
         args.enable_jit_checkpoint, stops_at_sigterm = False, args.enable_jit_checkpoint
         try:
             super().__init__(
@@ -163,7 +163,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         tell_of_layers(self.accelerator, args, self.model)
         # Has Trainer count the examples of each optimizer step, over its micro-batches and processes.
         self.model_accepts_loss_kwargs = True
-        # The loss is computed here: a model need not take labels itself.
+        # The loss is computed here, so a model need not accept labels.
         self.label_names = self.label_names or ["labels"]  # type: ignore[has-type]
         if train_dataset is not None and model_init is None:
             prepare_head(self.model, args)
@@ -198,21 +198,21 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         )
         if train_dataset is not None or self.teacher_model is not None:
             self.bkd_objective.check(getattr(self.model, "config", None))
-        self._looks: dict[tuple, dict[str, Any]] = {}  # at the targets, by what they depend on
+        self._looks: dict[tuple, dict[str, Any]] = {}  # target statistics, by the options they depend on
         self._guard, self._meter = FiniteGuard(self.accelerator, args), LossMeter(self.accelerator)
         self._first_batch_checked = False
         self._mean_weight_of_step: torch.Tensor | None = None
-        self._has_new_weights = False  # that results.json does not tell of
+        self._has_new_weights = False  # newer than results.json
         self.student_started_from_teacher = False
-        self.head_bias_shift: torch.Tensor | None = None  # C numbers, where `--head_bias` asked for some
+        self.head_bias_shift: torch.Tensor | None = None  # C numbers, if `--head_bias` fitted them
         self._initialise_student(self.model)
         self._add_adapter(self.model)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator as `Trainer`, and look which engine it is."""
+        """Create the accelerator as `Trainer` does, and check its engine."""
         start_deepspeed_anew(self.args)
         super().create_accelerator_and_postprocess()
-        unset_hf_deepspeed_config()  # as the options did: that was set again
+        unset_hf_deepspeed_config()  # as in BKDConfig; it has been set again
         check_engine(self.args, self.accelerator)
 
     # ---- The loss -------------------------------------------------------------------------------------------------
@@ -224,11 +224,11 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """While training the objective (see [`Objective`]); the cross-entropy in evaluation.
+        """Compute the objective in training (see [`Objective`]), and the cross-entropy in evaluation.
 
         Args:
             model: The student, as wrapped for training.
-            inputs: A batch with `labels`; examples labelled −100 count for nothing.
+            inputs: A batch with `labels`; examples labelled −100 are ignored.
             return_outputs: Whether to return the student's outputs too.
             num_items_in_batch: Labelled examples in the optimizer step, over all its micro-batches and processes.
 
@@ -256,12 +256,12 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         losses = losses * counted
         if num_items_in_step is None:
             return losses.sum() / counted.sum()
-        # Processes average their gradients; the count is over all of them (unless that was switched off).
+        # Processes average their gradients; the count is over all processes (unless that is switched off).
         num_averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return losses.sum() / num_items_in_step * num_averaged
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Count the labelled examples of an optimizer step, as `Trainer`, and take the mean of their class weights."""
+        """Count the labelled examples of an optimizer step as `Trainer` does, and compute their mean class weight."""
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         weights = self.classification_weights
         if weights is not None and batch_samples and num_items is not None:
@@ -273,7 +273,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         return num_items
 
     def _progress(self, num_items_in_batch: torch.Tensor | int | None = None) -> Progress:
-        """Progress by optimizer steps; `state.epoch` counts micro-batches and depends on how steps are cut."""
+        """Progress by optimizer steps; `state.epoch` counts micro-batches and depends on how steps are split."""
         args, per_epoch = self.args, self._update_steps_per_epoch
         epoch = self.state.global_step / per_epoch if per_epoch else self.state.epoch or 0.0
         num_epochs = args.max_steps / per_epoch if args.max_steps > 0 and per_epoch else args.num_train_epochs
@@ -281,7 +281,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
 
     @property
     def class_weights(self) -> torch.Tensor | None:
-        """The C weights w^p in the distillation loss at this point of training; `None` where it takes none."""
+        """The C weights w^p in the distillation loss at this point of training; `None` if it uses none."""
         return self.bkd_objective.distillation_weights(self._progress())
 
     @property
@@ -292,19 +292,19 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     # ---- The teacher ----------------------------------------------------------------------------------------------
 
     def _prepare_teacher(self, teacher: FrozenTeacher) -> FrozenTeacher:
-        """Place the teacher, under the student's autocast, but outside everything that is trained or saved."""
+        """Place the teacher under the student's autocast, but outside everything that is trained or saved."""
         num_known = len(self.accelerator._models)
         prepared = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         spread_large_teacher(teacher.model, self.accelerator)
-        # Or Trainer.evaluate() before train() would take the student for prepared.
+        # Otherwise Trainer.evaluate() before train() would consider the student prepared.
         del self.accelerator._models[num_known:]
         return prepared
 
     def _initialise_student(self, student: nn.Module) -> None:
-        """Have the student start from the teacher's weights, if the options say so.
+        """Initialise the student with the teacher's weights, if the options say so.
 
-        Where labels or targets leave the class frequencies out, so do the logits that it starts with: those of the
-        teacher after post-hoc logit adjustment.
+        If the method corrects for the class frequencies, the student starts with the teacher's logits after post-hoc
+        logit adjustment.
         """
         args, teacher = self.args, self.teacher_model
         if teacher is None or args.student_init == "model" or self.train_dataset is None:
@@ -312,7 +312,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         why_not = why_not_start_from(teacher, student, sample_of(self.train_dataset))
         if why_not is not None and args.student_init == "teacher":
             raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
-        # With p = 1 the teacher has learned all there is: its answers teach more than its weights.
+        # With p = 1 the teacher has learned all it can: its logits are worth more than its weights.
         if why_not is not None or (args.student_init == "auto" and self.bkd_objective.power >= 1):
             return
         counts = self.class_counts if corrects(vars(args)) else None
@@ -320,7 +320,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self.student_started_from_teacher = True
 
     def _teacher_logits(self, inputs: dict[str, Any], computed: torch.Tensor | None) -> torch.Tensor | None:
-        """B×C logits of the teacher: those of the batch, if it has some; `None` if they are not looked at."""
+        """B×C logits of the teacher, those in the batch if there are any; `None` if the loss does not use them."""
         teacher = self.teacher_model
         if teacher is None or not self.bkd_objective.mixture(self._progress().epoch)[1]:
             return None
@@ -334,19 +334,19 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
 
     @torch.no_grad()
     def look_at_targets(self, num_images: int = NUM_IMAGES) -> dict[str, Any] | None:
-        """Look at the distillation targets of some training images (see `bkd_hf.targets`), as they are in the end.
+        """Check the final distillation targets of some training images (see `bkd_hf.targets`).
 
-        All processes have to call it; each looks at the same images.
+        All processes must call it; each uses the same images.
 
         Args:
-            num_images: How many, drawn by the seed.
+            num_images: Number of images, drawn by the seed.
 
         Returns:
-            See `bkd_hf.targets.look`; `None` without a teacher, with a distillation loss of your own, or without
+            See `bkd_hf.targets.look`; `None` without a teacher, with a user-defined distillation loss, or without
             random access to the training images.
 
         Raises:
-            InputError: If none of these images is of a class that the teacher knows.
+            InputError: If the teacher knows the class of none of these images.
             TeacherLogitsError: If the teacher's logits are not finite.
         """
         args, objective = self.args, self.bkd_objective
@@ -367,13 +367,13 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     # ---- Logging --------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put `loss`, `ce_loss` and `kd_loss` (with T², without α) into a training log.
+        """Add `loss`, `ce_loss` and `kd_loss` (with T², without α) to a training log.
 
-        All are means over all examples since the last log; those of `Trainer` are means over steps, in which the
-        examples of a short last step of an epoch weigh more: sum and parts would not agree.
+        All are means over all examples since the last log. `Trainer` averages over steps instead, which gives the
+        examples of a short last step more weight, so the total would differ from the sum of its parts.
 
         Raises:
-            TeacherLogitsError, TrainingDivergedError: If something was not finite since then.
+            TeacherLogitsError, TrainingDivergedError: If something has not been finite since the last log.
         """
         if self.is_in_train:
             self._guard.stop_if_not_finite()
@@ -384,7 +384,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     # ---- The course of a training ----------------------------------------------------------------------------------
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Make a student by `model_init`, at the start and again when training begins; its backbone may be frozen."""
+        """Create a student by `model_init`, now and again when training begins; its backbone may be frozen."""
         model = super().call_model_init(trial)
         if hasattr(self, "student_started_from_teacher"):  # not while the trainer itself is made
             self._initialise_student(model)
@@ -402,10 +402,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         """Train as `Trainer` does, also after an `evaluate()`.
 
         Raises:
-            TrainingStopped: With `enable_jit_checkpoint`, after SIGTERM: the end of the process, if it is not caught.
+            TrainingStopped: With `enable_jit_checkpoint`, after SIGTERM; ends the process if it is not caught.
         """
         if (trial := kwargs.get("trial")) is not None:
-            self._hp_search_setup(trial)  # Trainer would make the student first, by the options of the last trial
+            self._hp_search_setup(trial)  # Trainer would first create the student with the options of the last trial
         if self.model is not None and self.model_wrapped is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
             self.model.__dict__.pop("_is_accelerate_prepared", None)
@@ -429,13 +429,13 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self._restore_stream()
 
     def _begin_epoch(self, epoch: int) -> None:
-        with self._stop.at_once() if self._training_data.computed else nullcontext():  # what is computed is kept
+        with self._stop.at_once() if self._training_data.computed else nullcontext():  # computed columns are kept
             super()._begin_epoch(epoch)
 
     def _finalize_training(self, trial: Any, *args: Any) -> Any:
         if not self._stop.has_stopped:
             return super()._finalize_training(trial, *args)
-        # As if it had been killed, but for the checkpoint: nothing is the best, the last or the result of it.
+        # As if it had been killed, except for the checkpoint: no best model, final model or results.
         if self._stop.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, trial)
         self.callback_handler.on_train_end(self.args, self.state, self.control)

@@ -1,4 +1,4 @@
-"""A training set as a run reads it: class counts, global batches, views that come again, the teacher's logits."""
+"""A training set in a run: class counts, global batches, recurring views, cached logits and features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 def count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray | None:
-    """Class counts of a training set, from its `class_counts` or its labels; `None` if it can be read only once."""
+    """Class counts of a training set, from its `class_counts` or labels; `None` if it can be read only once."""
     if hasattr(dataset, "class_counts"):
         counts = np.asarray(dataset.class_counts, dtype=np.int64)
     elif isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
@@ -55,8 +55,8 @@ def count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray
 def training_labels(dataset: Any) -> np.ndarray | None:
     """Class number of each training example; `None` if the set can be read only once.
 
-    Looks, in this order, for: a label column of a `datasets.Dataset`, a `labels` attribute, `targets` as in
-    torchvision, and the labels in the examples themselves, which may take as long as reading all of them.
+    It uses the first that exists: a label column of a `datasets.Dataset`, a `labels` attribute, `targets` as in
+    torchvision, or the labels in the examples themselves, which may take as long as reading them all.
     """
     if isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
         return labels_of(dataset, column)
@@ -90,13 +90,13 @@ def is_augmented(dataset: Any) -> bool:
 
 
 def collator_of(dataset: Any) -> Callable | None:
-    """Return what puts examples together to a batch, where all parts of a data set bring the same along."""
+    """Return the collator of a data set, if all its parts bring the same one."""
     found = [getattr(part, "collator", None) for part in innermost(dataset)]
     return found[0] if found and all(each == found[0] for each in found) else None
 
 
 def check_features(dataset: Any, args: BKDConfig) -> None:
-    """Raise an `InputError` if features are to be kept of images that look different in each epoch."""
+    """Raise an `InputError` if features are to be cached for images that differ in each epoch."""
     if args.feature_cache != "off" and args.teacher_cache_views is None and is_augmented(dataset):
         raise InputError(
             "--feature_cache: the training images are augmented, so their features differ from epoch to epoch. Use "
@@ -110,21 +110,21 @@ class TrainingData:
 
     Args:
         dataset: The training set.
-        examples: The same without the columns that no model takes.
-        collator: Makes a batch of some examples.
+        examples: The training set without columns that no model uses.
+        collator: Combines examples into a batch.
         args: Options.
     """
 
     def __init__(self, dataset: Any, examples: Any, collator: Callable, args: BKDConfig):
         self.dataset, self.examples, self.collator, self.args = dataset, examples, collator, args
-        self.computed: dict[str, LogitsFolder] = {}  # columns of a batch that are computed beforehand, by name
+        self.computed: dict[str, LogitsFolder] = {}  # precomputed columns of a batch, by name
         self._with_columns: list[WithColumn] = []
         self._sampler: GlobalBatchSampler | None = None
         self._generator = torch.Generator()
 
     @property
     def numbers_examples(self) -> bool:
-        """Whether batches are cut by a [`GlobalBatchSampler`], which knows the numbers of their examples."""
+        """Whether batches come from a [`GlobalBatchSampler`], which knows the indices of their examples."""
         config = self.args.accelerator_config
         return not (
             self.dataset is None
@@ -136,7 +136,7 @@ class TrainingData:
         )
 
     def check_sampler(self) -> None:
-        """Raise a `ValueError` if the examples cannot be drawn as `--sampler` says."""
+        """Raise a `ValueError` if the examples cannot be sampled as `--sampler` says."""
         if self.args.sampler == "class_balanced" and not self.numbers_examples:
             raise ValueError(
                 "--sampler class_balanced needs a training set with a length and random access, "
@@ -145,9 +145,9 @@ class TrainingData:
 
     @property
     def num_views(self) -> int | None:
-        """Number of views of a training image, after which they come again; `None` if each epoch has its own.
+        """Number of views of a training image, after which they recur; `None` if each epoch has its own.
 
-        It does not depend on whether there is a teacher: methods that are compared see the same views.
+        It does not depend on the teacher, so that compared methods use the same views.
         """
         if self.args.teacher_cache_views is not None:
             return self.args.teacher_cache_views
@@ -159,9 +159,9 @@ class TrainingData:
         return epoch % self.num_views if self.num_views else epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell sampler and data set which epoch begins: accelerate reaches them in some set-ups only.
+        """Set the epoch of sampler and data set, which accelerate does only in some set-ups.
 
-        The order is that of the epoch, the augmentation that of its view.
+        The order depends on the epoch, the augmentation on its view.
         """
         self._generator.manual_seed(self.args.seed + epoch)
         view = self._view(epoch)
@@ -175,23 +175,23 @@ class TrainingData:
 
     @torch.no_grad()
     def answers(self, ask: Callable[[dict[str, Any]], torch.Tensor], indices: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """Return a model's answers about some examples, as they are in the first epoch. All processes share the work.
+        """Return a model's logits of some examples, as in the first epoch. All processes share the work.
 
         Args:
-            ask: Called with a batch, on the device; returns its logits.
-            indices: Of N examples, which are the same in all processes.
+            ask: Called with a batch on the device; returns its logits.
+            indices: Indices of N examples, the same in all processes.
 
         Returns:
             Logits, N×C, in float32 and on the CPU, and labels, N; both in the same order.
         """
         state, found = PartialState(), []
         ours = indices[state.process_index :: state.num_processes].tolist()
-        # A model that is spread over processes is asked by all of them together.
+        # A sharded model needs all processes for each batch.
         is_spread = state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         num_added = math.ceil(len(indices) / state.num_processes) - len(ours) if is_spread else 0
         ours = Subset(self.examples, ours + indices[-1:].tolist() * num_added)
         self.set_epoch(0)
-        with torch.random.fork_rng(devices=[]):  # the training must not notice
+        with torch.random.fork_rng(devices=[]):  # this must not affect training
             for batch in DataLoader(ours, self.args.eval_batch_size, collate_fn=self.collator):
                 batch = send_to_device(batch, self.args.device)
                 found.append((ask(batch).float().cpu(), batch["labels"].cpu()))
@@ -202,15 +202,15 @@ class TrainingData:
     # ---- The teacher's logits, and features -----------------------------------------------------------------------
 
     def open_logits(self, teacher: dict[str, Any], num_classes: int, top_k: TopK | None = None) -> None:
-        """Open the folder of logits that the options ask for, if they do; all processes have to call it.
+        """Open the logits cache, if the options ask for one; all processes must call it.
 
         Args:
-            teacher: What its logits depend on (see `teacher_logits.describe_teacher`).
+            teacher: What the logits depend on (see `teacher_logits.describe_teacher`).
             num_classes: C.
             top_k: What is kept of each image's logits; all of them if not given.
 
         Raises:
-            InputError: If there can be none, and it was not left open by `--teacher_cache auto`.
+            InputError: If there can be no cache; with `--teacher_cache auto`, none is used instead.
         """
         args = self.args
         if args.teacher_cache == "off":
@@ -226,7 +226,7 @@ class TrainingData:
             else:
                 self.computed[TEACHER_LOGITS] = LogitsFolder(folder, about, shape, args.teacher_cache_dtype)
         except InputError as error:
-            if args.teacher_cache != "auto" or top_k is not None:  # which all logits are not the same as
+            if args.teacher_cache != "auto" or top_k is not None:  # all logits would give other results than top_k
                 raise
             again = ""
             if self.num_views is not None:
@@ -237,21 +237,21 @@ class TrainingData:
             logger.warning(f"The teacher's logits are not cached: {error}{again}")
 
     def open_features(self, backbone: dict[str, Any], compute: Callable[[dict[str, Any]], torch.Tensor]) -> None:
-        """Open the folder of features that the options ask for, if they do; all processes have to call it.
+        """Open the feature cache, if the options ask for one; all processes must call it.
 
         Args:
-            backbone: What they depend on (see `teacher_logits.describe_weights`).
-            compute: Called with a batch, on the device; returns B×F features.
+            backbone: What the features depend on (see `teacher_logits.describe_weights`).
+            compute: Called with a batch on the device; returns B×F features.
 
         Raises:
-            InputError: If there can be none.
+            InputError: If there can be no cache.
         """
         args, option = self.args, "--feature_cache"
         if args.feature_cache == "off":
             return
         self._check_that_batches_come_again(option)
         check_features(self.dataset, args)
-        # Drawn how often ever, an image that always looks the same has the same features.
+        # With a single view, repetitions of an image have the same features.
         sampler = "instance" if self.num_views == 1 else args.sampler or "instance"
         about = {
             "backbone": backbone,
@@ -267,9 +267,9 @@ class TrainingData:
     def fill(
         self, epoch: int, asked: Mapping[str, Callable[[dict[str, Any]], torch.Tensor] | None], batch_size: int
     ) -> None:
-        """Compute the columns for the view of this epoch, unless they are there.
+        """Compute the columns for the view of this epoch, unless they are cached.
 
-        `asked` is, by the name of the column, what is called with `batch_size` examples on the device.
+        `asked` holds, by column name, the function to call with `batch_size` examples on the device.
         """
         for name, folder in self.computed.items():
             ask = asked[name]
@@ -290,7 +290,7 @@ class TrainingData:
                 f"{option} needs a training set with a length and random access, --train_sampling_strategy random or "
                 f"sequential, and neither split_batches nor dispatch_batches of accelerate. Use {option} off."
             )
-        collator = getattr(self.collator, "data_collator", self.collator)  # Trainer's wrapper drops columns alone
+        collator = getattr(self.collator, "data_collator", self.collator)  # Trainer's wrapper only drops columns
         known = isinstance(collator, (DefaultDataCollator, DataCollatorWithPadding))
         if not known and collator not in (default_data_collator, collator_of(self.dataset)):
             raise InputError(
@@ -301,7 +301,7 @@ class TrainingData:
     # ---- Batches --------------------------------------------------------------------------------------------------
 
     def stream_loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
-        """Return the batches of a stream, which divides them among processes and workers itself."""
+        """Return the batches of a stream, which itself divides them among processes and workers."""
         args, images = self.args, self.dataset
         images.batch_size, images.seed = batch_size, args.seed if args.data_seed is None else args.data_seed
         images.num_readers = accelerator.num_processes * max(1, args.dataloader_num_workers)
@@ -315,11 +315,11 @@ class TrainingData:
             generator=self._generator,
         )
         device = accelerator.device
-        # As if alone: accelerate would divide the batches among processes once more.
+        # As for a single process; accelerate would divide the batches among processes again.
         return prepare_data_loader(loader, device, 1, 0, put_on_device=True, rng_types=[], dispatch_batches=False)
 
     def loader(self, batch_size: int, accelerator: Accelerator) -> DataLoader:
-        """Return the examples, cut into global batches (see [`GlobalBatchSampler`]); accelerate is to prepare it."""
+        """Return the examples in global batches (see [`GlobalBatchSampler`]), to be prepared by accelerate."""
         args, examples, collator = self.args, self.examples, self.collator
         if FEATURES in self.computed:
             labels: Any = training_labels(self.dataset)
@@ -338,7 +338,7 @@ class TrainingData:
             seed=args.seed if args.data_seed is None else args.data_seed,
             shuffle=args.train_sampling_strategy == "random",
             drop_last=args.dataloader_drop_last,
-            # A step of another size would be compiled anew, for any size, and all later ones would be slower.
+            # A step of another size would be recompiled for dynamic sizes, and all later ones would be slower.
             pad_last=accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
             class_balanced_labels=training_labels(self.dataset) if args.sampler == "class_balanced" else None,
         )
@@ -352,8 +352,8 @@ class TrainingData:
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             in_order=args.dataloader_in_order,
-            # Its own, seeded by the epoch: a loader takes a number from it whenever it begins, or starts workers; from
-            # the common generator that would shift all dropout after it, and not alike after a resumption.
+            # Its own generator, seeded by the epoch: a loader draws a number whenever it starts (workers). With
+            # the global generator, this would change all later dropout, and differently after a resume.
             generator=self._generator,
             worker_init_fn=functools.partial(
                 seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index

@@ -1,8 +1,8 @@
-"""The verdict on a student: is it better than what costs nothing, and does it answer all of its classes?
+"""The verdict on a student: is it better than alternatives without training, and does it predict all its classes?
 
-Free is the teacher as it is, and the teacher after post-hoc logit adjustment (τ = 1 unless the run said otherwise,
-never chosen on the test images). The latter makes sense only for a teacher that learned the tail's class frequencies:
-one that was trained on these very images, without a correction of its own.
+Such alternatives are the teacher itself, and the teacher after post-hoc logit adjustment (τ = 1 unless the run says
+otherwise, never chosen on the test images). The latter only makes sense for a teacher that learned the tail's class
+frequencies: one trained on the same images, without a correction of its own.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from .methods import METHODS, RECOMMENDED, corrects
 from .results import adjusts_itself
 from .tasks import task_of
 
-# Below this share of the teacher's accuracy, and of the tested classes that are ever answered, something went wrong.
+# Below this fraction of the teacher's accuracy, or of tested classes that are ever predicted, something went wrong.
 _FAR_BELOW = 0.8
 _FEW_ANSWERED = 0.5
-# How much more often than it occurs a class may be answered, if that is no matter of a few images.
+# How much more often than it occurs a class may be predicted, unless only a few images are concerned.
 _TOO_OFTEN, _MANY_ANSWERS = 3.0, 0.1
 _COMPARED = {"accuracy": "overall", "balanced_accuracy": "in the mean over classes"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be said first about a student.
+    """The summary of a student's result.
 
     Attributes:
-        is_better: Whether it is better than every free alternative, overall and in the mean over classes; `None`
-            where there is none to compare with.
+        is_better: Whether it is better than every free alternative, overall and in the mean over classes; `None` if
+            there is none to compare with.
         sentence: The comparison in words; empty without one.
-        warnings: What went badly wrong, one sentence each.
+        warnings: Serious problems, one sentence each.
     """
 
     is_better: bool | None = None
@@ -46,9 +46,9 @@ def judge(results: dict[str, Any]) -> Verdict:
 
 
 def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the metrics of what needs no training beyond the teacher's, by name.
+    """Return the metrics of the alternatives that need no training beyond the teacher's, by name.
 
-    Without a teacher that is the student itself after post-hoc logit adjustment, if its method has no correction.
+    Without a teacher, this is the student itself after post-hoc logit adjustment, if its method has no correction.
     """
     teacher, student = results["teacher"], results["student"]
     if not teacher:
@@ -90,9 +90,9 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
 
 
 def _may_be_chance(first: dict[str, Any], second: dict[str, Any], data: dict[str, Any]) -> str:
-    """Say so where other test images may turn the difference of two overall accuracies: the 95 % interval holds 0.
+    """Return a note if the 95 % interval of the difference of two overall accuracies contains 0.
 
-    Which images each model is right about is not in the results, so it is that of unpaired accuracies: rather wide.
+    The results do not say which images each model is right about, so the interval is unpaired, and rather wide.
     """
     p, n = np.array([first["accuracy"], second["accuracy"]]), data["num_eval_images"]
     half = 1.96 * np.sqrt((p * (1 - p)).clip(0).sum() / n)
@@ -115,7 +115,7 @@ def _warnings(results: dict[str, Any]) -> list[str]:
     if teacher and all(student["metrics"][key] < _FAR_BELOW * teacher["metrics"][key] for key in _COMPARED):
         ours, theirs = (100 * model["metrics"]["accuracy"] for model in (student, teacher))
         found.append(f"The student is far below its teacher: {ours:.1f} against {theirs:.1f} % overall.")
-    if "answers" not in student:  # results of earlier versions
+    if "answers" not in student:  # results of an earlier version
         return found
     answers, images = np.asarray(student["answers"]), np.asarray(data["eval_class_counts"])
     tested = images > 0

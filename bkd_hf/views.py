@@ -1,10 +1,10 @@
-"""How one image processor renders an image: which part of it, at what size, in which numbers.
+"""How an image processor renders an image: which part of it, at what size, with which normalisation.
 
-Views stay bytes while they travel (`PixelBytes`), and become numbers on the device of the model.
+Views stay bytes during transfer (`PixelBytes`), and become numbers on the model's device.
 
-The processor's own code is asked, not imitated: its arithmetic is measured on black and white, and undone to get the
-bytes that it works on; which part of an image it keeps is read off coordinates that were sent through it. So every
-processor works that resizes, crops, and maps bytes to numbers channel by channel, whatever its options are.
+The processor's own code is used, not imitated. Its arithmetic is measured on black and white images, and inverted to
+get the underlying bytes; the part of an image that it keeps is found by passing coordinates through it. So this works
+with every processor that resizes, crops, and maps bytes to numbers channel by channel, whatever its options.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _PROBES = ((96, 64), (64, 96), (80, 80))  # width, height
 
 
 class PixelBytes:
-    """A batch of images as bytes, with the arithmetic that makes a model's numbers of them where they arrive.
+    """A batch of images as bytes, with the arithmetic that converts them to a model's numbers on its device.
 
-    `.to(device)` is a tensor, B×3×H×W float32: a quarter as much has to travel between processes and to a GPU, which
-    does the arithmetic then. `Trainer` and `accelerate` call it as they do for any tensor of a batch.
+    `.to(device)` returns a tensor, B×3×H×W float32. Only a quarter of its size is transferred between processes and to
+    a GPU, which then does the arithmetic. `Trainer` and `accelerate` call it as for any tensor of a batch.
 
     Args:
         values: B×H×W×3 bytes.
-        scale: Of each channel.
-        shift: Of each channel, added to the scaled byte.
+        scale: Factor of each channel.
+        shift: Offset of each channel, added to the scaled byte.
     """
 
     def __init__(self, values: torch.Tensor, scale: tuple[float, ...], shift: tuple[float, ...]):
@@ -50,13 +50,13 @@ class PixelBytes:
         """Return B×3×H×W float32, on a device."""
         values = self.values.to(device, non_blocking=non_blocking)
         batch, height, width, channels = values.shape
-        # By whole rows: torch takes several times as long with operands of three numbers.
+        # By whole rows, as torch takes several times as long with operands of three numbers.
         rows = values.view(batch * height, width * channels).to(torch.float32)
         rows.mul_(_row(self.scale, width, rows.device)).add_(_row(self.shift, width, rows.device))
         return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
     def pin_memory(self) -> PixelBytes:
-        """Return the same in memory from which a GPU can fetch it; called by torch's `DataLoader`."""
+        """Return the same in pinned memory; called by torch's `DataLoader`."""
         return PixelBytes(self.values.pin_memory(), self.scale, self.shift)
 
     def unbind(self) -> list[PixelBytes]:
@@ -65,7 +65,7 @@ class PixelBytes:
 
     @staticmethod
     def join(parts: Sequence[PixelBytes]) -> PixelBytes:
-        """Put batches together, without a copy if they are the parts of one (see [`whole`]).
+        """Join batches, without a copy if they are the parts of one (see [`whole`]).
 
         Raises:
             ValueError: If their arithmetic differs.
@@ -93,12 +93,12 @@ def whole(parts: Sequence[Any]) -> torch.Tensor | None:
 
 
 class Rendering:
-    """What a model sees of an image.
+    """How a model sees an image.
 
     Args:
         processor: The model's image processor.
-        region_of: Another rendering, whose part of the image is shown instead of the processor's own choice. Without
-            effect if both choose the same.
+        region_of: Another rendering, whose part of the image is used instead of the processor's own. Without effect if
+            both are the same.
 
     Raises:
         InputError: If the processor gives images of different sizes.
@@ -110,24 +110,24 @@ class Rendering:
         self.size = width, height
         resample = getattr(processor, "resample", None)
         self._resample = PILImageResampling.BILINEAR if resample is None else resample  # NEAREST is 0
-        #: Red first, in the order of this model's bytes; and back.
+        #: Converts between RGB and the channel order of this model's bytes, in both directions.
         self.channels = slice(None, None, -1 if getattr(processor, "do_flip_channel_order", False) else 1)
         self._scale, self._shift = _arithmetic(processor)
         self._region_of = region_of if region_of is not None and not self._shows_the_same(region_of) else None
-        # Images of the model's size that the processor shows as they are need not be sent through it, which takes
-        # longer than to decode 32×32 pixels.
+        # Images of the model's size that the processor does not change skip it, as it takes longer than decoding 32×32
+        # pixels.
         self._shows_as_they_are: tuple[int, int] | None = None
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         if np.array_equal(self.view(Image.fromarray(noise)), noise):
             self._shows_as_they_are = self.size
 
     def describe(self) -> dict[str, Any]:
-        """Return all that a view depends on, beside the image."""
+        """Return everything that a view depends on beside the image."""
         of_region = None if self._region_of is None else self._region_of.describe()
         return {"processor": json.loads(self.processor.to_json_string()), "region_of": of_region}
 
     def view(self, image: Image.Image) -> np.ndarray:
-        """H×W×3 bytes: what the processor makes of the image, before its arithmetic."""
+        """H×W×3 bytes: the processor's view of the image, before its arithmetic."""
         if image.size == self._shows_as_they_are:
             return np.asarray(image)
         if self._region_of is None:
@@ -147,7 +147,7 @@ class Rendering:
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (renderings live as long as their data set)
     def region(self, width: int, height: int) -> Box:
-        """The part that the processor shows of an image of this size."""
+        """The part that the processor keeps of an image of this size."""
         coordinates = np.zeros((height, width, 3))
         coordinates[:, :, 0] = np.linspace(0, 255, width)
         coordinates[:, :, 1] = np.linspace(0, 255, height)[:, None]
@@ -169,7 +169,7 @@ class Rendering:
 
 
 def same_pixels(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
-    """Whether two processors make the same numbers of the same image."""
+    """Whether two processors give the same numbers for the same image."""
     generator = np.random.default_rng(0)
     for width, height in _PROBES:
         image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -180,10 +180,10 @@ def same_pixels(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
 
 
 def set_image_size(processor: BaseImageProcessor, image_size: int) -> None:
-    """Have a processor give images of another height and width: one that crops shows the same part of an image.
+    """Set the height and width of a processor's output; a processor that crops keeps the same part of an image.
 
     Raises:
-        InputError: If it cannot.
+        InputError: If that is impossible.
     """
     square, before = {"height": image_size, "width": image_size}, output_size(processor)
     if processor.size and "height" not in processor.size:
@@ -202,7 +202,7 @@ def set_image_size(processor: BaseImageProcessor, image_size: int) -> None:
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width of the images that a processor gives.
+    """Height and width of a processor's output.
 
     Raises:
         InputError: If they depend on the image.
@@ -217,12 +217,12 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
 
 
 def _pixel_values(processor: BaseImageProcessor, image: Image.Image) -> np.ndarray:
-    """3×H×W, as the processor gives them."""
+    """3×H×W, the processor's output."""
     return np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])
 
 
 def _arithmetic(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Scale and shift of each channel that turn a byte into what the processor would make of it."""
+    """Scale and shift of each channel that turn a byte into the processor's number."""
     black, white = (_pixel_values(processor, Image.new("RGB", _PROBES[0], (byte,) * 3)) for byte in (0, 255))
     shift = black.mean(axis=(1, 2), dtype=np.float64)
     scale = (white.mean(axis=(1, 2), dtype=np.float64) - shift) / 255
@@ -231,13 +231,13 @@ def _arithmetic(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple
 
 @functools.lru_cache(maxsize=64)
 def _row(values: tuple[float, ...], width: int, device: torch.device) -> torch.Tensor:
-    """One value for each channel, repeated for a row of pixels; made once, as each copy to a GPU takes time."""
+    """One value for each channel, repeated for a row of pixels; cached, as each copy to a GPU takes time."""
     return torch.tensor(values, dtype=torch.float32).repeat(width).to(device)
 
 
 def _ends(values: np.ndarray, length: int) -> tuple[float, float]:
-    """Where a line of pixels, each holding its coordinate (0 to 255 over `length`), begins and ends."""
-    margin = values.size // 8  # interpolation bends the coordinates at the borders of the image
+    """Begin and end of a line of pixels, each of which holds its coordinate (0 to 255 over `length`)."""
+    margin = values.size // 8  # interpolation distorts the coordinates at the image's borders
     inside = np.arange(margin, values.size - margin)
     if length < 2 or inside.size < 2:
         return 0.0, float(length)

@@ -50,7 +50,7 @@ CONTESTANTS = {
     "f": "`BKDTrainer`, two processes that share the cores (with --use_cpu, or without a GPU)",
     "o": "as b, of --other_checkout",
 }
-#: Name; whose images/s are divided by whose.
+#: Name, and the contestants whose images/s are divided.
 RATIOS = [("b/a", "b", "a"), ("b/c", "b", "c"), ("e/d (time)", "d", "e"), ("f/b", "f", "b"), ("b/o", "b", "o")]
 REPOSITORY = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS, MIN_STEPS = 6, 3
@@ -59,14 +59,14 @@ RATE, MOMENTUM, DECAY, ENDLESS = 0.01, 0.9, 2e-4, 1_000_000  # ENDLESS: epochs
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained on what."""
+    """Models and images of a benchmark."""
 
-    student: str  # of MODELS, or a CIFAR ResNet
+    student: str  # from MODELS, or a CIFAR ResNet
     teacher: str
     image_size: int = 224  # pixels
     batch_size: int = 32  # on a GPU: 128
     jpeg_size: tuple[int, int] | None = (500, 375)  # None: PNG of 32×32, decoded into memory
-    most: int = 93  # images of the most frequent class; the rarest has a hundredth
+    most: int = 93  # images of the most frequent class; the rarest has a hundredth of that
     classes: int = 100
 
 
@@ -84,7 +84,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_images(folder: Path, setting: Setting) -> Path:
-    """Return a folder with parquet files of a long tail of images; makes them unless an earlier run did."""
+    """Return a folder with parquet files of long-tailed images; creates them unless an earlier run did."""
     kind, size = ("JPEG", setting.jpeg_size) if setting.jpeg_size else ("PNG", (32, 32))
     folder = folder / f"{kind}-{setting.most}"
     if (folder / "test.parquet").exists():
@@ -119,7 +119,7 @@ def save_model(name: str, setting: Setting, folder: str) -> str:
     else:
         model = bkd_hf.load_classifier(name, names, setting.image_size)
     model.save_pretrained(folder)
-    # Any fixed size will do; the name stands for a processor that resizes and normalises.
+    # Any processor that resizes to a fixed size and normalises.
     bkd_hf.load_processor("cifar-resnet-32", setting.image_size).save_pretrained(folder)
     return folder
 
@@ -131,7 +131,7 @@ class Marks(transformers.TrainerCallback):
         self.path, self.parent = Path(path + os.environ.get("RANK", "0")), os.getppid()
 
     def on_step_end(self, args: Any = None, state: Any = None, control: Any = None, **kwargs: Any) -> None:
-        """See `TrainerCallback`; ends the process if the benchmark is gone, as nobody else would."""
+        """See `TrainerCallback`; also ends the process if the benchmark has ended."""
         if os.getppid() != self.parent:
             os._exit(1)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in kilobytes
@@ -151,7 +151,7 @@ def load(job: dict[str, Any]) -> tuple[torch.nn.Module, torch.nn.Module, dataset
 
 
 def bare_loop(job: dict[str, Any], marks: Marks) -> None:
-    """Contestant a: nothing but the mathematics of a step, on eight batches that are where they are needed."""
+    """Contestant a: only the mathematics of a step, on eight batches already on the device."""
     from bkd_hf import machine, models
 
     machine.set_num_threads(job["threads"])
@@ -176,7 +176,7 @@ def bare_loop(job: dict[str, Any], marks: Marks) -> None:
 
 
 def stock_trainer(job: dict[str, Any], marks: Marks) -> None:
-    """Contestant c: what is written today to distil, with a teacher that one hopes is in evaluation mode."""
+    """Contestant c: a usual distillation script, which assumes that the teacher is in evaluation mode."""
     torch.set_num_threads(job["threads"])
     student, teacher, images, weights = load(job)
     teacher.eval().requires_grad_(False)
@@ -197,7 +197,7 @@ def stock_trainer(job: dict[str, Any], marks: Marks) -> None:
         output_dir=job["folder"], num_train_epochs=ENDLESS, per_device_train_batch_size=job["batch_size"],
         optim="sgd", optim_args=f"momentum={MOMENTUM}", learning_rate=RATE, weight_decay=DECAY, save_strategy="no",
         use_cpu=job["device"] == "cpu",
-        remove_unused_columns=False,  # or the images would be gone before they are transformed
+        remove_unused_columns=False,  # otherwise the images would be removed before they are transformed
     )  # fmt: skip
     data: Any = images.with_transform(transform)
     StockTrainer(model=student, args=args, train_dataset=data, callbacks=[marks]).train()
@@ -221,7 +221,7 @@ def view(size: int, generator: np.random.Generator, image: Image.Image) -> torch
 
 
 class Contestant:
-    """A training that is stopped, but for its windows; raises a `RuntimeError` with the end of its log if it ends."""
+    """A training that runs only in its windows; raises a `RuntimeError` with the end of its log if it ends."""
 
     def __init__(self, letter: str, job: dict[str, Any], checkout: Path):
         self.letter, self.folder, self.images_per_step = letter, Path(job["folder"]), job["global_batch_size"]
@@ -239,7 +239,7 @@ class Contestant:
                 process.send_signal(number)
 
     def run_until(self, enough: Callable[[list[list[float]]], bool]) -> list[list[float]]:
-        """Let it run until its marks are enough; returns them: time, epochs and peak memory of each step."""
+        """Run it until there are enough marks; returns them: time, epochs and peak memory of each step."""
         path = self.folder / "marks0"
         marks: list[list[float]] = []
         self.signal(signal.SIGCONT)
@@ -253,12 +253,12 @@ class Contestant:
         return marks
 
     def warm_up(self) -> None:
-        """Take some steps; e takes them after an epoch, when its cache is filled."""
+        """Run some steps; for e after an epoch, when its cache is filled."""
         least = 1 if self.letter == "e" else -1
         self.run_until(lambda marks: sum(epoch > least for _, epoch, _ in marks) >= WARM_UP_STEPS)
 
     def window(self, seconds: float) -> dict[str, float]:
-        """Measure a window; its first step, within which it was stopped before, does not count."""
+        """Measure a window, without its first step, during which it had been stopped."""
         since = time.monotonic()
         marks = self.run_until(
             lambda marks: time.monotonic() >= since + seconds and sum(mark[0] > since for mark in marks) > MIN_STEPS
@@ -270,7 +270,7 @@ class Contestant:
 
 
 def words(letter: str, job: dict[str, Any], setting: Setting) -> list[str]:
-    """What `run_bkd.py` is told."""
+    """Options for `run_bkd.py`."""
     options = {
         "dataset_name": job["data"], "cache_dir": job["cache"], "model_name_or_path": job["student"],
         "method": "ce" if letter == "d" else "bkd", "output_dir": f"{job['folder']}/run",
@@ -309,12 +309,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             job = common | {"script": f"{checkout}/scripts/run_bkd.py", "folder": f"{scratch}/{letter}"}
             job |= {"batch_size": batch_size // processes, "threads": max(1, options.num_threads // processes)}
             contestants[letter] = Contestant(letter, job | {"words": words(letter, job, setting)}, checkout)
-            stack.callback(contestants[letter].process.wait)  # after what comes next
+            stack.callback(contestants[letter].process.wait)  # runs after the next callback
             stack.callback(contestants[letter].signal, signal.SIGKILL)
             contestants[letter].warm_up()
         for turn in range(options.windows):
             print(f"{name}: window {turn + 1} of {options.windows}", flush=True)
-            first = turn % len(letters)  # nobody always follows the same
+            first = turn % len(letters)  # the order changes from turn to turn
             for letter in letters[first:] + letters[:first]:
                 windows[letter].append(contestants[letter].window(options.window_seconds))
     rates = {letter: [window["images_per_second"] for window in windows[letter]] for letter in letters}
@@ -370,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.other_checkout and not (options.other_checkout / "scripts" / "run_bkd.py").is_file():
         parser.error(f"--other_checkout {options.other_checkout}: there is no scripts/run_bkd.py in it.")
     if "f" in options.contestants and torch.cuda.is_available() and not options.use_cpu:
-        options.contestants.remove("f")  # a stopped process would keep the GPU of the others busy
+        options.contestants.remove("f")  # a stopped process would keep the other's GPU busy
     options.num_threads = machine.set_num_threads(options.num_threads)
     try:
         found: dict[str, Any] = {"settings": {name: measure(name, options) for name in options.settings}}
@@ -391,7 +391,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] != ["take_part"]:
         sys.exit(main())
     letter, job, marks = sys.argv[2], json.loads(sys.argv[3]), Marks(sys.argv[4])
-    if letter in "ac":  # without end
+    if letter in "ac":  # runs without end
         (bare_loop if letter == "a" else stock_trainer)(job, marks)
     transformers.trainer.DEFAULT_CALLBACKS.append(marks)
     sys.argv = [job["script"], *job["words"]]

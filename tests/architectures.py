@@ -1,4 +1,4 @@
-"""Tiny models with random weights of every architecture that README says is covered."""
+"""Tiny models with random weights of every supported architecture."""
 
 from __future__ import annotations
 

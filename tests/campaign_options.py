@@ -1,7 +1,7 @@
-"""Cases of the fault campaign about options: what is given, the exit code, and a word that the one line must have.
+"""Option cases of the fault campaign: the options, the exit code, and a word that the error line must contain.
 
-Plain data, made from tables of values; `tests/campaign.py` runs them. A case without an error (exit code 0) says what
-must come out another way: its word is in what is printed.
+This is plain data made from tables of values; `tests/campaign.py` runs it. For a case without an error (exit code 0),
+the word must be in the output.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Results of other people, changed at random, through everything that reads them: for the campaign, and the suite.
+"""Randomly changed results files, passed through everything that reads them: for the campaign and the test suite.
 
-Each file has to give one clear line, or what its unchanged numbers give.
+Each file must give one clear error line, or the output of its unchanged numbers.
 """
 
 from __future__ import annotations

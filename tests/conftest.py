@@ -5,7 +5,7 @@ import os
 # Before any Hugging Face library is imported: the tests need no network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# Before torch is: threads that wait for each other on shared cores should not keep these busy.
+# Before torch is imported: waiting threads should not keep shared cores busy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import importlib.util
@@ -20,10 +20,10 @@ import torch
 from hypothesis import settings
 from transformers import set_seed
 
-# Tiny models: more threads only wait for each other.
+# For tiny models, more threads only wait for each other.
 torch.set_num_threads(1)
 
-# The same examples at every run: what is green here is green for the next one, too.
+# The same examples in every run, so that results are reproducible.
 settings.register_profile("deterministic", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("deterministic")
 
@@ -33,7 +33,7 @@ REPOSITORY = TESTS.parent
 WORKER_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
-#: Longest first, so that no process is left alone with one of them in the end.
+#: Longest first, so that no process runs one of them alone at the end.
 _LONGEST = (
     "compare",
     "cli",
@@ -54,7 +54,7 @@ _LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have pytest-xdist hand out the files in our order, not by their numbers of tests."""
+    """Let pytest-xdist distribute the files in our order, not by their numbers of tests."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
@@ -67,14 +67,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _environment_of_its_own():
-    """Take back what a test leaves in the environment, and the threads that a run has chosen; draw the same numbers.
+    """Restore environment variables and the number of threads after each test; set the same seed before it.
 
-    `TrainingArguments(fsdp=…)` says in the environment what accelerate does. A process that is forked after its parent
-    has computed with several threads has none of them, and would wait for them.
+    `TrainingArguments(fsdp=…)` sets environment variables for accelerate. A process forked after its parent has used
+    several threads does not have them, and would wait for them.
     """
     before = {**os.environ}
     torch.set_num_threads(1)
-    set_seed(0)  # whatever ran before
+    set_seed(0)  # independent of earlier tests
     yield
     for name in {*os.environ, *before} - {"PYTEST_CURRENT_TEST"}:
         if name in before:
@@ -93,7 +93,7 @@ def load_script(name: str) -> ModuleType:
     """A script in `scripts/` as a module, without a process for it."""
     specification = importlib.util.spec_from_file_location(f"script {name}", REPOSITORY / "scripts" / name)
     module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # where its dataclasses look
+    sys.modules[specification.name] = module  # needed by its dataclasses
     specification.loader.exec_module(module)
     return module
 

@@ -1,4 +1,4 @@
-"""Trains the same models in several ways and saves the outcomes; for test_equivalence.py, in 1 or 2 processes."""
+"""Trains the same models in several ways and saves the results; for test_equivalence.py, in 1 or 2 processes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the tests of faults, and the campaign, do to a run: kill it, take its disk away, damage what it left.
+"""Faults for tests and the campaign: killing a run, filling its disk, damaging its files.
 
 Runs are real processes, forked from this one, so that none has to import torch again; kills, limits and full disks are
-the system's.
+real too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A Hugging Face Hub on the loopback for the real, unpatched `huggingface_hub`, with the routes that the tests need.
 
-`Hub` starts it as a process of its own and steers it. Statuses, headers and messages follow huggingface.co, as far as
-the client's source and public reports tell. One header is ours: the client takes a 401 for a missing repository only
-at https addresses, so here that 401 carries the `X-Error-Code` with which a 404 says the same.
+`Hub` starts it as a separate process and controls it. Statuses, headers and messages follow huggingface.co, as far as
+known from the client's source and public reports. One header is ours: the client treats a 401 as a missing repository
+only at https addresses, so here such a 401 has the same `X-Error-Code` as a 404.
 """
 
 from __future__ import annotations

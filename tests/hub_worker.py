@@ -1,6 +1,6 @@
-"""What test_hub.py looks at, done by one process that talks to the loopback Hub: `… OUTPUT_DIR SCRATCH`.
+"""Does the work for test_hub.py, in one process that talks to the loopback Hub: `… OUTPUT_DIR SCRATCH`.
 
-Prints one JSON object. A process of its own, as the client reads HF_ENDPOINT when it is imported.
+It prints one JSON object. It is a separate process, as the client reads HF_ENDPOINT when it is imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of covered architectures as ONNX, each trained for a moment on digits: `python -m tests.onnx_table`."""
+"""The table of ONNX exports of all architectures, each briefly trained on digits: `python -m tests.onnx_table`."""
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-"""The table of results in README, from the results that are committed: `python -m tests.readme_table`."""
+"""The table of results in README, made from the committed results: `python -m tests.readme_table`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from bkd_hf.comparison import Comparison, load_comparison
 
 CARDS = Path(__file__).parents[1] / "model_cards"
-BUDGETS = {  # epochs, and the folders that are looked into, in this order: those of one folder were run together
+BUDGETS = {  # epochs, and the folders to search, in this order; the cells of a folder were run together
     15: [CARDS / "over_correction" / f"cifar100_lt_15_epochs{which}" for which in ("_default", "")],
     40: [CARDS / "over_correction" / f"cifar100_lt_40_epochs{which}" for which in ("_default", "")],
     200: [CARDS / f"cifar100_lt_200_epochs{which}" for which in ("", "_methods")],
 }
-ROWS = {  # how a method is shown; its name, and whether its logits are adjusted afterwards
+ROWS = {  # title of a row: name of the method, and whether its logits are adjusted afterwards
     "`ce`, the teacher": ("ce", False),
     "`ce`, adjusted": ("ce", True),
     "`kd`": ("kd", False),

@@ -1,4 +1,4 @@
-"""Trains a few epochs, perhaps until it is killed or from where it was killed; for test_resume.py."""
+"""Trains a few epochs, with or without being killed, or resumes; for test_resume.py."""
 
 from __future__ import annotations
 

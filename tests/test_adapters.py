@@ -1,4 +1,4 @@
-"""Adapters: few weights are trained, plain models are saved, and a training goes on to the bit."""
+"""Adapters: few weights are trained, plain models are saved, and a training resumes exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each architecture as student and as teacher: trains, saves, reloads elsewhere, answers by name, resumes exactly."""
+"""Each architecture as student and as teacher: trains, saves, reloads elsewhere, predicts names, resumes exactly."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def test_reloads_in_a_new_process_with_the_same_answers(trained, tmp_path):
         torch.save(pixels, folder / "pixels.pt")
         with torch.no_grad():
             expected[str(folder)] = copy.deepcopy(trainer.model).double().eval()(pixel_values=pixels.double()).logits
-    # One process for all of them: it takes longer to start than to answer.
+    # One process for all of them, as starting one takes longer than the predictions.
     subprocess.run([sys.executable, "-c", RELOAD, *expected], check=True, cwd=tmp_path, env=WORKER_ENVIRONMENT)
     answers = json.loads((tmp_path / "answers.json").read_text())
     for name, (folder, logits) in zip(names, expected.items(), strict=True):
-        # In float64: where tensors lie in memory changes the last bits of a sum, and BatchNorm after two steps of tiny
-        # batches may make much of that.
+        # In float64: the memory layout of tensors changes the last bits of a sum, and BatchNorm may amplify that after
+        # two steps with tiny batches.
         answer = torch.tensor(answers[folder]["logits"], dtype=torch.float64)
         torch.testing.assert_close(answer, logits, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
         assert answers[folder]["labels"] == NAMES, name

@@ -1,4 +1,4 @@
-"""How training images are varied: which part of them is seen, and what is done to its pixels."""
+"""Augmentation of training images: which part is used, and which operations change its pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The moving average of the weights: what it is, and that all who look at a model see it."""
+"""The moving average of the weights: its values, and that evaluation, saving and publishing use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark: what it says follows from what it measured, and it measures real trainings. No time is asserted."""
+"""The benchmark: its report follows from its measurements, and it measures real trainings. No time is asserted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card: what it says is what results.json holds."""
+"""The model card agrees with results.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods × seeds: the statistics by hand, and the script with real cells."""
+"""Methods × seeds: the statistics against values computed by hand, and the script with real cells."""
 
 from __future__ import annotations
 

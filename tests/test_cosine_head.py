@@ -1,4 +1,4 @@
-"""A cosine head for every architecture: what it computes, saves, publishes, and where it cannot be."""
+"""A cosine head for every architecture: computing, saving, publishing, and models that cannot have one."""
 
 from __future__ import annotations
 

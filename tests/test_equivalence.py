@@ -1,4 +1,4 @@
-"""However an optimizer step is cut into micro-batches and processes, the same model is trained."""
+"""The same model is trained, no matter how an optimizer step is split into micro-batches and processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripts end in one line, and no print stops them."""
+"""Scripts report errors in one line, and no failing print stops them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kill, a full disk, a damaged file or a second process does to a run: nothing lost, nothing silently wrong."""
+"""Runs survive kills, full disks, damaged files and second processes: nothing is lost or silently wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone are computed once, and the head learns from them what it would from the images."""
+"""Features of a frozen backbone are computed once, and the head learns the same from them as from the images."""
 
 from __future__ import annotations
 

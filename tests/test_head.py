@@ -1,4 +1,4 @@
-"""The head of a classifier: its bias, freed of what the training has left of the class frequencies."""
+"""The head of a classifier: removing the remaining class frequencies from its bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publishing, on the wire: real runs and real clients against a Hub on the loopback."""
+"""Publishing: real runs and real clients against a Hub on the loopback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No module imports itself in a circle, imports in functions and under TYPE_CHECKING included."""
+"""There are no circular imports, including those in functions and under TYPE_CHECKING."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGE = REPOSITORY / "bkd_hf"
 
 
 def imported(path: Path) -> set[str]:
-    """Names of this package's modules that a module imports, relatively."""
+    """Names of this package's modules that a module imports by relative imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -24,7 +24,7 @@ def imported(path: Path) -> set[str]:
 def test_no_import_circles():
     modules = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
     graph = {name: imported(path) & set(modules) for name, path in modules.items()}
-    while graph:  # take away what imports nothing that is left
+    while graph:  # remove modules that import no remaining module
         free = {name for name, needed in graph.items() if not needed & set(graph)}
         assert free, f"in circles, or above them: {sorted(graph)}"
         graph = {name: needed for name, needed in graph.items() if name not in free}

@@ -1,4 +1,4 @@
-"""Several machines: two real launchers, and processes that are told to be on two; forked, as importing torch costs."""
+"""Several machines: two real launchers, and forked processes (which need not import torch) that simulate two nodes."""
 
 from __future__ import annotations
 

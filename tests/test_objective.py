@@ -1,4 +1,4 @@
-"""Methods are composed of four parts, each of which does what its name says in training."""
+"""Methods are composed of four parts, each of which works in training as its name says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The student without torch: files that answer as it does, and what is told of them."""
+"""ONNX export: the files' outputs match the student's, and reports about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes training faster by default changes no result: loss curves with and without it."""
+"""Default optimisations do not change results: loss curves with and without them."""
 
 from __future__ import annotations
 

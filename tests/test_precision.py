@@ -1,4 +1,4 @@
-"""`--precision auto` on a CPU with bf16 instructions: measured once, kept, and the run goes on as it began."""
+"""`--precision auto` on a CPU with bf16 instructions: measured once, cached, and kept when a run resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bkd-hf` and what pip installs: all of it works without a checkout."""
+"""`bkd-hf` and the package installed by pip work without a checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README says is true: its code runs, its commands are those that CI runs, its options and files exist."""
+"""README is correct: its code runs, CI runs its commands, its options and files exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot work is refused before any work, in one line."""
+"""Invalid options are rejected before any work, in one line."""
 
 from __future__ import annotations
 

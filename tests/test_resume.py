@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends with the very weights of one that was not."""
+"""A run that was killed and resumed ends with the same weights as one that was not."""
 
 from __future__ import annotations
 

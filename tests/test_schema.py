@@ -1,4 +1,4 @@
-"""A `results.json` may come from anywhere: it is what a run writes, or one line says what is not."""
+"""A `results.json` may come from anywhere: it is valid, or one line says what is wrong."""
 
 from __future__ import annotations
 

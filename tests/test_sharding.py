@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed, in two forked processes on the CPU, where accelerate takes gloo for a device's backend."""
+"""FSDP2 and DeepSpeed, in two forked processes on the CPU, where accelerate treats gloo as a device's backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The app of a run: what it knows, and its page in a real browser."""
+"""The app of a run: its data, and its page in a real browser."""
 
 from __future__ import annotations
 

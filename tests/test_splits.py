@@ -1,4 +1,4 @@
-"""Splits as data sets of their own: what is written is what was built, and is read again as such."""
+"""Splits as separate data sets: they are written as built, and read back unchanged."""
 
 from __future__ import annotations
 

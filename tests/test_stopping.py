@@ -1,4 +1,4 @@
-"""SIGTERM, real, at any moment: nothing half done counts as done, and the same command ends with the same weights."""
+"""Real SIGTERM at any moment: no partial work counts as done, and the same command ends with the same weights."""
 
 from __future__ import annotations
 

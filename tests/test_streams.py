@@ -1,4 +1,4 @@
-"""Streams: each example once a pass, the same steps for any number of readers, and exact resumption."""
+"""Streams: each example once per pass, the same steps for any number of readers, and exact resumption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the student imitates: the power of the class weights, the look before training, the start from the teacher."""
+"""Distillation targets: the power of the class weights, the check before training, the start from the teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The teacher's logits are computed beforehand: the same numbers, whoever computes them, and undamaged."""
+"""Precomputed teacher logits: the same numbers, whichever process computes them, and never damaged."""
 
 from __future__ import annotations
 

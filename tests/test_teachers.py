@@ -1,4 +1,4 @@
-"""Teachers as other people made them: other pixels, other labels, other heads."""
+"""Teachers made by others: different pixels, labels and heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names hold anything, and stay text wherever they are shown: in cards, tables, figures, on the terminal."""
+"""Names may contain anything, and stay text wherever they are shown: in cards, tables, figures, on the terminal."""
 
 from __future__ import annotations
 

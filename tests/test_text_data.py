@@ -1,4 +1,4 @@
-"""Texts: the same run as for images, with tokens in place of pixels."""
+"""Texts: the same runs as for images, with tokens instead of pixels."""
 
 from __future__ import annotations
 

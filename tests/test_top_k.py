@@ -1,4 +1,4 @@
-"""What is lost with the teacher's k best classes in place of all."""
+"""What is lost with the teacher's k best classes instead of all."""
 
 from __future__ import annotations
 

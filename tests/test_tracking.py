@@ -1,4 +1,4 @@
-"""What a tracker shows while a training goes on, read from the stores that the real packages write."""
+"""What a tracker shows during a training, read from the files that the real packages write."""
 
 from __future__ import annotations
 

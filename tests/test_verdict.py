@@ -1,4 +1,4 @@
-"""What is said first about a student: is it better than what costs nothing?"""
+"""The verdict on a student: is it better than alternatives without training?"""
 
 from __future__ import annotations
 

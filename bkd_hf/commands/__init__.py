@@ -1,1 +1,1 @@
-"""What `bkd-hf` does, a module with a `main` for each command; `scripts/` calls the same."""
+"""The commands of `bkd-hf`: a module with a `main` for each, also called by `scripts/`."""

@@ -1,4 +1,4 @@
-"""`bkd-hf compare`: methods over seeds, every one on the same path."""
+"""`bkd-hf compare`: compares methods over seeds, all on the same code path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..text import code, duration, markdown, one_line, printable
 
 
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options of the comparison, and those that go to every cell."""
+    """Return the options of the comparison, and those for every cell."""
     parser = argparse.ArgumentParser(
         description="Run methods × seeds, one process a cell, and tabulate what they reach. An interrupted comparison "
         "goes on with the same command. All other options (--config, --dataset_name, --bf16, …) go to the runs. "
@@ -97,7 +97,7 @@ def tabulate(options: argparse.Namespace, notes: list[str] | None = None) -> int
 
 
 def compare(options: argparse.Namespace, rest: list[str]) -> int:
-    """Run the cells that are not finished, and tabulate; SIGTERM ends them too."""
+    """Run the unfinished cells, and tabulate all; SIGTERM ends the cells too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     cells = plan_cells(options.methods, options.seeds, options.output_dir, script_of("run"), rest)
     runner = CellRunner(
@@ -119,7 +119,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
     lock(options.output_dir)
     failures = runner.run(cells)
     if len(failures) < len(cells):
-        # With the methods of earlier comparisons in the same folder.
+        # Includes the methods of earlier comparisons in the same folder.
         options.folders = [options.output_dir]
         tabulate(options, [f"**Missing**: {markdown(without_folders(line))}" for line in failures])
     for line in failures:

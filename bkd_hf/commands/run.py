@@ -14,7 +14,7 @@ from ..stopping import at_sigterm, stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; one line and exit code 2 for bad input, 1 for a training that diverges, 75 for one that SIGTERM stopped."""
+    """Run; prints one line with exit code 2 for bad input, 1 for a diverged training, 75 after SIGTERM."""
     output_dir = None
 
     def work() -> None:

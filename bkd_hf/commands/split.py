@@ -34,7 +34,7 @@ from ..results import hub_id, save_json, without_folders
 from ..splits import SPLIT_NAME, check_output_folder, exact, save_split
 from ..text import printable
 
-#: From so many times the images of the smallest class in the largest, data is unbalanced; the tail cut out of other.
+#: Ratio of largest to smallest class from which data counts as unbalanced; default ratio for balanced data.
 UNBALANCED, RATIO = 2.0, 100.0
 _DRAWING = {
     "dataset_name": "A Hub id, a folder of class folders, a saved set, parquet, or digits.",
@@ -65,7 +65,7 @@ _TYPES = {"imbalance_ratio": float, "pareto_alpha": float, "max_class_count": in
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options as they were given."""
+    """Parse the options as given."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
@@ -89,7 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Return those options that have a value."""
+    """Return the options that have a value."""
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
@@ -121,20 +121,20 @@ def check(options: argparse.Namespace) -> None:
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what split and card say of how the split is made, without the folders of this machine."""
+    """Return the description of how the split is made, for record and card, without local folders."""
     told = given(options, _DRAWING | _LISTS)
     told = {name: without_folders(value) if isinstance(value, str) else value for name, value in told.items()}
     command = program("split")
     for name, value in told.items():
         command += [f"--{name}", exact(value) if isinstance(value, float) else str(value)]
-    # A published split is named by the file of its training images: ImageNet_LT for ImageNet_LT_train.txt.
+    # A published split is named after the file of its training images: ImageNet_LT for ImageNet_LT_train.txt.
     title = told.pop("dataset_name", None) or re.sub(r"[_-]train$", "", Path(told["train_list"]).stem)
     source_id = None if options.dataset_name is None else hub_id(options.dataset_name)
     return {"name": title, "source_id": source_id, **told, "command": shlex.join(command)}
 
 
 def default_name(how: dict[str, Any]) -> str:
-    """Name the output folder after what is not a default."""
+    """Name the output folder after the options that differ from their defaults."""
     parts = [Path(how["name"]).name]
     if "train_list" not in how and "profile" not in how:
         parts += ["lt"]
@@ -145,7 +145,7 @@ def default_name(how: dict[str, Any]) -> str:
 
 
 def load(options: argparse.Namespace) -> tuple[datasets.DatasetDict, dict[str, Any]]:
-    """Load the source, and fill in the options that depend on what it is; return also what has to be told of it."""
+    """Load the source, and fill in the options that depend on it; also return its description."""
     given_splits = options.train_split_name, options.eval_split_name
     columns = options.dataset_config_name, options.image_column_name, options.label_column_name
     read = functools.partial(
@@ -171,7 +171,7 @@ def load(options: argparse.Namespace) -> tuple[datasets.DatasetDict, dict[str, A
 
 
 def make(options: argparse.Namespace) -> None:
-    """Build, save, and publish."""
+    """Build, save and publish a split."""
     from ..file_lists import build_split_from_files
     from ..hub import check_repo_access, publish_folder
     from ..streams import count_labels
@@ -192,7 +192,7 @@ def make(options: argparse.Namespace) -> None:
     how = describe(options) | about
     folder = options.output_dir or Path("outputs", default_name(how))
     check_output_folder(folder, how)
-    if options.dataset_name is None:  # quick, so that what is missing is named before the Hub is asked
+    if options.dataset_name is None:  # quick, so missing files are reported before the Hub is contacted
         splits = build_split_from_files(**given(options, _LISTS))
     if options.push_to_hub:
         check_repo_access(options.push_to_hub, options.token, "dataset", options.private)

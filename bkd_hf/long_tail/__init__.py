@@ -1,1 +1,1 @@
-"""The long-tail metrics, as a folder that `evaluate.load` takes and that can be pushed as a Space."""
+"""The long-tail metrics, as a folder for `evaluate.load` that can be pushed as a Space."""

@@ -1,4 +1,4 @@
-"""The Space's page: the metric on numbers that are typed in."""
+"""The Space's page: computes the metric from typed-in numbers."""
 
 from __future__ import annotations
 

@@ -17,29 +17,29 @@ MANY_SHOT_THRESHOLD = 100
 #: Fewer training images than this: few-shot.
 FEW_SHOT_THRESHOLD = 20
 
-#: Equal bins of the largest softmax probability, of the calibration error.
+#: Equal bins of the largest softmax probability, for the calibration error.
 NUM_BINS = 15
-#: Confused pairs of classes that are reported.
+#: Largest number of reported confusions.
 MAX_CONFUSIONS = 2000
 
-_VALUES_AT_A_TIME = 2**17  # what stays in a cache
-# After so many logits, exponentials are computed in float32, which takes a third of the time. Freed of their bias they
-# change the mean confidence of many images by less than 1e-9; an image at the border of a calibration bin is computed
-# again in float64, so that none changes its bin.
+_VALUES_AT_A_TIME = 2**17  # fits in a cache
+# After so many logits, exponentials are computed in float32, which takes a third of the time. After removing their
+# bias, they change the mean confidence of many images by less than 1e-9. Images at the border of a calibration bin are
+# computed again in float64, so that none changes its bin.
 _EXACT_VALUES, _AT_THE_BORDER = 2**24, 1e-5
 _GRID = np.linspace(-16, 0, 2**14, dtype=np.float32)
 _FLOAT32_BIAS = (np.exp(_GRID) / np.exp(_GRID, dtype=np.float64)).mean()
 
 
 class NotFiniteError(ValueError):
-    """What a model says is no number: a training that diverged, or a teacher that does not compute."""
+    """A model's output is not finite: a diverged training, or a broken teacher."""
 
 
 class LongTailAccumulator:
-    """All metrics of a classifier, from batches of any size; of the logits nothing is kept but counts per class.
+    """All metrics of a classifier, from batches of any size; it keeps no logits, only counts per class.
 
-    A group's accuracy is the mean of the accuracies of its classes, as in Liu et al. (2019): the same as over its
-    images where the test set is balanced. Classes without test images are left out of every mean over classes, and
+    A group's accuracy is the mean of the accuracies of its classes, as in Liu et al. (2019). On a balanced test set,
+    this equals the accuracy over its images. Classes without test images are left out of every mean over classes, and
     their own accuracy is `None`.
 
     Args:
@@ -47,8 +47,8 @@ class LongTailAccumulator:
             `many_shot_threshold`), few-shot (fewer than `few_shot_threshold`) and medium-shot (the others).
         many_shot_threshold: See above.
         few_shot_threshold: See above.
-        post_hoc_tau: τ of [`post_hoc_logit_adjustment`], after which everything is measured once more; 0 for not.
-        num_bins: Of the calibration error.
+        post_hoc_tau: τ of [`post_hoc_logit_adjustment`], after which everything is measured again; 0 for none.
+        num_bins: Number of bins of the calibration error.
 
     Raises:
         ValueError: If class counts or thresholds make no sense.
@@ -65,12 +65,12 @@ class LongTailAccumulator:
         check_shot_thresholds(many_shot_threshold, few_shot_threshold)
         self.class_counts = check_class_counts(class_counts)
         self.thresholds = many_shot_threshold, few_shot_threshold
-        # Images of each class, images it was the answer to, and both.
+        # Images of each class, images predicted as it, and both.
         self.labelled, self.answered, self.correct = np.zeros((3, self.class_counts.size), dtype=np.int64)
         self.num_images = self.num_in_top5 = 0
-        self.gaps = np.zeros(num_bins)  # right answers − confidence, summed in each bin
-        self.confusions: Counter[int] = Counter()  # by true class · C + answer
-        self.not_finite: int | None = None  # the first image without an answer
+        self.gaps = np.zeros(num_bins)  # correct − confidence, summed in each bin
+        self.confusions: Counter[int] = Counter()  # by true class · C + prediction
+        self.not_finite: int | None = None  # the first image without a prediction
         self.post_hoc_tau, self.adjusted = post_hoc_tau, None
         if post_hoc_tau and self.class_counts.all():
             self.adjusted = LongTailAccumulator(self.class_counts, *self.thresholds, num_bins=num_bins)
@@ -82,10 +82,10 @@ class LongTailAccumulator:
         Args:
             logits: N×C, unnormalised log-probabilities; anything with a shape that can be sliced, e.g. a memory map.
             labels: N class numbers.
-            first: Number of the first of these images, for errors; by default they follow those before.
+            first: Number of the first of these images, for errors; by default they follow the previous ones.
 
         Raises:
-            ValueError: If shapes do not fit, or a label is out of range.
+            ValueError: If shapes do not match, or a label is out of range.
         """
         logits, labels = (logits if hasattr(logits, "shape") else np.asarray(logits)), np.asarray(labels)
         num_classes = self.class_counts.size
@@ -105,7 +105,7 @@ class LongTailAccumulator:
     def _add(self, logits: np.ndarray, labels: np.ndarray, first: int) -> None:
         logits = logits.astype(np.result_type(logits, np.float32), copy=False)
         answers = logits.argmax(axis=1)
-        largest = np.take_along_axis(logits, answers[:, None], axis=1)  # NaN where one of them is
+        largest = np.take_along_axis(logits, answers[:, None], axis=1)  # NaN if any logit is
         self.num_images += len(labels)
         np.add.at(self.labelled, labels, 1)
         if not np.isfinite(largest).all():
@@ -126,7 +126,7 @@ class LongTailAccumulator:
             self.adjusted._add(logits - self._adjustment, labels, first)
 
     def merge(self, other: LongTailAccumulator) -> LongTailAccumulator:
-        """Add what another accumulator, of the same classes and options, has seen; return this one."""
+        """Add the counts of another accumulator with the same classes and options; return this one."""
         for name in ("labelled", "answered", "correct", "num_images", "num_in_top5", "gaps"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.confusions.update(other.confusions)
@@ -137,17 +137,17 @@ class LongTailAccumulator:
         return self
 
     def compute(self) -> dict[str, Any]:
-        """Return what has been measured.
+        """Return the results.
 
         Returns:
             `metrics`: as [`long_tail_metrics`];
             `post_hoc_metrics`: `tau`, and the metrics after post-hoc logit adjustment; `None` without it, or if a
             class has no training image;
-            `answers`: C numbers of images for which each class was the answer;
-            `confusions`: lists [true class, answer, images], the most frequent first (2,000 at most).
+            `answers`: C numbers of images predicted as each class;
+            `confusions`: lists [true class, prediction, images], the most frequent first (2,000 at most).
 
         Raises:
-            NotFiniteError: If the best logit of an image is not finite. A `ValueError`, as the following.
+            NotFiniteError: If the best logit of an image is not finite. A subclass of `ValueError`.
             ValueError: If there is nothing to measure.
         """
         metrics = self._metrics()
@@ -210,8 +210,8 @@ def long_tail_metrics(
         `expected_calibration_error` (15 bins), and the list `per_class_accuracy`.
 
     Raises:
-        NotFiniteError: If the best logit of an image is not finite. A `ValueError`, as the following.
-        ValueError: If there is nothing to measure, shapes do not fit, or a threshold makes no sense.
+        NotFiniteError: If the best logit of an image is not finite. A subclass of `ValueError`.
+        ValueError: If there is nothing to measure, shapes do not match, or a threshold makes no sense.
     """
     accumulator = LongTailAccumulator(class_counts, many_shot_threshold, few_shot_threshold)
     accumulator.update(logits, labels)
@@ -221,7 +221,7 @@ def long_tail_metrics(
 def post_hoc_logit_adjustment(
     logits: np.ndarray, class_counts: Sequence[int] | np.ndarray, tau: float = 1.0
 ) -> np.ndarray:
-    """Take the training frequencies out of a trained model's answers (Menon et al., 2021, arXiv 2007.07314, eq. 9).
+    """Remove the training frequencies from a trained model's logits (Menon et al., 2021, arXiv 2007.07314, eq. 9).
 
         z − τ · log π,    π_c = n_c / Σ_k n_k
 
@@ -231,7 +231,7 @@ def post_hoc_logit_adjustment(
         tau: τ; 0 changes nothing.
 
     Returns:
-        N×C adjusted logits, float64, to be measured as any others.
+        N×C adjusted logits, float64.
 
     Raises:
         ValueError: If a class has no training image, or the numbers of classes differ.
@@ -291,7 +291,7 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, num_bins:
 
 
 def _num_in_top5(logits: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> int:
-    """How many labels, of the rows that are asked for, are among the five best; of equals the first is the best."""
+    """How many labels of the requested rows are among the five best classes; among equals, the first is best."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     better = (logits > own).view(np.uint8).sum(axis=1, dtype=np.uint32)
     rows = np.flatnonzero(asked & (better < 5))
@@ -301,7 +301,7 @@ def _num_in_top5(logits: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> i
 
 def _confidence(logits: np.ndarray, largest: np.ndarray, num_bins: int, dtype: Any) -> np.ndarray:
     """Largest softmax probability of each row, by exponentials of this type."""
-    with np.errstate(over="ignore"):  # of the range of float32: −∞, whose exponential is 0
+    with np.errstate(over="ignore"):  # overflow of float32 gives −∞, whose exponential is 0
         shifted = np.subtract(logits, largest, dtype=np.result_type(logits, dtype)).astype(dtype, copy=False)
     total = np.exp(shifted, out=shifted).sum(axis=1, dtype=np.float64)
     confidence = 1 / total
@@ -316,12 +316,12 @@ def _confidence(logits: np.ndarray, largest: np.ndarray, num_bins: int, dtype: A
 def wilson_interval(
     num_correct: np.ndarray, num_images: np.ndarray, z: float = 1.959963984540054
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence interval of an accuracy (Wilson, 1927; Brown et al., 2001, eq. 4), which holds for few images too.
+    """Confidence interval of an accuracy (Wilson, 1927; Brown et al., 2001, eq. 4), valid for few images too.
 
         (p + z²/2n ± z · √( p(1−p)/n + z²/4n² )) / (1 + z²/n),    p = correct / n
 
     Args:
-        num_correct: Images that are recognised, of any shape.
+        num_correct: Numbers of correctly classified images, of any shape.
         num_images: n > 0, of the same shape.
         z: Quantile of the standard normal distribution; by default that of 95 % confidence.
 
@@ -332,7 +332,7 @@ def wilson_interval(
     p = np.asarray(num_correct) / n
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # At p = 0 and 1 a bound is 0 or 1 exactly, but for rounding.
+    # At p = 0 and 1, a bound is exactly 0 or 1 except for rounding.
     return np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)
 
 
@@ -340,7 +340,7 @@ def check_class_counts(class_counts: Any) -> np.ndarray:
     """Return class counts (a sequence, an array or a tensor) as a float64 array of shape (C,).
 
     Raises:
-        ValueError: If they are empty, not one-dimensional, negative, or no whole numbers.
+        ValueError: If they are empty, not one-dimensional, negative, or not integers.
     """
     if hasattr(class_counts, "detach"):  # a tensor
         class_counts = class_counts.detach().cpu().numpy()

@@ -1,6 +1,6 @@
-"""A page that says what a picture shows, and beside each answer how far to trust it.
+"""A page that classifies an image, and shows for each prediction how far to trust it.
 
-It stands alone, with `model/` and `classes.json` beside it: `python app.py` shows it on this machine.
+It only needs `model/` and `classes.json` beside it; `python app.py` runs it locally.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ CSS = """
 
 
 class Picture(gr.Image):
-    """An image; of a file that is none, `UNREADABLE`."""
+    """An image; `UNREADABLE` for a file that is not an image."""
 
-    is_template = True  # shown as its parent
+    is_template = True  # displayed like its parent
 
     def preprocess(self, payload: Any) -> Any:
         try:
@@ -63,12 +63,12 @@ class Picture(gr.Image):
 
 
 def load() -> Callable[[Image.Image], np.ndarray]:
-    """Return what gives the C logits of a picture."""
+    """Return a function from an image to C logits."""
     pixels = AutoImageProcessor.from_pretrained(MODEL, backend="pil")
     if ONNX.exists():
         session = onnxruntime.InferenceSession(ONNX)
         return lambda image: session.run(None, {"pixel_values": pixels(image, return_tensors="np").pixel_values})[0][0]
-    # The code that this trusts is in model/, too.
+    # The trusted code is in model/, too.
     model = AutoModelForImageClassification.from_pretrained(MODEL, trust_remote_code=True).eval()
 
     def logits(image: Image.Image) -> np.ndarray:
@@ -79,7 +79,7 @@ def load() -> Callable[[Image.Image], np.ndarray]:
 
 
 def describe(known: dict[str, Any], probability: float) -> str:
-    """Return an answer as HTML, with what is known of its class."""
+    """Return a prediction as HTML, with facts about its class."""
     trained, tested = known["training_images"], known["test_images"]
     is_rare = trained < FACTS["few_shot_threshold"]
     about = f"{trained:,} training image{'' if trained == 1 else 's'} · "
@@ -98,7 +98,7 @@ def describe(known: dict[str, Any], probability: float) -> str:
 
 
 def answer(image: Image.Image | str | None) -> str:
-    """Return the five most likely classes of a picture as HTML, or why there are none."""
+    """Return the five most likely classes of an image as HTML, or why there are none."""
     if image is None or isinstance(image, str):
         return image or HINT
     scores = LOGITS(image.convert("RGB")).astype(np.float64)
@@ -121,6 +121,6 @@ with gr.Blocks(title=FACTS["title"], analytics_enabled=False) as page, gr.Column
     picture.change(answer, picture, answers, show_progress="minimal")
 
 if __name__ == "__main__":
-    fonts = ["system-ui", "sans-serif"]  # of the machine: none is fetched
+    fonts = ["system-ui", "sans-serif"]  # local fonts, nothing is downloaded
     theme = gr.themes.Default(primary_hue="blue", font=fonts, font_mono=["monospace"])
     page.launch(css=CSS, theme=theme, footer_links=["gradio"])

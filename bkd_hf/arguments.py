@@ -93,7 +93,8 @@ A YAML file given by --config holds the same options, one `name: value` a line, 
 `teacher:`. The command line wins over the file. Without --dataset_name and --config, the digits recipe runs, or with
 --task text the text recipe, on docstrings. Where neither the file nor the command line has --optim, cifar-resnet-…
 models are trained by SGD (rate 0.1, cosine, 200 epochs, batch 128), and bert-… by AdamW (rate 2e-3, cosine, 20 epochs,
-batch 32); of texts the default model is bert-2x128.
+batch 32); of texts the default model is bert-2x128. If only one of student and teacher has fresh weights, each gets
+the defaults of its kind, unless --optim or --learning_rate is given for both.
 """
 
 
@@ -126,7 +127,9 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     of_file, of_line = _names(parser, from_file), _names(parser, command_line)
     if parser.parse_known_args([*from_file, *command_line])[0].task == "text":
         parser.set_defaults(model_name_or_path=_FRESH_TEXT_MODEL, dataset_name="docstrings")
-    task = fresh_task(parser.parse_known_args([*from_file, *command_line])[0].model_name_or_path)
+    look = parser.parse_known_args([*from_file, *command_line])[0]
+    defaults_of_teacher = _defaults_of_teacher(parser, look, of_file | of_line)
+    task = fresh_task(look.model_name_or_path)
     if task is not None and "optim" not in of_file | of_line:
         parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS[task])
 
@@ -140,19 +143,42 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     measures_precision, precision_rates = _choose_precision(namespace, of_file, of_line)
     of_file_for_teacher, of_line_for_teacher = _names(parser, from_file_for_teacher), _names(parser, for_teacher)
     overlay = vars(parser.parse_args([*from_file_for_teacher, *for_teacher]))
+    own = {name: value for name, value in overlay.items() if name in of_file_for_teacher | of_line_for_teacher}
+    if "optim" in own:
+        defaults_of_teacher = {}
     arguments = RunArguments(
         vars(namespace),
-        {name: value for name, value in overlay.items() if name in of_file_for_teacher | of_line_for_teacher},
+        {**defaults_of_teacher, **own},
         overwrite=namespace.overwrite,
         command_line=tuple(argv),
         measures_precision=measures_precision,
         precision_rates=precision_rates,
         from_recipe=frozenset(
-            of_file - of_line | {f"teacher_{name}" for name in of_file_for_teacher - of_line_for_teacher}
+            of_file - of_line
+            | {f"teacher_{name}" for name in {*of_file_for_teacher, *defaults_of_teacher} - of_line_for_teacher}
         ),
     )
     arguments.for_teacher()  # reports errors in the teacher's options early
     return arguments
+
+
+def _defaults_of_teacher(parser: _Parser, look: argparse.Namespace, given: set[str]) -> dict[str, Any]:
+    """Return the training defaults of a teacher of the other kind: it has fresh weights, or the student has.
+
+    Args:
+        parser: With the defaults of a model with weights.
+        look: Options of the run.
+        given: Names of the options that were given, which hold for the teacher as well.
+    """
+    student, teacher = look.model_name_or_path, look.teacher_model_name_or_path or look.model_name_or_path
+    task_of_student, task_of_teacher = fresh_task(student), fresh_task(teacher)
+    if task_of_student == task_of_teacher or {"optim", "learning_rate"} & given:
+        return {}
+    if task_of_teacher is not None:
+        defaults = _FRESH_WEIGHTS_DEFAULTS[task_of_teacher]
+    else:
+        defaults = {name: parser.get_default(name) for name in _FRESH_WEIGHTS_DEFAULTS[str(task_of_student)]}
+    return {name: value for name, value in defaults.items() if name not in given}
 
 
 def _names(parser: _Parser, tokens: Sequence[str]) -> set[str]:

@@ -77,7 +77,8 @@ def long_tailed_counts(
     if max_count < 1:
         raise InputError(f"max_count must be at least 1, got {max_count}.")
     shares = _profile_shares(num_classes, imbalance_ratio, profile, pareto_alpha)
-    return [int(max_count * share) for share in shares]
+    # 49 · (1/49) is below 1 in floating point.
+    return [int(max_count * share * (1 + 1e-12)) for share in shares]
 
 
 def make_long_tailed(
@@ -185,12 +186,13 @@ def _profile_shares(num_classes: int, imbalance_ratio: float, profile: str, pare
 
 
 def choose_per_class(labels: np.ndarray, counts: np.ndarray, seed: int) -> np.ndarray:
-    """Ascending indices of `counts[c]` examples of each class c: those with the smallest hashes."""
-    priority = hash_uniform(seed, np.arange(labels.size))
-    by_class = np.lexsort((priority, labels))
-    class_sizes = np.bincount(labels, minlength=len(counts))
+    """Ascending indices of `counts[c]` examples of each class c ≥ 0: those with the smallest hashes."""
+    labelled = np.flatnonzero(labels >= 0)
+    priority = hash_uniform(seed, labelled)
+    by_class = labelled[np.lexsort((priority, labels[labelled]))]
+    class_sizes = np.bincount(labels[labelled], minlength=len(counts))
     first_of_class = np.cumsum(class_sizes) - class_sizes
-    rank = np.arange(labels.size) - first_of_class[labels[by_class]]
+    rank = np.arange(labelled.size) - first_of_class[labels[by_class]]
     return np.sort(by_class[rank < np.asarray(counts)[labels[by_class]]])
 
 

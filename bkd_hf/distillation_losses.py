@@ -42,7 +42,6 @@ def dive_loss(
         power: Power of the teacher's probabilities, > 0; 0.5, with α = 0.5, as in the paper. A public reproduction,
             whose teacher had flatter outputs than the paper's, did better with T = 6 and power 1, the same targets.
     """
-    check_positive(power=power)
     student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature)
     log_targets = dive_log_targets(teacher_logits, temperature, power)
     return reduce(softened_divergence(log_targets, student_logits, temperature), reduction)
@@ -50,6 +49,7 @@ def dive_loss(
 
 def dive_log_targets(teacher_logits: torch.Tensor, temperature: float = 2.0, power: float = 0.5) -> torch.Tensor:
     """Logarithm of the target distribution of [`dive_loss`]: B×C. Arguments as there."""
+    check_positive(temperature=temperature, power=power)
     (teacher_logits,) = at_least_float32(teacher_logits)
     return F.log_softmax(power * teacher_logits / temperature, dim=-1)
 
@@ -78,6 +78,7 @@ def dkd_loss(
     """
     check_not_negative(alpha=alpha, beta=beta)
     student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature, labels)
+    require(student_logits.shape[-1] >= 2, f"dkd needs at least 2 classes, got {student_logits.shape[-1]}.")
     student_others, teacher_others = _without_label(student_logits, labels), _without_label(teacher_logits, labels)
     student_pair = _label_and_others(student_logits / temperature, student_others / temperature, labels)
     teacher_pair = _label_and_others(teacher_logits / temperature, teacher_others / temperature, labels)
@@ -188,6 +189,7 @@ def ltkd_log_targets(
     temperature: float = 4.0,
 ) -> torch.Tensor:
     """Logarithm of the target distribution of [`ltkd_loss`], b̂_t(G) · q_t^G: B×C. Arguments as there."""
+    check_positive(temperature=temperature)
     (teacher_logits,) = at_least_float32(teacher_logits)
     groups, targets = _thirds(class_counts, like=teacher_logits), F.log_softmax(teacher_logits / temperature, dim=-1)
     everyone = torch.zeros(len(targets), dtype=torch.int64, device=targets.device)

@@ -105,6 +105,15 @@ def prepare_head(model: nn.Module, args: BKDConfig) -> None:
     answer_one_class(model)
     if args.freeze_backbone:
         freeze_backbone(model)
+    check_head_bias(model, args)
+
+
+def check_head_bias(model: nn.Module, args: BKDConfig) -> None:
+    """Check that a student's head has the bias that `head_bias` is to fit.
+
+    Raises:
+        InputError: If it has none.
+    """
     if args.head_bias == "balanced" and not head_biases(model):
         raise InputError(
             f"--head_bias balanced: the head of {type(model).__name__} has no bias, or cannot be told from the rest. "
@@ -140,7 +149,7 @@ def sample_for_bias(labels: np.ndarray, seed: int) -> np.ndarray:
     Returns:
         Increasing indices, at most `NUM_IMAGES`.
     """
-    num_classes = len(np.unique(labels))
+    num_classes = len(np.unique(labels[labels >= 0]))
     most = max(1, min(IMAGES_PER_CLASS, NUM_IMAGES // max(1, num_classes)))
     return choose_per_class(labels, np.full(labels.max(initial=-1) + 1, most), seed)[:NUM_IMAGES]
 
@@ -153,10 +162,13 @@ def favours_a_class(logits: torch.Tensor, labels: torch.Tensor, times: float | N
     Args:
         logits: N×C, of training images.
         labels: N class numbers.
-        times: A class is favoured above this ratio; `TOO_OFTEN` if not given.
+        times: A class is favoured above this ratio. If not given, `TOO_OFTEN`; of fewer than five classes (C + 1)/2,
+            halfway to C, the ratio if no other class is predicted.
     """
     times_answered = _times_answered(logits.cpu().argmax(dim=1), _shares(labels.cpu(), few=0), logits.shape[1])
-    return bool(times_answered.max() > (TOO_OFTEN if times is None else times))
+    if times is None:
+        times = min(TOO_OFTEN, (len(labels.unique()) + 1) / 2)
+    return bool(times_answered.max() > times)
 
 
 def _shares(labels: torch.Tensor, few: int) -> torch.Tensor:

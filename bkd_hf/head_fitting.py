@@ -97,7 +97,7 @@ def start_from_class_means(student: nn.Module, data: TrainingData, args: BKDConf
         raise ValueError("--head_init class_mean needs a training set that can be read more than once.")
     num_classes = len(layers[0].weight)
     names = getattr(getattr(student, "config", None), "id2label", None) or {}
-    check_means(np.bincount(labels, minlength=num_classes), names)
+    check_means(np.bincount(labels[labels >= 0], minlength=num_classes), names)
     most = max(1, min(IMAGES_PER_CLASS, NUM_IMAGES // num_classes))
     seen: dict[nn.Module, torch.Tensor] = {}
     hooks = [layer.register_forward_pre_hook(lambda layer, given: seen.update({layer: given[0]})) for layer in layers]

@@ -218,6 +218,8 @@ def find_columns(
         column = found[0]
     if not labels:
         raise InputError(f"{name}: no label column found; name it by --label_column_name. {columns}")
+    if column == labels[0]:
+        raise InputError(f"--{option} {column}: the labels are in this column, too. Name another for one of them.")
     return column, labels[0]
 
 
@@ -263,6 +265,12 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         )
 
     values = {split: selected(dataset, dataset.data.column(LABEL_COLUMN)) for split, dataset in splits.items()}
+    if len({each.dtype == object for each in values.values()}) > 1:
+        kinds = ", ".join(f"{split}: {dataset.features[LABEL_COLUMN].dtype}" for split, dataset in splits.items())
+        raise InputError(
+            f"{name}: the labels in column {label_column!r} are of other types in other splits ({kinds}). Give all "
+            "splits names, or all numbers."
+        )
     if values["train"].dtype == object:
         values = {split: np.array([normal(label) for label in labels], object) for split, labels in values.items()}
     known = np.unique(values["train"])

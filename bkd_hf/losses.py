@@ -33,6 +33,7 @@ Why the power p in the targets softmax(z_t/T + p · log w) matters:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -213,7 +214,8 @@ def balanced_log_targets(
     """
     check_positive(temperature=temperature)
     power = 1 / temperature if power == "auto" else power
-    require(0 <= power < float("inf"), f'power must be a finite number ≥ 0, or "auto", got {power}.')
+    is_number = isinstance(power, Real) and 0 <= power < float("inf")
+    require(is_number, f'power must be a finite number ≥ 0, or "auto", got {power}.')
     (teacher_logits,) = at_least_float32(teacher_logits)
     target_logits = (standardized(teacher_logits) if standardize else teacher_logits) / temperature
     if class_weights is not None:
@@ -236,6 +238,7 @@ def cross_entropy_loss(
     labels' weights, as in torch. With weights and smoothing, torch instead weights each term of the sum by its own
     class, not all of it by the label's.
     """
+    require(0 <= label_smoothing <= 1, f"label_smoothing must be in [0, 1], got {label_smoothing}.")
     check_labels(logits, labels)
     (logits,) = at_least_float32(logits)
     losses = F.cross_entropy(

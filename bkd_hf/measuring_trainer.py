@@ -52,7 +52,10 @@ class EvaluationMeter:
         self._sums.append(torch.stack([loss, (labels != IGNORE_INDEX).sum()]))
         if self.accumulator is not None:
             at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
-            self.accumulator.update(logits.to("cpu", at_least_float32).numpy(), labels.cpu().numpy(), first)
+            logits, labels = logits.to("cpu", at_least_float32), labels.cpu()
+            counted = labels != IGNORE_INDEX
+            if counted.any():
+                self.accumulator.update(logits[counted].numpy(), labels[counted].numpy(), first)
 
     def finish(self) -> dict[str, float]:
         """Merge the results of all processes, and return loss and metrics; all processes must call it."""

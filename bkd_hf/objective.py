@@ -319,6 +319,19 @@ class Objective:
         self._values(part, logits=z, student_logits=z, teacher_logits=z, labels=y, class_weights=w)
         self.mixture(0.0)
 
+    def check_values(self) -> None:
+        """Check that the losses accept this number of classes and these class counts.
+
+        Raises:
+            InputError: If one does not; the message names the option.
+        """
+        for part in ("classification_loss", *(["distillation_loss"] if self.has_teacher and self.distils else [])):
+            try:
+                self.try_out(part)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"--{part} {getattr(self.options, part)}: {error}") from error
+        _ = self.top_k  # raises
+
     def check(self, model_config: Any) -> None:
         """Check, before training, that the objective works with a student.
 

@@ -15,7 +15,13 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedConfig, PrinterCallback
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PrinterCallback,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .adapters import import_peft
@@ -73,10 +79,10 @@ def check_before_work(arguments: RunArguments) -> None:
         if adapter == "lora":
             import_peft()
     check_deepspeed(arguments.training)
-    rehearse(arguments.training)
+    rehearse(arguments.training, arguments.model.task)
     if trains_teacher:
         with arguments.naming_teacher_options():
-            rehearse(arguments.for_teacher().training)
+            rehearse(arguments.for_teacher().training, arguments.model.task)
     for options in trained:
         name = options.model.model_name_or_path
         if fresh_task(name) is None:
@@ -147,15 +153,31 @@ def _check_cache(args: BKDConfig) -> None:
         ) from error
 
 
-class _Images(Dataset):
+class _Examples(Dataset):
+    def __init__(self, inputs: dict[str, Any]):
+        self.inputs = inputs
+
     def __len__(self) -> int:
         return _NUM_IMAGES
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pixel_values": torch.zeros(3, _SIZE, _SIZE), "labels": index % _NUM_CLASSES}
+        if index >= _NUM_IMAGES:
+            raise IndexError(index)  # ends a loop over the examples
+        return {**self.inputs, "labels": index % _NUM_CLASSES}
 
 
-def rehearse(args: BKDConfig) -> None:
+def _tiny(task: str) -> tuple[PreTrainedModel, _Examples]:
+    """Return a model for images, or texts, and its data."""
+    if task == "text":
+        size = {"hidden_size": _SIZE, "num_attention_heads": 1, "num_hidden_layers": 1, "intermediate_size": _SIZE}
+        bert = BertConfig(vocab_size=_SIZE, max_position_embeddings=_SIZE, num_labels=_NUM_CLASSES, **size)
+        words = {"input_ids": [1] * _SIZE, "attention_mask": [1] * _SIZE}
+        return BertForSequenceClassification(bert), _Examples(words)
+    resnet = CifarResNetConfig(depth=8, image_size=_SIZE, num_labels=_NUM_CLASSES)
+    return CifarResNetForImageClassification(resnet), _Examples({"pixel_values": torch.zeros(3, _SIZE, _SIZE)})
+
+
+def rehearse(args: BKDConfig, task: str = "image") -> None:
     """Train a tiny model for one step with these options, and evaluate it.
 
     It leaves out the method's options, which are checked separately, options that need a real model, and everything
@@ -171,7 +193,7 @@ def rehearse(args: BKDConfig) -> None:
     def attempt(values: dict[str, Any]) -> None:
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")
-            _rehearse(values, folder)
+            _rehearse(values, folder, task)
 
     gc.freeze()  # Trainer collects garbage, which would scan all imported modules
     try:
@@ -201,7 +223,7 @@ def _check_compiler(args: BKDConfig) -> None:
         ) from error
 
 
-def _rehearse(values: dict[str, Any], folder: str) -> None:
+def _rehearse(values: dict[str, Any], folder: str, task: str) -> None:
     reporting = BKDConfig(folder, report_to=values["report_to"], use_cpu=values["use_cpu"]).report_to
     for callback in get_reporting_integration_callbacks(reporting):
         callback()
@@ -219,17 +241,17 @@ def _rehearse(values: dict[str, Any], folder: str) -> None:
         "dataloader_num_workers": 0, "dataloader_prefetch_factor": None, "dataloader_persistent_workers": False,
         "activation_checkpointing": None, "gradient_checkpointing": None, "auto_find_batch_size": False,
         "gradient_accumulation_steps": 1, "global_batch_size": None, "resume_from_checkpoint": None,
-        "enable_jit_checkpoint": False,
+        "enable_jit_checkpoint": False, "dataloader_drop_last": False,
     }  # fmt: skip
-    config = CifarResNetConfig(depth=8, image_size=_SIZE, num_labels=_NUM_CLASSES)
+    model, examples = _tiny(task)
     counts = [_NUM_IMAGES // _NUM_CLASSES] * _NUM_CLASSES
     trainer = BKDTrainer(
-        CifarResNetForImageClassification(config),
+        model,
         args=BKDConfig(**{**values, **quiet}),
-        train_dataset=_Images(),
-        eval_dataset=_Images(),
+        train_dataset=examples,
+        eval_dataset=examples,
         compute_metrics=LongTailEvaluation(counts),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    trainer.measure(_Images())
+    trainer.measure(examples)

@@ -25,7 +25,7 @@ from .card import build as build_card
 from .errors import InputError
 from .files import try_json, unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
-from .head import the_head
+from .head import check_head_bias, the_head
 from .head_fitting import check_means, class_vectors, describe_bias_shift
 from .hub import CARD_NAME, publish_run
 from .inputs import (
@@ -168,7 +168,9 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     names = dict(enumerate(data["class_names"]))
     for args in (arguments.training, of_teacher.training):
         check_metric_for_best_model(args, data)
-        Objective(args, counts, has_teacher=args.distillation_loss != "none").check_empty_classes(names)
+        objective = Objective(args, counts, has_teacher=args.distillation_loss != "none")
+        objective.check_empty_classes(names)
+        objective.check_values()
         if args.head_init == "class_mean":
             check_means(counts, names)
     say(
@@ -188,6 +190,11 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
             "the option out."
         )
     if not same_inputs(arguments, processor, teacher_processor):
+        if arguments.training.student_init == "teacher":
+            raise InputError(
+                "--student_init teacher: the teacher takes other inputs than the student. Use --student_init model, "
+                "or give both the same processor and size."
+            )
         say(how_they_differ(arguments.model.task))
     images = {
         "train": prepare(arguments, splits["train"], processor, for_training=True, teacher=teacher_processor),
@@ -285,6 +292,7 @@ def _load_model(
         layer_depths(model)  # likewise
     if args.head_init == "class_mean":
         class_vectors(model)
+    check_head_bias(model, args)
     check_adapter(model, args)
     prefer_channels_last(model)
     if say is not None and model.new_parameters and fresh_task(name) is None:

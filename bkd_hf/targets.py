@@ -14,6 +14,7 @@ import torch
 
 from .config import BKDConfig
 from .errors import InputError
+from .loss_inputs import IGNORE_INDEX
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, LongTailEvaluation, shot_groups
 from .nodes import on_main_process
 from .objective import Objective
@@ -74,9 +75,9 @@ def prior_in_teacher(
 
     With z = log p(x|c) + κ · log π_c, κ is the number in [0, 1] at which softmax(z − κ · log n), renormalised over the
     classes other than the label, does not depend on the class counts: the slope of the logarithm of a class's mean
-    probability over log n_c, by least squares over the classes, is 0. A teacher that has memorised its training images,
-    and gives other classes less than 5 % on average, is right whatever its prior; it cannot be measured, and the result
-    is 1. With two classes there is only one other class, and the result is 1, too.
+    probability over log n_c, by least squares over the classes, is 0. A teacher that has memorised its training
+    images, and gives other classes less than 5 % on average, is right whatever its prior; it cannot be measured, and
+    the result is 1. So it is with two classes, where there is only one other class.
 
     Args:
         teacher_logits: N×C, of training images.
@@ -220,6 +221,7 @@ def answers_about_sample(
             "The teacher's logits are not finite (NaN) for training examples, before the first step. Check the "
             "teacher's weights and precision (try without --fp16/--bf16), and the examples."
         )
+    logits, labels = logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
     if teacher.known_classes is not None:
         kept = (labels[:, None] == teacher.known_classes.cpu()).any(dim=1)
         logits, labels = logits[kept], labels[kept]

@@ -34,8 +34,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import AutoConfig
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.trainer_utils import has_length
 
 from . import modeling_cifar_resnet, modeling_cosine_head  # noqa: F401 (makes them known to the Auto classes)
 from .errors import InputError
@@ -135,7 +137,10 @@ class TeacherAsClassifier(nn.Module):
 
 def gives_teacher_inputs(dataset: Any) -> bool:
     """Whether the examples of a data set have separate inputs for the teacher."""
-    return hasattr(dataset, "__getitem__") and any(key.startswith(TEACHER_PREFIX) for key in dataset[0])
+    if isinstance(dataset, IterableDataset) or not (has_length(dataset) and hasattr(dataset, "__getitem__")):
+        return False
+    example = dataset[0] if len(dataset) else {}
+    return isinstance(example, Mapping) and any(key.startswith(TEACHER_PREFIX) for key in example)
 
 
 def why_not_start_from(teacher: FrozenTeacher, student: nn.Module, dataset: Any) -> str | None:

@@ -390,7 +390,15 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             self._initialise_student(model)
             self._add_adapter(model)
         prepare_head(model, self.args)
+        if hasattr(self, "student_started_from_teacher"):
+            self._start_head(model)
         return model
+
+    def _start_head(self, model: nn.Module) -> None:
+        if self.args.head_init == "class_mean":
+            with self.compute_loss_context_manager():
+                data = self._new_training_data()
+                start_from_class_means(model.to(self.args.device).eval(), data, self.args)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as `Trainer`, unless the training has diverged."""
@@ -412,9 +420,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self._guard, self._meter = FiniteGuard(self.accelerator, self.args), LossMeter(self.accelerator)
         self._has_new_weights = True
         _ = self.class_weights  # their power may have to be measured first
-        if self.args.head_init == "class_mean" and not resume_from_checkpoint:
-            with self.compute_loss_context_manager():
-                start_from_class_means(self.model.eval(), self._new_training_data(), self.args)
+        if self.model_init is None and not resume_from_checkpoint:  # a new model gets its head when it is made
+            self._start_head(self.model)
         with self._stop.listening() if self.args.enable_jit_checkpoint else nullcontext():
             outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         self._guard.check_weights(self.model, self.state.global_step)

@@ -23,6 +23,7 @@ from .data import class_counts as count_classes
 from .data import labels_of
 from .errors import InputError
 from .features import FEATURES
+from .loss_inputs import IGNORE_INDEX
 from .sampling import GlobalBatchSampler, SampledExamples, innermost
 from .teacher import TEACHER_LOGITS
 from .teacher_logits import DEFAULT_FOLDERS, LogitsFolder, TopKFolder, WithColumn, describe_views, precompute_logits
@@ -41,6 +42,7 @@ def count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray
         labels = training_labels(dataset)
         if labels is None:
             return None
+        labels = labels[labels != IGNORE_INDEX]
         if labels.min(initial=0) < 0:
             raise ValueError(f"Label {labels.min()} of the training set is negative.")
         counts = np.bincount(labels)
@@ -61,14 +63,18 @@ def training_labels(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
         return labels_of(dataset, column)
     for name in ("labels", "targets"):
-        if hasattr(dataset, name):
-            return np.asarray(getattr(dataset, name))
+        found = np.asarray(getattr(dataset, name, None))
+        # The attribute of another data set may list its classes.
+        if found.dtype.kind in "iu" and found.ndim == 1 and (not has_length(dataset) or len(found) == len(dataset)):
+            return found
     if isinstance(dataset, torch.utils.data.IterableDataset) or not has_length(dataset):
         return None
-    return np.asarray([int(_label_of(dataset[i])) for i in range(len(dataset))])
+    return np.asarray([int(_label_of(dataset[i])) for i in range(len(dataset))], dtype=np.int64)
 
 
 def _label_of(example: Any) -> Any:
+    if not isinstance(example, Mapping):
+        raise ValueError(f"The training examples are no mappings with labels, but {type(example).__name__}.")
     for name in ("labels", "label"):
         if name in example:
             return example[name]
@@ -326,6 +332,12 @@ class TrainingData:
             examples, collator = StackDataset(labels=labels.tolist()), default_data_collator
         elif self.computed and hasattr(examples, "for_student_alone"):
             examples = examples.for_student_alone()
+        step = batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        if args.dataloader_drop_last and len(examples) < step:
+            raise InputError(
+                f"--dataloader_drop_last true leaves no step of {len(examples):,} training examples: a step takes "
+                f"{step:,}. Use false, or a smaller --per_device_train_batch_size."
+            )
         self._with_columns = []
         for name, folder in self.computed.items():
             examples = WithColumn(examples, folder, name)

@@ -120,7 +120,7 @@ def _warnings(results: dict[str, Any]) -> list[str]:
     answers, images = np.asarray(student["answers"]), np.asarray(data["eval_class_counts"])
     tested = images > 0
     num_answered, num_tested = int((answers[tested] > 0).sum()), int(tested.sum())
-    if num_answered < _FEW_ANSWERED * num_tested:
+    if num_answered <= _FEW_ANSWERED * num_tested:
         are = "is" if num_answered == 1 else "are"
         found.append(f"Only {num_answered:,} of the {num_tested:,} tested classes {are} ever answered.")
     times = np.where(tested, answers / np.maximum(images, 1), 0)

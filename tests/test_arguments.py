@@ -470,3 +470,20 @@ def test_numbers_that_make_no_sense_are_refused(name, value):
     with pytest.raises(InputError, match=f"--{name}") as error:
         parse_arguments(["--dataset_name", "some/data", f"--{name}={value}"])
     assert "\n" not in str(error.value)
+
+
+def test_teacher_and_student_of_different_kinds_have_each_its_defaults(tmp_path):
+    def trained(line: str, *file) -> list[tuple]:
+        run = parse(line, *file)
+        return [(t.optim, t.learning_rate, t.num_train_epochs) for t in (run.training, run.for_teacher().training)]
+
+    sgd, adamw = ("sgd", 0.1, 200), (BKDConfig("unused").optim, 5e-5, 3)
+    data = "--dataset_name some/data"
+    fresh_teacher = f"{data} --model_name_or_path some/vit --teacher_model_name_or_path cifar-resnet-32"
+    fresh_student = f"{data} --model_name_or_path cifar-resnet-32 --teacher_model_name_or_path some/vit"
+    assert trained(fresh_teacher) == [adamw, sgd]
+    assert trained(fresh_student) == [sgd, adamw]
+    assert trained(f"{fresh_student} --num_train_epochs 30") == [(*sgd[:2], 30), (*adamw[:2], 30)]
+    assert trained(f"{fresh_student} --teacher_learning_rate 1e-3")[1] == (adamw[0], 1e-3, 3)
+    assert trained(f"{fresh_student} --optim sgd --learning_rate 0.1 --num_train_epochs 9") == [("sgd", 0.1, 9)] * 2
+    assert not parse(f"{fresh_student} --method ce").options_without_effect().keys() - {"teacher_model_name_or_path"}

@@ -670,3 +670,25 @@ def test_spellings_of_a_class_are_one_class(tmp_path):
 def load_saved(splits: dict[str, datasets.Dataset], folder: Path) -> datasets.DatasetDict:
     datasets.DatasetDict(splits).save_to_disk(folder)
     return load_image_dataset(str(folder))
+
+
+@pytest.mark.parametrize("ratio", [49, 98, 103, 107])
+def test_a_share_that_is_whole_is_not_cut_by_rounding(ratio):
+    assert min(long_tailed_counts(ratio, 10, ratio)) == 1
+    assert set(long_tailed_counts(12 * ratio, 10, ratio, "step")) == {12 * ratio, 12}
+
+
+@pytest.mark.parametrize(("train", "test"), [([0, 1], ["a", "b"]), (["a", "b"], [0, 1])])
+def test_splits_whose_labels_are_of_other_types_are_refused(tmp_path, train, test):
+    splits = {
+        name: image_set(labels, datasets.Value("int64" if labels[0] == 0 else "string"))
+        for name, labels in {"train": train * 4, "test": test}.items()
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path)
+    with pytest.raises(InputError, match=r"'label' are of other types in other splits \(train: \w+, eval: \w+\)"):
+        load_image_dataset(str(tmp_path))
+
+
+def test_one_column_for_images_and_labels_is_refused():
+    with pytest.raises(InputError, match="--image_column_name image: the labels are in this column, too"):
+        load_image_dataset("digits", image_column="image", label_column="image")

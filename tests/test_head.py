@@ -199,17 +199,18 @@ def test_auto_fits_below_power_one(tmp_path, monkeypatch, options, is_fitted):
     assert (trainer.head_bias_shift is not None) == is_fitted
 
 
-def test_auto_fits_only_where_a_class_is_favoured(tmp_path, monkeypatch):
+@pytest.mark.parametrize("favoured", [0.0, 50.0])
+def test_auto_fits_only_where_a_class_is_favoured(tmp_path, favoured):
     logits, labels = drawn(COUNTS)
-    always = logits + torch.tensor([0.0, 0.0, 50.0])
-    assert not favours_a_class(always, labels)  # of three classes none can be answered more than 3 times too often
-    monkeypatch.setattr("bkd_hf.head.TOO_OFTEN", 2.0)
-    assert favours_a_class(always, labels)
-    assert not favours_a_class(logits, labels)
-    monkeypatch.undo()
-    trainer = trainer_for(tmp_path, Linear(), Linear(), method="bkd-calibrated", class_balance_power=0.5)
+    assert favours_a_class(logits + torch.tensor([0.0, 0.0, favoured]), labels) == bool(favoured)
+    students = [Linear(), Linear()]
+    with torch.no_grad():
+        for student in students:
+            student.classifier.weight.copy_(1.5 * torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9]]))
+            student.classifier.bias.copy_(torch.tensor([0.0, 0.0, favoured]))
+    trainer = trainer_for(tmp_path, *students, method="bkd-calibrated", class_balance_power=0.5)
     trainer.train()
-    assert trainer.head_bias_shift is None
+    assert (trainer.head_bias_shift is not None) == bool(favoured)
 
 
 def test_a_head_without_bias(tmp_path, caplog):
@@ -298,3 +299,25 @@ def test_class_means_of_a_cosine_head(tmp_path):
     with torch.no_grad():
         logits = model.eval()(pixel_values=images).logits
     assert (logits.argmax(dim=1) == torch.arange(10) % 5).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("num_classes", "shares"), [(2, [0.7, 0.8]), (3, [0.6, 0.7]), (10, [0.25, 0.35])])
+def test_a_class_of_few_is_favoured_halfway_to_being_the_only_one(num_classes, shares):
+    labels = torch.arange(num_classes).repeat_interleave(100)
+    for share, is_favoured in zip(shares, [False, True], strict=True):
+        answers = labels.clone()
+        answers[torch.arange(len(labels)) % 100 < 100 * (share * num_classes - 1) / (num_classes - 1)] = 0
+        assert favours_a_class(torch.nn.functional.one_hot(answers, num_classes).float(), labels) is is_favoured
+
+
+def test_class_means_are_those_of_a_model_that_is_made_anew(tmp_path):
+    images = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    data = Examples(images, [0, 1, 2, 3, 4] * 2)
+    expected = with_class_means(tiny("ViT", 0), data, tmp_path, freeze_backbone=True)
+    args = BKDConfig(
+        str(tmp_path), method="ce", head_init="class_mean", freeze_backbone=True, learning_rate=1e-12, max_steps=1,
+        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = BKDTrainer(model_init=lambda: tiny("ViT", 0), args=args, train_dataset=data)
+    trainer.train()
+    torch.testing.assert_close(trainer.model.classifier.weight, expected.classifier.weight, rtol=1e-4, atol=1e-4)

@@ -25,7 +25,7 @@ from bkd_hf import (
     ltkd_loss,
     wsl_loss,
 )
-from bkd_hf.losses import ltkd_log_targets
+from bkd_hf.losses import dive_log_targets, ltkd_log_targets
 
 
 def random_batch(seed: int, batch: int = 6, classes: int = 5, dtype: torch.dtype = torch.float64):
@@ -424,3 +424,20 @@ def test_no_gradient_reaches_the_teacher(name):
 def test_bad_input_of_the_other_methods(call, message):
     with pytest.raises(ValueError, match=message):
         call(*random_batch(8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z, y: cross_entropy_loss(z, y, 1.5), "label_smoothing must be in"),
+        (lambda z, y: cross_entropy_loss(z, y, -1), "label_smoothing must be in"),
+        (lambda z, y: balanced_softmax_loss(z, y, [3, 2], math.nan), "label_smoothing must be in"),
+        (lambda z, y: balanced_distillation_loss(z, z, torch.ones(2), power="foo"), "power must be a finite number"),
+        (lambda z, y: dive_log_targets(z, 0.0), "temperature must be a finite number > 0"),
+        (lambda z, y: ltkd_log_targets(z, [3, 2, 1], 0.0), "temperature must be a finite number > 0"),
+        (lambda z, y: dkd_loss(z[:, :1], z[:, :1], y * 0), "dkd needs at least 2 classes, got 1"),
+    ],
+)
+def test_what_is_out_of_range_is_a_value_error(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(3, 2), torch.tensor([0, 1, 1]))

@@ -163,3 +163,11 @@ def test_a_machine_without_a_compiler_is_named(tmp_path):
         pytest.raises(InputError, match=r"--torch_compile cannot work on this machine: .*nonesuch"),
     ):
         rehearse(arguments.training)
+
+
+@pytest.mark.parametrize("option", [("--train_sampling_strategy", "group_by_length"), ("--neftune_noise_alpha", "5")])
+def test_texts_are_rehearsed_on_texts(tmp_path, option):
+    text = ("--task", "text", "--dataset_name", "docstrings", "--output_dir", str(tmp_path / "run"))
+    check(*text, *option)
+    with pytest.raises(InputError, match=option[0]):
+        check(*option, "--output_dir", str(tmp_path / "run"))

@@ -855,3 +855,55 @@ def test_a_long_training_tells_how_long(monkeypatch):
         state.global_step = step
         teller.on_step_end(None, state, None)
     assert told == ["An epoch takes about 7 min, all of the training 20 min more."]  # 2 s a step
+
+
+# ---- Unusual data
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(images())
+
+
+def test_a_stream_of_ones_own_is_measured_and_what_needs_random_access_says_so(tmp_path):
+    trainer = BKDTrainer(
+        resnet(1), resnet(2), config(tmp_path, max_steps=2, method="bkd"), train_dataset=Stream(), class_counts=COUNTS,
+        eval_dataset=images(),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_results()
+    with pytest.raises((InputError, ValueError), match="length and random access"):
+        BKDTrainer(
+            resnet(1), resnet(2), config(tmp_path, max_steps=2, method="bkd-calibrated"), train_dataset=Stream(),
+            class_counts=COUNTS,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"method": "bkd-calibrated"}, {"method": "ce", "head_bias": "balanced"}], ids=str)
+def test_examples_without_a_label_count_for_nothing_anywhere(tmp_path, options):
+    labelled = images()
+    data = [*labelled, {**labelled[0], "labels": -100}, {**labelled[1], "labels": -100}]
+    trainer = trainer_for(tmp_path, data=data, teacher=None if options["method"] == "ce" else "resnet", **options)
+    assert trainer.class_counts.tolist() == COUNTS
+    trainer.train()
+    found = trainer.evaluate()
+    expected = trainer_for(tmp_path, trainer.model, teacher=None, method="ce").evaluate()
+    for name in ("eval_loss", "eval_accuracy", "eval_few_shot_accuracy"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_an_attribute_that_lists_the_classes_is_not_taken_for_labels(tmp_path):
+    class Listed(list):
+        labels: ClassVar = [0, 1, 2, 3, 4]
+
+    class Named(list):
+        labels: ClassVar = NAMES
+
+    for kind in (Listed, Named):
+        assert trainer_for(tmp_path, data=kind(images()), method="bkd").class_counts.tolist() == COUNTS
+
+
+def test_no_step_is_left_where_the_last_is_dropped(tmp_path):
+    trainer = trainer_for(tmp_path, per_device_train_batch_size=64, dataloader_drop_last=True)
+    with pytest.raises(InputError, match="--dataloader_drop_last true leaves no step of 40 training examples"):
+        trainer.train()

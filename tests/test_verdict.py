@@ -125,3 +125,11 @@ def test_results_of_earlier_versions_are_judged_too():
     for model in ("teacher", "student"):
         results[model].pop("answers", None)
     assert judge(results).is_better is not None
+
+
+@pytest.mark.parametrize(("answers", "is_warned_of"), [([80, 0], True), ([60, 20], False)])
+def test_one_of_two_classes_is_few(answers, is_warned_of):
+    results = results_of(0.7, 0.45, None)
+    results["student"]["answers"], results["data"]["eval_class_counts"] = answers, [40, 40]
+    told = ["Only 1 of the 2 tested classes is ever answered."] if is_warned_of else []
+    assert judge(results).warnings == told

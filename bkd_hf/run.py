@@ -168,7 +168,9 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     names = dict(enumerate(data["class_names"]))
     for args in (arguments.training, of_teacher.training):
         check_metric_for_best_model(args, data)
-        objective = Objective(args, counts, has_teacher=args.distillation_loss != "none")
+        # What the teacher's answers will tell is not known yet: any number does for a check.
+        measured = {"power": 1.0, "prior_in_teacher": 1.0}
+        objective = Objective(args, counts, has_teacher=args.distillation_loss != "none", look=measured.copy)
         objective.check_empty_classes(names)
         objective.check_values()
         if args.head_init == "class_mean":

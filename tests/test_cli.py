@@ -506,3 +506,21 @@ def test_importing_the_package_is_light():
     subprocess.run([sys.executable, "-c", code], check=True)
     for name in bkd_hf.__all__:
         getattr(bkd_hf, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--teacher_cache", "auto", "--teacher_cache_top_k", "10"], "--teacher_cache_top_k must be less than the 10"),
+        (["--head", "cosine", "--head_bias", "balanced"], "--head_bias balanced: the head of .* has no bias"),
+        (
+            ["--student_init", "teacher", "--teacher_image_size", "24"],
+            "--student_init teacher: the teacher takes other",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_before_a_teacher_is_trained(tmp_path, options, message):
+    folder = tmp_path / "run"
+    assert re.search(message, refused(*QUICK, *options, "--output_dir", str(folder)))
+    assert not (folder / "teacher").exists()

@@ -19,6 +19,7 @@ from .config import BKDConfig
 from .errors import InputError
 from .features import FEATURES, answer_features
 from .head import the_head
+from .head_fitting import start_from_class_means
 from .objective import Objective
 from .stopping import outlive_sigterm
 from .streams import POSITION, SPLIT_TWICE, StreamedImages, sample_of
@@ -89,6 +90,12 @@ class ReadingTrainer(Trainer):
             examples = sample_of(dataset)
             collator = self._get_collator_with_removed_columns(collator, description="training")
         return TrainingData(dataset, examples, collator, self.args)
+
+    def _start_head(self, model: torch.nn.Module) -> None:
+        """Set a model's head to class means, if the options say so."""
+        if self.args.head_init == "class_mean":
+            with self.compute_loss_context_manager():
+                start_from_class_means(model.to(self.args.device).eval(), self._new_training_data(), self.args)
 
     # ---- Streams --------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from .callbacks import (
 from .config import BKDConfig
 from .errors import InputError, TrainingStopped
 from .head import num_labels, prepare_head
-from .head_fitting import fit_bias, start_from_class_means
+from .head_fitting import fit_bias
 from .loss_inputs import IGNORE_INDEX
 from .losses import cross_entropy_loss, example_weights
 from .methods import corrects
@@ -184,14 +184,13 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self._training_data = self._new_training_data()
         check_numbers_of_classes(self.model, self.teacher_model, self.class_counts)
 
-        known = None if self.teacher_model is None else self.teacher_model.known_classes
         # Trainer itself writes `objective` in a search for hyperparameters.
         self.bkd_objective = Objective(
             args,
             self.class_counts,
             args.device,
             has_teacher=self.teacher_model is not None,
-            known_classes=known,
+            known_classes=getattr(self.teacher_model, "known_classes", None),
             classification_loss=classification_loss,
             distillation_loss=distillation_loss,
             look=self.look_at_targets,
@@ -351,9 +350,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         """
         args, objective = self.args, self.bkd_objective
         dataset = sample_of(self.train_dataset)
-        if self.teacher_model is None or not objective.has_known_targets or self.long_tail is None:
-            return None
-        if not has_length(dataset) or not hasattr(dataset, "__getitem__"):
+        is_readable = has_length(dataset) and hasattr(dataset, "__getitem__") and objective.has_known_targets
+        if self.teacher_model is None or self.long_tail is None or not is_readable:
             return None
         chosen = ("distillation_loss", "temperature", "class_balance_beta", "class_balance_power",
                   "distillation_prior", "logit_standardization")  # fmt: skip
@@ -393,12 +391,6 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         if hasattr(self, "student_started_from_teacher"):
             self._start_head(model)
         return model
-
-    def _start_head(self, model: nn.Module) -> None:
-        if self.args.head_init == "class_mean":
-            with self.compute_loss_context_manager():
-                data = self._new_training_data()
-                start_from_class_means(model.to(self.args.device).eval(), data, self.args)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as `Trainer`, unless the training has diverged."""

@@ -524,7 +524,8 @@ def test_methods_share_a_teacher_of_its_own(tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text(
         "dataset_name: digits\nmodel_name_or_path: cifar-resnet-8\nimage_size: 16\nnum_train_epochs: 1\n"
-        "optim: adamw_torch\nimbalance_ratio: 65\nteacher:\n  model_name_or_path: cifar-resnet-14\n  num_train_epochs: 2\n"
+        "optim: adamw_torch\n"
+        "imbalance_ratio: 65\nteacher:\n  model_name_or_path: cifar-resnet-14\n  num_train_epochs: 2\n"
     )
     options = ["--seeds", 0, "--config", config, "--force_distillation", "--num_threads", 1]
     output = compare("--methods", "kd", "--output_dir", tmp_path / "out", *options)

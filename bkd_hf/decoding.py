@@ -81,7 +81,7 @@ def _others_broken(images: StoredImages | Sequence[dict[str, Any]], known: int) 
     while searched < len(images) and (searched == 0 or time.monotonic() < end):
         try:
             decode_image(images[searched])
-        except Exception:
+        except Exception:  # as in `reading`
             broken.append(searched)
         searched += 1
     broken = [index for index in broken if index != known]

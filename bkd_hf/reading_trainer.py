@@ -95,7 +95,7 @@ class ReadingTrainer(Trainer):
         """Set a model's head to class means, if the options say so."""
         if self.args.head_init == "class_mean":
             with self.compute_loss_context_manager():
-                start_from_class_means(model.to(self.args.device).eval(), self._new_training_data(), self.args)
+                start_from_class_means(model.eval(), self._new_training_data(), self.args)
 
     # ---- Streams --------------------------------------------------------------------------------------------------
 

@@ -389,7 +389,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             self._add_adapter(model)
         prepare_head(model, self.args)
         if hasattr(self, "student_started_from_teacher"):
-            self._start_head(model)
+            self._start_head(model.to(self.args.device))
         return model
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:

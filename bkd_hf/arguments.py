@@ -405,7 +405,9 @@ def _read_config(parser: _Parser, path: str | Path) -> list[str]:
 
 def _tokens(parser: _Parser, path: str | Path, name: str, node: yaml.Node) -> list[str]:
     action = parser._option_string_actions.get(f"--{name}")
-    if action is None or name in ("config", "help", "help_all", "overwrite"):
+    if name in ("config", "help", "help_all", "overwrite"):
+        raise InputError(f"--config {path}: {name} belongs on the command line, as --{name}.")
+    if action is None:
         known = [option.removeprefix("--") for option in parser._option_string_actions]
         raise InputError(f"--config {path}: unknown option {name!r}.{suggestion(name, known)}")
     if node.tag == _NULL:

@@ -14,6 +14,7 @@ from .loss_inputs import (
     at_least_float32,
     check_not_negative,
     check_positive,
+    checked_counts,
     checked_logits,
     indices,
     reduce,
@@ -207,10 +208,8 @@ def _correlation(a: torch.Tensor, b: torch.Tensor, mass: torch.Tensor, dim: int)
 
 def _thirds(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> list[torch.Tensor]:
     """Class numbers of the three groups, each a third of the classes, from the most images to the fewest."""
-    order = torch.as_tensor(class_counts, device=like.device).argsort(descending=True, stable=True)
-    require(
-        len(order) == like.shape[-1] >= 3, f"ltkd needs the counts of at least 3 classes, got {len(order)} counts."
-    )
+    order = checked_counts(class_counts, like).to(like.device).argsort(descending=True, stable=True)
+    require(len(order) >= 3, f"ltkd needs at least 3 classes, got the counts of {len(order)}.")
     third = len(order) // 3
     return list(order.split([third, len(order) - 2 * third, third]))
 

@@ -74,23 +74,29 @@ def reduce_labelled(losses: torch.Tensor, labels: torch.Tensor, reduction: str) 
     return reduce(losses * counted, reduction, counted)
 
 
-def log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """C logarithms of class counts, with type and device of `like`; raises a `ValueError` if a count is 0."""
+def checked_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """C class counts; raises a `ValueError` unless there is a whole number ≥ 0 (on the CPU) per class."""
     if isinstance(class_counts, torch.Tensor) and class_counts.device.type != "cpu":
-        counts = class_counts.to(like.dtype)  # checked on the CPU only
+        counts = class_counts.to(logits.dtype)  # checked on the CPU only
     else:
         counts = torch.as_tensor(check_class_counts(class_counts))
-        empty = (counts == 0).nonzero().flatten().tolist()
-        if empty:
-            raise ValueError(
-                f"{len(empty)} of {len(counts)} classes {have(len(empty))} no training example (first: class "
-                f"{empty[0]}): the logarithm of a frequency of 0 is not finite. Remove the class."
-            )
     require(
-        counts.shape == like.shape[-1:],
-        f"class_counts must hold one number per class: the logits have {like.shape[-1]} classes, the counts have "
+        counts.shape == logits.shape[-1:],
+        f"class_counts must hold one number per class: the logits have {logits.shape[-1]} classes, the counts have "
         f"shape {tuple(counts.shape)}.",
     )
+    return counts
+
+
+def log_counts(class_counts: Sequence[int] | np.ndarray | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """C logarithms of class counts, with type and device of `like`; raises a `ValueError` if a count is 0."""
+    counts = checked_counts(class_counts, like)
+    empty = (counts == 0).nonzero().flatten().tolist() if counts.device.type == "cpu" else []
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(counts)} classes {have(len(empty))} no training example (first: class "
+            f"{empty[0]}): the logarithm of a frequency of 0 is not finite. Remove the class."
+        )
     return counts.log().to(device=like.device, dtype=like.dtype)
 
 

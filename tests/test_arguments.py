@@ -259,6 +259,7 @@ def test_the_script_sets_what_differs_from_transformers():
     ("text", "message"),
     [
         ("temperatur: 3\n", "unknown option 'temperatur'. Did you mean temperature?"),
+        ("overwrite: true\n", "overwrite belongs on the command line, as --overwrite"),
         ("temperature: hot\n", "temperature: 'hot' is not valid there: .*invalid float"),
         ("temperature: [1, 2]\n", "temperature takes a single value"),
         ("num_train_epochs: {a: 1}\n", "num_train_epochs takes a single value"),

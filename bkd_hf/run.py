@@ -73,6 +73,7 @@ from .run_folder import (
     record_run,
     what_is_told,
 )
+from .stopping import end_workers
 from .tasks import fresh_task, task_of
 from .teacher import FrozenTeacher, load_teacher
 from .trainer import BKDTrainer
@@ -237,7 +238,7 @@ def _train(
         say.stage("Teacher")
         teacher, teacher_results = provide_teacher()
         _record(options, identity_of(options, data))  # with its teacher, now that there is one
-        gc.collect()  # its trainer and callbacks form cycles, which would keep its idle workers alive
+        gc.collect()  # its trainer and callbacks form cycles, which keep its optimizer's memory
     if not options.is_teacher:
         say.stage("Student")
     section = _fit(options, inputs, model, teacher, teacher_results)
@@ -369,6 +370,7 @@ def _fit(
     trainer.save_state()
     trainer.save_metrics("train", outcome.metrics)
     metrics, measured = trainer.measure(images["eval"])
+    end_workers(trainer.callback_handler.train_dataloader, trainer.callback_handler.eval_dataloader)
     trainer.save_metrics("eval", metrics)
     if options.model.task == "image":
         about["augmentation"] = images["train"].augmentation

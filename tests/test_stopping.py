@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
 from bkd_hf.errors import TrainingStopped
 from bkd_hf.run_folder import has_checkpoint, last_complete_checkpoint
-from bkd_hf.stopping import outlive_sigterm
+from bkd_hf.stopping import end_workers, outlive_sigterm
 from tests.conftest import REPOSITORY, WORKER_ENVIRONMENT, launch_two_processes
 from tests.faults import CHEAP, Run, refused_in_one_line, run, same_outcome, start_two
 from tests.tiny_models import tiny_vit
@@ -252,3 +254,14 @@ def test_another_number_of_processes_goes_on_with_the_same_global_batch(tmp_path
     expected, *others = (torch.cat([each[name].flatten() for name in sorted(each)]) for each in weights)
     for found in others:
         assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_idle_workers_end_at_once():
+    loader = outlive_sigterm(DataLoader(range(4), num_workers=2, persistent_workers=True))
+    others = set(multiprocessing.active_children())
+    assert len(list(loader)) == 4
+    workers = set(multiprocessing.active_children()) - others
+    assert len(workers) == 2
+    end_workers(loader, None)
+    assert not any(worker.is_alive() for worker in workers)
+    assert [worker.exitcode for worker in workers] == [0, 0]

@@ -8,25 +8,28 @@ import numpy as np
 import pytest
 import torch
 
-from tests.equivalence_worker import CASES, CUTS, NUM_EVAL_EXAMPLES, has_teacher, train_all
+from tests.equivalence_worker import CASES, CUTS, FEW_CASES, NUM_EVAL_EXAMPLES, has_teacher, train_all
 from tests.faults import in_two_processes
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict:
+def outcomes(request, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("equivalence")
-    alone = multiprocessing.get_context("fork").Process(target=train_all, args=(1, folder / "1.pt"))
+    chosen = [item for item in request.session.items if item.module is request.module]
+    cases = CASES if any(item.get_closest_marker("slow") for item in chosen) else FEW_CASES
+    alone = multiprocessing.get_context("fork").Process(target=train_all, args=(cases, 1, folder / "1.pt"))
     alone.start()
-    in_two_processes(train_all, 2, folder / "2.pt")
+    in_two_processes(train_all, cases, 2, folder / "2.pt")
     alone.join()
     assert alone.exitcode == 0
     return torch.load(folder / "1.pt", weights_only=False) | torch.load(folder / "2.pt", weights_only=False)
 
 
 ALL_CUTS = [cut for cuts in CUTS.values() for cut in cuts]
+ALL_CASES = [pytest.param(case, id=str(case), marks=() if case in FEW_CASES else pytest.mark.slow) for case in CASES]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL_CASES)
 @pytest.mark.parametrize("cut", ALL_CUTS[1:], ids=["8 x 4 accumulated", "2 processes x 16", "2 x (8 x 2 accumulated)"])
 def test_same_weights(outcomes, case, cut):
     whole, parts = outcomes[(*case, ALL_CUTS[0])]["weights"], outcomes[(*case, cut)]["weights"]
@@ -36,7 +39,7 @@ def test_same_weights(outcomes, case, cut):
     assert (whole - other).norm() / whole.norm() > 1e-3
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ALL_CASES)
 @pytest.mark.parametrize("cut", ALL_CUTS, ids=str)
 def test_metrics_and_logs_count_each_example_once(outcomes, case, cut):
     whole, parts = outcomes[(*case, ALL_CUTS[0])], outcomes[(*case, cut)]

@@ -131,7 +131,9 @@ def check_task(
     for other in TASKS.keys() - {task}:
         for option in sorted(options_of(other)):
             if options[option] != defaults[option]:
-                raise InputError(f"--{option} is for --task {other}, and this is --task {task}: leave it out.")
+                raise InputError(
+                    f"--{option} is for --task {other}, and this is --task {task}: leave it out or use --task {other}."
+                )
     if fresh_task(name) not in (None, task):
         raise InputError(
             f"{name} classifies {fresh_task(name)}s, and this is --task {task}: name a Hub id, a folder, or "

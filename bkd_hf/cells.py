@@ -305,7 +305,7 @@ class CellRunner:
     def _start(self, cell: Cell, log: Path, slot: int = 0, options: Sequence[str] = ()) -> subprocess.Popen:
         words = [*cell.started_by(self.launcher or [sys.executable]), *cell.arguments(), *options]
         words += ["--disable_tqdm", "true"]
-        if self.jobs > 1 and not self.launcher and not any(word.startswith("--num_threads") for word in cell.options):
+        if self.jobs > 1 and not self.launcher and cell.parse().model.num_threads is None:
             words += ["--num_threads", str(max(1, available_cores() // self.jobs))]
         environment = {**os.environ, **({} if self.launcher else _one_gpu(slot))}
         with log.open("a", encoding="utf-8") as file:
@@ -358,7 +358,7 @@ class CellRunner:
         steps_per_epoch = math.ceil(results["data"]["num_train_images"] / effective_batch_size(results))
         num_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * steps_per_epoch
         evaluated = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
-        evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args)
+        evaluating = float(evaluated["eval_runtime"]) * _num_evaluations(args, num_steps)
         return wall - student["training"]["seconds"] + evaluating + per_step * num_steps
 
 
@@ -393,13 +393,13 @@ def _last_error(log: Path) -> str:
     return ([line for line in lines if "error" in line.lower()] or lines or ["it printed nothing"])[-1]
 
 
-def _num_evaluations(args: BKDConfig) -> float:
+def _num_evaluations(args: BKDConfig, num_steps: float) -> float:
     """How often a run evaluates, including after training."""
     strategy = str(args.eval_strategy.value)
     if strategy == "epoch":
         return args.num_train_epochs + 1
-    if strategy == "steps" and args.eval_steps and args.eval_steps < 1:
-        return 1 / args.eval_steps + 1
+    if strategy == "steps" and args.eval_steps:
+        return (1 if args.eval_steps < 1 else num_steps) / args.eval_steps + 1
     return 1
 
 

@@ -69,8 +69,8 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
         f"{data['num_train_images']:,} training {task}s of {len(counts)} classes, {max(counts):,} to {min(counts):,} "
         f"each; {data['num_eval_images']:,} test {task}s. {_how(comparison)}",
         *notes,
-        "Accuracy and expected calibration error (ECE) in %, last epoch, never the best on the test set; mean ± "
-        "standard deviation (n − 1) over n seeds.",
+        f"Accuracy and expected calibration error (ECE) in %, {_which_epoch(comparison)}; mean ± standard deviation "
+        "(n − 1) over n seeds.",
         means(methods),
     ]
     for baseline in BASELINES:
@@ -106,12 +106,19 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
     return "\n\n".join(parts) + "\n"
 
 
+def _which_epoch(comparison: Comparison) -> str:
+    chosen = [cell["options"]["training"].get("load_best_model_at_end") for cell in comparison.all_cells()]
+    if any(chosen):
+        return "of the checkpoint that was best on these test examples, which flatters the numbers"
+    return "last epoch, never the best on the test set"
+
+
 def _against_what_is_free(comparison: Comparison) -> str | None:
     """Name the methods that are not better overall than `ce`, before or after adjustment; `None` without `ce`."""
     others = [method for method in comparison.methods if method != "ce"]
     if not others or "ce" not in comparison.methods:
         return None
-    beaten = []
+    beaten, compared, has_adjusted = [], [], False
     for method in others:
         values = comparison.values(method, "overall")
         free: list[tuple[float, float, str]] = []  # mean of ce, mean of the method over the same seeds, name
@@ -120,11 +127,20 @@ def _against_what_is_free(comparison: Comparison) -> str | None:
             if seeds := values.keys() & theirs.keys():
                 best, mean = (float(np.mean([each[seed] for seed in seeds])) for each in (theirs, values))
                 free.append((best, mean, name))
-        best, mean, name = max(free, key=lambda each: each[0], default=(-math.inf, 0.0, ""))
+        if not free:
+            continue
+        compared.append(method)
+        has_adjusted |= len(free) > 1
+        best, mean, name = max(free, key=lambda each: each[0])
         if mean <= best:
             beaten.append(f"{code(method)} ({mean:.1f} against {best:.1f} of {name})")
+    if not compared:
+        return "No method was run with a seed of `ce`."
     if not beaten:
-        return "Every method is better overall than `ce`, as it is and after post-hoc adjustment, over the same seeds."
+        subject = "Every method" if compared == others else ", ".join(map(code, compared))
+        are = "is" if compared == others or len(compared) == 1 else "are"
+        what = "as it is and after post-hoc adjustment" if has_adjusted else "which was not adjusted"
+        return f"{subject} {are} better overall than `ce`, {what}, over the same seeds."
     return (
         "**Not better overall than what needs no training beyond `ce`**, over the same seeds: "
         f"{', '.join(beaten)}. Longer training, or --method {RECOMMENDED}, may help."

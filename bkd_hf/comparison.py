@@ -178,7 +178,7 @@ class Comparison:
         return len(self.cells[method])
 
     def adjusts_itself(self, method: str) -> bool:
-        """Whether a method corrects for the class frequencies while training, by loss, weights or sampler."""
+        """Whether a method corrects for the class frequencies while training (see `is_balanced_by`)."""
         return adjusts_itself(next(iter(self.cells[method].values())))
 
     def values(self, method: str, metric: str, post_hoc: bool = False) -> dict[int, float]:
@@ -231,7 +231,9 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None 
         found = [folder] if folder.is_file() else sorted(folder.rglob(RESULTS_NAME))
         if not found:
             raise InputError(f"There is no {RESULTS_NAME} in {folder} or below it.")
-        cells = [path for path in found if SHARED_TEACHERS not in path.relative_to(folder).parts]
+        # A run's own teacher is no cell, unless it is named itself.
+        own = {run.parent / "teacher" / RESULTS_NAME for run in found}
+        cells = [path for path in found if SHARED_TEACHERS not in path.relative_to(folder).parts and path not in own]
         paths |= dict.fromkeys(Path(os.path.realpath(path)) for path in cells)
     return Comparison([load_results(path) for path in paths], [str(path) for path in paths], sort)
 

@@ -148,6 +148,12 @@ def _check_losses(options: Any, defaults: Mapping[str, Any]) -> None:
         "--method bkd-calibrated has it, is what the targets of bkd leave",
     )
     check(
+        power != "measured" or options.distillation_loss in ("bkd", "none"),
+        "class_balance_power",
+        f"left to another --method: --distillation_loss {options.distillation_loss} has no class weights whose power "
+        "could be measured, as --method bkd-calibrated does it",
+    )
+    check(
         not options.label_smoothing_factor or "label_smoothing" in options.loss_arguments("classification_loss"),
         "label_smoothing_factor",
         f"0 with --classification_loss {options.classification_loss}, which knows no label smoothing",

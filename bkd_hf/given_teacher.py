@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import InputError
 from .inputs import Inputs, long_tail_evaluation
-from .methods import METHODS, corrects
+from .methods import METHODS, is_balanced_by
 from .models import prefer_channels_last
 from .options import ModelArguments, RunArguments
 from .reading import read_option_file
@@ -133,7 +133,7 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
         warn(f"{option} was trained by {method}; {published}.")
     teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
-    teacher.is_balanced = corrects(origin.get("options", {}).get("training", {}))
+    teacher.is_balanced = is_balanced_by(origin.get("options", {}).get("training", {}))
     # A teacher trained on other images has not learned this tail's class frequencies.
     tau = arguments.data.post_hoc_tau if fingerprint == data["fingerprint"] else 0.0
     args = copy.copy(arguments.training)  # evaluated as it will teach, in its own dtype

@@ -241,9 +241,11 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
     if isinstance(feature, datasets.ClassLabel):
         of_splits = [dataset.features[LABEL_COLUMN] for dataset in splits.values()]
         names = [[normal(each) for each in getattr(other, "names", None) or ()] for other in of_splits]
-        if names[0] != names[-1]:
+        other = next((split for split, each in zip(splits, names, strict=True) if each != names[0]), None)
+        if other is not None:
+            other = "evaluation" if other == "eval" else other
             raise InputError(
-                f"{name}: the training and the evaluation split name their classes differently in {label_column!r}."
+                f"{name}: the training and the {other} split name their classes differently in {label_column!r}."
             )
         if len(set(names[0])) < len(names[0]):
             raise InputError(

@@ -245,3 +245,8 @@ def corrects(options: Mapping[str, Any]) -> bool:
     """
     parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
     return any(options.get(part) in _CORRECTING for part in parts)
+
+
+def is_balanced_by(options: Mapping[str, Any]) -> bool:
+    """Whether training with these options ends with balanced answers: as [`corrects`], or by the bias of the head."""
+    return options.get("head_bias") == "balanced" or corrects(options)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .loss_inputs import IGNORE_INDEX
+from .loss_inputs import IGNORE_INDEX, standardized
 from .losses import class_balanced_weights, deferred_weights, example_weights, have_started
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
 from .text import have, names_of
@@ -166,9 +166,23 @@ class Objective:
         """
         targets = self.loss("distillation_loss").targets  # type: ignore[union-attr]
         w = self._raised(self.final_weights(), power) if self.balances_distillation else None
-        n, arguments = self._device_counts, self._arguments("distillation_loss")
-        given = {"teacher_logits": z_t, "class_weights": w, "class_counts": n, **arguments}
-        return call(targets, given)  # type: ignore[arg-type]
+        n, known, arguments = self._device_counts, self.known_classes, self._arguments("distillation_loss")
+        if known is not None:
+            w, n = (None if of_class is None else of_class[known.to(of_class.device)] for of_class in (w, n))
+        given = {"class_weights": w, "class_counts": n, **arguments}
+        return self._on_known(z_t, lambda logits: call(targets, {"teacher_logits": logits, **given}))  # type: ignore[arg-type]
+
+    def as_seen(self, z_t: torch.Tensor) -> torch.Tensor:
+        """Teacher logits, B×C, as the targets see them: standardized, if the options say so."""
+        return self._on_known(z_t, standardized) if self.options.logit_standardization else z_t
+
+    def _on_known(self, z_t: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Change the columns, of B×C, of the classes that the teacher knows; those of the others become −∞."""
+        if self.known_classes is None:
+            return change(z_t)
+        known = self.known_classes.to(z_t.device)
+        changed = change(z_t[:, known])
+        return changed.new_full(z_t.shape, -torch.inf).index_copy(1, known, changed)
 
     def mixture(self, epoch: float) -> tuple[float, float]:
         """Weights of the classification loss and of the distillation loss, after `epoch` epochs of training."""

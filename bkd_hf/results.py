@@ -31,7 +31,7 @@ from .data import LABEL_COLUMN, class_counts, shared_fingerprint
 from .errors import InputError
 from .files import replacing
 from .machine import precision_of
-from .methods import corrects
+from .methods import is_balanced_by
 from .metrics import (
     FEW_SHOT_THRESHOLD,
     MANY_SHOT_THRESHOLD,
@@ -299,8 +299,8 @@ def effective_batch_size(results: dict[str, Any], model: str = "student") -> int
 
 
 def adjusts_itself(results: dict[str, Any]) -> bool:
-    """Whether the student's method corrects for the class frequencies, by loss, weights or sampler."""
-    return corrects(results["options"]["training"])
+    """Whether the student's training corrects for the class frequencies (see [`is_balanced_by`])."""
+    return is_balanced_by(results["options"]["training"])
 
 
 def describe_versions() -> dict[str, str | None]:

@@ -43,7 +43,7 @@ from .inputs import (
     warn_of_untested_classes,
 )
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
-from .methods import corrects
+from .methods import is_balanced_by
 from .models import FRESH_IMAGE_SIZE, load_classifier, prefer_channels_last, why_not_alike
 from .nodes import check_same, in_turn, on_main_process, send_folder
 from .objective import Objective
@@ -370,7 +370,7 @@ def _fit(
     trainer.save_state()
     trainer.save_metrics("train", outcome.metrics)
     metrics, measured = trainer.measure(images["eval"])
-    end_workers(trainer.callback_handler.train_dataloader, trainer.callback_handler.eval_dataloader)
+    end_workers(trainer.callback_handler.eval_dataloader)
     trainer.save_metrics("eval", metrics)
     if options.model.task == "image":
         about["augmentation"] = images["train"].augmentation
@@ -401,7 +401,7 @@ def _provide_teacher(
     send_folder(Path(options.training.output_dir), Path(arguments.training.output_dir))
     teacher = load_teacher(options.training.output_dir, **options.model.from_pretrained_kwargs())
     prefer_channels_last(teacher)
-    teacher.is_balanced = corrects(results["options"]["training"])
+    teacher.is_balanced = is_balanced_by(results["options"]["training"])
     return teacher, {**results["student"], "method": results["method"]}
 
 

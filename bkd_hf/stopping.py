@@ -141,12 +141,11 @@ def outlive_sigterm(loader: DataLoader) -> DataLoader:
     return loader
 
 
-def end_workers(*loaders: DataLoader | None) -> None:
-    """End the idle workers of some loaders at once: garbage collection would wait 5 seconds for each of them."""
-    for loader in loaders:
-        inner: Any = getattr(loader, "base_dataloader", loader)
-        if inner is not None:
-            inner._iterator = None  # its workers end with it
+def end_workers(loader: DataLoader | None) -> None:
+    """End the idle workers of a loader at once: garbage collection would wait 5 seconds for each of them."""
+    inner: Any = getattr(loader, "base_dataloader", loader)
+    if inner is not None:
+        inner._iterator = None  # its workers end with it
 
 
 def _start_worker(then: Callable[[int], None] | None, number: int) -> None:

@@ -262,7 +262,7 @@ def look(
         share = prior if options.distillation_prior == "teacher" else 1.0
         if options.class_balance_power == "measured":
             power = on_main_process(
-                lambda: strongest_power(teacher_logits, labels, weights**share, options.temperature)
+                lambda: strongest_power(objective.as_seen(teacher_logits), labels, weights**share, options.temperature)
             )
         else:
             power = objective.power

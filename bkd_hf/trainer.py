@@ -41,7 +41,7 @@ from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
 from .sharding import check_engine, spread_large_teacher, start_deepspeed_anew, tell_of_layers
-from .stopping import StopAtSigterm
+from .stopping import StopAtSigterm, end_workers
 from .streams import sample_of
 from .targets import NUM_IMAGES, answers_about_sample, look
 from .tasks import task_of_model
@@ -416,6 +416,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             self._start_head(self.model)
         with self._stop.listening() if self.args.enable_jit_checkpoint else nullcontext():
             outcome = super().train(resume_from_checkpoint, *args, **kwargs)
+        end_workers(self.callback_handler.train_dataloader)
         self._guard.check_weights(self.model, self.state.global_step)
         if self.args.head_bias == "balanced" or (self.args.head_bias == "auto" and self.bkd_objective.is_calibrated):
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

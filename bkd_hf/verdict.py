@@ -71,6 +71,8 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
         return None, ""
     student = results["student"]["metrics"]
     best = max(alternatives, key=lambda name: [alternatives[name][key] for key in reversed(_COMPARED)])
+    if all(student[key] > alternatives[best][key] for key in _COMPARED):  # then it must beat the others too
+        best = next((name for name, each in alternatives.items() if student["accuracy"] <= each["accuracy"]), best)
     other = alternatives[best]
     better = [words for key, words in _COMPARED.items() if student[key] > other[key]]
     # On a balanced test set overall and balanced accuracy are the same.
@@ -105,7 +107,11 @@ def _try(results: dict[str, Any]) -> str:
     if not results["teacher"]:
         return f"Try --method {RECOMMENDED}, or balanced-softmax."
     if (results.get("method") or "bkd").partition(" ")[0] != RECOMMENDED:
-        return f"Try --method {RECOMMENDED}, or more epochs for the teacher (--teacher_num_train_epochs)."
+        is_trained_here = "training" in results["teacher"]
+        stronger = (
+            "more epochs for the teacher (--teacher_num_train_epochs)" if is_trained_here else "a stronger teacher"
+        )
+        return f"Try --method {RECOMMENDED}, or {stronger}."
     return "Try more epochs (--num_train_epochs), or a stronger teacher; or use that instead of the student."
 
 

@@ -238,6 +238,34 @@ def test_files(cells, tmp_path):
         assert Image.open(tmp_path / "out" / name).size[0] >= 600
 
 
+def test_only_what_was_compared_is_called_better(cells):
+    alone = to_markdown(Comparison([cell("ce", 0, 0.9), cell("bkd", 1, 0.3)]))
+    assert alone.rstrip().endswith("No method was run with a seed of `ce`.")
+    assert "`ce`, which was not adjusted, over the same seeds" in to_markdown(Comparison(cells))
+    for results in cells:
+        results["student"]["post_hoc_metrics"] = {"tau": 1.0, **metrics_of(0.31)}
+    told = to_markdown(Comparison([*cells, cell("dkd", 7, 0.9)]))
+    assert "`kd`, `bkd` are better overall than `ce`, as it is and after post-hoc adjustment, over the same" in told
+
+
+def test_the_best_checkpoint_is_not_called_the_last(cells):
+    assert "last epoch, never the best on the test set" in to_markdown(Comparison(cells))
+    for results in cells:
+        results["options"]["training"]["load_best_model_at_end"] = True
+    told = to_markdown(Comparison(cells))
+    assert "the checkpoint that was best on these test examples, which flatters the numbers" in told
+    assert "never the best" not in told
+
+
+def test_a_runs_own_teacher_is_no_cell(cells, tmp_path):
+    for name, results in (("a", cells[3]), ("b", cells[6])):
+        for folder, content in ((tmp_path / name, results), (tmp_path / name / "teacher", cell("ce", 0, 0.2))):
+            folder.mkdir()
+            save_json(content, folder / "results.json")
+    assert load_comparison([tmp_path]).methods == ["kd", "bkd"]
+    assert load_comparison([tmp_path / "a", tmp_path / "b" / "teacher"]).methods == ["ce", "bkd"]
+
+
 def test_axes_end_where_accuracies_do(cells):
     for cell in cells:
         cell["student"]["metrics"]["worst_class_accuracy"] = 0.0

@@ -280,6 +280,17 @@ def test_evaluation_splits(tmp_path, others, eval_split, expected, untouched):
             load(untouched_test=True)
 
 
+@pytest.mark.parametrize("of_test", [datasets.ClassLabel(names=["dog", "cat"]), datasets.Value("int64")])
+def test_every_split_must_name_its_classes_alike(tmp_path, of_test):
+    feature = datasets.ClassLabel(names=["cat", "dog"])
+    features = {"train": feature, "validation": feature, "test": of_test}
+    path = saved(
+        datasets.DatasetDict({split: image_set([0, 1] * 5, each) for split, each in features.items()}), tmp_path
+    )
+    with pytest.raises(InputError, match="the training and the evaluation split name their classes differently"):
+        load_image_dataset(path, untouched_test=True)
+
+
 def test_parquet_without_evaluation_split_is_carved_stratified(tmp_path):
     path = tmp_path / "data.parquet"
     image_set(["b", "a", "b", "b", "a"] * 10 + ["c", "c"], datasets.Value("string"), "label").to_parquet(path)

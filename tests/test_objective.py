@@ -226,6 +226,20 @@ def test_a_teacher_of_some_classes_teaches_about_these(batch, method):
     torch.testing.assert_close(actual, torch.where(y == 0, 0.0, expected))
 
 
+@pytest.mark.parametrize("options", [{"method": "kd"}, {"method": "bkd"}, {"method": "ltkd"}])
+@pytest.mark.parametrize("standardizes", [False, True])
+def test_targets_of_a_partial_teacher_are_those_of_its_classes(batch, options, standardizes):
+    if standardizes and options["method"] != "ltkd":
+        options = {**options, "logit_standardization": True}
+    known = torch.arange(len(COUNTS) - 1)
+    args = BKDConfig(output_dir="unused", use_cpu=True, **options)
+    z_t = batch[1].clone()
+    z_t[:, -1] = -torch.inf
+    targets = Objective(args, COUNTS, known_classes=known).log_targets(z_t)
+    assert torch.equal(targets[:, -1].exp(), torch.zeros(len(z_t)))
+    torch.testing.assert_close(targets[:, :-1], Objective(args, COUNTS[:-1]).log_targets(z_t[:, :-1]))
+
+
 def test_options_that_change_change_the_objective(batch):
     args = BKDConfig(output_dir="unused", use_cpu=True, method="bkd")
     objective = Objective(args, COUNTS)

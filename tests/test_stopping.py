@@ -262,6 +262,6 @@ def test_idle_workers_end_at_once():
     assert len(list(loader)) == 4
     workers = set(multiprocessing.active_children()) - others
     assert len(workers) == 2
-    end_workers(loader, None)
+    end_workers(loader)
     assert not any(worker.is_alive() for worker in workers)
     assert [worker.exitcode for worker in workers] == [0, 0]

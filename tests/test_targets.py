@@ -282,6 +282,21 @@ def test_a_look_at_a_teacher_that_is_outvoted(tmp_path):
     )  # the class of 20 images is no few-shot
 
 
+@pytest.mark.parametrize("loss", ["kd", "dkd"])
+def test_a_loss_without_weights_has_none_that_could_be_measured(loss):
+    options = {"distillation_loss": loss, "logit_adjustment_tau": 1.0}
+    with pytest.raises(ValueError, match=f"--class_balance_power must be left to another --method: .* {loss} has no"):
+        BKDConfig(output_dir="unused", use_cpu=True, method="bkd-calibrated", **options)
+
+
+def test_what_is_measured_is_about_the_logits_that_the_targets_see(tmp_path):
+    options = {"method": "bkd-calibrated", "student_init": "model"}
+    trainer = trainer_for(tmp_path, teacher=Sure(), logit_standardization=True, **options)
+    found = trainer.look_at_targets()
+    assert found["power"] < 0.9  # of the logits as they are, the teacher is too sure to be outvoted
+    assert trainer_for(tmp_path, teacher=Sure(), **options).look_at_targets()["power"] == 1.0
+
+
 def test_looking_changes_nothing_in_the_training(tmp_path):
     weights = []
     for looks in (False, True):

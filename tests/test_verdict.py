@@ -133,3 +133,24 @@ def test_one_of_two_classes_is_few(answers, is_warned_of):
     results["student"]["answers"], results["data"]["eval_class_counts"] = answers, [40, 40]
     told = ["Only 1 of the 2 tested classes is ever answered."] if is_warned_of else []
     assert judge(results).warnings == told
+
+
+def test_each_alternative_must_be_beaten_everywhere():
+    results = results_of(0.85, 0.9, 0.8, balanced=0.75)
+    results["teacher"]["metrics"]["balanced_accuracy"] = 0.5
+    results["teacher"]["post_hoc_metrics"]["balanced_accuracy"] = 0.7
+    verdict = judge(results)
+    assert verdict.is_better is False
+    assert verdict.sentence.startswith(
+        "The student is better only in the mean over classes than its teacher: 85.0 against 90.0 % overall; "
+        "75.0 against 50.0 % in the mean over classes"
+    )
+
+
+@pytest.mark.parametrize("training", [None, {"epochs": 3.0}])
+def test_a_teacher_that_was_given_cannot_be_trained_longer(training):
+    results = results_of(0.4, 0.45, None)
+    results["teacher"].pop("training", None)
+    if training:
+        results["teacher"]["training"] = training
+    assert ("--teacher_num_train_epochs" in judge(results).sentence) is bool(training)

@@ -156,8 +156,8 @@ def tell_of_targets(
     is_long_tailed = counts is not None and max(counts) > 2 * min(counts)
     if prior < 0.5 and is_long_tailed and trainer.args.distillation_prior != "teacher":
         say(
-            f"WARNING: The teacher's answers leave the class frequencies out already (of 1, {prior:.2f} is left): "
-            "--distillation_prior teacher takes out only that."
+            f"WARNING: The teacher seems balanced already: its answers hold {prior:.0%} of the class frequencies, but "
+            "the targets are corrected for all of them. --distillation_prior teacher corrects for what is left."
         )
     if collapse := why_collapsed(statistics, class_names):
         # At p = 1/T the cause is not the re-weighting but the teacher, as after the first steps of a training.

@@ -18,7 +18,7 @@ from .errors import InputError
 from .loss_inputs import IGNORE_INDEX
 from .losses import cross_entropy_loss
 from .metrics import LongTailAccumulator, LongTailEvaluation
-from .stopping import outlive_sigterm
+from .stopping import end_workers, outlive_sigterm
 
 
 class EvaluationMeter:
@@ -131,6 +131,8 @@ class MeasuringTrainer(Trainer):
                 )
         finally:
             self.is_deepspeed_enabled = uses_deepspeed
+            if dataloader not in getattr(self, "_eval_dataloaders", {}).values():  # so it is not used again
+                end_workers(dataloader)
         found = self._evaluation.finish()
         dataset: Any = dataloader.dataset
         num_answers = self._evaluation.num_answers

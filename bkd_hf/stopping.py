@@ -144,7 +144,7 @@ def outlive_sigterm(loader: DataLoader) -> DataLoader:
 def end_workers(loader: DataLoader | None) -> None:
     """End the idle workers of a loader at once: garbage collection would wait 5 seconds for each of them."""
     inner: Any = getattr(loader, "base_dataloader", loader)
-    if inner is not None:
+    if getattr(inner, "_iterator", None) is not None:
         inner._iterator = None  # its workers end with it
 
 

@@ -294,6 +294,7 @@ def test_bad_options_are_refused_before_any_work(options, message, monkeypatch, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_adapter_for_the_student_alone(tmp_path, run_here):  # noqa: F811
     folder = tmp_path / "pretrained"
     load_classifier_of_vit(folder)

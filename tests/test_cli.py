@@ -272,6 +272,7 @@ def test_options_of_later_versions_are_as_by_default(copy, run_here):
     assert "--empty_classes is None there, clamp here" in message
 
 
+@pytest.mark.slow
 def test_given_teacher_is_used_as_it_is(finished, tmp_path, run_here):
     output = run_here(
         *QUICK, "--output_dir", str(tmp_path / "run"), "--teacher_model_name_or_path", str(finished / "teacher"),
@@ -344,6 +345,7 @@ def test_batches_can_come_from_the_main_process(tmp_path, run_here):
     assert load_results(tmp_path / "run")["student"]["training"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path, run_here):
     output = run_here(
         *QUICK, "--output_dir", str(tmp_path / "run"), "--method", "ldam-drw", "--teacher_learning_rate", "1"

@@ -98,6 +98,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 # ---- Full disks
 
 
+@pytest.mark.slow
 def test_files_that_find_no_room(whole, tmp_path):
     folder = tmp_path / "run"
     for size in (30, 100_000):  # for the run's own record, for weights
@@ -108,6 +109,7 @@ def test_files_that_find_no_room(whole, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may mount a small disk")
+@pytest.mark.slow
 def test_full_disk(whole, tmp_path):
     try:
         with faults.small_disk(tmp_path / "disk", 1500) as enlarge:

@@ -181,6 +181,7 @@ def test_results_of_an_export(exported):
     assert not [path.name for path in exported.iterdir() if path.name.startswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_an_export_is_not_made_twice(exported, capsys):
     before = {name: (exported / name).stat().st_mtime_ns for name in (*FILES, "results.json")}
     publish = main_of("publish.py")
@@ -195,6 +196,7 @@ def test_an_export_is_not_made_twice(exported, capsys):
     assert "required: --repo_id" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_app_answers_by_it(exported, monkeypatch):
     pytest.importorskip("gradio", reason="gradio (extra `space`) is not installed")
     space = build_space(exported, "user/app")
@@ -212,6 +214,7 @@ def test_the_app_answers_by_it(exported, monkeypatch):
     assert [float(share) for _, share in shown] == pytest.approx((100 * expected.topk(5).values).tolist(), abs=0.06)
 
 
+@pytest.mark.slow
 def test_code_in_the_card_names_the_digit(exported, tmp_path, monkeypatch, capsys):
     card = (exported / "README.md").read_text()
     table = re.search(r"\| student \(ONNX, int8\) \|(.*)\|", card)
@@ -231,6 +234,7 @@ def test_code_in_the_card_names_the_digit(exported, tmp_path, monkeypatch, capsy
     assert accuracy > 0.3  # of 10 classes, after two epochs
 
 
+@pytest.mark.slow
 def test_what_is_pushed(exported, plain, tmp_path):
     assert set(prepare(exported, "user/digits").files) >= FILES
     lonely = Path(shutil.copytree(plain, tmp_path / "of_an_earlier_student"))
@@ -250,6 +254,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(copy, monkeypatch):
     assert "export" not in load_results(copy)
 
 
+@pytest.mark.slow
 def test_a_teacher_trained_in_the_run_is_timed(copy, capsys):
     record = json.loads((copy / "bkd_run.json").read_text())
     given = Path(record["model"].pop("teacher_model_name_or_path"))
@@ -289,6 +294,7 @@ def test_missing_libraries_are_named_before_any_work(library, tmp_path, monkeypa
         check_before_work(arguments(tmp_path / "run", "--export", "onnx"))
 
 
+@pytest.mark.slow
 def test_a_loss_by_rounding_is_told(exported):
     results = load_results(exported)
     exact, rounded = (results["export"]["models"][name]["metrics"] for name in ("onnx", "int8"))
@@ -298,6 +304,7 @@ def test_a_loss_by_rounding_is_told(exported):
     assert "WARNING: int8 loses 3.0 points few-shot: use onnx/model.onnx where that matters." in lines(results)
 
 
+@pytest.mark.slow
 def test_a_malformed_section_is_refused_and_a_figure_needs_no_few_shot_class(exported):
     results = load_results(exported)
     for model in results["export"]["models"].values():

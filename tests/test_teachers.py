@@ -308,6 +308,7 @@ def test_teacher_that_lacks_classes(finished, tmp_path, run_here):  # noqa: F811
     assert "is no JSON" in message
 
 
+@pytest.mark.slow
 def test_teacher_without_names(finished, tmp_path, run_here):  # noqa: F811
     teacher = changed(finished / "teacher", tmp_path / "teacher", names=[f"LABEL_{n}" for n in range(10)])
     message = refused(*options_for(tmp_path, teacher))
@@ -316,6 +317,7 @@ def test_teacher_without_names(finished, tmp_path, run_here):  # noqa: F811
     run_here(*options_for(tmp_path, teacher), "--assume_label_order", "--num_train_epochs", "1")
 
 
+@pytest.mark.slow
 def test_teacher_that_guesses_is_refused(finished, tmp_path, run_here):  # noqa: F811
     # The right names, the wrong rows: what alignment by name cannot see.
     teacher = changed(finished / "teacher", tmp_path / "teacher", [5, 6, 7, 8, 9, 0, 1, 2, 3, 4], DIGITS)
@@ -348,6 +350,7 @@ def test_what_beats_guessing(accuracies, num_images, expected):
     assert beats_guessing(accuracies, num_images) is expected
 
 
+@pytest.mark.slow
 def test_teacher_with_other_pixels_is_rendered_for_itself(finished, tmp_path, run_here):  # noqa: F811
     teacher = finished / "teacher"
     other = Path(shutil.copytree(teacher, tmp_path / "teacher"))

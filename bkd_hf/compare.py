@@ -88,6 +88,8 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
                 *([_ONE_SEED.format(task=task)] if is_resampled else []),
                 _table(head, rows),
             ]
+    if "ce" not in methods and (changed := [method for method in methods if method.startswith("ce (")]):
+        parts.append(f"There is no plain `ce` to compare with: {code(changed[0])} has the options of all cells.")
     adjusted = [method for method in methods if not comparison.adjusts_itself(method)]
     adjusted = [method for method in adjusted if comparison.estimate(method, "overall", post_hoc=True)]
     if adjusted:

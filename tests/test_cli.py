@@ -395,6 +395,7 @@ def test_bad_methods_are_refused(tmp_path):
 # ---- Launchers and data
 
 
+@pytest.mark.slow
 def test_two_processes(finished, tmp_path, run_here):
     both = faults.start_two(*QUICK, "--output_dir", tmp_path / "run", "--per_device_train_batch_size", 16)
     assert [process.wait() for process in both] == [0, 0], [process.output for process in both]

@@ -266,6 +266,13 @@ def test_a_runs_own_teacher_is_no_cell(cells, tmp_path):
     assert load_comparison([tmp_path / "a", tmp_path / "b" / "teacher"]).methods == ["ce", "bkd"]
 
 
+def test_options_that_changed_the_baseline_are_told():
+    cells = [cell("ce", 0, 0.3), cell("bkd", 0, 0.4)]
+    for results in cells:
+        results["method"] += " (head_bias balanced)"
+    assert "no plain `ce` to compare with: `ce (head_bias balanced)`" in to_markdown(Comparison(cells))
+
+
 def test_axes_end_where_accuracies_do(cells):
     for cell in cells:
         cell["student"]["metrics"]["worst_class_accuracy"] = 0.0

@@ -62,6 +62,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 # ---- Kills
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_nobody_holds_its_folder(whole, tmp_path):
     folder = tmp_path / "run"
     first = Run(*CHEAP, "--output_dir", folder)

@@ -246,6 +246,7 @@ def test_what_is_pushed(exported, plain, tmp_path):
         prepare(lacking, "user/digits")
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_not_kept(copy, monkeypatch):
     monkeypatch.setattr(onnx_files, "TOLERANCE", 1e-12)
     with pytest.raises(InputError, match=r"logits differ from torch's by up to .* so it was not kept"):

@@ -70,13 +70,13 @@ def whole(tmp_path_factory) -> tuple:
 @pytest.mark.parametrize(
     ("event", "step", "kept"),
     [
-        ("on_train_begin", 0, None),  # nothing to keep
+        pytest.param("on_train_begin", 0, None, marks=pytest.mark.slow),  # nothing to keep
         ("on_step_begin", 0, 1),
         ("on_pre_optimizer_step", 1, 2),  # BatchNorm has seen the step, the weights have not
-        ("on_step_begin", 3, 4),  # the last one of an epoch, whose evaluation follows
+        pytest.param("on_step_begin", 3, 4, marks=pytest.mark.slow),  # the last of an epoch, before its evaluation
         ("on_prediction_step", 4, 4),  # in the midst of an evaluation
-        ("on_save", 4, 5),
-        ("on_step_begin", 7, 8),  # the last one of all
+        pytest.param("on_save", 4, 5, marks=pytest.mark.slow),
+        pytest.param("on_step_begin", 7, 8, marks=pytest.mark.slow),  # the last of all
     ],
 )
 def test_a_training_stops_after_its_step_and_goes_on(tmp_path, whole, event, step, kept):

@@ -267,6 +267,7 @@ def test_a_teacher_trained_in_the_run_is_timed(copy, capsys):
     assert "teacher" in export_run(recorded_arguments(copy), Announcer())["export"]["models"]
 
 
+@pytest.mark.slow
 def test_of_a_large_evaluation_set_a_part_is_asked(copy, monkeypatch):
     monkeypatch.setattr(onnx_export, "EVALUATION_IMAGES", 100)
     results = export_run(recorded_arguments(copy), Announcer())

@@ -120,28 +120,25 @@ def _against_what_is_free(comparison: Comparison) -> str | None:
     others = [method for method in comparison.methods if method != "ce"]
     if not others or "ce" not in comparison.methods:
         return None
-    beaten, compared, has_adjusted = [], [], False
-    for method in others:
+    plain, adjusted = (comparison.values("ce", "overall", post_hoc) for post_hoc in (False, True))
+    compared = [method for method in others if comparison.values(method, "overall").keys() & plain.keys()]
+    if not compared:
+        return "No method was run with a seed of `ce`."
+    beaten = []
+    for method in compared:
         values = comparison.values(method, "overall")
         free: list[tuple[float, float, str]] = []  # mean of ce, mean of the method over the same seeds, name
-        for name, post_hoc in (("`ce`", False), ("`ce` after post-hoc adjustment", True)):
-            theirs = comparison.values("ce", "overall", post_hoc)
+        for name, theirs in (("`ce`", plain), ("`ce` after post-hoc adjustment", adjusted)):
             if seeds := values.keys() & theirs.keys():
                 best, mean = (float(np.mean([each[seed] for seed in seeds])) for each in (theirs, values))
                 free.append((best, mean, name))
-        if not free:
-            continue
-        compared.append(method)
-        has_adjusted |= len(free) > 1
         best, mean, name = max(free, key=lambda each: each[0])
         if mean <= best:
             beaten.append(f"{code(method)} ({mean:.1f} against {best:.1f} of {name})")
-    if not compared:
-        return "No method was run with a seed of `ce`."
     if not beaten:
         subject = "Every method" if compared == others else ", ".join(map(code, compared))
         are = "is" if compared == others or len(compared) == 1 else "are"
-        what = "as it is and after post-hoc adjustment" if has_adjusted else "which was not adjusted"
+        what = "as it is and after post-hoc adjustment" if adjusted else "which was not adjusted"
         return f"{subject} {are} better overall than `ce`, {what}, over the same seeds."
     return (
         "**Not better overall than what needs no training beyond `ce`**, over the same seeds: "

@@ -221,7 +221,7 @@ def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int
 
 
 def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None = None) -> Comparison:
-    """Read every `results.json` in and below some folders; `sort` as in [`Comparison`].
+    """Read every `results.json` in and below some folders, but those of teachers; `sort` as in [`Comparison`].
 
     Raises:
         InputError: As [`Comparison`] and [`load_results`].
@@ -231,7 +231,7 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None 
         found = [folder] if folder.is_file() else sorted(folder.rglob(RESULTS_NAME))
         if not found:
             raise InputError(f"There is no {RESULTS_NAME} in {folder} or below it.")
-        # A run's own teacher is no cell, unless it is named itself.
+        # The teacher that a run trained is no cell, unless its folder is named.
         own = {run.parent / "teacher" / RESULTS_NAME for run in found}
         cells = [path for path in found if SHARED_TEACHERS not in path.relative_to(folder).parts and path not in own]
         paths |= dict.fromkeys(Path(os.path.realpath(path)) for path in cells)

@@ -119,10 +119,10 @@ class Objective:
         return values / (example_weights(y, w, like=w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
 
     def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
-        w, n, known = self.distillation_weights(progress), self._device_counts, self.known_classes
+        w, n = map(self._of_known, (self.distillation_weights(progress), self._device_counts))
+        known = self.known_classes
         if known is not None:
             z_s, z_t, y = z_s[:, known], z_t[:, known], _among(known, y)
-            w, n = (None if of_class is None else of_class[known] for of_class in (w, n))
         inputs = {"student_logits": z_s, "teacher_logits": z_t, "labels": y, "class_weights": w, "class_counts": n}
         values = self._values("distillation_loss", **inputs)
         _per_example("distillation", values, y)
@@ -166,15 +166,18 @@ class Objective:
         """
         targets = self.loss("distillation_loss").targets  # type: ignore[union-attr]
         w = self._raised(self.final_weights(), power) if self.balances_distillation else None
-        n, known, arguments = self._device_counts, self.known_classes, self._arguments("distillation_loss")
-        if known is not None:
-            w, n = (None if of_class is None else of_class[known.to(of_class.device)] for of_class in (w, n))
-        given = {"class_weights": w, "class_counts": n, **arguments}
+        w, n = map(self._of_known, (w, self._device_counts))
+        given = {"class_weights": w, "class_counts": n, **self._arguments("distillation_loss")}
         return self._on_known(z_t, lambda logits: call(targets, {"teacher_logits": logits, **given}))  # type: ignore[arg-type]
 
     def as_seen(self, z_t: torch.Tensor) -> torch.Tensor:
         """Teacher logits, B×C, as the targets see them: standardized, if the options say so."""
         return self._on_known(z_t, standardized) if self.options.logit_standardization else z_t
+
+    def _of_known(self, values: torch.Tensor | None) -> torch.Tensor | None:
+        """Values of the classes that the teacher knows, of C values."""
+        known = self.known_classes
+        return values if values is None or known is None else values[known.to(values.device)]
 
     def _on_known(self, z_t: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Change the columns, of B×C, of the classes that the teacher knows; those of the others become −∞."""

@@ -179,12 +179,18 @@ def test_texts_of_ones_own_have_a_model_and_its_training_by_default(tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--task text --image_size 32", "--image_size is for --task image, and this is --task text: leave it out"),
+        (
+            "--task text --image_size 32",
+            "--image_size is for --task image, and this is --task text: leave it out or use --task image.",
+        ),
         ("--task text --train_augmentation pad_crop", "--train_augmentation is for --task image"),
         ("--task text --horizontal_flip false", "--horizontal_flip is for --task image"),
         ("--task text --image_column_name img", "--image_column_name is for --task image"),
         ("--task text --teacher_image_size 32", "--teacher_image_size is for --task image"),
-        ("--max_length 64", "--max_length is for --task text, and this is --task image: leave it out or use"),
+        (
+            "--max_length 64",
+            "--max_length is for --task text, and this is --task image: leave it out or use --task text.",
+        ),
         ("--text_column_name body", "--text_column_name is for --task text"),
         ("--task text --max_length 4", "--max_length must be at least 8, got 4."),
         ("--task text --max_length 1000", "--max_length 1000: bert-1x64 takes 512 tokens at most."),

@@ -108,7 +108,7 @@ class LossMeter:
         totals = self._totals()
         self.sums = {}
         count = totals.pop("count")
-        return {name: total / count for name, total in totals.items()}
+        return {name: total / max(count, 1) for name, total in totals.items()}
 
     def keep(self, trainer: Any) -> None:
         """Save the sums since the last log in the state of a checkpoint; all processes must call it.

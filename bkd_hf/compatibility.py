@@ -98,6 +98,11 @@ def check_together(options: Any, defaults: Mapping[str, Any]) -> None:
         "teacher_cache_top_k",
         f"left out with --distillation_loss {options.distillation_loss}, which needs all of the teacher's logits",
     )
+    check(
+        options.student_init != "teacher" or options.head_init == "random",
+        "head_init",
+        "random with --student_init teacher, which takes over the teacher's head",
+    )
     check(options.feature_cache == "off" or options.freeze_backbone, "feature_cache", "off without --freeze_backbone")
     check(options.label_names in (None, ["labels"]), "label_names", "left out: the labels of a batch are `labels`")
     check(

@@ -136,8 +136,8 @@ class BKDConfig(TrainingArguments):
         None,
         "What the student starts from: model (the weights of --model_name_or_path), teacher (the teacher's, without "
         "the class frequencies if labels or targets leave them out), or auto (the teacher's if both are alike, see "
-        "the same pixels, and class_balance_power is below 1: a teacher that is less sure of its training images has "
-        "more to learn); not given: as --method says.",
+        "the same pixels, head_init is random, and class_balance_power is below 1: a teacher that is less sure of its "
+        "training images has more to learn); not given: as --method says.",
     )
     head_bias: Annotated[str | None, "student"] = option(
         None,

@@ -254,10 +254,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     def _share_of_mean(self, losses: torch.Tensor, counted: torch.Tensor, num_items_in_step: Any) -> torch.Tensor:
         losses = losses * counted
         if num_items_in_step is None:
-            return losses.sum() / counted.sum()
+            return losses.sum() / _at_least_1(counted.sum())
         # Processes average their gradients; the count is over all processes (unless that is switched off).
         num_averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return losses.sum() / num_items_in_step * num_averaged
+        return losses.sum() / _at_least_1(num_items_in_step) * num_averaged
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the labelled examples of an optimizer step as `Trainer` does, and compute their mean class weight."""
@@ -268,7 +268,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             total = torch.stack([example_weights(each, weights, like=weights).sum() for each in labels]).sum()
             if self.args.average_tokens_across_devices:
                 total = self.accelerator.reduce(total, reduction="sum")
-            self._mean_weight_of_step = total / num_items
+            self._mean_weight_of_step = torch.where(total > 0, total, 1) / _at_least_1(num_items)
         return num_items
 
     def _progress(self, num_items_in_batch: torch.Tensor | int | None = None) -> Progress:
@@ -312,7 +312,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         if why_not is not None and args.student_init == "teacher":
             raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
         # With p = 1 the teacher has learned all it can: its logits are worth more than its weights.
-        if why_not is not None or (args.student_init == "auto" and self.bkd_objective.power >= 1):
+        has_own_start = self.bkd_objective.power >= 1 or args.head_init != "random"
+        if why_not is not None or (args.student_init == "auto" and has_own_start):
             return
         counts = self.class_counts if corrects(vars(args)) else None
         start_from_teacher(student, teacher.model, counts, self.bkd_objective.prior)
@@ -448,3 +449,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self._meter.keep(self)
         self._keep_stream()
         super()._save_checkpoint(model, trial)
+
+
+def _at_least_1(num_items: torch.Tensor | int) -> torch.Tensor:
+    """A divisor for a sum over labelled examples: without any, the sum is 0, and so is the mean."""
+    return torch.as_tensor(num_items).clamp_min(1)

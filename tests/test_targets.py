@@ -458,6 +458,14 @@ def test_a_teacher_that_has_learned_all_there_is_gives_no_weights(tmp_path):
     assert trainer_for(tmp_path, **options, student_init="teacher").student_started_from_teacher
 
 
+def test_a_head_of_class_means_is_not_mixed_with_the_teachers_weights(tmp_path):
+    options = {"method": "bkd-calibrated", "class_balance_power": 0.5, "head_init": "class_mean"}
+    trainer = trainer_for(tmp_path, model=vit(0), teacher=vit(1), **options)
+    assert not trainer.student_started_from_teacher
+    with pytest.raises(InputError, match=r"--head_init must be random with --student_init teacher"):
+        trainer_for(tmp_path, model=vit(0), teacher=vit(1), **options, student_init="teacher")
+
+
 def test_the_papers_student_starts_from_its_own_weights(tmp_path):
     student = vit(0)
     before = student.classifier.weight.clone()

@@ -892,6 +892,23 @@ def test_examples_without_a_label_count_for_nothing_anywhere(tmp_path, options):
         assert found[name] == pytest.approx(expected[name], abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"method": "bkd"}, {"method": "ce", "class_weighting": "reweight"}], ids=str)
+def test_a_step_without_any_label_changes_nothing(tmp_path, options):
+    unlabelled = [{**example, "labels": -100} for example in images()[:8]]
+    options |= {"teacher": None} if options["method"] == "ce" else {}
+    options |= {"per_device_train_batch_size": 8, "train_sampling_strategy": "sequential", "logging_steps": 1}
+    options |= {"optim": "sgd", "momentum": 0.0, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    weights = []
+    for data, steps in (([*unlabelled, *images()], 2), ([*images(), *unlabelled], 1)):
+        model = vit(0)
+        trainer = trainer_for(tmp_path, model, data=data, **options | {"max_steps": steps})
+        trainer.train()
+        assert all(np.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], msg=name)
+
+
 def test_an_attribute_that_lists_the_classes_is_not_taken_for_labels(tmp_path):
     class Listed(list):
         labels: ClassVar = [0, 1, 2, 3, 4]

@@ -109,7 +109,13 @@ class AveragingTrainer(AdaptingTrainer):
         self.callback_handler.callbacks.insert(0, self._average)  # others see the average when training ends
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer`."""
+        """Train as `Trainer`; raises an `InputError` if the weights have too few digits for an average."""
+        short = {p.dtype for p in self.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        if self.args.ema_decay is not None and short:
+            raise InputError(
+                f"--ema_decay {self.args.ema_decay:g} needs a student in float32: in {short.pop()} the small steps of "
+                "an average are rounded away. Load it with dtype=torch.float32; --precision bf16 may stay."
+            )
         self._average.forget()
         return super().train(*args, **kwargs)
 

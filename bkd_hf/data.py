@@ -121,7 +121,7 @@ def make_long_tailed(
     name_those = functools.partial(name_classes, dataset, label_column)
     if max_count is None:
         shares = _profile_shares(num_classes, imbalance_ratio, profile, pareto_alpha)
-        max_count = int(np.min(available[order] / np.asarray(shares)))
+        max_count = int(np.min(available[order] / np.asarray(shares)) * (1 + 1e-12))  # 1 / (1/93) is below 93
         if max_count < 1:
             raise InputError(f"{name_those(available == 0)} without {unit}s: nothing to select from.")
     wanted = np.zeros(num_classes, dtype=np.int64)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .loss_inputs import (
     IGNORE_INDEX,
     Reduction,
+    are_labelled,
     at_least_float32,
     check_not_negative,
     check_positive,
@@ -140,7 +141,7 @@ def dist_loss(
     check_not_negative(beta=beta, gamma=gamma)
     student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature, labels)
     p_s, p_t = (F.softmax(logits / temperature, dim=-1) for logits in (student_logits, teacher_logits))
-    counted = (labels != IGNORE_INDEX).to(p_s.dtype)
+    counted = are_labelled(labels).to(p_s.dtype)
     between_classes = 1 - _correlation(p_s, p_t, torch.ones_like(p_s), dim=1)
     between_examples = 1 - _correlation(p_s, p_t, counted[:, None], dim=0).mean()
     losses = temperature**2 * (beta * between_classes + gamma * between_examples)
@@ -222,7 +223,7 @@ def _log_groups(log_p: torch.Tensor, groups: list[torch.Tensor]) -> torch.Tensor
 def _balanced_log_groups(log_p: torch.Tensor, groups: list[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """B×3 as [`_log_groups`], scaled such that their mean over the examples with a label would be uniform."""
     log_b = _log_groups(log_p, groups)
-    ignored = torch.where(labels == IGNORE_INDEX, -torch.inf, 0.0)[:, None]
+    ignored = torch.where(are_labelled(labels), 0.0, -torch.inf)[:, None]
     log_mean = (log_b + ignored).logsumexp(dim=0)
     return F.log_softmax(log_b - torch.where(log_mean.isfinite(), log_mean, 0.0), dim=-1)
 

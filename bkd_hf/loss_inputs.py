@@ -19,6 +19,11 @@ Reduction = Literal["mean", "sum", "none"]
 IGNORE_INDEX = -100
 
 
+def are_labelled(labels: torch.Tensor) -> torch.Tensor:
+    """B booleans: whether an example has a label; B labels of any type (in uint8, −100 would be class 156)."""
+    return labels.long() != IGNORE_INDEX
+
+
 def at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Convert tensors to the widest of their types, at least float32."""
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
@@ -26,7 +31,8 @@ def at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def standardized(logits: torch.Tensor) -> torch.Tensor:
-    """Logits, B×C, with mean 0 and standard deviation 1 over the classes of each example."""
+    """Logits, B×C, with mean 0 and standard deviation 1 over the classes of each example; `ValueError` if C is 1."""
+    require(logits.shape[-1] > 1, "Standardized logits need two classes or more, got 1.")
     variance = logits.var(dim=-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)  # no gradient of √ at 0
     return (logits - logits.mean(dim=-1, keepdim=True)) / (variance.sqrt() + 1e-7)
 
@@ -70,7 +76,7 @@ def reduce(losses: torch.Tensor, reduction: str, mass: torch.Tensor | None = Non
 
 def reduce_labelled(losses: torch.Tensor, labels: torch.Tensor, reduction: str) -> torch.Tensor:
     """As [`reduce`], but ignoring examples labelled −100."""
-    counted = (labels != IGNORE_INDEX).to(losses.dtype)
+    counted = are_labelled(labels).to(losses.dtype)
     return reduce(losses * counted, reduction, counted)
 
 
@@ -154,7 +160,7 @@ def check_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
             f"and {tuple(labels.shape)}, labels of type {labels.dtype}."
         )
     if labels.device.type == "cpu":
-        outside = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= logits.shape[1]))
+        outside = are_labelled(labels) & ((labels < 0) | (labels >= logits.shape[1]))
         if bool(outside.any()):
             raise ValueError(
                 f"Label {labels[outside][0].item()} is outside the range of the {logits.shape[1]} classes, "

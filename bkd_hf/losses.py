@@ -52,6 +52,7 @@ from .distillation_losses import (
 from .loss_inputs import (
     IGNORE_INDEX,
     Reduction,
+    are_labelled,
     at_least_float32,
     check_labels,
     check_not_negative,
@@ -140,7 +141,8 @@ def deferred_weights(
 
 def have_started(start: float | None, epoch: float, num_epochs: float) -> bool:
     """Whether [`deferred_weights`] are in force; arguments as there."""
-    return epoch >= (0.0 if start is None else start * num_epochs if start < 1 else start)
+    first = 0.0 if start is None else start * num_epochs if start < 1 else start
+    return epoch >= first * (1 - 1e-12)  # 0.14 · 50 is above 7 in floating point
 
 
 def kd_loss(
@@ -386,7 +388,7 @@ def bkd_loss(
 
 def example_weights(labels: torch.Tensor, class_weights: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     """Weight of each example, in the type of `like`: that of its class, 1 without weights, 0 if the label is −100."""
-    counted = labels != IGNORE_INDEX
+    counted = are_labelled(labels)
     if class_weights is None:
         return counted.to(like.dtype)
     weights = class_weights.to(device=like.device, dtype=like.dtype)

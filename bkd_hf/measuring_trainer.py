@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 
 from .errors import InputError
-from .loss_inputs import IGNORE_INDEX
+from .loss_inputs import are_labelled
 from .losses import cross_entropy_loss
 from .metrics import LongTailAccumulator, LongTailEvaluation
 from .stopping import end_workers, outlive_sigterm
@@ -49,11 +49,11 @@ class EvaluationMeter:
         logits, labels = logits[:number], labels[:number]
         self.num_answers += number
         loss = cross_entropy_loss(logits, labels, self.label_smoothing, reduction="sum")
-        self._sums.append(torch.stack([loss, (labels != IGNORE_INDEX).sum()]))
+        self._sums.append(torch.stack([loss, are_labelled(labels).sum()]))
         if self.accumulator is not None:
             at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
             logits, labels = logits.to("cpu", at_least_float32), labels.cpu()
-            counted = labels != IGNORE_INDEX
+            counted = are_labelled(labels)
             if counted.any():
                 self.accumulator.update(logits[counted].numpy(), labels[counted].numpy(), first)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .errors import InputError
-from .loss_inputs import IGNORE_INDEX, standardized
+from .loss_inputs import IGNORE_INDEX, are_labelled, standardized
 from .losses import class_balanced_weights, deferred_weights, example_weights, have_started
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
 from .text import have, names_of
@@ -116,7 +116,7 @@ class Objective:
         # A weighted mean divides by the sum of the weights over the whole step. Dividing the values by the mean weight
         # instead lets all losses use the same plain mean.
         mean = progress.mean_weight
-        return values / (example_weights(y, w, like=w).sum() / (y != IGNORE_INDEX).sum() if mean is None else mean)
+        return values / (example_weights(y, w, like=w).sum() / are_labelled(y).sum() if mean is None else mean)
 
     def _distillation(self, z_s: torch.Tensor, z_t: torch.Tensor, y: torch.Tensor, progress: Progress) -> torch.Tensor:
         w, n = map(self._of_known, (self.distillation_weights(progress), self._device_counts))
@@ -126,7 +126,7 @@ class Objective:
         inputs = {"student_logits": z_s, "teacher_logits": z_t, "labels": y, "class_weights": w, "class_counts": n}
         values = self._values("distillation_loss", **inputs)
         _per_example("distillation", values, y)
-        return values if known is None else torch.where(y == IGNORE_INDEX, 0.0, values)
+        return values if known is None else torch.where(are_labelled(y), values, 0.0)
 
     @property
     def top_k(self) -> TopK | None:
@@ -363,8 +363,21 @@ class Objective:
                 "teacher_model out, or choose a distillation_loss."
             )
         self.check_empty_classes(getattr(model_config, "id2label", None) or {})
+        self._check_power()
         if self.own["classification_loss"] is None:
             check_head(options, model_config)
+
+    def _check_power(self) -> None:
+        power = self.options.class_balance_power
+        if not isinstance(power, float) or not self.has_teacher or not self.balances_distillation:
+            return
+        weights = self.final_weights()
+        raised = self._raised(weights, power)
+        if not bool(((raised > 0) & raised.isfinite()).all()):
+            raise InputError(
+                f"--class_balance_power {power:g} is too large: the class weights, {weights.min():.1e} to "
+                f"{weights.max():.1e}, to this power leave the range of float32. The paper's power is 1."
+            )
 
     def check_empty_classes(self, class_names: Mapping[int, str]) -> None:
         """Check that no class is without training images, if the losses need their number.

@@ -38,8 +38,8 @@ class GlobalBatchSampler:
         drop_last: Whether to drop the last global batch of an epoch if it is not full.
         pad_last: Whether to pad its micro-batches with ignored copies of the epoch's first examples, so that all have
             the same size. The loss is the same mean, but BatchNorm's statistics of that step include the copies.
-        class_balanced_labels: The class number of each example, for class-balanced sampling; `None` to use each
-            example once per epoch.
+        class_balanced_labels: The class number of each example (−100: none, so it is not drawn), for class-balanced
+            sampling; `None` to use each example once per epoch.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class GlobalBatchSampler:
         self._by_class: list[np.ndarray] | None = None
         if class_balanced_labels is not None:
             labels = np.asarray(class_balanced_labels)
-            self._by_class = [np.flatnonzero(labels == number) for number in np.unique(labels)]
+            self._by_class = [np.flatnonzero(labels == number) for number in np.unique(labels[labels >= 0])]
         self._per_round = batch_size * num_processes
         self._global_batch_size = self._per_round * accumulation_steps
         self._num_full = num_examples // self._global_batch_size

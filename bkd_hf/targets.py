@@ -45,8 +45,9 @@ def strongest_power(
 
         p_i = min_c (z_y − z_c) / (T · (log w_c − log w_y))    over the classes c with a larger weight than y's
 
-    The result is the largest p that 95 % of these p_i reach. A teacher that has memorised its training images gives 1,
-    the paper's p; one that has not gives 1/T, which is right for a teacher whose softmax(z_t) is calibrated on them.
+    The result is the 5 % quantile of these p_i (the lower of its neighbours): 95 % reach it. A teacher that has
+    memorised its training images gives 1, the paper's p; one that has not gives 1/T, which is right for a teacher
+    whose softmax(z_t) is calibrated on them.
 
     Args:
         teacher_logits: N×C, of training images.

@@ -32,7 +32,7 @@ from .config import BKDConfig
 from .errors import InputError, TrainingStopped
 from .head import num_labels, prepare_head
 from .head_fitting import fit_bias
-from .loss_inputs import IGNORE_INDEX
+from .loss_inputs import are_labelled
 from .losses import cross_entropy_loss, example_weights
 from .methods import corrects
 from .metrics import LongTailEvaluation, check_class_counts
@@ -237,7 +237,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         """
         student_inputs, teacher_inputs, labels = split_inputs(inputs)
         outputs = model(**student_inputs)
-        counted = labels != IGNORE_INDEX
+        counted = are_labelled(labels)
         if model.training:
             z_s, z_t = outputs.logits, self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
             is_top_k = self.args.teacher_cache_top_k is not None and self.teacher_cache is not None
@@ -261,6 +261,9 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the labelled examples of an optimizer step as `Trainer` does, and compute their mean class weight."""
+        for batch in batch_samples:
+            if getattr(batch.get("labels"), "dtype", None) == torch.uint8:
+                batch["labels"] = batch["labels"].long()  # Trainer compares with −100, which in uint8 is class 156
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         weights = self.classification_weights
         if weights is not None and batch_samples and num_items is not None:

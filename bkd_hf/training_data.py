@@ -37,7 +37,8 @@ def count_training_examples(dataset: Any, num_classes: int | None) -> np.ndarray
     if hasattr(dataset, "class_counts"):
         counts = np.asarray(dataset.class_counts, dtype=np.int64)
     elif isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
-        counts = np.asarray(count_classes(dataset, column))
+        labelled = np.flatnonzero(labels_of(dataset, column) != IGNORE_INDEX)
+        counts = np.asarray(count_classes(dataset.select(labelled), column))
     else:
         labels = training_labels(dataset)
         if labels is None:

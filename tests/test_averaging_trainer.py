@@ -81,6 +81,13 @@ def test_frozen_weights_stay_as_they_are_to_the_bit(tmp_path):
     assert sorted(changed) == ["classifier.bias", "classifier.weight"]
 
 
+def test_weights_of_few_digits_have_no_average(tmp_path):
+    trainer = trainer_for(tmp_path, ema_decay=0.9)
+    trainer.model.to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"--ema_decay 0\.9 needs a student in float32: in torch\.bfloat16"):
+        trainer.train()
+
+
 def test_masks_that_are_not_finite_stay_masks(tmp_path):
     trainer = trainer_for(tmp_path, ema_decay=DECAY)
     mask = torch.tensor([0.0, -torch.inf])

@@ -689,6 +689,13 @@ def test_a_share_that_is_whole_is_not_cut_by_rounding(ratio):
     assert set(long_tailed_counts(12 * ratio, 10, ratio, "step")) == {12 * ratio, 12}
 
 
+@pytest.mark.parametrize("ratio", [93, 99, 186])
+def test_the_smallest_class_may_limit_the_others(ratio):
+    """1 / (1 / 93) is below 93 in floating point."""
+    tail = make_long_tailed(image_set([0] * ratio + [1], datasets.ClassLabel(names=["a", "b"])), imbalance_ratio=ratio)
+    assert class_counts(tail) == [ratio, 1]
+
+
 @pytest.mark.parametrize(("train", "test"), [([0, 1], ["a", "b"]), (["a", "b"], [0, 1])])
 def test_splits_whose_labels_are_of_other_types_are_refused(tmp_path, train, test):
     splits = {

@@ -151,6 +151,18 @@ def test_reductions():
         bkd_loss(student, teacher, labels, weights, reduction="average")
 
 
+def test_labels_may_be_of_any_integer_type():
+    """−100 would be 156 in uint8."""
+    student, teacher, _ = random_batch(0, 2, 200)
+    labels = torch.tensor([156, 3])
+    for loss in (
+        lambda y: cross_entropy_loss(student, y), lambda y: bkd_loss(student, teacher, y, None),
+        lambda y: dist_loss(student, teacher, y), lambda y: wsl_loss(student, teacher, y),
+    ):  # fmt: skip
+        assert torch.equal(loss(labels.to(torch.uint8)), loss(labels))
+    torch.testing.assert_close(cross_entropy_loss(student, labels.to(torch.uint8)), F.cross_entropy(student, labels))
+
+
 def test_ignored_examples_count_for_nothing():
     student, teacher, labels = random_batch(2)
     kept = torch.tensor([True, False, True, True, False, True])

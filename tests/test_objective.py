@@ -13,6 +13,7 @@ from bkd_hf import (
     BKDConfig,
     BKDTrainer,
     ImageDataset,
+    InputError,
     class_balanced_weights,
     load_classifier,
     load_image_dataset,
@@ -348,6 +349,12 @@ def test_logged_loss_is_that_of_the_method(tmp_path, batch, options, expected):
         model.config.cosine_head, model.config.cosine_scale = True, 30.0
     loss = one_step_loss(tmp_path, with_teacher=method.distillation_loss != "none", model=model, **options)
     assert loss == pytest.approx(expected(*batch).item(), rel=1e-5)
+
+
+def test_a_power_beyond_the_range_of_float32_is_refused(tmp_path):
+    options = BKDConfig(str(tmp_path), method="bkd", class_balance_power=20.0, use_cpu=True)
+    with pytest.raises(InputError, match=r"--class_balance_power 20 is too large: the class weights, 3\.0e-04 to 3"):
+        Objective(options, [100_000, 1000, 1], has_teacher=True).check(None)
 
 
 def test_deferred_weights_of_classification(tmp_path):

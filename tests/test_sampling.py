@@ -113,6 +113,13 @@ def test_class_balanced_draws_classes_equally_often():
     assert times.max() < 65
 
 
+def test_class_balanced_steps_draw_no_example_without_a_label():
+    labels = np.array([0] * 60 + [1] * 30 + [-100] * 10)
+    numbers = np.concatenate(list(GlobalBatchSampler(100, 10, class_balanced_labels=labels)))
+    drawn = labels[numbers % 100]  # a repetition of an example has a number of its own
+    assert set(drawn.tolist()) == {0, 1}
+
+
 def test_class_balanced_order_is_a_function_of_seed_and_epoch():
     labels = np.repeat([0, 1], [40, 10])
 

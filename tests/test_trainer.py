@@ -909,6 +909,28 @@ def test_a_step_without_any_label_changes_nothing(tmp_path, options):
         torch.testing.assert_close(value, weights[1][name], msg=name)
 
 
+def test_a_data_set_may_have_examples_without_a_label(tmp_path):
+    labels = [*(example["labels"] for example in images()), -100, -100]
+    data = datasets.Dataset.from_dict({"features": torch.randn(len(labels), 3), "labels": labels}).with_format("torch")
+    trainer = trainer_for(tmp_path, Linear(3), None, data, method="ce", max_steps=1)
+    assert trainer.class_counts.tolist() == COUNTS
+    trainer.train()
+
+
+def test_unsigned_labels_are_all_labels(tmp_path):
+    """−100 is 156 in uint8."""
+    losses = []
+    for dtype in (torch.uint8, torch.int64):
+        data = [{"features": torch.ones(1), "labels": torch.tensor(label, dtype=dtype)} for label in (156, 3)]
+        torch.manual_seed(0)
+        model = Linear(1)
+        model.linear = nn.Linear(1, 200)
+        trainer = trainer_for(tmp_path, model, None, data, method="ce", max_steps=2, class_counts=[1] * 200)
+        trainer.train()
+        losses.append([*(log["loss"] for log in trainer.state.log_history[:2]), trainer.evaluate()["eval_loss"]])
+    assert losses[0] == losses[1]
+
+
 def test_an_attribute_that_lists_the_classes_is_not_taken_for_labels(tmp_path):
     class Listed(list):
         labels: ClassVar = [0, 1, 2, 3, 4]

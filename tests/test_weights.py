@@ -81,3 +81,13 @@ def test_deferral(start, epoch, balanced):
     weights = class_balanced_weights([100, 10, 1])
     in_force = deferred_weights(weights, start, epoch, num_epochs=200)
     assert torch.equal(in_force, weights if balanced else torch.ones_like(weights))
+
+
+@pytest.mark.parametrize("num_epochs", [10, 20, 50, 100, 200, 300])
+def test_deferral_begins_with_the_epoch_that_a_fraction_names(num_epochs):
+    """0.14 · 50 is above 7 in floating point."""
+    weights = class_balanced_weights([100, 1])
+    for percent in (number for number in range(1, 100) if number * num_epochs % 100 == 0):
+        start, epoch = percent / 100, percent * num_epochs // 100
+        assert torch.equal(deferred_weights(weights, start, epoch, num_epochs), weights)
+        assert torch.equal(deferred_weights(weights, start, epoch - 0.01, num_epochs), torch.ones_like(weights))

@@ -119,18 +119,32 @@ def make_long_tailed(
         raise InputError(f"class_order must name each of the {num_classes} classes once, got {list(order)}.")
     unit = task_of_columns(dataset.column_names).name
     name_those = functools.partial(name_classes, dataset, label_column)
-    if max_count is None:
-        shares = _profile_shares(num_classes, imbalance_ratio, profile, pareto_alpha)
-        max_count = int(np.min(available[order] / np.asarray(shares)) * (1 + 1e-12))  # 1 / (1/93) is below 93
-        if max_count < 1:
-            raise InputError(f"{name_those(available == 0)} without {unit}s: nothing to select from.")
-    wanted = np.zeros(num_classes, dtype=np.int64)
-    wanted[order] = long_tailed_counts(max_count, num_classes, imbalance_ratio, profile, pareto_alpha)
+    if (available == 0).any():
+        raise InputError(f"{name_those(available == 0)} without {unit}s: nothing to select from.")
+
+    def counts(ratio: float) -> np.ndarray:
+        largest = max_count
+        if largest is None:
+            shares = np.asarray(_profile_shares(num_classes, ratio, profile, pareto_alpha))
+            largest = int(np.min(available[order] / shares) * (1 + 1e-12))  # 1 / (1/93) is below 93
+        found = np.zeros(num_classes, dtype=np.int64)
+        found[order] = long_tailed_counts(largest, num_classes, ratio, profile, pareto_alpha)
+        return found
+
+    wanted = counts(imbalance_ratio)
     if (wanted == 0).any():
-        raise InputError(
+        most = int(min(imbalance_ratio, available.max()))
+        fitting = next(ratio for ratio in range(most, 0, -1) if counts(ratio).all())
+        message = (
             f"imbalance_ratio {imbalance_ratio:g} leaves {name_those(wanted == 0)} without {unit}s, as the largest "
-            f"class has {max_count}: choose a ratio of {max_count} or below."
+            f"class has {wanted.max():,}: choose a ratio of {fitting} or below."
         )
+        if available.max() > 2 * available.min():
+            message += (
+                f" The {unit}s are long-tailed already ({available.max():,} to {available.min():,} per class): to use "
+                "them all, leave the ratio out."
+            )
+        raise InputError(message)
     if (wanted > available).any():
         first = int(np.argmax(wanted > available))
         raise InputError(

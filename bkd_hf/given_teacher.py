@@ -133,9 +133,12 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
         warn(f"{option} was trained by {method}; {published}.")
     teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
-    teacher.is_balanced = is_balanced_by(origin.get("options", {}).get("training", {}))
     # A teacher trained on other images has not learned this tail's class frequencies.
-    tau = arguments.data.post_hoc_tau if fingerprint == data["fingerprint"] else 0.0
+    has_same_data = fingerprint == data["fingerprint"]
+    teacher.is_balanced = is_balanced_by(origin.get("options", {}).get("training", {})) or (
+        False if has_same_data else None
+    )
+    tau = arguments.data.post_hoc_tau if has_same_data else 0.0
     args = copy.copy(arguments.training)  # evaluated as it will teach, in its own dtype
     args.bf16_full_eval = args.fp16_full_eval = False
     args.report_to = []  # not to the student's trackers

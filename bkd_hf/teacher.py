@@ -27,6 +27,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -64,8 +65,8 @@ class FrozenTeacher(nn.Module):
             none (see [`align_labels`]). Not given: the outputs are the data's classes, in the same order.
     """
 
-    #: Whether it is known to have been trained by a method that corrects for the class frequencies.
-    is_balanced = False
+    #: Whether it was trained by a method that corrects for the class frequencies; `None` if that is not known.
+    is_balanced: bool | None = None
     _columns: torch.Tensor | None
     #: The classes of the data that the teacher knows, if not all.
     known_classes: torch.Tensor | None
@@ -326,3 +327,30 @@ def check_numbers_of_classes(
             + ", ".join(f"{name}: {number}" for name, number in known.items())
             + ". Load the models with num_labels set to the number of classes of the data."
         )
+
+
+def check_order_of_classes(student: nn.Module, teacher: FrozenTeacher) -> None:
+    """Check that a teacher whose outputs are used unchanged has the student's classes in the same order.
+
+    Warns if the two have names, but none in common.
+
+    Raises:
+        ValueError: If a class of the student is another output of the teacher, by name.
+    """
+    ours, theirs = (label_names(getattr(model, "config", None)) for model in (student, teacher.model))
+    if ours is None or theirs is None or ours == theirs or len(ours) != len(theirs):
+        return
+    columns = align_labels(theirs, ours)
+    if all(column is None for column in columns):
+        warnings.warn(
+            f"Student and teacher have no class name in common ({ours[0]!r}, … and {theirs[0]!r}, …): their classes "
+            "are taken to be in the same order.",
+            stacklevel=3,
+        )
+    for number, column in enumerate(columns):
+        if column not in (None, number):
+            raise ValueError(
+                f"Class {number} of the student, {ours[number]!r}, is output {column} of the teacher: teacher_model "
+                "must have the student's order. Pass FrozenTeacher(teacher, align_labels(teacher_names, "
+                "student_names)), which puts its outputs into this order by name."
+            )

@@ -49,6 +49,7 @@ from .teacher import (
     TEACHER_LOGITS,
     FrozenTeacher,
     check_numbers_of_classes,
+    check_order_of_classes,
     load_teacher,
     split_inputs,
     why_not_start_from,
@@ -78,7 +79,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
 
     Args:
         model: The student, a classifier with `.logits` in its output.
-        teacher_model: A module, a folder or a Hub id. It is frozen, kept in evaluation mode, and never saved.
+        teacher_model: A module, a folder or a Hub id, whose classes are in the student's order. It is frozen, kept in
+            evaluation mode, and never saved.
             `None` trains with the method's classification loss alone, on the same code path.
         args: Options.
         data_collator: As for `Trainer`; by default that of an [`ImageDataset`] or `TextDataset`, or of parts of one.
@@ -92,9 +94,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             (B) and class weights (C), it returns B values.
 
     Raises:
-        ValueError: If the numbers of classes of student, teacher and class counts differ, labels are out of range,
-            a class that needs images has none, there is a teacher but no distillation, or the student of `ldam` has no
-            cosine head.
+        ValueError: If the classes of student, teacher and class counts differ, labels are out of range, a class that
+            needs images has none, there is a teacher but no distillation, or the student of `ldam` has no cosine head.
         TeacherLogitsError, TrainingDivergedError: During training, if the teacher's logits, or the student's loss or
             weights, are not finite; raised at the next log, evaluation or checkpoint.
     """
@@ -178,6 +179,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self._about_teacher: dict[str, Any] = {}
         if teacher_model is not None:
             teacher = load_teacher(teacher_model, task=task_of_model(self.model))
+            if teacher is not teacher_model:  # a FrozenTeacher has its own order
+                check_order_of_classes(self.model, teacher)
             if args.teacher_cache != "off":
                 self._about_teacher = describe_teacher(teacher)  # before it may be spread over devices
             self.teacher_model = self._prepare_teacher(teacher)

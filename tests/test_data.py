@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import socket
 from collections import Counter
 from pathlib import Path
@@ -694,6 +695,19 @@ def test_the_smallest_class_may_limit_the_others(ratio):
     """1 / (1 / 93) is below 93 in floating point."""
     tail = make_long_tailed(image_set([0] * ratio + [1], datasets.ClassLabel(names=["a", "b"])), imbalance_ratio=ratio)
     assert class_counts(tail) == [ratio, 1]
+
+
+@pytest.mark.parametrize("counts", [(49, 20, 112, 7, 3), (30, 30, 30, 30, 30)])
+def test_a_ratio_that_is_too_large_names_the_largest_that_fits(counts):
+    labels = np.repeat(np.arange(5), counts).tolist()
+    data = image_set(labels, datasets.ClassLabel(names=list("abcde")))
+    with pytest.raises(InputError, match="choose a ratio of") as refused:
+        make_long_tailed(data, imbalance_ratio=1000)
+    ratio = int(re.search(r"a ratio of (\d+) or below", str(refused.value))[1])
+    assert min(class_counts(make_long_tailed(data, imbalance_ratio=ratio))) == 1
+    with pytest.raises(InputError):
+        make_long_tailed(data, imbalance_ratio=ratio + 1)
+    assert ("long-tailed already (112 to 3 per class)" in str(refused.value)) == (counts[0] != 30)
 
 
 @pytest.mark.parametrize(("train", "test"), [([0, 1], ["a", "b"]), (["a", "b"], [0, 1])])

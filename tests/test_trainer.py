@@ -25,6 +25,7 @@ from bkd_hf import (
     LongTailEvaluation,
     TeacherLogitsError,
     TrainingDivergedError,
+    align_labels,
     bkd_loss,
     class_balanced_weights,
     load_classifier,
@@ -357,6 +358,20 @@ def test_a_data_set_may_have_a_sample_of_its_own(tmp_path):
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("names", [["b", "a", "c", "d", "e"], ["v", "w", "x", "y", "z"]], ids="".join)
+def test_a_teacher_with_classes_in_another_order_is_refused(tmp_path, names):
+    teacher = load_classifier("cifar-resnet-8", names, image_size=8)
+    student = load_classifier("cifar-resnet-8", list("abcde"), image_size=8)
+    if "a" in names:
+        with pytest.raises(ValueError, match="Class 0 of the student, 'a', is output 1 of the teacher"):
+            trainer_for(tmp_path, student, teacher)
+        trainer = trainer_for(tmp_path, student, FrozenTeacher(teacher, align_labels(names, list("abcde"))))
+        assert trainer.teacher_model.columns == [1, 0, 2, 3, 4]
+    else:
+        with pytest.warns(UserWarning, match="no class name in common"):
+            trainer_for(tmp_path, student, teacher)
 
 
 # ---- Class counts

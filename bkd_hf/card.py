@@ -22,7 +22,7 @@ from .export_report import share_asked
 from .export_report import table as export_table
 from .head_fitting import describe_bias_shift
 from .methods import METHODS
-from .metrics import groups_of, wilson_interval
+from .metrics import FEW_TEST_IMAGES, groups_of, wilson_interval
 from .models import cifar_resnet_depth
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
@@ -40,10 +40,23 @@ _WITH_CODE = {
     "CifarResNetForImageClassification": ("a CIFAR ResNet", "modeling_cifar_resnet.py"),
     "CosineHeadForImageClassification": ("a classifier with a cosine head", "modeling_cosine_head.py"),
 }
+#: What the symbols in formulas mean, by a pattern that finds them.
+_SYMBOLS = {
+    r"\bz\b": "`z` are the logits",
+    r"\bz_s\b": "`z_s` the student's logits",
+    r"\bz_t\b": "`z_t` the teacher's logits",
+    r"(\b|_)y\b": "`y` is the label",
+    r"\bT\b": "`T` is the temperature",
+    r"\bw\b|\bw_y\b": "`w` are the weights of the classes (1 in a loss without class weights)",
+    r"\bn\b|\bn_c\b": "`n` are the class counts",
+    r"\bπ\b": "`π` are the class frequencies",
+    r"\bp · log w": "`p` is `class_balance_power`",
+    r"\bτ\b": "`τ` is `logit_adjustment_tau`",
+    r"\bε\b": "`ε` is `label_smoothing_factor`",
+}
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _REFERENCES = Path(__file__).with_name("references.bib")
 _WEAK_ACCURACY = 0.2  # classes below it are named among the limitations
-_FEW_TEST_IMAGES = 10
 _MAX_LISTED_CLASSES = 500
 _MAX_WEAKEST_CLASSES = 100
 _NUM_RANK_GROUPS = 20
@@ -144,7 +157,8 @@ def build(
         code_of=_code_of(student),
         figures={figure.removesuffix(".png"): f"figures/{figure}" for figure in figure_names(results)},
         parts=[title for title, _ in sources_of(options)],
-        formulas=[loss.formula for loss in losses_of(options) if loss.formula],
+        formulas=(formulas := [loss.formula for loss in losses_of(options) if loss.formula]),
+        legend=", ".join(words for symbol, words in _SYMBOLS.items() if re.search(symbol, " ".join(formulas))),
         citations=_citations(source for _, source in sources if source),
         accuracies=_accuracy_rows(results),
         classes=_class_table(results),
@@ -236,7 +250,7 @@ def _evaluation_results(results: dict[str, Any], dataset_id: str | None) -> list
             task_name=task.title,
             dataset_type=dataset_id or name,
             dataset_name=f"{name} (training {task.name}s per class: {max(counts):,} to {min(counts):,})",
-            dataset_split=split and one_line(split),
+            dataset_split="held out of train" if split == "train" else split and one_line(split),
             metric_type=metric_type,
             metric_name=f"Accuracy, {title}",
             metric_value=round(float(metrics[key]), 6),
@@ -335,8 +349,8 @@ def _limits(results: dict[str, Any]) -> dict[str, Any]:
         "worst_interval": wilson_interval(round(accuracies[worst] * tested[worst]), tested[worst]),
         "lost": {name: points for name, points in lost.items() if points >= 0.5},
         "untested": [names[i] for i in np.flatnonzero(tested == 0)],
-        "barely": [names[i] for i in np.flatnonzero((tested > 0) & (tested < _FEW_TEST_IMAGES))],
-        "few_test_images": _FEW_TEST_IMAGES,
+        "barely": [names[i] for i in np.flatnonzero((tested > 0) & (tested < FEW_TEST_IMAGES))],
+        "few_test_images": FEW_TEST_IMAGES,
         "interval": wilson_interval(round(metrics["accuracy"] * num_images), num_images),
     }
 

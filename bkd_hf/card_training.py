@@ -136,7 +136,7 @@ def _loss(options: dict[str, Any], settled: Mapping[str, float]) -> str:
                 for name, value in told.items()
                 if value is not None and value is not False
             ]
-            plain = ": plain cross-entropy" if _is_plain(part, options, settled) else ""
+            plain = ", so it is plain cross-entropy" if _is_plain(part, options, settled) else ""
             terms.append(options[part] + (f" ({', '.join(numbers)}{plain})" if numbers else ""))
     about = {"class_weighting": "none", "sampler": "instance", "empty_classes": "error"}
     others = [f"{part} {options[part]}" for part, usual in about.items() if options.get(part) not in (None, usual)]

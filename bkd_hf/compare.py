@@ -15,6 +15,7 @@ from .comparison import BASELINES, ENOUGH_SEEDS, METRICS, Comparison
 from .comparison_plots import save_comparison_plots
 from .files import replacing, write_text
 from .methods import RECOMMENDED
+from .metrics import FEW_TEST_IMAGES
 from .tasks import task_of
 from .text import code, markdown, spreadsheet
 
@@ -68,6 +69,7 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
         f"# Methods compared on {markdown(data['name'])}",
         f"{data['num_train_images']:,} training {task}s of {len(counts)} classes, {max(counts):,} to {min(counts):,} "
         f"each; {data['num_eval_images']:,} test {task}s. {_how(comparison)}",
+        *_few_tested(data),
         *notes,
         f"Accuracy and expected calibration error (ECE) in %, {_which_epoch(comparison)}; mean ± standard deviation "
         "(n − 1) over n seeds.",
@@ -106,6 +108,20 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
         parts += ["## Against what costs nothing", verdict]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     return "\n\n".join(parts) + "\n"
+
+
+def _few_tested(data: dict[str, Any]) -> list[str]:
+    tested = [number for number in data.get("eval_class_counts", []) if number]
+    barely = sum(number < FEW_TEST_IMAGES for number in tested)
+    if not barely:
+        return []
+    name = task_of(data).name
+    have = "class has" if barely == 1 else "classes have"
+    return [
+        f"**{barely:,} of {len(tested):,} {have} fewer than {FEW_TEST_IMAGES} test {name}s**, down to {min(tested)}: "
+        f"one {name} moves the accuracy of a class by up to {100 / min(tested):.0f} points, and with it the worst "
+        "class and the groups. No interval over seeds tells of that."
+    ]
 
 
 def _which_epoch(comparison: Comparison) -> str:

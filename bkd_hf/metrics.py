@@ -41,6 +41,9 @@ __all__ = [
     "wilson_interval",
 ]
 
+#: With fewer test images of a class, its accuracy is a guess.
+FEW_TEST_IMAGES = 10
+
 
 def groups_of(data: dict[str, Any]) -> dict[str, np.ndarray]:
     """Masks of the many-, medium- and few-shot classes of the `data` section of results."""

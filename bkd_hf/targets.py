@@ -187,7 +187,7 @@ def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> 
     ]
     about = [f"class_balance_power {statistics['power']:.2g}"] if "power" in statistics else []
     if "prior_in_teacher" in statistics:
-        about.append(f"the teacher holds {statistics['prior_in_teacher']:.2f} of the class frequencies")
+        about.append(f"the teacher's answers hold {statistics['prior_in_teacher']:.0%} of the class frequencies")
     most = share(statistics["favoured_share"], statistics["favoured_label_share"])
     kept = f"; {100 * statistics['top_k_mass']:.1f} % of it is kept" if "top_k_mass" in statistics else ""
     told = f" ({'; '.join(about)})" if about else ""

@@ -84,11 +84,13 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
     )
     subject = "student" if results["teacher"] else "student as it was trained"
     free = ", which costs nothing" if "tau" in other else ""
-    compared = f"{best}{free}: {numbers}{_may_be_chance(student, other, results['data'])}."
+    may_be_chance = _may_be_chance(student, other, results["data"])
+    compared = f"{best}{free}: {numbers}{may_be_chance}."
+    found = "seems" if may_be_chance else "is"
     if len(better) == len(_COMPARED):
-        return True, f"The {subject} is better than {compared}"
-    what = f"better only {better[0]} than" if better else "NOT better than"
-    return False, f"The {subject} is {what} {compared} {_try(results)}"
+        return True, f"The {subject} {found} better than {compared}"
+    what = f"{found} better only {better[0]} than" if better else "is NOT better than"
+    return False, f"The {subject} {what} {compared} {_try(results)}"
 
 
 def _may_be_chance(first: dict[str, Any], second: dict[str, Any], data: dict[str, Any]) -> str:

@@ -191,7 +191,7 @@ def test_options_that_were_left_open_are_told_as_they_came_out(results):
     card = str(build(results))
     assert "Trained with Cross-entropy; " in card
     assert "2007.07314" not in card
-    assert r"logit\_adjustment\_tau 0 (auto): plain cross-entropy) + bkd (" in card
+    assert r"logit\_adjustment\_tau 0 (auto), so it is plain cross-entropy) + bkd (" in card
 
 
 def test_what_is_done_to_training_images_is_told(results):

@@ -395,7 +395,7 @@ def test_only_what_the_teacher_still_holds_is_taken_out(tmp_path):
     torch.testing.assert_close(trainer.class_weights, torch.ones(5))
     counts = trainer_for(tmp_path, teacher=Balanced(), **{**options, "distillation_prior": "counts"})
     torch.testing.assert_close(counts.class_weights, WEIGHTS.float() ** 0.5)
-    assert "the teacher holds 0.00 of the class frequencies" in describe_targets(
+    assert "the teacher's answers hold 0% of the class frequencies" in describe_targets(
         counts.look_at_targets(), list("01234")
     )
 

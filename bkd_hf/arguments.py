@@ -255,6 +255,8 @@ class _Parser(HfArgumentParser):
         if match := re.search(r"unrecognized arguments: --(\w+)", message):
             known = [option.removeprefix("--") for option in self._option_string_actions]
             hint = suggestion(match[1], known).replace("mean ", "mean --")
+            if match[1].startswith("resume"):
+                hint = " The same command continues an interrupted run by itself."
         raise InputError(f"{message} (--help lists the options).{hint}")
 
 
@@ -319,8 +321,6 @@ def _build_parser(show_all: bool = False) -> _Parser:
         if action.choices is not None and len(",".join(map(str, action.choices))) > 40:
             action.metavar = "NAME"
         action.help = _OWN_HELP.get(action.dest, action.help)
-        if any(option.startswith("--no_") for option in action.option_strings):
-            action.help = argparse.SUPPRESS  # the negation of a shown option
         if action.dest in own_fields:
             own_group._group_actions.append(action)
         elif action.dest in inherited:
@@ -328,6 +328,9 @@ def _build_parser(show_all: bool = False) -> _Parser:
                 action.help = argparse.SUPPRESS
             training_group._group_actions.append(action)
     parser._optionals._group_actions.clear()
+    for action in parser._actions:
+        if any(option.startswith("--no_") for option in action.option_strings):
+            action.help = argparse.SUPPRESS  # the negation of a shown option, with the same text
     return parser
 
 

@@ -233,8 +233,26 @@ def _why_other(
     there = _with_later_options(_with_global_batches(there, num_processes), here, arguments)
     names = {*there.get("teacher_training", {}), *here["teacher_training"]}
     there, here = (_with_teacher(told, names if arguments.distils else None) for told in (there, here))
-    unknown = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
-    return differences({**there, **unknown}, {**here, **unknown})
+    implied = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
+    if len({told.get("model", {}).get("teacher_model_name_or_path") for told in (there, here)}) > 1:
+        implied["teacher_training"] = None  # options of another teacher
+    there, here = _without_presets({**there, **implied}, {**here, **implied})
+    return differences(there, here)
+
+
+def _without_presets(*records: dict[str, Any]) -> list[dict[str, Any]]:
+    """Leave out the options of records with different methods that have the values of these methods."""
+    of_training = [record.get("training", {}) for record in records]
+    methods = [training.get("method") for training in of_training]
+    if len({*methods}) == 1 or not {*methods} <= {*METHODS}:
+        return [*records]
+    presets = [method_defaults(method) for method in methods]
+    preset = {
+        name for name in presets[0].keys() - {"method"}
+        if all(training.get(name) == values.get(name) for training, values in zip(of_training, presets, strict=True))
+    }  # fmt: skip
+    kept = [{name: value for name, value in training.items() if name not in preset} for training in of_training]
+    return [{**record, "training": training} for record, training in zip(records, kept, strict=True)]
 
 
 def what_is_told(

@@ -75,11 +75,17 @@ def training_labels(dataset: Any) -> np.ndarray | None:
 
 def _label_of(example: Any) -> Any:
     if not isinstance(example, Mapping):
-        raise ValueError(f"The training examples are no mappings with labels, but {type(example).__name__}.")
+        raise ValueError(
+            f"A training example is a {type(example).__name__}; a dict is expected, with what the model takes and "
+            '"labels", e.g. {"pixel_values": tensor of 3×H×W, "labels": 3}.'
+        )
     for name in ("labels", "label"):
         if name in example:
             return example[name]
-    raise ValueError(f'The training examples have no "labels" to count, only {", ".join(example)}: pass class_counts.')
+    raise ValueError(
+        f'The training examples have no "labels", only {", ".join(example)}: name the class number so. If a '
+        "data_collator adds it, pass class_counts."
+    )
 
 
 def _label_column(dataset: datasets.Dataset) -> str | None:

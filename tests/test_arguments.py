@@ -179,6 +179,41 @@ def test_a_finished_run_of_more_processes_is_reported_by_one(tmp_path):
     assert run_state(there, is_to_train=False) == "interrupted"
 
 
+@pytest.mark.parametrize(
+    ("options", "differences"),
+    [
+        ("--method ce", ["--method is bkd-calibrated there, ce here"]),
+        (
+            "--method bkd --temperature 3 --teacher_num_train_epochs 9",
+            ["--method is bkd-calibrated there, bkd here", "--temperature is 2.0 there"],
+        ),
+        ("--teacher_model_name_or_path other/model", ["--teacher_model_name_or_path is None there, other/model here"]),
+    ],
+)
+def test_what_follows_from_another_difference_is_not_told(tmp_path, options, differences):
+    line = f"--dataset_name some/data --output_dir {tmp_path / 'out'}"
+    claim_output_dir(there := parse(f"{line} --teacher_num_train_epochs 9"))
+    record_run(there, {})
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    with pytest.raises(InputError, match="holds a run with other options") as raised:
+        run_state(parse(f"{line} {options}"))
+    told = str(raised.value).partition("other options: ")[2].partition(". Use another folder")[0]
+    assert len(differences) == len(told.split("; "))
+    assert all(each.startswith(one) for each, one in zip(told.split("; "), differences, strict=True))
+
+
+def test_how_to_resume_is_told():
+    with pytest.raises(InputError, match=r"--resume .* The same command continues an interrupted run by itself"):
+        parse("--dataset_name some/data --resume")
+
+
+def test_no_negation_repeats_the_help_of_its_option(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--horizontal_flip" in (shown := capsys.readouterr().out)
+    assert "--no_horizontal_flip" not in shown
+
+
 def test_a_difference_tells_what_was_given_for_the_teacher(tmp_path):
     folder = tmp_path / "out"
     line = f"--dataset_name some/data --head_learning_rate 3e-3 --output_dir {folder}"

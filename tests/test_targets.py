@@ -26,6 +26,7 @@ from bkd_hf import (
 )
 from bkd_hf.losses import balanced_log_targets
 from bkd_hf.methods import DISTILLATION_LOSSES, Loss
+from bkd_hf.progress import tell_of_targets
 from bkd_hf.targets import describe_targets, prior_in_teacher, strongest_power, target_statistics, why_collapsed
 from tests.test_trainer import COUNTS, config, images, resnet, trainer_for, vit
 
@@ -398,6 +399,15 @@ def test_only_what_the_teacher_still_holds_is_taken_out(tmp_path):
     assert "the teacher's answers hold 0% of the class frequencies" in describe_targets(
         counts.look_at_targets(), list("01234")
     )
+
+
+@pytest.mark.parametrize(("is_balanced", "is_warned_of"), [(None, True), (True, True), (False, False)])
+def test_a_teacher_that_is_known_to_be_trained_plainly_is_not_called_balanced(tmp_path, is_balanced, is_warned_of):
+    teacher, told = FrozenTeacher(Balanced()), []
+    teacher.is_balanced = is_balanced
+    trainer = trainer_for(tmp_path, teacher=teacher, method="bkd", class_balance_power="auto")
+    tell_of_targets(trainer, list("01234"), told.append, are_forced=True)
+    assert any("answers hold 0% of the class frequencies, but" in line for line in told) == is_warned_of
 
 
 def test_no_such_prior(tmp_path):

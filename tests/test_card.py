@@ -240,6 +240,14 @@ def test_an_average_of_weights_is_told(results):
     assert yaml.safe_load(to_recipe(results))["ema_decay"] == 0.999
 
 
+def test_images_held_out_of_training_are_not_called_the_training_split():
+    results = load_results(CARDS / "digits")
+    results["data"]["eval_split"] = "train"
+    card = build(results)
+    assert {entry.dataset_split for entry in card.data.eval_results} == {"held out of train"}
+    assert "which were set aside of the training data" in str(card)
+
+
 def test_a_loss_without_a_formula_leaves_no_gap(results, monkeypatch):
     def plain(logits, labels): ...
 

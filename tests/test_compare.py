@@ -82,6 +82,17 @@ def test_mean_and_standard_deviation(cells):
     assert (single.std, str(single)) == (None, "33.0")
 
 
+def test_classes_of_few_test_images_are_told(cells):
+    told = (
+        "**2 of 9 classes have fewer than 10 test images**, down to 4: one image moves the accuracy of a class by up"
+    )
+    for counts, is_told in (([4, 9, 0, *[40] * 7], True), ([40] * 10, False)):
+        for each in cells:
+            each["data"]["eval_class_counts"] = counts
+        assert (told in (markdown := to_markdown(Comparison(cells)))) == is_told
+        assert ("25 points" in markdown) == is_told
+
+
 def test_differences_are_paired_by_seed(cells):
     comparison = Comparison(cells)
     difference = comparison.difference("bkd", "ce", "overall")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -265,7 +265,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the labelled examples of an optimizer step as `Trainer` does, and compute their mean class weight."""
         for batch in batch_samples:
-            if getattr(batch.get("labels"), "dtype", None) == torch.uint8:
+            if isinstance(batch, MutableMapping) and getattr(batch.get("labels"), "dtype", None) == torch.uint8:
                 batch["labels"] = batch["labels"].long()  # Trainer compares with −100, which in uint8 is class 156
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         weights = self.classification_weights

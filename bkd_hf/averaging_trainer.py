@@ -46,6 +46,12 @@ class WeightAverage(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if args.ema_decay is None or self._average is not None:  # the same training retries with a smaller batch
             return
+        short = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+        if short:
+            raise InputError(
+                f"--ema_decay {args.ema_decay:g} needs a student in float32: in {short.pop()} the small steps of an "
+                "average are rounded away. Load it with dtype=torch.float32; --precision bf16 may stay."
+            )
         self._average = AveragedModel(model, use_buffers=True)
         self._average.n_averaged.fill_(state.global_step)
         buffers = zip(self._average.module.buffers(), model.buffers(), strict=True)
@@ -110,12 +116,6 @@ class AveragingTrainer(AdaptingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer`; raises an `InputError` if the weights have too few digits for an average."""
-        short = {p.dtype for p in self.model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-        if self.args.ema_decay is not None and short:
-            raise InputError(
-                f"--ema_decay {self.args.ema_decay:g} needs a student in float32: in {short.pop()} the small steps of "
-                "an average are rounded away. Load it with dtype=torch.float32; --precision bf16 may stay."
-            )
         self._average.forget()
         return super().train(*args, **kwargs)
 

@@ -46,7 +46,7 @@ _SYMBOLS = {
     r"\bz_s\b": "`z_s` the student's logits",
     r"\bz_t\b": "`z_t` the teacher's logits",
     r"(\b|_)y\b": "`y` is the label",
-    r"\bT\b": "`T` is the temperature",
+    r"\bT(\b|²)": "`T` is the temperature",
     r"\bw\b|\bw_y\b": "`w` are the weights of the classes (1 in a loss without class weights)",
     r"\bn\b|\bn_c\b": "`n` are the class counts",
     r"\bπ\b": "`π` are the class frequencies",

@@ -24,6 +24,11 @@ def are_labelled(labels: torch.Tensor) -> torch.Tensor:
     return labels.long() != IGNORE_INDEX
 
 
+def at_least_1(num_labelled: torch.Tensor | int) -> torch.Tensor:
+    """A divisor for a sum over labelled examples: without any, the sum is 0, and so is the mean."""
+    return torch.as_tensor(num_labelled).clamp_min(1)
+
+
 def at_least_float32(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Convert tensors to the widest of their types, at least float32."""
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)

@@ -14,7 +14,7 @@ import torch
 
 from .config import BKDConfig
 from .errors import InputError
-from .loss_inputs import IGNORE_INDEX
+from .loss_inputs import are_labelled
 from .metrics import FEW_SHOT_THRESHOLD, MANY_SHOT_THRESHOLD, LongTailEvaluation, shot_groups
 from .nodes import on_main_process
 from .objective import Objective
@@ -222,7 +222,8 @@ def answers_about_sample(
             "The teacher's logits are not finite (NaN) for training examples, before the first step. Check the "
             "teacher's weights and precision (try without --fp16/--bf16), and the examples."
         )
-    logits, labels = logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
+    labelled, labels = are_labelled(labels), labels.long()
+    logits, labels = logits[labelled], labels[labelled]
     if teacher.known_classes is not None:
         kept = (labels[:, None] == teacher.known_classes.cpu()).any(dim=1)
         logits, labels = logits[kept], labels[kept]

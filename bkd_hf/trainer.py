@@ -32,7 +32,7 @@ from .config import BKDConfig
 from .errors import InputError, TrainingStopped
 from .head import num_labels, prepare_head
 from .head_fitting import fit_bias
-from .loss_inputs import are_labelled
+from .loss_inputs import are_labelled, at_least_1
 from .losses import cross_entropy_loss, example_weights
 from .methods import corrects
 from .metrics import LongTailEvaluation, check_class_counts
@@ -257,10 +257,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     def _share_of_mean(self, losses: torch.Tensor, counted: torch.Tensor, num_items_in_step: Any) -> torch.Tensor:
         losses = losses * counted
         if num_items_in_step is None:
-            return losses.sum() / _at_least_1(counted.sum())
+            return losses.sum() / at_least_1(counted.sum())
         # Processes average their gradients; the count is over all processes (unless that is switched off).
         num_averaged = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return losses.sum() / _at_least_1(num_items_in_step) * num_averaged
+        return losses.sum() / at_least_1(num_items_in_step) * num_averaged
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """Count the labelled examples of an optimizer step as `Trainer` does, and compute their mean class weight."""
@@ -274,7 +274,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             total = torch.stack([example_weights(each, weights, like=weights).sum() for each in labels]).sum()
             if self.args.average_tokens_across_devices:
                 total = self.accelerator.reduce(total, reduction="sum")
-            self._mean_weight_of_step = torch.where(total > 0, total, 1) / _at_least_1(num_items)
+            self._mean_weight_of_step = torch.where(total > 0, total, 1) / at_least_1(num_items)
         return num_items
 
     def _progress(self, num_items_in_batch: torch.Tensor | int | None = None) -> Progress:
@@ -455,8 +455,3 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self._meter.keep(self)
         self._keep_stream()
         super()._save_checkpoint(model, trial)
-
-
-def _at_least_1(num_items: torch.Tensor | int) -> torch.Tensor:
-    """A divisor for a sum over labelled examples: without any, the sum is 0, and so is the mean."""
-    return torch.as_tensor(num_items).clamp_min(1)

@@ -410,6 +410,12 @@ def test_a_teacher_that_is_known_to_be_trained_plainly_is_not_called_balanced(tm
     assert any("answers hold 0% of the class frequencies, but" in line for line in told) == is_warned_of
 
 
+def test_unsigned_labels_are_looked_at(tmp_path):
+    unsigned = [{**example, "labels": torch.tensor(example["labels"], dtype=torch.uint8)} for example in images()]
+    looks = [trainer_for(tmp_path, data=data, method="bkd").look_at_targets() for data in (images(), unsigned)]
+    assert looks[0] == looks[1]
+
+
 def test_no_such_prior(tmp_path):
     with pytest.raises(InputError, match="--distillation_prior must be one of auto, counts, teacher, got uniform"):
         BKDConfig(output_dir="unused", use_cpu=True, distillation_prior="uniform")

@@ -44,7 +44,7 @@ def load_image_dataset(
     Args:
         name: `"digits"` (comes with scikit-learn, needs no network), a Hub id, a folder written by `save_to_disk`, a
             folder of class folders, a folder of parquet files, or one parquet file.
-        config_name: Configuration of a Hub data set.
+        config_name: Configuration of a data set that has several.
         image_column: Name of the image column: images, with or without the type of `datasets`, or paths. If not given,
             it is found by its type; a column of paths must be given.
         label_column: Name of the label column; found by its type or a usual name if not given.
@@ -87,7 +87,7 @@ def load_text_dataset(
             folder of CSV, JSON or parquet files, or one such file.
         text_column: Name of the text column. If not given, the only text column beside the labels, or one with a usual
             name such as `"text"`.
-        config_name: Configuration of a Hub data set.
+        config_name: Configuration of a data set that has several.
         label_column: As for [`load_image_dataset`], like the following arguments.
         train_split: Name of the training split.
         eval_split: Name of the evaluation split.
@@ -119,11 +119,8 @@ def load_dataset_of(
     untouched_test: bool = False,
 ) -> datasets.DatasetDict:
     """Load a labelled data set of a task, as [`load_image_dataset`] and [`load_text_dataset`] do."""
-    source, kind = SOURCES[task], TASKS[task]
-    if name in source.demo:
-        data = source.demo[name]()
-    else:
-        data = open_splits(task, name, config_name, cache_dir, token)
+    kind = TASKS[task]
+    data = open_splits(task, name, config_name, cache_dir, token)
     train_name, eval_name = find_splits(name, data, train_split, eval_split, untouched_test)
     if untouched_test and eval_name is None:
         raise NoTestSplitError(
@@ -147,7 +144,7 @@ def load_dataset_of(
         if len(data[split_name]) == 0:
             raise InputError(f"{name}: split {split_name!r} is empty; name another by --{split}_split_name.")
         names = {column: kind.column, label_column: LABEL_COLUMN}
-        splits[split] = _standard_columns(data[split_name], names, source.feature)
+        splits[split] = _standard_columns(data[split_name], names, SOURCES[task].feature)
         check_complete(splits[split], kind.column, task, f"{name}: split {split_name!r}, column {column!r}")
 
     splits = _to_class_labels(name, splits, label_column)

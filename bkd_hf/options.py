@@ -129,7 +129,7 @@ class DataArguments:
         "A Hub id, a saved data set, a folder of class folders, parquet, or digits (needs no network); CSV and JSON "
         "of texts, or docstrings.",
     )
-    dataset_config_name: str | None = option(None, "Configuration of a Hub data set.")
+    dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
     image_column_name: Annotated[str | None, "image"] = option(
         None, "Found by its type if not given; a column of paths has to be named."
     )

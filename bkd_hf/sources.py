@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def open_splits(
     Args:
         task: `"image"` or `"text"`.
         name: As for [`load_image_dataset`], like the following arguments.
-        config_name: Configuration of a Hub data set.
+        config_name: Configuration of a data set that has several (a Hub data set, a folder with a README.md).
         cache_dir: Where `datasets` keeps its files.
         token: Token for private data sets.
         streaming: Whether to open it without loading.
@@ -141,14 +142,18 @@ def open_splits(
     """
     source = SOURCES[task]
     path = Path(name).expanduser()
-    if not path.exists() and name.startswith((".", "/", "~")):
+    is_demo = name in source.demo
+    if not is_demo and not path.exists() and name.startswith((".", "/", "~")):
         raise InputError(f"--dataset_name {name}: there is no such file or folder.")
+    is_saved = not streaming and any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
+    if config_name is not None and (is_demo or is_saved or path.is_file()):
+        raise InputError(f"--dataset_config_name {config_name}: {name} has no configurations. Leave it out.")
     try:
-        if (
-            path.is_dir()
-            and not streaming
-            and any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
-        ):
+        if is_demo:
+            data = source.demo[name]()
+            if streaming:
+                return datasets.IterableDatasetDict({key: each.to_iterable_dataset() for key, each in data.items()})
+        elif is_saved:
             list(files_below(path))
             data = datasets.load_from_disk(str(path))
         elif path.exists() and not path.is_dir():
@@ -177,6 +182,9 @@ def open_splits(
         )
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ is not None else error
         reason = first_line(cause)
+        if found := re.search(r"[Aa]vailable(?: configs)?: \[(.+)\]", str(cause)):
+            option = "--dataset_config_name" + ("" if config_name is None else f" {config_name}")
+            raise InputError(f"{option}: {name} has the configurations {found[1]}. Choose one of them.") from error
         if isinstance(cause, IndexError):  # how `load_from_disk` fails on a split without rows
             reason = "one of its splits is empty"
         elif isinstance(cause, CastError):

@@ -387,6 +387,28 @@ def test_unknown_hub_id():
         load_image_dataset("nobody/nothing")
 
 
+def test_configurations_of_a_folder(tmp_path):
+    metadata = "---\nconfigs:\n"
+    for name, labels in (("small", [0, 1] * 5), ("large", [0, 1] * 10)):
+        image_set(labels, datasets.ClassLabel(names=["a", "b"])).to_parquet(tmp_path / f"{name}.parquet")
+        metadata += f"- config_name: {name}\n  data_files: {name}.parquet\n"
+    (tmp_path / "README.md").write_text(f"{metadata}---\n")
+    assert sum(map(len, load_image_dataset(str(tmp_path), "large").values())) == 20
+    for wrong in (None, "medium"):
+        with pytest.raises(InputError, match=r"--dataset_config_name.* has the configurations 'small', 'large'"):
+            load_image_dataset(str(tmp_path), wrong)
+
+
+def test_a_configuration_of_what_has_none_is_refused(tmp_path):
+    path = tmp_path / "data.parquet"
+    data = image_set([0, 1] * 5, datasets.ClassLabel(names=["a", "b"]))
+    data.to_parquet(path)
+    data.save_to_disk(tmp_path / "saved")
+    for name in ("digits", str(path), str(tmp_path / "saved")):
+        with pytest.raises(InputError, match=r"--dataset_config_name small: .* has no configurations"):
+            load_image_dataset(name, "small")
+
+
 def test_empty_splits(tmp_path):
     feature = datasets.ClassLabel(names=["a", "b"])
     full, empty = image_set([0, 1] * 5, feature), image_set([0], feature).select([])

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, InputError, load_classifier, load_image_dataset, load_processor
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.commands import split
-from bkd_hf.streams import Lane, Stream, StreamedImages, load_stream, open_columns, read_counts
+from bkd_hf.data import class_counts
+from bkd_hf.streams import Lane, Stream, StreamedImages, count_labels, load_stream, open_columns, read_counts
 
 NAMES = [str(digit) for digit in range(10)]
 
@@ -155,6 +156,13 @@ def test_what_was_divided_is_not_divided_again(opened, shards):
     found, *_ = open_columns(str(shards["parquet"]), None, (None, None), (None, None))
     with pytest.raises(InputError, match="was divided among processes by split_dataset_by_node"):
         Stream(split_dataset_by_node(found["train"], 0, 2), dict.fromkeys(NAMES, 40))
+
+
+def test_the_demo_can_be_streamed(tmp_path):
+    (counts := tmp_path / "counts.json").write_text(json.dumps(count_labels("digits")))
+    opened, loaded = load_stream("digits", str(counts), cache_dir=str(tmp_path)), load_image_dataset("digits")
+    assert opened["train"].class_counts == class_counts(loaded["train"])
+    assert opened["eval"]["label"][:] == loaded["eval"]["label"][:]
 
 
 @pytest.mark.parametrize("what", ["count", "train", "evaluate"])

@@ -38,7 +38,7 @@ from ..text import printable
 UNBALANCED, RATIO = 2.0, 100.0
 _DRAWING = {
     "dataset_name": "A Hub id, a folder of class folders, a saved set, parquet, or digits.",
-    "dataset_config_name": "Configuration of a Hub data set.",
+    "dataset_config_name": "Configuration of a data set that has several.",
     "image_column_name": "Found by its type if not given.",
     "label_column_name": "Found by its type or a usual name if not given.",
     "train_split_name": "train, or the only split, if not given.",

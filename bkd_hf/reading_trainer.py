@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import datasets
@@ -90,6 +90,13 @@ class ReadingTrainer(Trainer):
             examples = sample_of(dataset)
             collator = self._get_collator_with_removed_columns(collator, description="training")
         return TrainingData(dataset, examples, collator, self.args)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Count the labelled examples of an optimizer step as `Trainer` does; unsigned labels become signed."""
+        for batch in batch_samples:
+            if isinstance(batch, MutableMapping) and getattr(batch.get("labels"), "dtype", None) == torch.uint8:
+                batch["labels"] = batch["labels"].long()  # Trainer compares with −100, which in uint8 is class 156
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _start_head(self, model: torch.nn.Module) -> None:
         """Set a model's head to class means, if the options say so."""

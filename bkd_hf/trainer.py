@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -263,10 +263,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         return losses.sum() / at_least_1(num_items_in_step) * num_averaged
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Count the labelled examples of an optimizer step as `Trainer` does, and compute their mean class weight."""
-        for batch in batch_samples:
-            if isinstance(batch, MutableMapping) and getattr(batch.get("labels"), "dtype", None) == torch.uint8:
-                batch["labels"] = batch["labels"].long()  # Trainer compares with −100, which in uint8 is class 156
+        """Count the labelled examples of an optimizer step, and compute their mean class weight."""
         num_items = super()._get_num_items_in_batch(batch_samples, device)
         weights = self.classification_weights
         if weights is not None and batch_samples and num_items is not None:

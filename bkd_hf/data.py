@@ -93,8 +93,8 @@ def make_long_tailed(
 ) -> datasets.Dataset:
     """Select a long-tailed subset with the class counts of [`long_tailed_counts`].
 
-    The subset depends only on (`split_seed`, labels, index); a subset with a higher ratio is contained in one with a
-    lower ratio.
+    The subset depends only on (`split_seed`, labels, index). With the same `max_count`, a subset with a higher ratio
+    is contained in one with a lower ratio.
 
     Args:
         dataset: A set with enough images in each class, usually balanced.
@@ -260,6 +260,13 @@ def class_counts(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) ->
     return np.bincount(labels, minlength=num_classes).tolist()
 
 
+def class_names(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) -> list[str]:
+    """Return the names of a `ClassLabel` column, or the numbers of whole-number labels as names."""
+    feature = dataset.features[label_column]
+    named = isinstance(feature, datasets.ClassLabel)
+    return feature.names if named else [str(number) for number in range(len(class_counts(dataset, label_column)))]
+
+
 def fingerprint(dataset: datasets.Dataset, read_all: bool = False) -> str:
     """Hash of the labels and the stored images (or texts), in order; external files count as if stored in the set.
 
@@ -380,7 +387,7 @@ def _of_file(index: int, path: str | Path, read: Callable[[Path], Any]) -> Any:
 
 def stored_images(dataset: datasets.Dataset) -> Iterable[dict[str, Any]]:
     """Iterate over the stored images, undecoded: `bytes`, or None and the `path` of a file."""
-    return dataset.cast_column(IMAGE_COLUMN, datasets.Image(decode=False))[IMAGE_COLUMN]
+    return dataset.with_format(None).cast_column(IMAGE_COLUMN, datasets.Image(decode=False))[IMAGE_COLUMN]
 
 
 def selected(dataset: datasets.Dataset, column: pa.ChunkedArray) -> np.ndarray:

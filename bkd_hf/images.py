@@ -27,7 +27,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from .augmentations import AUGMENTATIONS, SMALL_IMAGE_SIZE, move_and_mirror
-from .data import LABEL_COLUMN, class_counts, fingerprint, labels_of
+from .data import LABEL_COLUMN, class_counts, class_names, fingerprint, labels_of
 from .decoding import (
     KeptImages,
     StoredImages,
@@ -40,7 +40,7 @@ from .decoding import (
     upright_rgb,
 )
 from .errors import InputError
-from .operations import OPERATIONS, operate
+from .operations import OPERATIONS, identities, operate
 from .sampling import hash_uniform
 from .views import Box, PixelBytes, Rendering, same_pixels, whole
 
@@ -120,7 +120,7 @@ class ImageDataset(torch.utils.data.Dataset):
         self.distinguishes_repetitions = True  # see SampledExamples
         self.collator = collate_images  # batches its examples
         self.class_counts = class_counts(dataset, LABEL_COLUMN)
-        self.class_names: list[str] = dataset.features[LABEL_COLUMN].names
+        self.class_names = class_names(dataset)
         self.augmentation, self.horizontal_flip, self.data_seed = augmentation, horizontal_flip, data_seed
         self.operations = list(operations)
         self.train_transform, self.as_bytes = train_transform, as_bytes
@@ -187,7 +187,7 @@ class ImageDataset(torch.utils.data.Dataset):
             "images": fingerprint(self._stored.dataset),
             "pillow": PIL.__version__,
             "augmentation": self.augmentation,
-            **({"operations": self.operations} if self.operations else {}),  # keeps earlier caches without any valid
+            **({"operations": identities(self.operations)} if self.operations else {}),  # keeps earlier caches valid
             "horizontal_flip": self.horizontal_flip,
             "data_seed": self.data_seed,
             "reduced_for": self._reduced_for,

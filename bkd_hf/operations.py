@@ -7,10 +7,12 @@ except that torchvision rounds magnitudes to single precision.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from datasets.fingerprint import Hasher
 from PIL import Image, ImageEnhance, ImageOps
 
 from .augmentations import first_fitting_box
@@ -178,6 +180,20 @@ OPERATIONS = {
     "cutout": Operation(cutout, 2, "cutout", "1708.04552"),
     "random_erasing": Operation(random_erasing, 1 + 4 * 10, "random erasing", "1708.04896"),
 }
+
+_OWN = tuple(OPERATIONS.values())
+
+
+def identities(names: Sequence[str]) -> list[Any]:
+    """Describe operations for a cache: by name, and those of users also by a hash of their code."""
+    return [name if OPERATIONS[name] in _OWN else [name, _hash(OPERATIONS[name])] for name in names]
+
+
+def _hash(operation: Operation) -> str:
+    try:
+        return Hasher.hash([inspect.getsource(operation.apply), operation.num_draws])
+    except (OSError, TypeError):  # typed into a console, or no function
+        return Hasher.hash(operation)
 
 
 def operate(images: np.ndarray, names: Sequence[str], draws: Sequence[np.ndarray], size: Size) -> np.ndarray:

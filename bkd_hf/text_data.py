@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import BertTokenizer, DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .data import LABEL_COLUMN, class_counts, hash_of_table, labels_of
+from .data import LABEL_COLUMN, class_counts, class_names, hash_of_table, labels_of
 from .errors import InputError
 from .models import MAX_LENGTH
 from .tasks import TEXT_COLUMN
@@ -69,7 +69,7 @@ class TextDataset(torch.utils.data.Dataset):
         teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.labels, self.class_counts = labels_of(dataset, LABEL_COLUMN), class_counts(dataset, LABEL_COLUMN)
-        self.class_names: list[str] = dataset.features[LABEL_COLUMN].names
+        self.class_names = class_names(dataset)
         if teacher_tokenizer is not None and same_tokens(tokenizer, teacher_tokenizer):
             teacher_tokenizer = None
         self.collator = PadTexts(tokenizer, teacher_tokenizer=teacher_tokenizer)
@@ -82,7 +82,7 @@ class TextDataset(torch.utils.data.Dataset):
                 for name, values in each(texts, truncation=True).items()
             }
 
-        self.tokens = dataset.map(
+        self.tokens = dataset.with_format(None).map(
             numbered, batched=True, input_columns=[TEXT_COLUMN], remove_columns=[TEXT_COLUMN], keep_in_memory=True,
             load_from_cache_file=False, desc="Tokenizing",
         ).rename_column(LABEL_COLUMN, "labels")  # fmt: skip

@@ -2,9 +2,10 @@
 
 Views stay bytes during transfer (`PixelBytes`), and become numbers on the model's device.
 
-The processor's own code is used, not imitated. Its arithmetic is measured on black and white images, and inverted to
-get the underlying bytes; the part of an image that it keeps is found by passing coordinates through it. So this works
-with every processor that resizes, crops, and maps bytes to numbers channel by channel, whatever its options.
+The processor's own code is used, not imitated. Its arithmetic is measured on black and white images, without a border
+that it may add, and inverted to get the underlying bytes; the part of an image that it keeps is found by passing
+coordinates through it. So this works with every processor that resizes, crops, and maps bytes to numbers channel by
+channel, whatever its options.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Rendering:
             both are the same.
 
     Raises:
-        InputError: If the processor gives images of different sizes.
+        InputError: If the processor gives images of different sizes, or there is a `region_of` and one of both adds
+            a border.
     """
 
     def __init__(self, processor: BaseImageProcessor, region_of: Rendering | None = None):
@@ -113,6 +115,12 @@ class Rendering:
         #: Converts between RGB and the channel order of this model's bytes, in both directions.
         self.channels = slice(None, None, -1 if getattr(processor, "do_flip_channel_order", False) else 1)
         self._scale, self._shift = _arithmetic(processor)
+        if region_of is not None and (_adds_border(processor) or _adds_border(region_of.processor)):
+            raise InputError(
+                "The image processors of teacher and student differ, and one of them adds a border, so that they "
+                "cannot see the same part of an image: set its crop_size to at most its size, in its "
+                "preprocessor_config.json."
+            )
         self._region_of = region_of if region_of is not None and not self._shows_the_same(region_of) else None
         # Images of the model's size that the processor does not change skip it, as it takes longer than decoding 32×32
         # pixels.
@@ -186,10 +194,12 @@ def set_image_size(processor: BaseImageProcessor, image_size: int) -> None:
         InputError: If that is impossible.
     """
     square, before = {"height": image_size, "width": image_size}, output_size(processor)
+    crops = getattr(processor, "do_center_crop", False)
     if processor.size and "height" not in processor.size:
         name, edge = next(iter(dict(processor.size).items()))
-        crops = getattr(processor, "do_center_crop", False)
         processor.size = {name: round(edge * image_size / min(before)) if crops else image_size}
+    elif processor.size and crops:
+        processor.size = {name: round(edge * image_size / min(before)) for name, edge in dict(processor.size).items()}
     else:
         processor.size = square
     if getattr(processor, "crop_size", None):
@@ -223,10 +233,25 @@ def _pixel_values(processor: BaseImageProcessor, image: Image.Image) -> np.ndarr
 
 def _arithmetic(processor: BaseImageProcessor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Scale and shift of each channel that turn a byte into the processor's number."""
-    black, white = (_pixel_values(processor, Image.new("RGB", _PROBES[0], (byte,) * 3)) for byte in (0, 255))
-    shift = black.mean(axis=(1, 2), dtype=np.float64)
-    scale = (white.mean(axis=(1, 2), dtype=np.float64) - shift) / 255
+    black, white = _black_and_white(processor, _PROBES[0])
+    inside = ~_border(black, white)
+    shift = black[:, inside].mean(axis=1, dtype=np.float64)
+    scale = (white[:, inside].mean(axis=1, dtype=np.float64) - shift) / 255
     return tuple(scale.tolist()), tuple(shift.tolist())
+
+
+def _border(black: np.ndarray, white: np.ndarray) -> np.ndarray:
+    """H×W booleans: pixels that are the same for a black and a white image, as the processor adds them."""
+    return (black == white).all(axis=0)
+
+
+def _adds_border(processor: BaseImageProcessor) -> bool:
+    return any(_border(*_black_and_white(processor, size)).any() for size in _PROBES)
+
+
+def _black_and_white(processor: BaseImageProcessor, size: tuple[int, int]) -> list[np.ndarray]:
+    """What the processor makes of a black and a white image of this size."""
+    return [_pixel_values(processor, Image.new("RGB", size, (byte,) * 3)) for byte in (0, 255)]
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -20,6 +21,7 @@ from bkd_hf.operations import (
     COMMON_KERNELS,
     KERNELS,
     OPERATIONS,
+    Operation,
     Ranges,
     operate,
     usual_ranges,
@@ -240,6 +242,21 @@ def test_operations_leave_the_view_and_what_is_kept_alone(tmp_path):
     assert not views[1][~same].any()
     assert same.float().mean(dim=(1, 2)).min() < 0.74  # the two squares are not the same one
     assert plain.describe_views() == {k: v for k, v in changed.describe_views().items() if k != "operations"}
+
+
+def test_a_users_operation_is_described_by_its_code(monkeypatch):
+    def dark(pixels, draws, size):
+        return pixels // 2
+
+    def black(pixels, draws, size):
+        return pixels * 0
+
+    described = []
+    for apply in (dark, black, dark):
+        monkeypatch.setitem(OPERATIONS, "mine", Operation(apply, 1, "mine", None))
+        views = ImageDataset(photos(), vit_processor(), "pad_crop", operations=["cutout", "mine"]).describe_views()
+        described.append(json.dumps(views["operations"]))
+    assert described[0] == described[2] != described[1]
 
 
 def test_unknown_operations_are_refused():

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     CLIPImageProcessorPil,
     ConvNextImageProcessorPil,
+    DeiTImageProcessorPil,
     MobileViTImageProcessorPil,
     ViTImageProcessorPil,
     default_data_collator,
@@ -40,6 +41,11 @@ from bkd_hf.views import PixelBytes, output_size
             CLIPImageProcessorPil,
             {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}},
             {"shortest_edge": 30},
+        ),
+        (
+            DeiTImageProcessorPil,
+            {"size": {"height": 20, "width": 20}, "crop_size": {"height": 16, "width": 16}},
+            {"height": 30, "width": 30},
         ),
     ],
 )
@@ -119,8 +125,9 @@ def pixels_of(dataset, indices) -> torch.Tensor:
         vit_processor(24, do_normalize=False),
         ViTImageProcessorPil(size={"shortest_edge": 30}, do_center_crop=True, crop_size={"height": 24, "width": 24}),
         ConvNextImageProcessorPil(size={"shortest_edge": 32}),
+        CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 24, "width": 24}),
     ],
-    ids=["resize", "bicubic", "raw", "center crop", "crop share"],
+    ids=["resize", "bicubic", "raw", "center crop", "crop share", "border"],
 )
 def test_evaluation_pixels_are_the_processors_own(processor):
     data = photos()
@@ -177,6 +184,19 @@ def test_corrupt_image_is_named(tmp_path, cache, kind):
     verb = "read: it is no regular file" if (kind, cache) == ("a pipe", "disk") else "decoded"
     with pytest.raises(InputError, match=rf"Image 1 \(.*broken.png\) cannot be {verb}"):
         ImageDataset(data, vit_processor(), cache_images=cache, cache_dir=tmp_path)[1]
+
+
+def test_plain_numbers_are_labels():
+    data = photos().cast_column("label", datasets.Value("int64"))
+    found = ImageDataset(data, vit_processor())
+    assert found.class_names == [str(number) for number in range(len(found.class_counts))]
+
+
+def test_a_border_has_no_part_that_another_model_could_see():
+    bordered = CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 24, "width": 24})
+    for processor, teacher in ((bordered, vit_processor(24)), (vit_processor(24), bordered)):
+        with pytest.raises(InputError, match="one of them adds a border"):
+            ImageDataset(photos(), processor, teacher_processor=teacher)
 
 
 def test_defaults_by_size_and_bad_arguments():

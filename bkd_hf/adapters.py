@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,7 +156,8 @@ def add_adapter(model: nn.Module, args: BKDConfig) -> Any:
 def _add_low_rank_updates(model: nn.Module, args: BKDConfig) -> None:
     peft, rank = import_peft(), args.adapter_rank or ADAPTER_RANK
     alpha = 2 * rank if args.adapter_alpha is None else args.adapter_alpha
-    targets = _find_targets(model, args)
+    # A list would update "classifier.proj", too, where it names "proj".
+    targets = "|".join(map(re.escape, _find_targets(model, args)))
     with torch.random.fork_rng(devices=[]):
         # The same in all processes, and after a resume.
         torch.default_generator.manual_seed(args.seed)

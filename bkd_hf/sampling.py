@@ -136,8 +136,8 @@ class SampledExamples(torch.utils.data.Dataset):
     """A map-style dataset as [`GlobalBatchSampler`] indexes it.
 
     Index `i + r · len(dataset)` is the r-th repetition of example `i` within an epoch. A dataset that says
-    `distinguishes_repetitions` gets this index (and augments each repetition differently), any other gets `i`. A
-    negative index `−1 − i` is example `i` labelled −100, which is ignored.
+    `distinguishes_repetitions`, or one of which this is a `Subset`, gets this index (and augments each repetition
+    differently), any other gets `i`. A negative index `−1 − i` is example `i` labelled −100, which is ignored.
 
     Args:
         dataset: The data set.
@@ -154,12 +154,17 @@ class SampledExamples(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         wanted = [index if index >= 0 else -1 - index for index in indices]
-        if not getattr(self.dataset, "distinguishes_repetitions", False):
-            wanted = [index % len(self.dataset) for index in wanted]
-        if hasattr(self.dataset, "__getitems__"):
-            examples = self.dataset.__getitems__(wanted)
+        dataset: Any = self.dataset
+        while type(dataset) is torch.utils.data.Subset:
+            turns = [index // len(dataset) * len(dataset.dataset) for index in wanted]
+            wanted = [turn + dataset.indices[index % len(dataset)] for turn, index in zip(turns, wanted, strict=True)]
+            dataset = dataset.dataset
+        if not getattr(dataset, "distinguishes_repetitions", False):
+            wanted = [index % len(dataset) for index in wanted]
+        if hasattr(dataset, "__getitems__"):
+            examples = dataset.__getitems__(wanted)
         else:
-            examples = [self.dataset[index] for index in wanted]
+            examples = [dataset[index] for index in wanted]
         return [
             example
             if index >= 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,20 @@ def test_target_modules_and_alpha_are_as_given(tmp_path):
     ends = sorted(name.removeprefix("vit.layers.") for name in layers)
     assert ends == ["0.attention.q_proj", "1.attention.q_proj", "1.attention.v_proj"]
     assert {layer.scaling["default"] for layer in layers.values()} == {0.5}
+
+
+class Projected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj, self.classifier = nn.Linear(16, 16), nn.Sequential(OrderedDict(proj=nn.Linear(16, 3)))
+
+    def forward(self, x):
+        return self.classifier(self.proj(x))
+
+
+def test_a_layer_of_the_head_with_the_name_of_an_updated_one_is_left_alone(tmp_path):
+    add_adapter(model := Projected(), BKDConfig(str(tmp_path), adapter="lora", adapter_rank=2))
+    assert [name for name, module in model.named_modules() if hasattr(module, "lora_A")] == ["proj"]
 
 
 @pytest.mark.parametrize(

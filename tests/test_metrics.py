@@ -167,6 +167,7 @@ def test_calibration():
     [
         ((np.zeros((2, 3)), np.array([0, 1]), [1, 2]), "2 class counts, but the logits have 3"),
         ((np.zeros((2, 3)), np.array([0, 3]), [1, 2, 3]), "Labels must be in 0 to 2"),
+        ((np.zeros((2, 3)), np.array([0.0, 1.0]), [1, 2, 3]), "Labels must be whole numbers, got float64"),
         ((np.zeros((0, 3)), np.array([], dtype=int), [1, 2, 3]), "N ≥ 1"),
         ((np.zeros((2, 3)), np.array([0]), [1, 2, 3]), "N×C"),
         ((np.zeros((1, 2)), np.array([0]), [1, 2], 10, 20), "few_shot_threshold"),

@@ -143,3 +143,6 @@ def test_repetitions_reach_data_sets_that_distinguish_them():
     examples = [{"x": i, "labels": i} for i in range(3)]
     assert [e["x"] for e in SampledExamples(Plain(examples)).__getitems__([1, 4, 7])] == [1, 1, 1]
     assert [e["x"] for e in SampledExamples(Distinguishing(examples)).__getitems__([1, 4, 7])] == [1, 4, 7]
+    inner = torch.utils.data.Subset(Distinguishing(examples), [2, 0])
+    for part, expected in ((inner, [2, 3, 8]), (torch.utils.data.Subset(inner, [1, 0]), [0, 5, 6])):
+        assert [e["x"] for e in SampledExamples(part).__getitems__([0, 3, 4])] == expected

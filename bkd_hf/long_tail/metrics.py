@@ -85,7 +85,7 @@ class LongTailAccumulator:
             first: Number of the first of these images, for errors; by default they follow the previous ones.
 
         Raises:
-            ValueError: If shapes do not match, or a label is out of range.
+            ValueError: If shapes do not match, or a label is no whole number or out of range.
         """
         logits, labels = (logits if hasattr(logits, "shape") else np.asarray(logits)), np.asarray(labels)
         num_classes = self.class_counts.size
@@ -93,9 +93,11 @@ class LongTailAccumulator:
             raise ValueError(f"Expected N×C logits and N ≥ 1 labels, got shapes {logits.shape} and {labels.shape}.")
         if logits.shape[1] != num_classes:
             raise ValueError(f"There are {num_classes} class counts, but the logits have {logits.shape[1]} classes.")
+        if labels.dtype.kind not in "iub":
+            raise ValueError(f"Labels must be whole numbers, got {labels.dtype}.")
         if labels.min() < 0 or labels.max() >= num_classes:
             raise ValueError(f"Labels must be in 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}.")
-        labels = labels.astype(np.int64, casting="same_kind", copy=False)
+        labels = labels.astype(np.int64, copy=False)
         first = self.num_images if first is None else first
         rows = max(1, _VALUES_AT_A_TIME // num_classes)
         for start in range(0, len(labels), rows):

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from transformers.utils import logging
 
 from .errors import InputError
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .reading import check_file, read_json, read_text
 from .text import normal, one_line
+
+logger = logging.get_logger(__name__)
 
 _SOME = 10  # how many an error names
 _LONGEST_LABEL = 18  # most digits that a table can store
@@ -155,6 +158,9 @@ def build_split_from_files(
     lines += [f"{len(images):,} of {len(listed):,} images are not in {image_folder}:", *images] if images else []
     if lines:
         raise InputError("\n".join(lines))
+    for split in lists:
+        if split != "train" and (shared := set(files["train"]) & set(files[split])):
+            logger.warning(f"{len(shared):,} images of {lists[split]} are in {lists['train']}, too: {_some(shared)}.")
     num_classes = len(names) if names else max(labels["train"]) + 1
     _check_labels(lists, labels, num_classes)
     if class_names is not None:

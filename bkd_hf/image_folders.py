@@ -28,7 +28,7 @@ LABEL_COLUMN = "label"
 _SPLITS = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 _IMAGE_SUFFIXES = set(ImageFolder.EXTENSIONS)
 _TABLE_SUFFIXES = {".parquet", ".arrow"}
-_HIDDEN = (".", "__")  # .DS_Store, __MACOSX, …
+_HIDDEN = (".", "__MACOSX")  # .DS_Store, …
 
 
 def class_features(class_names: list[str]) -> datasets.Features:

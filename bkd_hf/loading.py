@@ -201,8 +201,10 @@ def find_columns(
     if column is not None and not source.find({column: features[column]}) and not holds(features[column], "string"):
         raise InputError(f"--{option} {column}: the column holds {features[column]}, not {task}s.")
     labels = [each for each, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if len(labels) != 1:
-        labels = [each for each in _LABEL_COLUMN_NAMES if each in features][:1]
+    usual = [each for each in _LABEL_COLUMN_NAMES if each in features]
+    if label_column is None and len(labels) == 1 and usual and labels[0] not in usual:
+        raise InputError(f"{name}: are the labels in {labels[0]!r} or in {usual[0]!r}? Say it by --label_column_name.")
+    labels = labels if len(labels) == 1 else usual[:1]
     labels = labels if label_column is None else [label_column]
     if column is None:
         found = source.find({each: feature for each, feature in features.items() if each not in labels})
@@ -223,7 +225,7 @@ def find_columns(
 def _standard_columns(dataset: datasets.Dataset, names: dict[str, str], feature: Any) -> datasets.Dataset:
     """Keep only the columns of examples and labels, rename them, and cast the examples to this type."""
     column = next(iter(names))
-    dataset = dataset.select_columns([*names])
+    dataset = dataset.with_format(None).select_columns([*names])
     given = dataset.features[column]
     if not isinstance(given, type(feature)) or (isinstance(given, datasets.Value) and given != feature):
         dataset = dataset.cast_column(column, feature)
@@ -252,17 +254,7 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
             return splits
         classes = datasets.ClassLabel(names=names[0])
         return {split: dataset.cast_column(LABEL_COLUMN, classes) for split, dataset in splits.items()}
-    if not isinstance(feature, datasets.Value) or not (
-        feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
-    ):
-        several = isinstance(feature, (list, datasets.List, datasets.LargeList))
-        unit = task_of_columns(splits["train"].column_names).name
-        raise InputError(
-            f"{name}: the labels in column {label_column!r} are not classes. One class per {unit} is needed, a whole "
-            f"number or a name; the column holds {feature}"
-            + (f": several labels per {unit} (multi-label), which this method is not for." if several else ".")
-        )
-
+    check_are_classes(name, feature, label_column, task_of_columns(splits["train"].column_names).name)
     values = {split: selected(dataset, dataset.data.column(LABEL_COLUMN)) for split, dataset in splits.items()}
     if len({each.dtype == object for each in values.values()}) > 1:
         kinds = ", ".join(f"{split}: {dataset.features[LABEL_COLUMN].dtype}" for split, dataset in splits.items())
@@ -277,6 +269,7 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
         logger.warning(
             f"{name}: the {known.size} labels in {label_column!r} are not numbered 0 to {known.size - 1}; they are "
             "renumbered, and their old numbers become the class names."
+            + (" -1 is a class, too: if it stands for no label, remove its examples." if known[0] == -1 else "")
         )
     renamed = {}
     for split, dataset in splits.items():
@@ -291,6 +284,21 @@ def _to_class_labels(name: str, splits: dict[str, datasets.Dataset], label_colum
             LABEL_COLUMN, numbers.tolist(), feature=datasets.ClassLabel(names=[str(value) for value in known])
         )
     return renamed
+
+
+def check_are_classes(name: str, feature: Any, label_column: str, unit: str) -> None:
+    """Raise an `InputError` if a column, of this type, cannot hold one class for each example (a `unit`)."""
+    if isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value)
+        and (feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint")))
+    ):
+        return
+    several = isinstance(feature, (list, datasets.List, datasets.LargeList))
+    raise InputError(
+        f"{name}: the labels in column {label_column!r} are not classes. One class per {unit} is needed, a whole "
+        f"number or a name; the column holds {feature}"
+        + (f": several labels per {unit} (multi-label), which this method is not for." if several else ".")
+    )
 
 
 def _carve_evaluation_split(

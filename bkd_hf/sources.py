@@ -11,7 +11,10 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.table import CastError
 from yaml import YAMLError
 
@@ -162,14 +165,14 @@ def open_splits(
                 hint = f" For {others[0]}s say --task {others[0]}." if others and path.is_file() else ""
                 kinds = " or ".join(source.files)
                 raise InputError(f"--dataset_name {name}: a single file must be a {kinds} file.{hint}")
-            data = datasets.load_dataset(
-                source.files[path.suffix], data_files=str(path), cache_dir=cache_dir, streaming=streaming
-            )
+            options = {"data_files": str(path), "cache_dir": cache_dir}
+            data = _load(source.files[path.suffix], name, streaming, options, is_local=True)
         else:
             data = source.folder(path) if path.is_dir() and config_name is None and not streaming else None
             if data is None:
                 place = str(path) if path.is_dir() else name
-                data = datasets.load_dataset(place, config_name, cache_dir=cache_dir, token=token, streaming=streaming)
+                options = {"name": config_name, "cache_dir": cache_dir, "token": token}
+                data = _load(place, name, streaming, options, is_local=path.is_dir())
     except InputError:
         raise
     except Exception as error:  # `datasets` and the libraries it uses may raise any exception
@@ -198,3 +201,31 @@ def open_splits(
             f'"{next(iter(source.demo))}".'
         ) from error
     return data if isinstance(data, dict) else datasets.DatasetDict({"train": data})
+
+
+def _load(place: str, name: str, streaming: bool, options: dict[str, Any], is_local: bool) -> Any:
+    if is_local:  # for the Hub, these requests would be sent twice
+        builder = datasets.load_dataset_builder(place, **options)
+        _check_class_names(name, builder)
+        if isinstance(builder.config, CsvConfig) and builder.config.na_values is None:
+            # By default, the classes "NA" and "None" and the text "null" are taken for missing values.
+            options = {**options, "keep_default_na": False, "na_values": [""]}
+    return datasets.load_dataset(place, streaming=streaming, **options)
+
+
+def _check_class_names(name: str, builder: datasets.DatasetBuilder) -> None:
+    """Raise an `InputError` if parquet files number their classes differently; `datasets` reads only one's names."""
+    first: dict[str, tuple[str, list[str]]] = {}
+    for file in (file for files in (builder.config.data_files or {}).values() for file in files):
+        try:
+            schema = pq.read_schema(file) if file.endswith(".parquet") else pa.schema([])
+        except pa.ArrowInvalid:  # reading the data tells more
+            continue
+        for column, feature in datasets.Features.from_arrow_schema(schema).items():
+            if isinstance(feature, datasets.ClassLabel):
+                other, names = first.setdefault(column, (file, feature.names))
+                if any(ours != theirs for ours, theirs in zip(feature.names, names, strict=False)):
+                    raise InputError(
+                        f"{name}: {Path(other).name} and {Path(file).name} name their classes differently in "
+                        f"{column!r}. Cast both to one ClassLabel, and save them again."
+                    )

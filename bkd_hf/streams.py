@@ -31,21 +31,25 @@ import torch
 from accelerate import PartialState
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi
+from transformers.utils import logging
 
 from .data import fingerprint
 from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features
 from .images import ImageDataset, collate_images
-from .loading import find_columns, find_splits
+from .loading import check_are_classes, find_columns, find_splits
 from .reading import read_json
 from .sources import DEMOS, open_splits
 from .text import normal, one_line
 
+logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 #: Key of a batch: its lane, and the lane's position.
 POSITION = "stream_position"
 NUM_LANES, SAMPLE_SIZE = 8, 1024
+#: Passes in a row in which a lane may get only shards without examples.
+_MOST_EMPTY = 100
 
 
 class Stream:
@@ -73,21 +77,29 @@ class Stream:
         self.shards, self.buffer_size, self.columns = shards, buffer_size, columns
         self.features = class_features(list(class_counts))
         self.class_counts, self._numbers = list(class_counts.values()), {n: i for i, n in enumerate(class_counts)}
-        self.split = shards.split
+        self.split, feature = shards.split, (shards.features or {}).get(columns[1])
+        #: Whether integer labels are class numbers. If not, they are names of classes.
+        self._are_numbered = not isinstance(feature, datasets.Value)
         num_lanes = min(NUM_LANES, shards.num_shards)
         each = -(-SAMPLE_SIZE // num_lanes)
         found = [e for number in range(num_lanes) for e in Lane(self, number, num_lanes, 0).take(each, 1)[1]]
         #: Some examples from the beginning of each lane, for checks before training.
         self.sample = datasets.Dataset.from_dict(
-            {name: [example[name] for example in found] for name in (IMAGE_COLUMN, LABEL_COLUMN)}, self.features
+            {
+                IMAGE_COLUMN: [example[IMAGE_COLUMN] for example in found],
+                LABEL_COLUMN: [self.number_of(example[LABEL_COLUMN]) for example in found],
+            },
+            self.features,
         )
         told = json.dumps([shards.num_shards, class_counts, fingerprint(self.sample)])
         self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest() + "-sampled"
 
     def number_of(self, label: Any) -> int:
         """Return the number of a class; raises an `InputError` if it has none."""
-        number = label if isinstance(label, int) else self._numbers.get(normal(str(label)), -1)
-        if not 0 <= number < len(self.class_counts):
+        number = label
+        if label is not None and not (self._are_numbered and isinstance(label, int)):
+            number = self._numbers.get(normal(str(label)))
+        if number is None or not 0 <= number < len(self.class_counts):
             raise InputError(
                 f"An example of the stream has the label {label!r}, of which --class_counts says nothing. Count anew."
             )
@@ -160,7 +172,7 @@ class Lane:
                         yield begin, [block[i] for i in kept]
                     begin = {**begin, "inside": source.state_dict(), "seen": seen}
                 inside = None
-            if (without := without + 1) > 1:
+            if (without := without + 1) > (1 if shares else _MOST_EMPTY):
                 raise InputError("--streaming: a lane of the stream has no example. Use fewer processes or workers.")
             shard, seen = 0, 0
 
@@ -283,6 +295,7 @@ def open_columns(
     names = [split for split in find_splits(name, data, *splits, untouched_test=False) if split]
     opened = [data[split] if data[split].features else data[split]._resolve_features() for split in names]
     image, label = find_columns("image", name, opened[0], *columns)
+    check_are_classes(name, opened[0].features[label], label, "image")
     # Not renamed, which would call a function for each example.
     stored = [each.select_columns([image, label]).cast_column(image, datasets.Image(decode=False)) for each in opened]
     return dict(zip(("train", "eval"), stored, strict=False)), names, (image, label)
@@ -306,7 +319,10 @@ def count_labels(
     if None in counts or -1 in counts:
         raise InputError(f"{name}: {counts[None] + counts[-1]} training images have no label. Remove them.")
     keys = range(len(names)) if names else sorted(counts)
-    return {normal(names[key] if names else str(key)): counts[key] for key in keys}
+    found = Counter[str]()
+    for key in keys:
+        found[normal(names[key] if names else str(key))] += counts[key]
+    return dict(found)
 
 
 def read_counts(path: str, labels: Any) -> dict[str, int]:
@@ -318,11 +334,18 @@ def read_counts(path: str, labels: Any) -> dict[str, int]:
         InputError: If they are not counts, or do not match the classes of the labels.
     """
     content, names = read_json(path), getattr(labels, "names", None)
+    names = names and [normal(each) for each in names]
+    if names and len(set(names)) < len(names):
+        raise InputError("Two classes of the stream have one name, whose accents are spelled twice. Rename one.")
     if not isinstance(content, dict) or not content or any(type(n) is not int or n < 0 for n in content.values()):
         raise InputError(f'--class_counts {path}: expected {{"name or number of a class": number of its images, …}}.')
     are_numbers = all(key.isdecimal() for key in content)
     if names is None and getattr(labels, "dtype", "").startswith(("int", "uint")):
-        names = [str(number) for number in range(1 + max((int(key) for key in content if are_numbers), default=0))]
+        names = [str(number) for number in sorted(int(key) for key in content if are_numbers)]
+        if names and int(names[-1]) >= len(names):
+            logger.warning(
+                f"--class_counts {path}: classes are not numbered 0 to {len(names) - 1}; they are renumbered."
+            )
     elif names is None:
         names = sorted(map(normal, content))
     elif are_numbers and not {*content} <= {*names}:

@@ -28,6 +28,7 @@ from bkd_hf import (
 )
 from bkd_hf.data import PROFILES, fingerprint, limit_examples, shared_fingerprint, stored_images
 from bkd_hf.image_folders import load_image_folder
+from bkd_hf.streams import count_labels
 
 SIZE = (12, 10)
 
@@ -387,6 +388,35 @@ def test_unknown_hub_id():
         load_image_dataset("nobody/nothing")
 
 
+def test_files_that_number_their_classes_differently_are_refused(tmp_path):
+    for name, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        image_set([0, 1] * 4, datasets.ClassLabel(names=names)).to_parquet(tmp_path / f"{name}.parquet")
+    for load in (load_image_dataset, count_labels):
+        with pytest.raises(InputError, match=r"train.parquet and test.parquet name their classes differently"):
+            load(str(tmp_path))
+    image_set([0] * 4, datasets.ClassLabel(names=["cat"])).to_parquet(tmp_path / "test.parquet")
+    assert load_image_dataset(str(tmp_path))["eval"]["label"][:] == [0] * 4  # the same numbers, though fewer
+
+
+def test_an_output_format_is_left_behind(tmp_path):
+    data = image_set([0, 1] * 5, datasets.ClassLabel(names=["a", "b"]))
+    for number, (kind, columns) in enumerate((("torch", ["label"]), ("numpy", None))):
+        data.with_format(kind, columns=columns).save_to_disk(path := tmp_path / str(number))
+        loaded = load_image_dataset(str(path))["train"]
+        assert isinstance(loaded[0]["image"], Image.Image)
+        assert fingerprint(loaded.with_format("numpy", columns=["label"])) == fingerprint(loaded)
+    assert fingerprint(loaded.with_transform(lambda batch: {"x": batch["label"]})) == fingerprint(loaded)
+
+
+def test_two_columns_that_may_hold_the_labels(tmp_path):
+    path = tmp_path / "data.parquet"
+    data = image_set([0, 1] * 5, datasets.ClassLabel(names=["web", "photo"]), "source")
+    data.add_column("label", ["cat", "dog"] * 5).to_parquet(path)
+    with pytest.raises(InputError, match=r"are the labels in 'source' or in 'label'\? Say it by --label_column_name"):
+        load_image_dataset(str(path))
+    assert load_image_dataset(str(path), label_column="label")["train"].features["label"].names == ["cat", "dog"]
+
+
 def test_configurations_of_a_folder(tmp_path):
     metadata = "---\nconfigs:\n"
     for name, labels in (("small", [0, 1] * 5), ("large", [0, 1] * 10)):
@@ -573,11 +603,11 @@ def test_each_image_has_the_class_of_its_folder(tmp_path):
 
 
 def test_what_is_hidden_or_no_image_is_left_out(tmp_path, caplog):
-    root = fill(tmp_path, {"a": 3, "b": 2, "__MACOSX/a": 3, ".thumbnails": 4})
+    root = fill(tmp_path, {"a": 3, "b": 2, "__background__": 1, "__MACOSX/a": 3, ".thumbnails": 4})
     (tmp_path / "a" / "notes.heic").write_text("no image by its name")
     (tmp_path / "a" / ".DS_Store").write_text("")
     (tmp_path / "LICENSE").write_text("")
-    assert counts(root) == {"train": {"a": 3, "b": 2}}
+    assert counts(root) == {"train": {"__background__": 1, "a": 3, "b": 2}}
     assert "left out, as they are no images by their names: a/notes.heic." in caplog.text
 
 

@@ -373,6 +373,13 @@ def test_a_published_split(birds, make, tmp_path, monkeypatch):
     assert fingerprint(built["train"], read_all=True) == fingerprint(loaded["train"])
 
 
+def test_images_for_training_and_test_are_told(birds, caplog):
+    train, test = birds / "Birds_LT_train.txt", birds / "Birds_LT_test.txt"
+    test.write_text(test.read_text() + train.read_text())
+    build_split_from_files(train, test, birds / "images")
+    assert "9 images of" in caplog.text
+
+
 def test_default_folder_and_names(birds, make, monkeypatch):
     monkeypatch.chdir(birds)
     (birds / "names.txt").write_text("tit\nfinch\nowl\n")

@@ -10,12 +10,14 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from datasets.distributed import split_dataset_by_node
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, InputError, load_classifier, load_image_dataset, load_processor
@@ -158,6 +160,43 @@ def test_what_was_divided_is_not_divided_again(opened, shards):
         Stream(split_dataset_by_node(found["train"], 0, 2), dict.fromkeys(NAMES, 40))
 
 
+def small_shards(folder: Path, labels: list[list], feature: Any) -> Path:
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    for number, shard in enumerate(labels):
+        images = [Image.new("L", (4, 4), 10 * number + i) for i in range(len(shard))]
+        data = datasets.Dataset.from_dict({"image": images, "label": shard}, features=features)
+        data.to_parquet(folder / f"train-{number}.parquet")
+    data.to_parquet(folder / "test-0.parquet")
+    return folder
+
+
+def test_numbers_with_gaps_are_names_of_classes(tmp_path):
+    folder = small_shards(tmp_path, [[3, 7, 7, 3, 7]], datasets.Value("int64"))
+    (counts := tmp_path / "counts.json").write_text(json.dumps(count_labels(str(folder))))
+    opened = load_stream(str(folder), str(counts), cache_dir=str(tmp_path))
+    assert opened["train"].class_counts == [2, 3]
+    assert opened["eval"]["label"][:] == [0, 1, 1, 0, 1]
+    assert opened["eval"].features["label"].names == ["3", "7"]
+
+
+def test_shards_without_examples(tmp_path):
+    folder = small_shards(tmp_path, [[0, 1]] * 5 + [[]] * 4 + [[1, 0]], datasets.ClassLabel(names=["a", "b"]))
+    found, _, columns = open_columns(str(folder), None, (None, None), (None, None))
+    stream = Stream(found["train"], {"a": 6, "b": 6}, 100, columns)
+    lanes = [Lane(stream, number, 8, seed=0) for number in range(8)]
+    for lane in lanes:
+        assert len(lane.take(60)[1]) == 60
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature"),
+    [([[0], [1]], datasets.List(datasets.Value("int64"))), ([0.5, 1.5], datasets.Value("float32"))],
+)
+def test_labels_that_are_no_classes_cannot_be_counted(tmp_path, labels, feature):
+    with pytest.raises(InputError, match="the labels in column 'label' are not classes"):
+        count_labels(str(small_shards(tmp_path, [labels], feature)))
+
+
 def test_the_demo_can_be_streamed(tmp_path):
     (counts := tmp_path / "counts.json").write_text(json.dumps(count_labels("digits")))
     opened, loaded = load_stream("digits", str(counts), cache_dir=str(tmp_path)), load_image_dataset("digits")
@@ -186,7 +225,8 @@ def test_a_damaged_shard_is_named_in_one_line(shards, tmp_path, what, capsys):
     ("content", "feature", "expected"),
     [
         ({"b": 2, "a": 3}, datasets.Value("string"), {"a": 3, "b": 2}),
-        ({"2": 2, "0": 3}, datasets.Value("int64"), {"0": 3, "1": 0, "2": 2}),
+        ({"10": 2, "2": 3}, datasets.Value("int64"), {"2": 3, "10": 2}),
+        ({"\u00e9": 2, "x": 3}, datasets.ClassLabel(names=["x", "e\u0301"]), {"x": 3, "\u00e9": 2}),
         ({"1": 2, "0": 3}, datasets.ClassLabel(names=["x", "y"]), {"x": 3, "y": 2}),
         ({"y": 2, "x": 3}, datasets.ClassLabel(names=["x", "y"]), {"x": 3, "y": 2}),
         ({"z": 2}, datasets.ClassLabel(names=["x", "y"]), "there is no class 'z' in the data"),

@@ -87,6 +87,26 @@ def test_a_users_own_texts(tmp_path, source):
     assert set(splits["train"]["text"]) | set(splits["eval"]["text"]) == set(TEXTS)
 
 
+@pytest.mark.parametrize("place", ["a.csv", "folder"])
+def test_words_that_csv_readers_take_for_missing_values_are_words(tmp_path, place):
+    file = tmp_path / place if place.endswith(".csv") else tmp_path / place / "train.csv"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("text,label\n" + "null,NA\nyes,None\n" * 5)
+    splits = load_text_dataset(str(tmp_path / place), cache_dir=str(tmp_path / "cache"))
+    assert splits["train"].features["label"].names == ["NA", "None"]
+    assert set(splits["train"]["text"]) == {"null", "yes"}
+    file.write_text("text,label\nyes,a\n,b\n")
+    with pytest.raises(InputError, match="1 example has no text"):
+        load_text_dataset(str(tmp_path / place), cache_dir=str(tmp_path / "cache"))
+
+
+def test_texts_with_an_output_format(tokenizer):
+    data = datasets.Dataset.from_dict({"text": TEXTS, "label": LABELS}).class_encode_column("label")
+    for kind in ("numpy", "pandas"):
+        found = TextDataset(data.with_format(kind), tokenizer)
+        assert found[0] == TextDataset(data, tokenizer)[0]
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "expected"),
     [

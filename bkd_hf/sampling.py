@@ -156,9 +156,9 @@ class SampledExamples(torch.utils.data.Dataset):
         wanted = [index if index >= 0 else -1 - index for index in indices]
         dataset: Any = self.dataset
         while type(dataset) is torch.utils.data.Subset:
-            turns = [index // len(dataset) * len(dataset.dataset) for index in wanted]
-            wanted = [turn + dataset.indices[index % len(dataset)] for turn, index in zip(turns, wanted, strict=True)]
-            dataset = dataset.dataset
+            inner: Any = dataset.dataset
+            wanted = [index // len(dataset) * len(inner) + dataset.indices[index % len(dataset)] for index in wanted]
+            dataset = inner
         if not getattr(dataset, "distinguishes_repetitions", False):
             wanted = [index % len(dataset) for index in wanted]
         if hasattr(dataset, "__getitems__"):

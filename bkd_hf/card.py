@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from .models import cifar_resnet_depth
 from .options import NOT_FOR_TEACHER, UNKNOWN_LICENSE, WITHOUT_INFLUENCE, options_with
 from .plots import figure_names
 from .program import without_checkout
-from .reading import read_card
+from .reading import read_card, read_text
 from .results import check_schema, describe_command, load_results, training_options
 from .schema import check_repo_id
 from .targets import describe_targets, why_collapsed
@@ -54,6 +55,7 @@ _SYMBOLS = {
     r"\bτ\b": "`τ` is `logit_adjustment_tau`",
     r"\bε\b": "`ε` is `label_smoothing_factor`",
 }
+_SIGNATURE = re.compile(r"<!-- Written by bkd_hf(?: for (?P<repo_id>\S+))? \((?P<digest>\w+)\)\. -->")
 _TEMPLATE = Path(__file__).with_name("card_template.md")
 _REFERENCES = Path(__file__).with_name("references.bib")
 _WEAK_ACCURACY = 0.2  # classes below it are named among the limitations
@@ -170,7 +172,26 @@ def build(
         exported=export_table(results) if "export" in results else None,
         share_asked=share_asked(results) if "export" in results else "",
     )
-    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+    return ModelCard(_signed(str(card), repo_id))
+
+
+def _signed(text: str, repo_id: str | None) -> str:
+    """Return a card with a last line by which [`kept_edits`] finds out whether somebody has edited it."""
+    return f"{text.rstrip()}\n\n<!-- Written by bkd_hf{f' for {repo_id}' if repo_id else ''} ({_digest(text)}). -->\n"
+
+
+def kept_edits(path: str | os.PathLike[str], repo_id: str) -> str | None:
+    """Return a card that was edited by hand, for a repository; `None` if there is none, or it is as it was written."""
+    text = read_text(path) if Path(path).exists() else ""
+    found = _SIGNATURE.search(text)
+    if found is None or _digest(text[: found.start()] + text[found.end() :]) == found["digest"]:
+        return None
+    return text.replace(found["repo_id"], repo_id) if found["repo_id"] else text
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.strip().encode(), digest_size=8).hexdigest()
 
 
 def choices_of_card(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ new commit. It retries only uploads, so `_with_hub` retries the rest.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import getpass
 import json
@@ -16,15 +17,15 @@ import re
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session, get_token
 from huggingface_hub.errors import HTTPError
 
-from .card import build, choices_of_card
+from .card import build, choices_of_card, kept_edits
 from .errors import InputError, PublishError, first_line
 from .files import try_json, why_broken, write_text
 from .plots import figure_names, save_plots
@@ -45,7 +46,7 @@ _ALLOWED = {
     "model": (
         "config.json", "preprocessor_config.json", "model.safetensors", "model-*-of-*.safetensors",
         "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "vocab.json", "vocab.txt", "merges.txt", RESULTS_NAME,
+        "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json", "*.model", RESULTS_NAME,
     ),
     "dataset": (CARD_NAME, "class_counts.png", SPLIT_NAME, "data/*.parquet"),
     "space": (
@@ -93,6 +94,20 @@ class Publication:
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         return dict(sorted({**sizes, CARD_NAME: len(self.card.encode())}.items()))
 
+    def outdated(self, there: Iterable[str]) -> list[str]:
+        """Return the files, among those in the repository, of an earlier publication that are no longer part of it."""
+        patterns = [
+            *_ALLOWED[self.repo_type],
+            *(("figures/*.png", *ONNX_FILES.values()) * (self.repo_type == "model")),
+        ]
+        return [
+            name
+            for name in there
+            if name not in self.files
+            and name != CARD_NAME
+            and any(name.count("/") == each.count("/") and fnmatch.fnmatch(name, each) for each in patterns)
+        ]
+
 
 def publish_folder(
     folder: str | os.PathLike[str],
@@ -109,7 +124,8 @@ def publish_folder(
 ) -> str:
     """Push the publishable part of a folder in one commit, completely or not at all.
 
-    Repeating a push changes nothing. Transient failures (no connection, 429, 5xx, …) are retried for about 20 seconds.
+    Repeating a push changes nothing. Files of an earlier publication that are no longer part of it are deleted.
+    Transient failures (no connection, 429, 5xx, …) are retried for about 20 seconds.
 
     Args:
         folder: Output folder of a finished run, a split, or the folder of the metric.
@@ -147,8 +163,10 @@ def publish_folder(
 
     def commit() -> None:
         # New operations for each attempt, as they remember that they were started.
-        operations = [CommitOperationAdd(name, str(path)) for name, path in publication.files.items()]
+        operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in publication.files.items()]
         operations.append(CommitOperationAdd(CARD_NAME, publication.card.encode()))
+        there = _files_there(url.repo_id, publication.repo_type, revision, token)
+        operations += [CommitOperationDelete(name) for name in publication.outdated(there)]
         HfApi(token=token).create_commit(
             url.repo_id,
             operations,
@@ -224,7 +242,7 @@ def prepare(
         exported = ONNX_FILES.values() if "export" in results else ()  # otherwise from an earlier student
         files |= _existing(folder, [*_own_code(folder), *figures, *exported])
         told = {name: value for name, value in card_options.items() if value not in (None, [], ())}
-        card = str(build(results, repo_id, **{**choices_of_card(folder / CARD_NAME), **told}))
+        card = card_of(folder, results, repo_id, told)
     elif any(card_options.values()):
         raise InputError(f"{folder} has a card of its own: --license and --dataset_id are for the card of a student.")
     else:
@@ -232,6 +250,26 @@ def prepare(
     publication = Publication(repo_type, files, card)
     _check_contents(publication, folder, token)
     return publication
+
+
+def card_of(
+    folder: str | os.PathLike[str], results: dict[str, Any], repo_id: str, told: Mapping[str, Any] | None = None
+) -> str:
+    """Return the card of a run: the one in its folder if it was edited by hand, else a new one.
+
+    Args:
+        folder: Folder of the run.
+        results: The content of its `results.json`.
+        repo_id: As for [`publish_folder`].
+        told: Arguments of [`bkd_hf.card.build`]; others are taken from the card in the folder.
+    """
+    path = Path(folder, CARD_NAME)
+    told = told or {}
+    if (edited := kept_edits(path, repo_id)) is None:
+        return str(build(results, repo_id, **{**choices_of_card(path), **told}))
+    unused = f", without {', '.join(told)}" if told else ""
+    warnings.warn(f"{path} was edited, so it stays as it is{unused}. Delete it to have it written anew.", stacklevel=3)
+    return edited
 
 
 def write_card(publication: Publication, folder: str | os.PathLike[str]) -> Path | None:
@@ -366,6 +404,16 @@ def _check_token(token: str | None) -> None:
         raise InputError(
             "There is no token for the Hub: log in by `hf auth login`, set HF_TOKEN, or give one with write access."
         )
+
+
+def _files_there(repo_id: str, repo_type: str, revision: str | None, token: str | None) -> list[str]:
+    """List the files in a repository; none where the Hub, or its mirror, cannot list them."""
+    try:
+        return HfApi(token=token).list_repo_files(repo_id, repo_type=repo_type, revision=revision)
+    except HTTPError as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 404:
+            return []
+        raise
 
 
 def _open_repository(repo_id: str, repo_type: str, private: bool | None, token: str | None) -> Any:

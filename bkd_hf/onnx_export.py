@@ -18,12 +18,11 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .announcer import Announcer
-from .card import build, choices_of_card
 from .data import fingerprint_like, labels_of, limit_examples
 from .errors import InputError
 from .export_report import FIGURE_NAME, lines
 from .files import lock, replacing, try_json, write_text
-from .hub import CARD_NAME, TEACHER_FOLDER
+from .hub import CARD_NAME, TEACHER_FOLDER, card_of
 from .images import ImageDataset, collate_images
 from .inputs import load_splits, long_tail_evaluation
 from .models import load_classifier, load_processor, prefer_channels_last
@@ -87,8 +86,7 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
     save_json(results, folder / RESULTS_NAME)
     (folder / "figures" / FIGURE_NAME).unlink(missing_ok=True)  # from an earlier export
     save_plots(results, folder / "figures", only_missing=True)
-    card = build(results, arguments.repo_id, **choices_of_card(folder / CARD_NAME))
-    write_text(folder / CARD_NAME, str(card))
+    write_text(folder / CARD_NAME, card_of(folder, results, arguments.repo_id))
     for line in lines(results):
         say(line)
     return results

@@ -357,6 +357,8 @@ class Handler(BaseHTTPRequestHandler):
                 header = value
             elif key == "file":
                 files[path] = File(base64.b64decode(value["content"]), lfs=False)
+            elif key == "deletedFile":
+                files.pop(path)
             else:  # lfsFile
                 if value["oid"] not in repository.stored:
                     reason = "an LFS pointer pointed to a file that does not exist"

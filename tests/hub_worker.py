@@ -87,6 +87,27 @@ def plain_hub(folder: Path) -> dict[str, Any]:
     return found
 
 
+def published_twice(folder: Path, scratch: Path) -> dict[str, Any]:
+    """A card that was edited by hand, and a file that is gone the second time; another that is not ours."""
+    copy, publish = scratch / "edited", main_of("publish.py")
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("checkpoint-*", "teacher"))
+    (copy / "vocab.txt").write_text("a\nb\n")
+    first = call(publish, str(copy), "--repo_id", "user/edited", "--license", "mit")
+    card = (copy / "README.md").read_text()
+    (copy / "README.md").write_text(card.replace("license: mit", "license: other\nlicense_name: beer") + "\nThanks!\n")
+    (copy / "vocab.txt").unlink()
+    before = hub.files("user/edited")
+    dry = call(publish, str(copy), "--repo_id", "user/else", "--dry_run")
+    written = (copy / "README.md").read_text()
+    again = call(publish, str(copy), "--repo_id", "user/edited", "--license", "apache-2.0")
+    after = hub.files("user/edited")
+    return {
+        "codes": [first["code"], dry["code"], again["code"]], "gone": sorted({*before} - {*after}),
+        "new": sorted({*after} - {*before}), "told": again["err"], "of_dry_run": written,
+        "card": after["README.md"].decode(),
+    }  # fmt: skip
+
+
 def refusals(folder: Path, scratch: Path) -> dict[str, str]:
     publish = main_of("publish.py")
     unfinished, old = scratch / "unfinished", scratch / "old"
@@ -218,5 +239,6 @@ if __name__ == "__main__":
         "faults": faults(output_dir),
         "python": from_python(scratch),
         "split": split_and_spaces(output_dir, scratch),
+        "twice": published_twice(output_dir, scratch),
     }
     (scratch / "outcome.json").write_text(json.dumps(outcome))

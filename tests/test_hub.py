@@ -163,6 +163,7 @@ def test_a_hub_with_the_routes_that_are_needed_is_enough(outcome):
     needed = (
         "POST /api/repos/create|POST /api/validate-yaml|GET /api/models/user/plain|PUT /__storage__/.*"
         "|POST /api/models/user/plain/(preupload|commit)/main|POST /user/plain.git/info/lfs/objects/batch"
+        "|GET /api/models/user/plain/tree/main.*"
     )
     others = [request for request in plain["requests"] if not re.fullmatch(needed, request)]
     assert others == ["GET /api/models/user/plain/auth-check/write"]  # which this Hub does not know
@@ -174,6 +175,17 @@ def test_a_card_keeps_what_was_chosen_for_it(outcome):
     metadata = yaml.safe_load(plain["card"].split("---")[1])
     assert (metadata["license"], metadata["datasets"]) == ("mit", ["user/digits"])
     assert 'pipeline("image-classification", "user/plain"' in plain["card"]  # pushed to "plain"
+
+
+def test_published_again(outcome):
+    twice = outcome["twice"]
+    assert twice["codes"] == [0, 0, 0]
+    assert (twice["gone"], twice["new"]) == (["vocab.txt"], [])
+    for card, repo_id in ((twice["card"], "user/edited"), (twice["of_dry_run"], "user/else")):
+        assert "license_name: beer" in card
+        assert card.rstrip().endswith("Thanks!")
+        assert f'pipeline("image-classification", "{repo_id}"' in card
+    assert "README.md was edited, so it stays as it is, without license. Delete it" in twice["told"]
 
 
 def test_the_command_that_goes_on_is_whole(outcome, output_dir):

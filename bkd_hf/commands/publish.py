@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError, run_script
+from ..program import path_given
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", metavar="OUTPUT_DIR", type=Path, help="The folder.")
+    parser.add_argument("folder", metavar="OUTPUT_DIR", type=path_given, help="The folder.")
     parser.add_argument("--repo_id", help="USER/NAME; made if it is not there. This, --space or --export.")
     parser.add_argument(
         "--space",
@@ -51,6 +52,8 @@ def _publish(options: argparse.Namespace) -> None:
         raise InputError(f"--space_examples must be 0 or more, got {options.space_examples}.")
     if options.space_examples and options.space is None:
         raise InputError("--space_examples is for --space USER/NAME: give both, or leave it out.")
+    if options.push_teacher and options.repo_id is None:
+        raise InputError("--push_teacher is for --repo_id USER/NAME: give both, or leave it out.")
     folder, repo_id, with_teacher = options.folder, options.repo_id, options.push_teacher
     if options.export == "onnx":
         _export(folder)

@@ -151,6 +151,11 @@ def plan_cells(
         return Cell(method, seed, output_dir / method / f"seed{seed}", script, tuple(options))
 
     told = {method: cell(method, seeds[0]).parse() for method in methods}
+    for option, why in _NOT_FOR_CELLS.items():
+        name, arguments = option.removeprefix("--"), told[methods[0]]
+        is_allowed = option == "--max_steps" and arguments.data.streaming
+        if name in arguments.from_recipe and arguments.options.get(name) not in (None, False, -1) and not is_allowed:
+            raise InputError(f"{name} in the recipe cannot be set for a comparison: {why}.")
     source = next((_source_of_teacher(told[method]) for method in methods if _distils(method)), None)
 
     def with_teacher(method: str, seed: int) -> Cell:

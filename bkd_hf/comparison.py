@@ -18,6 +18,7 @@ from .methods import METHODS
 from .metrics import groups_of
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments
 from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results, recorded_defaults
+from .run_folder import RUN_NAME
 
 #: Columns of the tables, and their keys in `long_tail_metrics`.
 METRICS = {
@@ -35,6 +36,11 @@ BASELINES = ("ce", "kd")
 #: Seeds needed to call a difference clear; two that happen to agree can give an arbitrarily small interval.
 ENOUGH_SEEDS = 3
 _CONFIDENCE = 0.95
+#: Parts of `data` that cells share. Results from Python have no fingerprints.
+_SAME_DATA = (
+    "fingerprint", "eval_fingerprint", "class_names", "class_counts", "eval_class_counts", "many_shot_threshold",
+    "few_shot_threshold",
+)  # fmt: skip
 # Batch options are compared as "examples in a step".
 _MAY_DIFFER = {*WITHOUT_INFLUENCE, *BATCH_CUT, "global_batch_size", "seed", "data_seed", "teacher_model_name_or_path"}
 
@@ -111,7 +117,7 @@ class Comparison:
                     f"{source} does not tell its method: an earlier version of bkd_hf wrote it. Run it again, or "
                     "leave it out."
                 )
-            if any(results["data"][part] != self.data[part] for part in ("fingerprint", "eval_fingerprint")):
+            if any(results["data"][part] != self.data[part] for part in _SAME_DATA):
                 raise InputError(
                     f"{names[0]} and {source} are of different examples (data set, ratio or split): a comparison "
                     "would tell nothing."
@@ -215,7 +221,7 @@ def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int
     )
     if rates is None or not members.any():
         return None
-    generator, n, p = np.random.default_rng(seed), images[members], np.array(rates, dtype=float)[members]
+    generator, n, p = np.random.default_rng(seed), images[members], np.array(rates, dtype=float)[members].clip(0, 1)
     right = np.array([generator.binomial(n, p) for _ in range(repetitions)])
     return right.sum(axis=1) / n.sum() if key == "accuracy" else (right / n).mean(axis=1)
 
@@ -232,7 +238,9 @@ def load_comparison(folders: Iterable[str | os.PathLike[str]], sort: str | None 
         if not found:
             raise InputError(f"There is no {RESULTS_NAME} in {folder} or below it.")
         # The teacher that a run trained is no cell, unless its folder is named.
-        own = {run.parent / "teacher" / RESULTS_NAME for run in found}
+        begun = [] if folder.is_file() else folder.rglob(RUN_NAME)
+        runs = {path.parent for path in (*found, *begun)}
+        own = {run / "teacher" / RESULTS_NAME for run in runs}
         cells = [path for path in found if SHARED_TEACHERS not in path.relative_to(folder).parts and path not in own]
         paths |= dict.fromkeys(Path(os.path.realpath(path)) for path in cells)
     return Comparison([load_results(path) for path in paths], [str(path) for path in paths], sort)

@@ -39,3 +39,8 @@ def program(command: str, launcher: Sequence[str] = ()) -> list[str]:
     if script_of(command):
         return [*(launcher or ["python"]), f"scripts/{SCRIPTS[command]}"]
     return [*launcher, "-m", "bkd_hf", command] if launcher else [PROGRAM, command]
+
+
+def path_given(name: str) -> Path:
+    """Return a path from a command line; a shell leaves the "~" in "--output_dir=~/x" as it is."""
+    return Path(name).expanduser()

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .methods import METHODS, RECOMMENDED, corrects
+from .methods import METHODS, RECOMMENDED, is_balanced_by
 from .results import adjusts_itself
 from .tasks import task_of
 
@@ -55,10 +55,16 @@ def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         adjusted = None if adjusts_itself(results) else student.get("post_hoc_metrics")
         return {_adjusted("student", adjusted): adjusted} if adjusted else {}
     found, adjusted = {"its teacher": teacher["metrics"]}, teacher.get("post_hoc_metrics")
-    preset = METHODS.get((teacher.get("method") or "ce").partition(" ")[0])
-    if adjusted and not (preset and corrects(preset.options())):
+    if adjusted and not is_balanced_by(_options_of(teacher.get("method") or "ce")):
         found[_adjusted("teacher", adjusted)] = adjusted
     return found
+
+
+def _options_of(label: str) -> dict[str, Any]:
+    """Return the options that a method's label tells, e.g. "ce (classification_loss balanced_softmax)"."""
+    name, _, changed = label.removesuffix(")").partition(" (")
+    preset = METHODS[name].options() if name in METHODS else {}
+    return preset | dict(each.split(" ", 1) for each in changed.split(", ") if " " in each)
 
 
 def _adjusted(name: str, metrics: dict[str, Any]) -> str:
@@ -71,10 +77,10 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
         return None, ""
     student = results["student"]["metrics"]
     best = max(alternatives, key=lambda name: [alternatives[name][key] for key in reversed(_COMPARED)])
-    if all(student[key] > alternatives[best][key] for key in _COMPARED):  # then it must beat the others too
-        best = next((name for name, each in alternatives.items() if student["accuracy"] <= each["accuracy"]), best)
+    if all(_exceeds(student, alternatives[best], key) for key in _COMPARED):  # then it must beat the others too
+        best = next((name for name, each in alternatives.items() if not _exceeds(student, each, "accuracy")), best)
     other = alternatives[best]
-    better = [words for key, words in _COMPARED.items() if student[key] > other[key]]
+    better = [words for key, words in _COMPARED.items() if _exceeds(student, other, key)]
     # On a balanced test set overall and balanced accuracy are the same.
     is_balanced = all(abs(each["accuracy"] - each["balanced_accuracy"]) < 0.0005 for each in (student, other))
     numbers = "; ".join(
@@ -91,6 +97,10 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
         return True, f"The {subject} {found} better than {compared}"
     what = f"{found} better only {better[0]} than" if better else "is NOT better than"
     return False, f"The {subject} {what} {compared} {_try(results)}"
+
+
+def _exceeds(first: dict[str, Any], second: dict[str, Any], key: str) -> bool:
+    return first[key] > second[key] + 1e-9  # the same images may be added up in another order
 
 
 def _may_be_chance(first: dict[str, Any], second: dict[str, Any], data: dict[str, Any]) -> str:

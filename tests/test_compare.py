@@ -277,6 +277,39 @@ def test_a_runs_own_teacher_is_no_cell(cells, tmp_path):
     assert load_comparison([tmp_path / "a", tmp_path / "b" / "teacher"]).methods == ["ce", "bkd"]
 
 
+def test_the_teacher_of_an_unfinished_run_is_no_cell(cells, tmp_path):
+    (tmp_path / "bkd" / "teacher").mkdir(parents=True)
+    (tmp_path / "kd").mkdir()
+    save_json(cells[6], tmp_path / "kd" / "results.json")
+    save_json(cell("ce", 0, 0.2), tmp_path / "bkd" / "teacher" / "results.json")
+    (tmp_path / "bkd" / "bkd_run.json").write_text("{}")
+    assert load_comparison([tmp_path]).methods == ["kd"]
+
+
+def test_results_without_fingerprints_are_compared_by_their_classes(cells):
+    for number, results in enumerate(cells[:2]):
+        results["data"] |= {
+            "fingerprint": None,
+            "eval_fingerprint": None,
+            "class_names": [f"{number}{i}" for i in range(10)],
+        }
+    with pytest.raises(InputError, match="are of different examples"):
+        Comparison(cells[:2])
+
+
+def test_what_a_recipe_may_not_set(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    for line, message in (
+        ("push_to_hub: true", "push_to_hub in the recipe cannot"),
+        ("max_steps: 5", "max_steps in the"),
+    ):
+        recipe.write_text(f"dataset_name: digits\nmodel_name_or_path: cifar-resnet-8\n{line}\n")
+        with pytest.raises(InputError, match=message):
+            plan_cells(["ce"], [0], tmp_path, RUN_SCRIPT, ["--config", str(recipe)])
+    recipe.write_text("dataset_name: digits\nmethod: bkd\nseed: 3\npush_to_hub: false\n")
+    assert len(plan_cells(["ce"], [0], tmp_path, RUN_SCRIPT, ["--config", str(recipe)])) == 1
+
+
 def test_options_that_changed_the_baseline_are_told():
     cells = [cell("ce", 0, 0.3), cell("bkd", 0, 0.4)]
     for results in cells:

@@ -49,6 +49,11 @@ def test_a_difference_of_a_few_images_may_be_chance(student, what):
     )
 
 
+def test_sums_in_another_order_are_no_difference():
+    verdict = judge(results_of(0.45, 0.45, None, balanced=0.45 + 1e-16))
+    assert verdict.sentence.startswith("The student is NOT better than its teacher: 45.0 against 45.0 % overall;")
+
+
 @pytest.mark.parametrize("student", [0.5, 0.57])
 def test_no_better_than_the_adjusted_teacher(student):
     results = results_of(student, 0.45, 0.57)
@@ -77,9 +82,13 @@ def test_nothing_is_said_of_adjusting_a_teacher_that_never_saw_this_tail():
     assert "adjust" not in str(build(results)).partition("## How it was trained")[0]
 
 
-def test_nor_of_adjusting_a_teacher_that_corrects_itself():
+@pytest.mark.parametrize(
+    "method",
+    ["balanced-softmax (label_smoothing_factor 0.1)", "ce (focal_gamma 2, classification_loss balanced_softmax)"],
+)
+def test_nor_of_adjusting_a_teacher_that_corrects_itself(method):
     results = results_of(0.5, 0.45, 0.4)
-    results["teacher"]["method"] = "balanced-softmax (label_smoothing_factor 0.1)"
+    results["teacher"]["method"] = method
     assert list(free_alternatives(results)) == ["its teacher"]
 
 

@@ -7,14 +7,13 @@ import shlex
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 from ..cells import CellRunner, plan_cells
 from ..compare import save_comparison, to_markdown
 from ..comparison import METRICS, load_comparison
 from ..errors import InputError, run_script
 from ..files import lock
-from ..program import program, script_of
+from ..program import path_given, program, script_of
 from ..results import describe_command, without_folders
 from ..text import code, duration, markdown, one_line, printable
 
@@ -34,7 +33,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="Training seeds.")
     parser.add_argument(
         "--output_dir",
-        type=Path,
+        type=path_given,
         help="Where cells, tables and figures go; with --from its first folder if not given.",
     )
     parser.add_argument("--launcher", default="", help='Put before the script: "accelerate launch --num_processes 2".')
@@ -49,7 +48,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         "--from",
         dest="folders",
         nargs="+",
-        type=Path,
+        type=path_given,
         metavar="DIR",
         help="Only tabulate the results.json files in these folders; nothing is run.",
     )

@@ -29,7 +29,7 @@ import numpy as np
 from ..data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, class_counts, make_long_tailed
 from ..errors import InputError, run_script
 from ..loading import NoTestSplitError, load_image_dataset
-from ..program import program
+from ..program import path_given, program
 from ..results import hub_id, save_json, without_folders
 from ..splits import SPLIT_NAME, check_output_folder, exact, save_split
 from ..text import printable
@@ -80,7 +80,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "Make no split: count the classes of the training images in one pass, for --class_counts of a run."
     parser.add_argument("--count_only", action="store_true", default=None, help=text)
     to = parser.add_argument_group("where it goes")
-    to.add_argument("--output_dir", type=Path, metavar="DIR", help="Named after the split, in outputs/, if not given.")
+    named = "Named after the split, in outputs/, if not given."
+    to.add_argument("--output_dir", type=path_given, metavar="DIR", help=named)
     to.add_argument("--push_to_hub", metavar="USER/NAME", help="Publish it there too.")
     to.add_argument("--private", action="store_true", default=None, help="Publish it as a private data set.")
     to.add_argument("--token", help="Hub token, if not stored by `hf auth login`.")

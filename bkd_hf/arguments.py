@@ -109,6 +109,8 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         InputError: If an option is unknown, or a value has the wrong type or is out of its range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):  # it would join the last list of a recipe
+        raise InputError(f"{argv[0]}: options begin with --. A recipe, a YAML file, is given by --config FILE.")
     parser = _build_parser(show_all="--help_all" in argv)
     if "--help_all" in argv:
         parser.print_help()
@@ -134,6 +136,8 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
         parser.set_defaults(**_FRESH_WEIGHTS_DEFAULTS[task])
 
     namespace = parser.parse_args([*from_file, *command_line])
+    if namespace.output_dir is not None:
+        namespace.output_dir = os.path.expanduser(namespace.output_dir)  # "--output_dir=~/x", as the shell leaves it
     is_pretrained = fresh_task(namespace.model_name_or_path) is None
     if is_pretrained and first_look.config is None and first_look.image_size is None:
         namespace.image_size = None  # from the default recipe; a model with weights has its own size

@@ -1,18 +1,20 @@
-"""Callbacks and meters of a training: non-finite numbers, mean losses, epochs, checkpoints."""
+"""Callbacks and meters of a training: non-finite numbers, mean losses, time, epochs, checkpoints."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from .machine import precision_of
 from .metrics import NotFiniteError
+from .results import summarize_training
 from .sharding import own_part
 from .teacher_logits import TeacherLogitsError
 
@@ -140,6 +142,32 @@ class LossMeter:
 def _sum_dtype(device: torch.device) -> torch.dtype:
     """float64 if the device has it, as sums may run over a whole epoch."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+class Clock(TrainerCallback):
+    """Measures training time over all sessions of an interrupted run; each log includes the time so far."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.started = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.before = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.started = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.log_history and self.started:
+            state.log_history[-1]["elapsed_seconds"] = round(self.before + time.perf_counter() - self.started, 3)
+
+    @staticmethod
+    def summary(state: TrainerState, num_images: int) -> dict[str, float] | None:
+        """Time and speed of the training itself, without evaluations; `None` if there was none."""
+        ends = [i for i, entry in enumerate(state.log_history) if {"train_runtime", "elapsed_seconds"} <= {*entry}]
+        if not ends:
+            return None
+        *before, end = state.log_history[: ends[-1] + 1]
+        evaluating = sum(entry.get("eval_runtime", 0.0) for entry in before)
+        return summarize_training(state, max(end["elapsed_seconds"] - evaluating, 1e-9), num_images)
 
 
 class EpochSetter(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Collection, Mapping
@@ -331,6 +332,16 @@ class BKDConfig(TrainingArguments):
         # Trainer pickles its arguments into every checkpoint and pushes them; they must not contain the token.
         return {**self.__dict__, "hub_token": None}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BKDConfig:
+        found = object.__new__(type(self))  # unlike a pickled one, a copy keeps the token
+        found.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return found
+
+    def __copy__(self) -> BKDConfig:
+        found = object.__new__(type(self))
+        found.__dict__.update(self.__dict__)
+        return found
+
     @property
     def method_label(self) -> str:
         """The preset, with options that differ from it in brackets: "bkd (temperature 4)"."""
@@ -384,6 +395,9 @@ class BKDConfig(TrainingArguments):
             setattr(self, name, value)
         self._apply_method()
         self._check()
+        if self.global_batch_size is not None:
+            self.gradient_accumulation_steps = changes.get("gradient_accumulation_steps", 1)
+            self.gradient_accumulation_steps = find_accumulation(self)
 
     def _apply_method(self) -> None:
         """Fill in options that were not set explicitly from the preset."""

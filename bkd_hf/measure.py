@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from .callbacks import Clock
+from .config import BKDConfig
 from .models import label_names
-from .results import describe_classes, describe_model, describe_run, described_task, history_of, summarize_training
+from .results import describe_classes, describe_model, describe_run, described_task, history_of
 from .tasks import task_of_model
 from .teacher import TEACHER_PREFIX, gives_teacher_inputs
 
@@ -45,9 +48,8 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
     student = describe_model(_name(trainer.model), trainer.model, measured)
     if trainer.num_trained_parameters is not None:
         student["num_trained_parameters"] = trainer.num_trained_parameters
-    seconds = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
-    if seconds:
-        student["training"] = summarize_training(trainer.state, seconds[-1], int(counts.sum()))
+    if (training := Clock.summary(trainer.state, int(counts.sum()))) is not None:
+        student["training"] = training
         student["history"] = history_of(trainer.state)
     teacher = None
     if trainer.teacher_model is not None:
@@ -60,7 +62,15 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
         )
         _, measured = evaluation.measure(teacher_images)
         teacher = describe_model(_name(trainer.teacher_model.model), trainer.teacher_model, measured)
-    return describe_run(trainer.args, data, student, teacher)
+    return describe_run(options_used(trainer), data, student, teacher)
+
+
+def options_used(trainer: Any) -> BKDConfig:
+    """Return a trainer's options, with the batch size that `auto_find_batch_size` found."""
+    args = copy.copy(trainer.args)
+    if args.auto_find_batch_size and trainer.state.train_batch_size:
+        args.per_device_train_batch_size = trainer.state.train_batch_size
+    return args
 
 
 def _name(model: Any) -> str:

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HPSearchBackend, IntervalStrategy
 
-from .config import BKDConfig
+from .config import METHOD_OPTIONS, BKDConfig
 from .errors import InputError
 from .head import the_head
 from .objective import Objective
@@ -172,6 +172,13 @@ class OptimizingTrainer(Trainer):
             return not per_epoch or step % per_epoch == 0 or step >= self.state.max_steps
         return False
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch as `Trainer`, which takes a step too many after a checkpoint of the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: `Trainer`'s estimate is for tokens, and iterates over all parameters at every step."""
         return 0
@@ -196,10 +203,13 @@ class OptimizingTrainer(Trainer):
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Set the options of a trial as `Trainer` does; options that were not set explicitly follow the method."""
-        super()._hp_search_setup(trial)
         if trial is None or self.hp_search_backend is None:
+            super()._hp_search_setup(trial)
             return
         told = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial
+        for name in {*told} & {*METHOD_OPTIONS}:
+            setattr(self.args, name, None)  # Trainer would convert "auto" to the type of the number that was there
+        super()._hp_search_setup(trial)
         self.args.set_anew({name: value for name, value in vars(self.args).items() if name in told})
         self.bkd_objective.has_teacher = self.teacher_model is not None and self.bkd_objective.distils
         self.bkd_objective.check(None)

@@ -338,6 +338,8 @@ class RunArguments:
     def from_record(cls, record: dict[str, Any], output_dir: str) -> RunArguments:
         """Return a run's options about models and data, from the record in its folder (`bkd_run.json`)."""
         told = {**record.get("model", {}), **record.get("data", {}), "output_dir": output_dir, "use_cpu": True}
+        if told.get("streaming"):
+            raise InputError(f"{output_dir}: the images of this run were streamed, so they are not at hand here.")
         of_teacher = {name: value for name, value in record.get("teacher_training", {}).items() if name in told}
         return cls({**_DEFAULTS, **{name: value for name, value in told.items() if name in _DEFAULTS}}, of_teacher)
 

@@ -12,33 +12,9 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from .config import BKDConfig
 from .errors import InputError
-from .results import summarize_training
 from .targets import describe_targets, why_collapsed
 from .text import duration
 from .trainer import BKDTrainer
-
-
-class Clock(TrainerCallback):
-    """Measures training time over all sessions of an interrupted run; each log includes the time so far."""
-
-    def __init__(self) -> None:
-        self.before = 0.0
-        self.started = 0.0
-
-    def on_train_begin(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
-        self.started = time.perf_counter()
-
-    def on_log(self, args: BKDConfig, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.log_history and self.started:
-            state.log_history[-1]["elapsed_seconds"] = round(self.before + time.perf_counter() - self.started, 3)
-
-    def summary(self, trainer: BKDTrainer, num_images: int) -> dict[str, float]:
-        """Time and speed of the training itself, without evaluations."""
-        history, state = trainer.state.log_history, trainer.state
-        elapsed = next(e["elapsed_seconds"] for e in reversed(history) if "train_runtime" in e)
-        evaluating = sum(entry.get("eval_runtime", 0.0) for entry in history if "train_runtime" not in entry)
-        return summarize_training(state, max(elapsed - evaluating, 1e-9), num_images)
 
 
 class TellOfCaches(TrainerCallback):

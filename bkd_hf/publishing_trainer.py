@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from .card import build
 from .errors import InputError
@@ -36,7 +37,7 @@ class PublishingTrainer(MeasuringTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `Trainer`; `resume_from_checkpoint=True` selects the last complete checkpoint."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = on_main_process(lambda: last_complete_checkpoint(self.args.output_dir)) or True
+            resume_from_checkpoint = on_main_process(self._checkpoint_to_resume)
         if isinstance(resume_from_checkpoint, str):
             resume_from_checkpoint = self._of_main_node(resume_from_checkpoint)
         self.start_clock("train")
@@ -47,6 +48,11 @@ class PublishingTrainer(MeasuringTrainer):
                 '\'{"state_dict_type": "FULL_STATE_DICT"}\'.'
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _checkpoint_to_resume(self) -> str | bool | None:
+        """Return the last complete checkpoint, `None` if none is complete, or `True` (refused) if there is none."""
+        folder = self.args.output_dir
+        return last_complete_checkpoint(folder) or (None if get_last_checkpoint(folder) else True)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as `Trainer`, but write `trainer_state.json` last, and delete old checkpoints only after that."""

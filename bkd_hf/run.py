@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from .adapters import check_adapter
 from .announcer import Announcer
+from .callbacks import Clock
 from .card import build as build_card
 from .errors import InputError
 from .files import try_json, unlock, why_broken, write_text
@@ -43,6 +44,7 @@ from .inputs import (
     warn_of_untested_classes,
 )
 from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
+from .measure import options_used
 from .methods import is_balanced_by
 from .models import FRESH_IMAGE_SIZE, load_classifier, prefer_channels_last, why_not_alike
 from .nodes import check_same, in_turn, on_main_process, send_folder
@@ -52,7 +54,7 @@ from .optimization import layer_depths
 from .options import RunArguments
 from .plots import save_plots
 from .precision import settle_precision, share_precision
-from .progress import Clock, show_progress, tell_of_targets
+from .progress import show_progress, tell_of_targets
 from .rehearsal import check_before_work
 from .results import (
     RESULTS_NAME,
@@ -257,7 +259,7 @@ def _train(
     if PartialState().is_main_process:
         try:
             _report(options, results)
-        except InputError:  # results must not be lost because a card cannot be written
+        except Exception:  # results must not be lost because a figure or the card cannot be written
             save_json(results, folder / RESULTS_NAME)
             raise
         save_json(results, folder / RESULTS_NAME)  # last: it says that the run is finished
@@ -328,7 +330,7 @@ def _fit(
 ) -> dict[str, Any]:
     """Train (from the last checkpoint, if any), save and evaluate a model; return its section of the results."""
     args, data, images, say = options.training, inputs.data, inputs.images, inputs.say
-    name, clock, size = options.model.model_name_or_path, Clock(), model.num_parameters()
+    name, size = options.model.model_name_or_path, model.num_parameters()
     images["train"].data_seed = args.seed if args.data_seed is None else args.data_seed
     if args.distillation_prior == "auto" and isinstance(teacher, FrozenTeacher) and teacher.is_balanced:
         args.distillation_prior = "teacher"
@@ -340,7 +342,6 @@ def _fit(
         eval_dataset=images["eval"],
         processing_class=inputs.processor,
         compute_metrics=long_tail_evaluation(data, options.data.post_hoc_tau),
-        callbacks=[clock],
     )
     show_progress(trainer, say)
     trainer.class_figures.known = {"data": data, "teacher": teacher_results}
@@ -366,6 +367,7 @@ def _fit(
     if trainer.head_bias_shift is not None:
         about["head_bias_shift"] = trainer.head_bias_shift.tolist()
         say(describe_bias_shift(about["head_bias_shift"], data["class_names"]))
+    args.per_device_train_batch_size = options_used(trainer).per_device_train_batch_size
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", outcome.metrics)
@@ -378,7 +380,7 @@ def _fit(
         **describe_model(name, model, measured),
         **about,
         "settled_options": settled,
-        "training": clock.summary(trainer, data["num_train_images"]),
+        "training": Clock.summary(trainer.state, data["num_train_images"]),
         "history": history_of(trainer.state),
     }
 

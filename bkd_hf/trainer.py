@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .averaging_trainer import AveragingTrainer
 from .callbacks import (
+    Clock,
     EpochSetter,
     FiniteGuard,
     LossMeter,
@@ -149,6 +150,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                 model_init=model_init,
                 compute_metrics=None if adds_up else compute_metrics,
                 callbacks=[
+                    Clock(),
                     EpochSetter(self._begin_training, self._begin_epoch),
                     self._stop,
                     SaveAfterEpoch(),
@@ -357,9 +359,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         is_readable = has_length(dataset) and hasattr(dataset, "__getitem__") and objective.has_known_targets
         if self.teacher_model is None or self.long_tail is None or not is_readable:
             return None
-        chosen = ("distillation_loss", "temperature", "class_balance_beta", "class_balance_power",
-                  "distillation_prior", "logit_standardization")  # fmt: skip
-        seen = num_images, *(getattr(args, name) for name in chosen)
+        chosen = "seed", "distillation_loss", "class_balance_beta", "class_balance_power", "distillation_prior"
+        seen = num_images, *(getattr(args, name) for name in chosen), str(args.loss_arguments("distillation_loss"))
         if seen not in self._looks:
             data = self._new_training_data()
             logits, labels = answers_about_sample(self.teacher_model, data, num_images, args)

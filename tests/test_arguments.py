@@ -13,6 +13,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.inputs import choose_workers
 from bkd_hf.machine import default_precision, options_alone, precision_of
 from bkd_hf.optimization import OptimizingTrainer
+from bkd_hf.options import RunArguments
 from bkd_hf.run_folder import claim_output_dir, record_run, run_state
 from tests.conftest import REPOSITORY
 from tests.test_images import photos, vit_processor
@@ -202,6 +203,17 @@ def test_what_follows_from_another_difference_is_not_told(tmp_path, options, dif
     assert all(each.startswith(one) for each, one in zip(told.split("; "), differences, strict=True))
 
 
+def test_a_home_folder_that_the_shell_leaves_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--output_dir=~/x").training.output_dir == str(tmp_path / "x")
+
+
+def test_a_streamed_run_has_no_images_at_hand():
+    record = {"model": {}, "data": {"streaming": True, "class_counts": "counts.json"}}
+    with pytest.raises(InputError, match="outputs/x: the images of this run were streamed"):
+        RunArguments.from_record(record, "outputs/x")
+
+
 def test_how_to_resume_is_told():
     with pytest.raises(InputError, match=r"--resume .* The same command continues an interrupted run by itself"):
         parse("--dataset_name some/data --resume")
@@ -321,6 +333,10 @@ def test_bad_yaml(tmp_path, text, message):
             "--config nowhere.yaml cannot be read: .* no such recipe among cifar100_lt, .*, foundation",
         ),
         ("--config elsewhere/cifar100-lt.yaml", "Did you mean cifar100_lt?"),
+        (
+            "recipe.yaml --seed 1",
+            r"recipe\.yaml: options begin with --\. A recipe, a YAML file, is given by --config FILE",
+        ),
         ("--temprature 3", "unrecognized arguments: --temprature 3 .* Did you mean --temperature"),
         ("--temperature 0", "--temperature must be"),
         ("--alpha -1", "--distillation_weight must be"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 from dataclasses import fields
@@ -17,6 +18,20 @@ def test_defaults_are_the_papers():
     args = make()
     assert (args.temperature, args.distillation_weight, args.class_balance_beta) == (2.0, 1.0, 0.9999)
     assert args.deferred_reweighting_start is None
+
+
+def test_copies_keep_the_token_and_pickles_do_not():
+    args = make(hub_token="hf_secret", method="kd", lr_step_epochs=[1], lr_step_factors=[0.1])
+    for found in (copy.copy(args), copy.deepcopy(args)):
+        assert (found.hub_token, found.to_dict()) == ("hf_secret", args.to_dict())
+    assert copy.deepcopy(args).lr_step_epochs is not args.lr_step_epochs
+    assert pickle.loads(pickle.dumps(args)).hub_token is None
+
+
+def test_accumulation_follows_changes():
+    args = make(global_batch_size=64)
+    args.set_anew({"per_device_train_batch_size": 32})
+    assert args.gradient_accumulation_steps == 2
 
 
 def test_every_own_option_has_help():

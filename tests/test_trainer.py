@@ -32,7 +32,9 @@ from bkd_hf import (
     load_teacher,
     long_tail_metrics,
 )
+from bkd_hf.measure import measure
 from bkd_hf.progress import TellOfTime
+from bkd_hf.results import effective_batch_size
 from tests.tiny_models import tiny_vit
 
 COUNTS = [20, 10, 5, 3, 2]
@@ -861,6 +863,22 @@ def test_search_for_hyperparameters_varies_them(tmp_path, monkeypatch, evaluates
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_search_may_try_a_word_where_the_method_has_a_number(tmp_path, monkeypatch):
+    Backend.trials = [{"class_balance_power": "auto"}, {"class_balance_power": 0.75}]
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=SimpleNamespace(id="1")))
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, Backend)
+    powers = []
+    trainer = BKDTrainer(
+        model_init=lambda: resnet(1), teacher_model=resnet(2), args=config(tmp_path, method="bkd", max_steps=1),
+        train_dataset=images(), eval_dataset=images(),
+    )  # fmt: skip
+    trainer.hyperparameter_search(
+        backend="wandb", n_trials=2, compute_objective=lambda _: powers.append(trainer.bkd_objective.power) or 0.0
+    )
+    assert powers == [0.5, 0.75]
+
+
 def test_a_long_training_tells_how_long(monkeypatch):
     told, now = [], iter([100.0, 120.0])
     monkeypatch.setattr("bkd_hf.progress.time.perf_counter", lambda: next(now))
@@ -870,6 +888,49 @@ def test_a_long_training_tells_how_long(monkeypatch):
         state.global_step = step
         teller.on_step_end(None, state, None)
     assert told == ["An epoch takes about 7 min, all of the training 20 min more."]  # 2 s a step
+
+
+def test_a_training_that_had_done_all_its_steps_does_no_more(tmp_path):
+    options = {"max_steps": 3, "per_device_train_batch_size": 5, "save_strategy": "steps", "save_steps": 3}
+    first = trainer_for(tmp_path, **options)
+    first.train()
+    again = trainer_for(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    assert all(torch.equal(*pair) for pair in zip(first.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_time_and_speed_are_those_of_all_sessions(tmp_path):
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch"}
+    trainer_for(tmp_path, num_train_epochs=20, **options).train()
+    trainer = trainer_for(tmp_path, num_train_epochs=21, **options)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.evaluate()
+    found = measure(trainer)["student"]["training"]
+    last = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry][-1]
+    assert found["epochs"] == 21
+    assert found["seconds"] > 2 * last
+
+
+def test_no_whole_checkpoint_is_a_new_beginning_and_none_an_error(tmp_path):
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    trainer = trainer_for(tmp_path, max_steps=1)
+    with pytest.warns(UserWarning, match="has no whole checkpoint: its training begins anew"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 1
+    with pytest.raises(ValueError, match="No valid checkpoint"):
+        trainer_for(tmp_path / "other", max_steps=1).train(resume_from_checkpoint=True)
+
+
+def test_the_batch_size_that_was_found_is_the_one_that_is_told(tmp_path):
+    def needs_memory(model, args, kwargs):
+        if model.training and len(kwargs["pixel_values"]) > 5:
+            raise RuntimeError("CUDA out of memory.")
+
+    trainer = trainer_for(tmp_path, teacher=None, auto_find_batch_size=True, method="ce", max_steps=2)
+    trainer.model.register_forward_pre_hook(needs_memory, with_kwargs=True)
+    trainer.train()
+    assert effective_batch_size(measure(trainer)) == 5
 
 
 # ---- Unusual data

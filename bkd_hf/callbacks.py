@@ -145,19 +145,35 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 class Clock(TrainerCallback):
-    """Measures training time over all sessions of an interrupted run; each log includes the time so far."""
+    """Measures training time over all sessions of an interrupted training.
+
+    Attributes:
+        in_logs: Whether each log includes the time so far; otherwise only the last does.
+    """
 
     def __init__(self) -> None:
+        self.in_logs = False
         self.before = 0.0
         self.started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.before = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
+        kept = state.stateful_callbacks.get(type(self).__name__, {})
+        told = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.before = max(kept.get("seconds", 0.0), told)
         self.started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.log_history and self.started:
-            state.log_history[-1]["elapsed_seconds"] = round(self.before + time.perf_counter() - self.started, 3)
+        if state.log_history and self.started and (self.in_logs or "train_runtime" in state.log_history[-1]):
+            state.log_history[-1]["elapsed_seconds"] = self.seconds
+
+    def keep(self, state: TrainerState) -> None:
+        """Save the time so far in the state of a checkpoint."""
+        state.stateful_callbacks[type(self).__name__] = {"seconds": self.seconds}
+
+    @property
+    def seconds(self) -> float:
+        """Time since the training began, over all sessions."""
+        return round(self.before + time.perf_counter() - self.started, 3)
 
     @staticmethod
     def summary(state: TrainerState, num_images: int) -> dict[str, float] | None:

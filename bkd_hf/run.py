@@ -344,6 +344,7 @@ def _fit(
         compute_metrics=long_tail_evaluation(data, options.data.post_hoc_tau),
     )
     show_progress(trainer, say)
+    trainer.clock.in_logs = True
     trainer.class_figures.known = {"data": data, "teacher": teacher_results}
     length = f"steps: {args.max_steps:,}" if args.max_steps > 0 else f"epochs: {args.num_train_epochs:g}"
     about: dict[str, Any] = {}

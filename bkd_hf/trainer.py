@@ -134,7 +134,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             args._n_gpu = 1
         if data_collator is None:
             data_collator = collator_of(eval_dataset if train_dataset is None else train_dataset)
-        self._stop, self.class_figures = StopAtSigterm(), ClassFigures(self)
+        self._stop, self.class_figures, self.clock = StopAtSigterm(), ClassFigures(self), Clock()
         # Trainer collects all logits for compute_metrics; the long-tail metrics are accumulated batch by batch.
         adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
         # Instead of Trainer's callback for SIGTERM, which would listen from now on.
@@ -150,7 +150,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                 model_init=model_init,
                 compute_metrics=None if adds_up else compute_metrics,
                 callbacks=[
-                    Clock(),
+                    self.clock,
                     EpochSetter(self._begin_training, self._begin_epoch),
                     self._stop,
                     SaveAfterEpoch(),
@@ -451,5 +451,6 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._guard.check_weights(self.model, self.state.global_step)
         self._meter.keep(self)
+        self.clock.keep(self.state)
         self._keep_stream()
         super()._save_checkpoint(model, trial)

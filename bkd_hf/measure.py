@@ -38,7 +38,7 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
         )
     teacher_images = _seen_by_teacher(trainer) if trainer.teacher_model is not None else None  # before any work
     _, measured = trainer.measure(images)
-    names = label_names(trainer.model.config) or [str(number) for number in range(len(counts))]
+    names = label_names(getattr(trainer.model, "config", None)) or [str(number) for number in range(len(counts))]
     data = {
         **describe_classes(names, counts.tolist(), measured.labelled.tolist(), *trainer.long_tail.thresholds),
         "name": dataset_name or dataset_id or "own data",

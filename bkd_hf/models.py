@@ -235,7 +235,7 @@ def _with_cosine_head(model: PreTrainedModel, scale: float) -> CosineHeadForImag
     return found
 
 
-def label_names(config: PreTrainedConfig) -> list[str] | None:
+def label_names(config: PreTrainedConfig | None) -> list[str] | None:
     """Return the names of a model's outputs; `None` if it has none, or generic ones (`LABEL_0`, …)."""
     named = getattr(config, "id2label", None) or {}
     numbered = sorted((int(number), normal(str(name))) for number, name in named.items())

@@ -922,6 +922,15 @@ def test_no_whole_checkpoint_is_a_new_beginning_and_none_an_error(tmp_path):
         trainer_for(tmp_path / "other", max_steps=1).train(resume_from_checkpoint=True)
 
 
+def test_a_module_without_a_configuration_is_measured(tmp_path):
+    data = [{"features": torch.randn(6), "labels": example["labels"]} for example in images()]
+    trainer = trainer_for(tmp_path, Linear(6), Linear(6), data, max_steps=1)
+    trainer.train()
+    results = trainer.save_results("mine")
+    assert results["data"]["class_names"] == NAMES
+    assert results["teacher"]["architecture"] == "Linear"
+
+
 def test_the_batch_size_that_was_found_is_the_one_that_is_told(tmp_path):
     def needs_memory(model, args, kwargs):
         if model.training and len(kwargs["pixel_values"]) > 5:

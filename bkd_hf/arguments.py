@@ -82,7 +82,7 @@ _OWN_HELP = {
     "enable_jit_checkpoint": "At SIGTERM (SLURM: --signal=TERM@120; Kubernetes: terminationGracePeriodSeconds) save a "
     "checkpoint after the step, or at once where there is none, and end with exit code 75 (accelerate launch and "
     "torchrun then: 1): the same command continues. From Python it is off by default, as it ends the process.",
-    "dataloader_num_workers": "Processes that prepare the batches; 0: none, -1: as many as pay.",
+    "dataloader_num_workers": "Processes that prepare the batches; 0: none, -1: as many as speed it up.",
     "use_cpu": "Use the CPU even if there is a GPU; set where there is none.",
 }
 _EPILOG = """\

@@ -187,7 +187,9 @@ def kept_edits(path: str | os.PathLike[str], repo_id: str) -> str | None:
     found = _SIGNATURE.search(text)
     if found is None or _digest(text[: found.start()] + text[found.end() :]) == found["digest"]:
         return None
-    return text.replace(found["repo_id"], repo_id) if found["repo_id"] else text
+    if found["repo_id"] is None:
+        return text
+    return re.sub(rf"(?<![\w./-]){re.escape(found['repo_id'])}(?!\.?[\w/-])", lambda _: repo_id, text)
 
 
 def _digest(text: str) -> str:

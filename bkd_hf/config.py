@@ -135,16 +135,17 @@ class BKDConfig(TrainingArguments):
     )
     student_init: Annotated[str | None, "student"] = option(
         None,
-        "What the student starts from: model (the weights of --model_name_or_path), teacher (the teacher's, without "
-        "the class frequencies if labels or targets leave them out), or auto (the teacher's if both are alike, see "
-        "the same pixels, head_init is random, and class_balance_power is below 1: a teacher that is less sure of its "
-        "training images has more to learn); not given: as --method says.",
+        "Initial weights of the student: model (those of --model_name_or_path), teacher (the teacher's, whose "
+        "head's bias is adjusted for the class frequencies if the method corrects for them), or auto (the teacher's "
+        "if both have the same architecture and see the same pixels, head_init is random, and class_balance_power "
+        "is below 1: a teacher that is less sure of its training images has more to learn); not given: as "
+        "--method says.",
     )
     head_bias: Annotated[str | None, "student"] = option(
         None,
-        "The bias of the trained student's head: learned, balanced (fitted again, alone, to training images when the "
-        "training is over, balanced over the classes), or auto (balanced if there is a teacher, "
-        "class_balance_power is below 1, and a class is answered over 3 times as often as it occurs); not given: as "
+        "Bias of the trained student's head: learned, balanced (after training, the bias alone is fitted to training "
+        "images that are weighted to balance the classes), or auto (balanced if there is a teacher, "
+        "class_balance_power is below 1, and a class is predicted over 3 times as often as it occurs); not given: as "
         "--method says.",
     )
     classification_loss_args: str | None = option(
@@ -169,26 +170,27 @@ class BKDConfig(TrainingArguments):
     )
     empty_classes: str = option(
         "error",
-        "A class without a training image, where a loss or its weights need their number: error, or clamp (it counts "
-        "as one).",
+        "What happens if a class has no training image, and a loss or its weights need the class counts: error, or "
+        "clamp (it counts as one image).",
     )
     class_balance_power: Annotated[str | None, "student"] = option(
         None,
         "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; auto for "
-        "1/T, which takes the class frequencies out once; or measured, the largest in [1/T, 1] at which the targets "
-        "keep 19 of 20 right answers of the teacher about training images. Not given: as --method says, for bkd 1.",
+        "1/T, which removes the class frequencies once; or measured, the largest in [1/T, 1] at which the targets "
+        "keep 95 percent of the teacher's correct predictions on training images. Not given: as --method says, for "
+        "bkd 1.",
     )
     distillation_prior: Annotated[str, "student"] = option(
         "auto",
-        "The class frequencies that bkd takes out of the targets: counts (those of the training images), or teacher "
-        "(as far as its answers about training images still hold them: for a teacher whose training balanced them "
-        "already). auto: teacher, if the teacher was trained here, or left its run, by a method that balances them; "
-        "else counts.",
+        "Class frequencies that bkd removes from the targets: counts (those of the training images), or teacher (the "
+        "part of them that the teacher's predictions on training images still contain, for a teacher trained by a "
+        "method that corrects for them). auto: teacher if the teacher was trained by such a method, here or in a run "
+        "of bkd_hf; else counts.",
     )
     logit_standardization: Annotated[bool, "student"] = option(
         False,
-        "Have kd and bkd compare logits of mean 0 and standard deviation 1 (Sun et al., 2024): the student need not "
-        "reach the size of the teacher's.",
+        "kd and bkd compare logits scaled to mean 0 and standard deviation 1 (Sun et al., 2024), so the student "
+        "need not match the magnitude of the teacher's.",
     )
     deferred_reweighting_start: Annotated[float | None, "student"] = option(
         None,
@@ -197,15 +199,15 @@ class BKDConfig(TrainingArguments):
         "bkd-drw from 0.8.",
     )
     class_weighting_start: float = option(
-        0.8, "Epoch (≥ 1), or fraction of training (below 1), from which --class_weighting drw weighs."
+        0.8, "Epoch (≥ 1), or fraction of training (below 1), from which --class_weighting drw uses class weights."
     )
     focal_gamma: float = option(1.0, "γ ≥ 0 of focal.")
     ldam_max_margin: float = option(0.5, "Margin of the rarest class in ldam, a cosine.")
     ldam_scale: float = option(30.0, "s > 0 of ldam: the logits are s times a cosine.")
     logit_adjustment_tau: str | None = option(
         None,
-        "τ of logit_adjustment: a number, or auto for 2 - class_balance_power·T, at least 0: labels and targets, "
-        "which ask for one thing each, then ask for balanced answers on average. Not given: as --method says, 1.",
+        "τ of logit_adjustment: a number, or auto for 2 - class_balance_power·T, at least 0, so that labels and "
+        "targets together ask for balanced predictions. Not given: as --method says, 1.",
     )
     dive_temperature: Annotated[float, "student"] = option(2.0, "T > 0 of dive.")
     dive_alpha: Annotated[float, "student"] = option(
@@ -216,12 +218,12 @@ class BKDConfig(TrainingArguments):
     dkd_alpha: Annotated[float, "student"] = option(1.0, "α ≥ 0 of dkd: weight of the target class.")
     dkd_beta: Annotated[float, "student"] = option(8.0, "β ≥ 0 of dkd: weight of the non-target classes.")
     dkd_warmup_epochs: Annotated[int, "student"] = option(
-        20, "In the first n epochs dkd distils at 1/n, 2/n, … of its weight."
+        20, "In the first n epochs, dkd has 1/n, 2/n, … of its weight."
     )
     global_batch_size: int | None = option(
         None,
         "Images in an optimizer step: per_device_train_batch_size × processes × gradient_accumulation_steps, of "
-        "which the last is chosen to fit. A run continues with another number of processes if this stays as it was. "
+        "which the last is chosen to fit. A run can continue with another number of processes if this stays the same. "
         "Not given: the product of the three.",
     )
     momentum: float = option(0.0, "Momentum of --optim sgd (without Nesterov), in [0, 1).")
@@ -275,28 +277,27 @@ class BKDConfig(TrainingArguments):
     )
     feature_cache: Annotated[str, "path"] = option(
         "off",
-        "With freeze_backbone: compute the features that come into the head once, and train the head on them: off, "
-        "the folder to keep them in, or auto (a folder beside the caches of the Hub). For images that are not "
-        "augmented, or have teacher_cache_views.",
+        "With freeze_backbone: compute the head's input features once, and train the head on them: off, the folder to "
+        "keep them in, or auto (a folder beside the caches of the Hub). For images without augmentation, or with "
+        "teacher_cache_views.",
     )
     teacher_cache: Annotated[str, "path", "student"] = option(
         "off",
-        "Compute the teacher's logits once, and read them ever after: off, the folder to keep them in, or auto (a "
-        "folder beside the caches of the Hub; without a cache where there can be none). One process of each machine "
-        "writes the files, and all of it map them: name a local disk, on NFS each page is sent.",
+        "Compute the teacher's logits once, and read them from then on: off, the folder to keep them in, or auto (a "
+        "folder beside the caches of the Hub; off where logits cannot be cached). One process per machine writes "
+        "the files and all its processes map them, so choose a local disk.",
     )
     teacher_cache_views: Annotated[int | None, "student"] = option(
         None,
-        "Number of views K: the augmentation of an epoch is that of epoch mod K. Not given: with a cache "
-        f"1 for images that are not augmented and {DEFAULT_VIEWS} for others, without a cache every epoch has "
-        "its own.",
+        "Number of views K per image: epoch e uses the augmentation of epoch e mod K. Not given: with a cache "
+        f"1 for images without augmentation and {DEFAULT_VIEWS} for others; without a cache, each epoch has its own.",
     )
     teacher_cache_dtype: Annotated[str, "student"] = option(
         "float16", f"How cached logits are stored: {' or '.join(DTYPES)}."
     )
     teacher_cache_top_k: Annotated[int | None, "student"] = option(
         None,
-        "Keep an image's k best classes, and the mass of all others, in the cache of teacher_cache, e.g. 32: "
+        "Store only the k largest logits of an image, and the total mass of the others, in teacher_cache, e.g. 32: "
         "iNaturalist 2018 takes 1 GB, not 114. For kd and bkd, which then learn how much mass the others have in the "
         "target, and not how it is divided (bkd_hf/top_k.py). Not given: all classes.",
     )

@@ -63,21 +63,21 @@ class ModelArguments:
         False, "The outputs of a teacher without class names (LABEL_0, …) are in the data's order."
     )
     allow_partial_teacher: Annotated[bool, "student"] = option(
-        False, "Go on if the teacher lacks some classes: these are not distilled."
+        False, "Allow a teacher that lacks some classes; these are learned from the labels alone."
     )
     force_teacher: Annotated[bool, "student"] = option(
         False, "Use a teacher that is no better than guessing on the evaluation images."
     )
     force_distillation: Annotated[bool, "permission", "student"] = option(
-        False, "Distil even if the targets know the labels no more (they are looked at before training)."
+        False, "Distil even if the check before training finds that the targets no longer match the labels."
     )
     finetune_teacher: Annotated[bool, "student"] = option(
-        False, "Train the given teacher on the data first, whatever its head is for."
+        False, "Train the given teacher on the data first, even if its classes match."
     )
     image_size: Annotated[int | None, "image"] = option(
         None,
-        "Height and width in pixels. Not given: 32 for cifar-resnet-… models, for others what their image processor "
-        "says; another size is for models that take any.",
+        "Height and width in pixels. Not given: 32 for cifar-resnet-… models, for others the size of their image "
+        "processor; other sizes are for models that accept any.",
     )
     cache_dir: Annotated[str | None, "path", "machine", "shared"] = option(None, "Where downloads are kept.")
     model_revision: str = option("main", "Revision of the student on the Hub.")
@@ -85,15 +85,16 @@ class ModelArguments:
     trust_remote_code: bool = option(False, "Run model code that comes with a Hub model.")
     precision: Annotated[str, "shared"] = option(
         "auto",
-        "fp32, bf16, fp16 (mixed precision), or auto: bf16 where a GPU computes in it, or a CPU that does is at least "
-        "a tenth faster in it in a short measurement on the student, else fp32. --bf16 and --fp16 win over auto.",
+        "fp32, bf16, fp16 (mixed precision), or auto: bf16 on GPUs that support it, and on CPUs that support it and "
+        "train the student at least a tenth faster in a short measurement; else fp32. --bf16 and --fp16 win over "
+        "auto.",
     )
     num_threads: Annotated[int | None, "machine", "shared"] = option(
         None, "CPU threads per process; by default the machine's cores divided among local processes."
     )
     task: Annotated[str, "shared"] = option(DEFAULT_TASK, "What is classified: image, or text.")
     max_length: Annotated[int | None, "text"] = option(
-        None, "Tokens of a text; what follows is cut off. Not given: 512, or the most that the model takes."
+        None, "Longer texts are cut after so many tokens. Not given: 512, or as many as the model accepts."
     )
 
     def __post_init__(self) -> None:
@@ -131,56 +132,64 @@ class DataArguments:
     )
     dataset_config_name: str | None = option(None, "Configuration of a data set that has several.")
     image_column_name: Annotated[str | None, "image"] = option(
-        None, "Found by its type if not given; a column of paths has to be named."
+        None, "Column of the images; found by its type if not given. A column of paths must be named."
     )
-    label_column_name: str | None = option(None, "Found by its type or a usual name if not given.")
-    train_split_name: str | None = option(None, "train, or the only split, if not given.")
+    label_column_name: str | None = option(
+        None, "Column of the labels; found by its type or a usual name if not given."
+    )
+    train_split_name: str | None = option(None, "Split to train on; train, or the only split, if not given.")
     eval_split_name: str | None = option(
-        None, "Not given: the first of validation, val, test, …; without any, a fifth of each class is taken."
+        None,
+        "Split to evaluate on. Not given: the first of validation, val, test, …; without any, a fifth of each class "
+        "is held out.",
     )
     max_train_samples: int | None = option(None, "Train on about so many images, in proportion to the class counts.")
     max_eval_samples: int | None = option(None, "Evaluate on about so many images, in proportion to the class counts.")
     imbalance_ratio: float | None = option(
         None,
-        "Cut a long tail: images of the largest class per image of the smallest. Not given: the data set is used as "
-        "it is.",
+        "Make the training set long-tailed: images of the largest class per image of the smallest. Not given: the "
+        "data set is used as it is.",
     )
     imbalance_profile: str = option(
         "exp", "Shape of the tail: exp (exponential), step (half head, half tail) or pareto (α = 6)."
     )
     max_class_count: int | None = option(
-        None, "Images of the largest class of a cut tail; by default as many as possible."
+        None, "With --imbalance_ratio: images of the largest class; by default as many as possible."
     )
-    split_seed: int = option(0, "Which images are kept; independent of --seed, so that seeds share a split.")
+    split_seed: int = option(
+        0, "Seed of the choice of images; independent of --seed, so that all seeds share a split."
+    )
     train_augmentation: Annotated[str, "image"] = option(
         "auto", f"{', '.join(AUGMENTATIONS)}; auto: pad_crop up to 64 pixels, random_resized_crop above."
     )
     train_operations: Annotated[list[str] | None, "image"] = option(
         None,
-        f"What is done to the pixels of these views, one after another: {', '.join(OPERATIONS)}. Not given, or none: "
-        "nothing. Long-tail recipes for CIFAR take: autoaugment cutout.",
+        f"Applied to the pixels of each view, in this order: {', '.join(OPERATIONS)}. Not given, or none: nothing. "
+        "Long-tail recipes for CIFAR use: autoaugment cutout.",
     )
     streaming: Annotated[bool, "image"] = option(
         False,
-        "Read the training images as they come, from shards of parquet or webdataset, in a folder or on the Hub "
-        "(bkd_hf/streams.py). Needs --class_counts and --max_steps; options that need all images at hand are refused.",
+        "Stream the training images from shards (parquet or webdataset), in a folder or on the Hub "
+        "(bkd_hf/streams.py). Needs --class_counts and --max_steps; options that need random access "
+        "to the images are refused.",
     )
     class_counts: Annotated[str | None, "path", "image"] = option(
         None, "With --streaming: JSON, {name or number of a class: its images}; bkd-hf split --count_only makes it."
     )
     shuffle_buffer_size: Annotated[int, "image"] = option(
-        10_000, "With --streaming: images, undecoded, among which all processes and workers together shuffle."
+        10_000,
+        "With --streaming: number of undecoded images in the shuffle buffers of all processes and workers together.",
     )
     horizontal_flip: Annotated[bool, "image"] = option(
         True, "Mirror half of the training images; not for digits or letters."
     )
     cache_images: Annotated[str, "machine", "image"] = option(
         "auto",
-        "Keep decoded images: in memory, on disk (one file for all processes and later runs), none, or auto (in "
-        "memory, or with several processes on disk, if they fit). Views are the same.",
+        "Where decoded images are kept: memory, disk (one file for all processes and later runs), none, or auto "
+        "(memory, or disk with several processes, if they fit). The result does not depend on it.",
     )
     reduced_decoding: Annotated[bool, "image"] = option(
-        True, "Decode JPEGs of the training at 1/2, 1/4 or 1/8 of their size where the crop needs no more."
+        True, "Decode training JPEGs at 1/2, 1/4 or 1/8 of their size where the crop needs no more pixels."
     )
     many_shot_threshold: int = option(MANY_SHOT_THRESHOLD, "Classes with more training images are many-shot.")
     few_shot_threshold: int = option(FEW_SHOT_THRESHOLD, "Classes with fewer training images are few-shot.")
@@ -188,7 +197,7 @@ class DataArguments:
         1.0, "τ of the post-hoc logit adjustment that is reported beside the plain numbers; 0: none."
     )
     text_column_name: Annotated[str | None, "text"] = option(
-        None, "Not given: the only column of text beside the labels, or text, sentence, …"
+        None, "Column of the texts. Not given: the only text column beside the labels, or text, sentence, …"
     )
 
     def __post_init__(self) -> None:

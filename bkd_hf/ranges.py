@@ -48,7 +48,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("at least 8", lambda value: value >= 8, "image_size max_length"),
     ("-1 (no limit) or at least 1", lambda value: value == -1 or value >= 1, "max_steps"),
-    ("-1 (as many as pay) or more", lambda value: value >= -1, "dataloader_num_workers"),
+    ("-1 (as many as speed it up) or more", lambda value: value >= -1, "dataloader_num_workers"),
     (
         f"at most {_MAX_WORKERS} on this machine",
         lambda value: value <= _MAX_WORKERS,

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.announcer import Announcer
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.card import build, to_recipe
+from bkd_hf.card import build, kept_edits, to_recipe
 from bkd_hf.methods import CLASSIFICATION_LOSSES, Loss
 from bkd_hf.metrics import LongTailAccumulator
 from bkd_hf.results import (
@@ -149,7 +149,7 @@ def test_weak_and_untested_classes_are_named():
     [
         (None, "400 test images, after the last epoch"),
         ("validation", "400 test images (split `validation`), after the last epoch"),
-        ("train", "400 test images, which were set aside of the training data, after the last epoch"),
+        ("train", "400 test images, which were held out of the training data, after the last epoch"),
     ],
 )
 def test_which_images_the_numbers_are_of(results, split, told):
@@ -245,7 +245,7 @@ def test_images_held_out_of_training_are_not_called_the_training_split():
     results["data"]["eval_split"] = "train"
     card = build(results)
     assert {entry.dataset_split for entry in card.data.eval_results} == {"held out of train"}
-    assert "which were set aside of the training data" in str(card)
+    assert "which were held out of the training data" in str(card)
 
 
 def test_a_loss_without_a_formula_leaves_no_gap(results, monkeypatch):
@@ -417,3 +417,16 @@ def test_hub_model_is_told_from_a_folder(results, tmp_path):
              for name in ("google/vit", str(tmp_path), "cifar-resnet-32")}  # fmt: skip
     assert [model["hub_id"] for model in about.values()] == ["google/vit", None, None]
     assert about[str(tmp_path)]["model"] == tmp_path.name
+
+
+def test_an_edited_card_stays_and_gets_the_name_of_its_repository(tmp_path):
+    path = tmp_path / "README.md"
+    build(CARDS / "digits", "user/digits", "mit", dataset_id="user/digits-lt").save(path)
+    assert kept_edits(path, "me/x") is None
+    assert kept_edits(tmp_path / "nowhere.md", "me/x") is None
+    path.write_text(path.read_text(encoding="utf-8").replace("license: mit", "license: other"), encoding="utf-8")
+    edited = kept_edits(path, "me/x")
+    assert "license: other" in edited
+    assert 'pipeline("image-classification", "me/x"' in edited
+    assert "user/digits-lt" in edited
+    assert '"user/digits"' not in edited

@@ -78,8 +78,8 @@ class Stream:
         self.features = class_features(list(class_counts))
         self.class_counts, self._numbers = list(class_counts.values()), {n: i for i, n in enumerate(class_counts)}
         self.split, feature = shards.split, (shards.features or {}).get(columns[1])
-        #: Whether integer labels are class numbers. If not, they are names of classes.
-        self._are_numbered = not isinstance(feature, datasets.Value)
+        #: Whether integer labels are class numbers. If not, they are names of classes, as in {"3": 20, "7": 5}.
+        self._are_numbered = not isinstance(feature, datasets.Value) or not all(map(str.isdecimal, class_counts))
         num_lanes = min(NUM_LANES, shards.num_shards)
         each = -(-SAMPLE_SIZE // num_lanes)
         found = [e for number in range(num_lanes) for e in Lane(self, number, num_lanes, 0).take(each, 1)[1]]

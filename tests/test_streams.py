@@ -177,6 +177,9 @@ def test_numbers_with_gaps_are_names_of_classes(tmp_path):
     assert opened["train"].class_counts == [2, 3]
     assert opened["eval"]["label"][:] == [0, 1, 1, 0, 1]
     assert opened["eval"].features["label"].names == ["3", "7"]
+    found, _, columns = open_columns(str(folder), None, (None, None), (None, None))
+    by_number = Stream(found["train"], dict.fromkeys("abcdefgh", 1), 100, columns)
+    assert set(by_number.sample["label"]) == {3, 7}
 
 
 def test_shards_without_examples(tmp_path):

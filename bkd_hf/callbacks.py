@@ -158,6 +158,7 @@ class Clock(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kept = state.stateful_callbacks.get(type(self).__name__, {})
+        # Checkpoints of earlier versions tell the time in their logs alone.
         told = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
         self.before = max(kept.get("seconds", 0.0), told)
         self.started = time.perf_counter()

@@ -96,10 +96,9 @@ class Publication:
 
     def outdated(self, there: Iterable[str]) -> list[str]:
         """Return the files, among those in the repository, of an earlier publication that are no longer part of it."""
-        patterns = [
-            *_ALLOWED[self.repo_type],
-            *(("figures/*.png", *ONNX_FILES.values()) * (self.repo_type == "model")),
-        ]
+        patterns = _ALLOWED[self.repo_type]
+        if self.repo_type == "model":
+            patterns += ("figures/*.png", *ONNX_FILES.values())
         return [
             name
             for name in there

@@ -259,10 +259,8 @@ def _train(
     if PartialState().is_main_process:
         try:
             _report(options, results)
-        except Exception:  # results must not be lost because a figure or the card cannot be written
-            save_json(results, folder / RESULTS_NAME)
-            raise
-        save_json(results, folder / RESULTS_NAME)  # last: it says that the run is finished
+        finally:  # results must not be lost because a figure or the card cannot be written
+            save_json(results, folder / RESULTS_NAME)  # last: it says that the run is finished
     PartialState().wait_for_everyone()
     return results
 

@@ -158,12 +158,17 @@ def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     """Split a batch into inputs of the student, inputs of the teacher (the same without separate ones), and labels.
 
     Raises:
-        ValueError: If there are no labels.
+        ValueError: If there are no labels, or nothing else.
     """
     own = {k: v for k, v in inputs.items() if not k.startswith(TEACHER_PREFIX)}
     labels = own.pop("labels", None)
     if labels is None:
         raise ValueError(f'The batch has no "labels", only {", ".join(inputs)}.')
+    if not own:
+        raise ValueError(
+            'The batch has labels, but nothing that the model takes, such as "pixel_values": columns of other names '
+            "have been removed. Use ImageDataset(images, processor), or TextDataset for texts."
+        )
     names = [k for k in inputs if k.startswith(TEACHER_PREFIX) and k != TEACHER_LOGITS]
     return own, {k.removeprefix(TEACHER_PREFIX): inputs[k] for k in names} or own, labels
 

@@ -81,6 +81,8 @@ def _label_of(example: Any) -> Any:
         )
     for name in ("labels", "label"):
         if name in example:
+            if np.asarray(example[name]).size != 1:
+                raise ValueError(f'"{name}" of a training example is {example[name]}: one class number is expected.')
             return example[name]
     raise ValueError(
         f'The training examples have no "labels", only {", ".join(example)}: name the class number so. If a '

@@ -161,6 +161,21 @@ def test_finished_run_says_so(finished, run_here):
     assert (finished / "results.json").read_bytes() == before
 
 
+def test_results_outlive_figures_that_cannot_be_drawn(copy, run_here, monkeypatch):
+    (copy / "results.json").unlink()
+    (copy / "figures" / "class_accuracy.png").unlink()
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bkd_hf.run.save_plots", fail)
+        with pytest.raises(OSError, match="no space left"):
+            run_here(*QUICK, "--output_dir", str(copy))
+    assert "This run is finished" in run_here(*QUICK, "--output_dir", str(copy))
+    assert (copy / "figures" / "class_accuracy.png").exists()
+
+
 def test_other_options_are_refused_naming_what_differs(finished):
     output = refused(*QUICK, "--output_dir", str(finished), "--temperature", "4", "--split_seed", "1")
     assert "--temperature is 2.0 there, 4.0 here" in output

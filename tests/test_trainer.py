@@ -434,6 +434,21 @@ def test_bad_input(tmp_path, arguments, message):
         trainer_for(tmp_path, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ((torch.zeros(3, 8, 8), 1), "A training example is a tuple; a dict is expected"),
+        ({"pixel_values": torch.zeros(3, 8, 8), "class": 1}, 'no "labels", only pixel_values, class'),
+        ({"pixel_values": torch.zeros(3, 8, 8), "labels": torch.eye(5)[1]}, "one class number is expected"),
+        ({"image": torch.zeros(3, 8, 8), "labels": 1}, r"nothing that the model takes.*ImageDataset"),
+    ],
+    ids=("tuple", "no label", "one-hot", "image"),
+)
+def test_examples_that_no_training_can_use_are_refused(tmp_path, example, message):
+    with pytest.raises(ValueError, match=message):
+        BKDTrainer(resnet(), args=config(tmp_path, method="ce", max_steps=1), train_dataset=[example] * 4).train()
+
+
 def test_logged_loss_is_the_sum_of_its_parts_though_steps_differ_in_size(tmp_path):
     trainer = trainer_for(tmp_path, per_device_train_batch_size=36, num_train_epochs=1, logging_strategy="epoch")
     trainer.train()

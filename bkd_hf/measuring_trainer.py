@@ -111,7 +111,7 @@ class MeasuringTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Evaluate as `Trainer`, with loss and metrics accumulated per process and then merged."""
-        self.start_clock(metric_key_prefix)
+        self._note_clock(metric_key_prefix)
         if self.is_fsdp_enabled and not self.accelerator._models:  # accelerate shards no model without its optimizer
             self.accelerator.prepare_model(self.model, device_placement=True, evaluation_mode=True)
         self._share_buffers()
@@ -201,8 +201,8 @@ class MeasuringTrainer(Trainer):
         self._take_off_clock_jumps(output.metrics or {})
         return output
 
-    def start_clock(self, prefix: str) -> None:
-        """Start the clock for what `Trainer` reports as `{prefix}_runtime`."""
+    def _note_clock(self, prefix: str) -> None:
+        """Note how the wall clock stands where `Trainer` begins what it reports as `{prefix}_runtime`."""
         self._clock_offsets[prefix] = _clock_offset()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -40,7 +40,7 @@ class PublishingTrainer(MeasuringTrainer):
             resume_from_checkpoint = on_main_process(self._checkpoint_to_resume)
         if isinstance(resume_from_checkpoint, str):
             resume_from_checkpoint = self._of_main_node(resume_from_checkpoint)
-        self.start_clock("train")
+        self._note_clock("train")
         if self.saves_shards and not sees_main_disk(Path(self.args.output_dir))[1]:
             raise InputError(
                 f"--output_dir {self.args.output_dir} is not on a disk that all machines share, and checkpoints here "

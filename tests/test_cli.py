@@ -161,19 +161,20 @@ def test_finished_run_says_so(finished, run_here):
     assert (finished / "results.json").read_bytes() == before
 
 
-def test_results_outlive_figures_that_cannot_be_drawn(copy, run_here, monkeypatch):
-    (copy / "results.json").unlink()
-    (copy / "figures" / "class_accuracy.png").unlink()
+@pytest.mark.parametrize(("step", "file"), [("save_plots", "figures/class_accuracy.png"), ("build_card", "README.md")])
+def test_results_outlive_what_cannot_be_written(copy, run_here, monkeypatch, step, file):
+    for name in ("results.json", file):
+        (copy / name).unlink()
 
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bkd_hf.run.save_plots", fail)
+        patch.setattr(f"bkd_hf.run.{step}", fail)
         with pytest.raises(OSError, match="no space left"):
             run_here(*QUICK, "--output_dir", str(copy))
     assert "This run is finished" in run_here(*QUICK, "--output_dir", str(copy))
-    assert (copy / "figures" / "class_accuracy.png").exists()
+    assert (copy / file).exists()
 
 
 def test_other_options_are_refused_naming_what_differs(finished):

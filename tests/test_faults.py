@@ -19,7 +19,6 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.files import holder_of, replacing, unlock, write_text
 from bkd_hf.hub import prepare
 from bkd_hf.results import load_results
-from bkd_hf.run import run as run_here
 from bkd_hf.run_folder import claim_output_dir, last_complete_checkpoint, mark_complete, record_run, run_state
 from tests import faults
 from tests.faults import CHEAP, DAMAGES, RECIPE, Run, damage, interrupt, paint, refused_in_one_line, run, same_outcome
@@ -257,17 +256,6 @@ def test_reports_that_are_missing_are_made_again(copy, whole):
     for name in ("README.md", "figures/class_accuracy.png", "figures/training_curves.png"):
         assert (copy / name).stat().st_size == (whole / name).stat().st_size
     assert (copy / "results.json").read_bytes() == results
-
-
-def test_results_outlive_a_card_that_cannot_be_made(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise InputError("no card")
-
-    monkeypatch.setattr("bkd_hf.run.build_card", refuse)
-    arguments = parse_arguments([*CHEAP, "--output_dir", str(tmp_path / "run")], digits_recipe=RECIPE)
-    with pytest.raises(InputError, match="no card"):
-        run_here(arguments)
-    assert load_results(tmp_path / "run")["student"]["num_eval_images"] == 100
 
 
 # ---- Deleting

@@ -948,13 +948,13 @@ def test_a_module_without_a_configuration_is_measured(tmp_path):
 
 def test_the_batch_size_that_was_found_is_the_one_that_is_told(tmp_path):
     def needs_memory(model, args, kwargs):
-        if model.training and len(kwargs["pixel_values"]) > 5:
+        if model.training and len(kwargs["pixel_values"]) > 18:
             raise RuntimeError("CUDA out of memory.")
 
     trainer = trainer_for(tmp_path, teacher=None, auto_find_batch_size=True, method="ce", max_steps=2)
     trainer.model.register_forward_pre_hook(needs_memory, with_kwargs=True)
     trainer.train()
-    assert effective_batch_size(measure(trainer)) == 5
+    assert effective_batch_size(measure(trainer)) == 18
 
 
 # ---- Unusual data

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from .machine import precision_of
 from .metrics import NotFiniteError
@@ -124,7 +124,8 @@ class LossMeter:
         }
 
     def restore(self, trainer: Any) -> None:
-        """Restore the sums from the state of a checkpoint, if training resumes."""
+        """Restore the sums from the state of a checkpoint if training resumes; otherwise begin with none."""
+        self.sums = {}
         if kept := trainer.state.stateful_callbacks.get(type(self).__name__):
             trainer._globalstep_last_logged = kept["since"]
             trainer._tr_loss += kept["loss"]
@@ -187,22 +188,18 @@ class Clock(TrainerCallback):
         return summarize_training(state, max(end["elapsed_seconds"] - evaluating, 1e-9), num_images)
 
 
-class EpochSetter(TrainerCallback):
-    """Reports the beginning of training and of each epoch.
+class Beginning(TrainerCallback):
+    """Reports the beginning of training, when the state of a checkpoint has been loaded.
 
     Args:
         begin_training: Called before the first step.
-        begin: Called with the number of the epoch.
     """
 
-    def __init__(self, begin_training: Callable[[], None], begin: Callable[[int], None]):
-        self.begin_training, self.begin = begin_training, begin
+    def __init__(self, begin_training: Callable[[], None]):
+        self.begin_training = begin_training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin_training()
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin(int(state.epoch or 0))
 
 
 class SaveAfterEpoch(TrainerCallback):
@@ -224,15 +221,24 @@ class SaveAfterEpoch(TrainerCallback):
 
 
 class PassCounter(TrainerCallback):
-    """Counts the passes over a stream, which is a single epoch for `Trainer`.
+    """Counts the passes over a training set without length by its examples, instead of `Trainer`'s epochs.
 
     Args:
-        steps_in_pass: Returns the number of steps in a pass; `None` if epochs are counted.
+        steps_in_pass: Returns the number of steps in a pass; `None` if `Trainer` counts epochs.
+        is_endless: Whether the whole training is a single epoch for `Trainer`. A pass then ends like an epoch: with
+            what `logging_strategy`, `eval_strategy` and `save_strategy` say.
     """
 
-    def __init__(self, steps_in_pass: Callable[[], float | None]):
-        self.steps_in_pass = steps_in_pass
+    def __init__(self, steps_in_pass: Callable[[], float | None], is_endless: bool):
+        self.steps_in_pass, self.is_endless = steps_in_pass, is_endless
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if steps := self.steps_in_pass():
+            state.num_train_epochs = math.ceil(state.max_steps / steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if steps := self.steps_in_pass():
-            state.epoch = state.global_step / steps
+        if not (steps := self.steps_in_pass()):
+            return
+        before, state.epoch = (state.global_step - 1) / steps, state.global_step / steps
+        if self.is_endless and int(before) < int(state.epoch) and state.global_step < state.max_steps:
+            DefaultFlowCallback().on_epoch_end(args, state, control)

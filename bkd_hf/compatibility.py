@@ -229,6 +229,14 @@ def check_precision(options: Any) -> None:
         require(options, fits, f"{precision}_full_eval", f"left out, or given with --precision {precision}")
 
 
+def check_checkpointing(options: Any) -> None:
+    """Raise an `InputError` if activation checkpointing would keep gradients of a `BKDConfig` from its adapter."""
+    given = options.activation_checkpointing_kwargs
+    is_reentrant = options.activation_checkpointing and given is not None and given.get("use_reentrant", True)
+    condition = f'{{"use_reentrant": false}} with --adapter {options.adapter}, which no gradient would reach'
+    require(options, options.adapter is None or not is_reentrant, "activation_checkpointing_kwargs", condition)
+
+
 def find_accumulation(options: Any) -> int:
     """Return the `gradient_accumulation_steps` that give the `global_batch_size` of a `BKDConfig`.
 
@@ -281,6 +289,10 @@ def options_without_effect(
     add(has_scale, f"head_scale {options.head_scale or 0:g}", "it belongs to --head cosine")
     has_decay = options.layer_decay is not None and options.freeze_backbone
     add(has_decay, "layer_decay", "--freeze_backbone trains the head alone")
+    has_noise = options.neftune_noise_alpha is not None and options.freeze_backbone
+    add(has_noise, "neftune_noise_alpha", "--freeze_backbone keeps its embeddings as they are")
+    has_start = options.student_init == "teacher" and options.distillation_loss == "none"
+    add(has_start, "student_init teacher", f"--method {options.method} has no teacher")
     for name in ("adapter_rank", "adapter_alpha", "adapter_target_modules"):
         is_given = getattr(options, name) is not None
         add(is_given and options.adapter != "lora", name, "it belongs to --adapter lora")
@@ -307,10 +319,11 @@ def _never_reached(options: Any) -> list[str]:
         start = getattr(options, name)
         if not is_used or start is None:
             continue
-        if options.class_balance_beta == 0:
-            messages.append(
-                f"--{name} {start:g} has no effect: with --class_balance_beta 0 the weights are uniform all the time."
-            )
+        zero = "class_balance_beta" if options.class_balance_beta == 0 else None
+        if name == "deferred_reweighting_start" and options.class_balance_power == 0:
+            zero = "class_balance_power"
+        if zero is not None:
+            messages.append(f"--{name} {start:g} has no effect: with --{zero} 0 the weights are uniform all the time.")
         elif start >= max(1, epochs):
             messages.append(
                 f"--{name} {start:g} is never reached: training ends after {epochs:g} epochs, with uniform weights "

@@ -17,6 +17,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from .compatibility import (
     DTYPES,
     LOSSES,
+    check_checkpointing,
     check_precision,
     check_together,
     find_accumulation,
@@ -319,12 +320,15 @@ class BKDConfig(TrainingArguments):
         self._apply_method()
         self._check()
         join_process_group(self)
+        if str(self.metric_for_best_model).endswith("calibration_error") and vars(self)["greater_is_better"] is None:
+            self.greater_is_better = False  # transformers knows this of losses alone
         super().__post_init__()
         # Under ZeRO-3 transformers would load every model sharded, teachers too; here models are whole until training.
         unset_hf_deepspeed_config()
         if self.global_batch_size is not None:
             self.gradient_accumulation_steps = find_accumulation(self)
         check_precision(self)
+        check_checkpointing(self)
         for message in options_without_effect(self, method_defaults(self.method), USED_BY):
             if " has no effect" not in message or message.split(" ")[0].removeprefix("--") not in UNTOLD.get():
                 warnings.warn(message, UserWarning, stacklevel=3)

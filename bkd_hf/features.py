@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,7 @@ def answer_features(model: nn.Module) -> Callable[[dict[str, Any]], torch.Tensor
         raise InputError(refusal)
     shape: list[torch.Size] = []  # shape of one example's features
 
+    @functools.wraps(type(model).forward)  # from whose signature other trainers read what the model takes
     def forward(self: nn.Module, *args: Any, features: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if features is None:
             return type(self).forward(self, *args, **kwargs)

@@ -48,14 +48,15 @@ def measure(trainer: Any, dataset_name: str | None = None, dataset_id: str | Non
     student = describe_model(_name(trainer.model), trainer.model, measured)
     if trainer.num_trained_parameters is not None:
         student["num_trained_parameters"] = trainer.num_trained_parameters
-    if (training := Clock.summary(trainer.state, int(counts.sum()))) is not None:
+    if (training := Clock.summary(trainer.state, trainer.examples_in_pass)) is not None:
         student["training"] = training
         student["history"] = history_of(trainer.state)
     teacher = None
     if trainer.teacher_model is not None:
-        evaluation = type(trainer)(
+        own = {"push_to_hub": False, "report_to": "none", "bf16_full_eval": False, "fp16_full_eval": False}
+        evaluation = trainer.plain(
             model=trainer.teacher_model.as_classifier(),
-            args=dataclasses.replace(trainer.args, push_to_hub=False, report_to="none"),
+            args=dataclasses.replace(trainer.args, **own),  # full_eval would convert the teacher for good
             data_collator=trainer.data_collator,
             eval_dataset=teacher_images,
             compute_metrics=trainer.long_tail,

@@ -19,6 +19,7 @@ from .loss_inputs import are_labelled
 from .losses import cross_entropy_loss
 from .metrics import LongTailAccumulator, LongTailEvaluation
 from .stopping import end_workers, outlive_sigterm
+from .teacher import TEACHER_PREFIX
 
 
 class EvaluationMeter:
@@ -96,11 +97,14 @@ class MeasuringTrainer(Trainer):
         told, config = self.args, self.accelerator.dataloader_config
         of_training = told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches
         told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches = False, "sequential", True
+        # Processes that read a set without length by themselves do not know which of their last examples pad.
+        dispatches, config.dispatch_batches = config.dispatch_batches, None
         try:
             loader = super()._get_dataloader(*args, **kwargs)
             return outlive_sigterm(loader) if told.enable_jit_checkpoint else loader
         finally:
             told.dataloader_drop_last, told.train_sampling_strategy, config.even_batches = of_training
+            config.dispatch_batches = dispatches
 
     def evaluation_loop(
         self,
@@ -162,11 +166,17 @@ class MeasuringTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Predict logits; other model outputs, such as hidden states, are not gathered."""
-        loss, logits, labels = super().prediction_step(model, inputs, False, ignore_keys)
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        if logits is not None and labels is not None:
-            self._evaluation.add(logits, labels)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+        inputs = self._prepare_inputs(inputs)
+        loss, labels = None, inputs.get("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if labels is None:
+                outputs = model(**{k: v for k, v in inputs.items() if not k.startswith(TEACHER_PREFIX)})
+            else:
+                number = self._get_num_items_in_batch([inputs], self.args.device)
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=number)
+        if labels is not None:
+            self._evaluation.add(outputs.logits, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, outputs.logits, labels)
 
     def measure(self, dataset: Dataset, metric_key_prefix: str = "eval") -> tuple[dict, LongTailAccumulator]:
         """Measure the model as `predict` does, but without keeping logits; all processes must call it.

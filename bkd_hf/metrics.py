@@ -69,9 +69,17 @@ class LongTailEvaluation:
     post_hoc_tau: float = 0.0
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = prediction.predictions, prediction.label_ids
+        is_cut = isinstance(logits, (list, tuple))  # into batches, by `eval_do_concat_batches=False`
         accumulator = self.accumulator()
-        accumulator.update(prediction.predictions, prediction.label_ids)
+        for part in zip(logits, labels, strict=True) if is_cut else [(logits, labels)]:
+            accumulator.update(*part)
         return accumulator.scalars()
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether an accumulator gives these metrics; a subclass may compute others."""
+        return type(self).__call__ is LongTailEvaluation.__call__
 
     def accumulator(self, post_hoc_tau: float = 0.0) -> LongTailAccumulator:
         """Return an empty accumulator of these metrics."""

@@ -366,6 +366,11 @@ class Objective:
         self._check_power()
         if self.own["classification_loss"] is None:
             check_head(options, model_config)
+        elif options.label_smoothing_factor:
+            raise InputError(
+                f"--label_smoothing_factor {options.label_smoothing_factor:g} does not reach a classification_loss of "
+                "your own: leave it out, and smooth the labels there."
+            )
 
     def _check_power(self) -> None:
         power = self.options.class_balance_power

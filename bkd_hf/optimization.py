@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import HPSearchBackend, IntervalStrategy
+from transformers.trainer_utils import HPSearchBackend, IntervalStrategy, has_length
 
 from .config import METHOD_OPTIONS, BKDConfig
 from .errors import InputError
@@ -132,6 +132,13 @@ class OptimizingTrainer(Trainer):
     bkd_objective: Objective
     teacher_model: nn.Module | None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        of_options = {"head_learning_rate": self.optimizer, "layer_decay": self.optimizer}
+        for name, given in (of_options | {"lr_step_epochs": self.lr_scheduler}).items():
+            if given is not None and getattr(self.args, name) is not None:
+                raise InputError(f"--{name} does not change the `optimizers` that are given: leave one of them out.")
+
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: BKDConfig, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
         """Return the optimizer class and its arguments; `momentum` goes to SGD."""
@@ -169,15 +176,10 @@ class OptimizingTrainer(Trainer):
         if args.logging_strategy == IntervalStrategy.STEPS:
             return step % self.state.logging_steps == 0 or (step == 1 and args.logging_first_step)
         if args.logging_strategy == IntervalStrategy.EPOCH:
-            return not per_epoch or step % per_epoch == 0 or step >= self.state.max_steps
+            if per_epoch is None or not has_length(self.train_dataset):
+                return True  # it is not known at which
+            return step % per_epoch == 0 or step >= self.state.max_steps
         return False
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Train for an epoch as `Trainer`, which takes a step too many after a checkpoint of the last step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return 0: `Trainer`'s estimate is for tokens, and iterates over all parameters at every step."""

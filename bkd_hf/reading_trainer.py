@@ -41,6 +41,7 @@ class ReadingTrainer(Trainer):
     _update_steps_per_epoch: float | None = None
     _stream_positions: dict[int, str]  # by lane
     _compute_features: Callable[[dict[str, Any]], torch.Tensor] | None = None
+    _has_started_head: torch.nn.Module | None = None
 
     @property
     def teacher_cache(self) -> LogitsFolder | None:
@@ -51,6 +52,13 @@ class ReadingTrainer(Trainer):
     def feature_cache(self) -> LogitsFolder | None:
         """Cache of the frozen backbone's features; available once training begins."""
         return self._training_data.computed.get(FEATURES)
+
+    @property
+    def examples_in_pass(self) -> int:
+        """Number of training examples in an epoch: all, or those of full steps with `dataloader_drop_last`."""
+        assert self.class_counts is not None
+        total, of_step = int(self.class_counts.sum()), self.args.images_in_step(self.args.world_size)
+        return total - total % of_step if self.args.dataloader_drop_last else total
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the training data, split into global batches (see [`GlobalBatchSampler`]).
@@ -70,7 +78,6 @@ class ReadingTrainer(Trainer):
         data.check_sampler()
         if isinstance(self.train_dataset, StreamedImages):
             self.args.ignore_data_skip = True  # the stream resumes by itself
-            self._update_steps_per_epoch = self.class_counts.sum() / self.args.images_in_step(self.args.world_size)  # type: ignore[union-attr]
             loader = data.stream_loader(self._train_batch_size, self.accelerator)
         elif data.numbers_examples:
             loader = self.accelerator.prepare(data.loader(self._train_batch_size, self.accelerator))
@@ -80,6 +87,9 @@ class ReadingTrainer(Trainer):
             loader = super().get_train_dataloader()
         if has_length(loader):
             self._update_steps_per_epoch = math.ceil(len(loader) / self.args.gradient_accumulation_steps)
+        elif self.class_counts is not None:
+            of_step = self.args.images_in_step(self.args.world_size)
+            self._update_steps_per_epoch = float(self.class_counts.sum()) / of_step
         return outlive_sigterm(loader) if self.args.enable_jit_checkpoint else loader
 
     def _new_training_data(self) -> TrainingData:
@@ -99,15 +109,16 @@ class ReadingTrainer(Trainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _start_head(self, model: torch.nn.Module) -> None:
-        """Set a model's head to class means, if the options say so."""
-        if self.args.head_init == "class_mean":
+        """Set a model's head to class means, if the options say so and it has not been set before."""
+        if self.args.head_init == "class_mean" and model is not self._has_started_head:
+            self._has_started_head = model
             with self.compute_loss_context_manager():
                 start_from_class_means(model.eval(), self._new_training_data(), self.args)
 
     # ---- Streams --------------------------------------------------------------------------------------------------
 
     def _steps_in_pass(self) -> float | None:
-        return self._update_steps_per_epoch if isinstance(self.train_dataset, StreamedImages) else None
+        return None if has_length(self.train_dataset) else self._update_steps_per_epoch
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
         """Get the batches of a step as `Trainer`, and record the stream's position after them."""
@@ -138,6 +149,14 @@ class ReadingTrainer(Trainer):
         self._stream_positions = {int(lane): at for lane, at in kept["positions"].items()}
         done = self.state.global_step * self.args.gradient_accumulation_steps
         self.train_dataset.start = done, {lane: json.loads(at) for lane, at in self._stream_positions.items()}
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train for an epoch as `Trainer`, which takes a step too many after a checkpoint of the last step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        self._begin_epoch(kwargs["epoch"])  # state.epoch is a fraction where a callback has ended an epoch
+        super()._run_epoch(*args, **kwargs)
 
     def _begin_epoch(self, epoch: int) -> None:
         self._training_data.set_epoch(epoch)

@@ -250,7 +250,7 @@ def summarize_training(state: TrainerState, seconds: float, num_images: int) -> 
     Args:
         state: The trainer's state.
         seconds: Duration of the training, without evaluations.
-        num_images: Size of the training set.
+        num_images: Training images in an epoch.
     """
     return {
         "seconds": round(seconds, 2),

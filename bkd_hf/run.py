@@ -379,7 +379,7 @@ def _fit(
         **describe_model(name, model, measured),
         **about,
         "settled_options": settled,
-        "training": Clock.summary(trainer.state, data["num_train_images"]),
+        "training": Clock.summary(trainer.state, trainer.examples_in_pass),
         "history": history_of(trainer.state),
     }
 

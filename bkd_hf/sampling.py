@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -132,12 +132,19 @@ def innermost(dataset: Any) -> Iterator[Any]:
             yield from innermost(part)
 
 
+class IgnoredCopy(NamedTuple):
+    """An example that only fills a batch."""
+
+    example: Any
+
+
 class SampledExamples(torch.utils.data.Dataset):
     """A map-style dataset as [`GlobalBatchSampler`] indexes it.
 
     Index `i + r · len(dataset)` is the r-th repetition of example `i` within an epoch. A dataset that says
     `distinguishes_repetitions`, or one of which this is a `Subset`, gets this index (and augments each repetition
-    differently), any other gets `i`. A negative index `−1 − i` is example `i` labelled −100, which is ignored.
+    differently), any other gets `i`. A negative index `−1 − i` is an [`IgnoredCopy`] of example `i`, which
+    [`CollateSampled`] labels −100.
 
     Args:
         dataset: The data set.
@@ -149,10 +156,10 @@ class SampledExamples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: list[int]) -> list[Any]:
         wanted = [index if index >= 0 else -1 - index for index in indices]
         dataset: Any = self.dataset
         while type(dataset) is torch.utils.data.Subset:
@@ -165,12 +172,26 @@ class SampledExamples(torch.utils.data.Dataset):
             examples = dataset.__getitems__(wanted)
         else:
             examples = [dataset[index] for index in wanted]
-        return [
-            example
-            if index >= 0
-            else {key: IGNORE_INDEX if key in ("labels", "label") else value for key, value in example.items()}
-            for index, example in zip(indices, examples, strict=True)
-        ]
+        return [e if index >= 0 else IgnoredCopy(e) for index, e in zip(indices, examples, strict=True)]
+
+
+class CollateSampled:
+    """Combines [`SampledExamples`] into a batch, in which ignored copies are labelled −100.
+
+    Args:
+        collator: Combines examples of the data set.
+    """
+
+    def __init__(self, collator: Callable[[list], Any]):
+        self.collator = collator
+
+    def __call__(self, examples: list) -> Any:
+        """Return the batch; labels may be in the examples, or made by the collator."""
+        ignored = [isinstance(example, IgnoredCopy) for example in examples]
+        batch = self.collator([e.example if isinstance(e, IgnoredCopy) else e for e in examples])
+        if any(ignored) and "labels" in batch:  # whatever lacks labels is refused later, by name
+            batch["labels"] = batch["labels"].long().masked_fill(torch.tensor(ignored), IGNORE_INDEX)
+        return batch
 
 
 # ---- Random numbers as a function of counters, such as (seed, epoch, index): no generator, so no state. They are the

@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from .averaging_trainer import AveragingTrainer
 from .callbacks import (
+    Beginning,
     Clock,
-    EpochSetter,
     FiniteGuard,
     LossMeter,
     PassCounter,
@@ -43,7 +43,7 @@ from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
 from .sharding import check_engine, spread_large_teacher, start_deepspeed_anew, tell_of_layers
 from .stopping import StopAtSigterm, end_workers
-from .streams import sample_of
+from .streams import StreamedImages, sample_of
 from .targets import NUM_IMAGES, answers_about_sample, look
 from .tasks import task_of_model
 from .teacher import (
@@ -136,7 +136,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             data_collator = collator_of(eval_dataset if train_dataset is None else train_dataset)
         self._stop, self.class_figures, self.clock = StopAtSigterm(), ClassFigures(self), Clock()
         # Trainer collects all logits for compute_metrics; the long-tail metrics are accumulated batch by batch.
-        adds_up = isinstance(compute_metrics, LongTailEvaluation) and preprocess_logits_for_metrics is None
+        are_ours = isinstance(compute_metrics, LongTailEvaluation) and compute_metrics.adds_up
+        adds_up = are_ours and preprocess_logits_for_metrics is None
         # Instead of Trainer's callback for SIGTERM, which would listen from now on.
         args.enable_jit_checkpoint, stops_at_sigterm = False, args.enable_jit_checkpoint
         try:
@@ -151,10 +152,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                 compute_metrics=None if adds_up else compute_metrics,
                 callbacks=[
                     self.clock,
-                    EpochSetter(self._begin_training, self._begin_epoch),
+                    Beginning(self._begin_training),
                     self._stop,
                     SaveAfterEpoch(),
-                    PassCounter(self._steps_in_pass),
+                    PassCounter(self._steps_in_pass, isinstance(train_dataset, StreamedImages)),
                     *([self.class_figures] if args.report_to else []),
                     *(callbacks or []),
                 ],
@@ -167,7 +168,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         # Has Trainer count the examples of each optimizer step, over its micro-batches and processes.
         self.model_accepts_loss_kwargs = True
         # The loss is computed here, so a model need not accept labels.
-        self.label_names = self.label_names or ["labels"]  # type: ignore[has-type]
+        self.label_names = ["labels"]
         if train_dataset is not None and model_init is None:
             prepare_head(self.model, args)
 
@@ -211,6 +212,11 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self.head_bias_shift: torch.Tensor | None = None  # C numbers, if `--head_bias` fitted them
         self._initialise_student(self.model)
         self._add_adapter(self.model)
+
+    @staticmethod
+    def plain(**kwargs: Any) -> BKDTrainer:
+        """Make a trainer that is no subclass, whose constructor may take other arguments."""
+        return BKDTrainer(**kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as `Trainer` does, and check its engine."""
@@ -389,6 +395,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Create a student by `model_init`, now and again when training begins; its backbone may be frozen."""
         model = super().call_model_init(trial)
+        self._compute_features = None  # of the model before
         if hasattr(self, "student_started_from_teacher"):  # not while the trainer itself is made
             self._initialise_student(model)
             self._add_adapter(model)
@@ -411,9 +418,11 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         """
         if (trial := kwargs.get("trial")) is not None:
             self._hp_search_setup(trial)  # Trainer would first create the student with the options of the last trial
-        if self.model is not None and self.model_wrapped is self.model:
+        wrapped: Any = self.model_wrapped  # type: ignore[has-type]
+        if self.model is not None and getattr(wrapped, "_orig_mod", wrapped) is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
             self.model.__dict__.pop("_is_accelerate_prepared", None)
+            self.model_wrapped = self.model  # not compiled, for the same reason
         self._guard, self._meter = FiniteGuard(self.accelerator, self.args), LossMeter(self.accelerator)
         self._has_new_weights = True
         _ = self.class_weights  # their power may have to be measured first

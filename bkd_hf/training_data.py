@@ -24,7 +24,7 @@ from .data import labels_of
 from .errors import InputError
 from .features import FEATURES
 from .loss_inputs import IGNORE_INDEX
-from .sampling import GlobalBatchSampler, SampledExamples, innermost
+from .sampling import CollateSampled, GlobalBatchSampler, SampledExamples, innermost
 from .teacher import TEACHER_LOGITS
 from .teacher_logits import DEFAULT_FOLDERS, LogitsFolder, TopKFolder, WithColumn, describe_views, precompute_logits
 from .top_k import TopK
@@ -105,8 +105,9 @@ def is_augmented(dataset: Any) -> bool:
 
 
 def collator_of(dataset: Any) -> Callable | None:
-    """Return the collator of a data set, if all its parts bring the same one."""
-    found = [getattr(part, "collator", None) for part in innermost(dataset)]
+    """Return the collator of a data set, or of a dict of them, if all its parts bring the same one."""
+    sets = dataset.values() if isinstance(dataset, dict) else [dataset]
+    found = [getattr(part, "collator", None) for each in sets for part in innermost(each)]
     return found[0] if found and all(each == found[0] for each in found) else None
 
 
@@ -366,7 +367,7 @@ class TrainingData:
         return DataLoader(
             SampledExamples(examples),
             batch_sampler=self._sampler,
-            collate_fn=collator,
+            collate_fn=CollateSampled(collator),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,

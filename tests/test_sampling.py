@@ -5,8 +5,9 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import default_data_collator
 
-from bkd_hf.sampling import GlobalBatchSampler, SampledExamples
+from bkd_hf.sampling import CollateSampled, GlobalBatchSampler, SampledExamples
 
 ways_to_cut = st.sampled_from([(24, 1, 1), (8, 3, 1), (12, 1, 2), (4, 3, 2), (2, 4, 3), (1, 8, 3), (3, 1, 8)])
 
@@ -60,10 +61,20 @@ def test_drop_last_drops_the_short_step():
 def test_idle_processes_get_ignored_copies():
     data = SampledExamples([{"x": torch.tensor(i), "labels": i} for i in range(9)])
     sampler = GlobalBatchSampler(9, 2, 1, 4)
-    last = [data.__getitems__(batch) for batch in list(sampler)[4:]]
-    assert [len(batch) for batch in last] == [1, 1, 1, 1]
-    assert [batch[0]["labels"] == -100 for batch in last] == [False, True, True, True]
+    collate = CollateSampled(default_data_collator)
+    last = [collate(data.__getitems__(batch)) for batch in list(sampler)[4:]]
+    assert [len(batch["labels"]) for batch in last] == [1, 1, 1, 1]
+    assert [batch["labels"].item() == -100 for batch in last] == [False, True, True, True]
     assert data[3]["labels"] == 3
+
+
+def test_copies_are_ignored_whatever_makes_the_labels():
+    data = SampledExamples([(torch.tensor([i]), i) for i in range(9)])
+    collate = CollateSampled(
+        lambda pairs: {"x": torch.cat([x for x, _ in pairs]), "labels": torch.tensor(pairs)[:, 1]}
+    )
+    batch = collate(data.__getitems__([4, -3, 5]))
+    assert (batch["x"].tolist(), batch["labels"].tolist()) == ([4, 2, 5], [4, -100, 5])
 
 
 @given(size=st.integers(1, 200), cut=ways_to_cut, epoch=st.integers(0, 5))

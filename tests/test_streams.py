@@ -129,7 +129,8 @@ def train(data, tmp_path, checkpoint=None, **options) -> BKDTrainer:
         str(tmp_path), learning_rate=0.01, optim="sgd", use_cpu=True, disable_tqdm=True, method="bkd-calibrated",
         **{"max_steps": 40, "save_steps": 30, "per_device_train_batch_size": 8, "logging_steps": 20} | options,
     )  # fmt: skip
-    trainer = BKDTrainer(student, teacher, args, train_dataset=images(data["train"]))
+    evaluated = ImageDataset(data["eval"], load_processor("cifar-resnet-8", 8))
+    trainer = BKDTrainer(student, teacher, args, train_dataset=images(data["train"]), eval_dataset=evaluated)
     trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / checkpoint))
     return trainer
 
@@ -146,6 +147,16 @@ def test_resumed_training_is_bitwise_the_same(opened, tmp_path, workers):
     assert again.state.epoch == whole.state.epoch
     logs = [[e for e in each.state.log_history if "kd_loss" in e] for each in (whole, again)]
     assert logs[0] == logs[1]
+
+
+def test_a_pass_ends_like_an_epoch(opened, tmp_path):
+    """400 images in steps of 32: passes end in steps 13, 25 and 38, the training in step 40."""
+    every = dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "epoch")
+    trainer = train(opened["parquet"], tmp_path, per_device_train_batch_size=32, **every)
+    for name in ("loss", "eval_loss", "grad_norm"):
+        assert [entry["step"] for entry in trainer.state.log_history if name in entry] == [13, 25, 38, 40]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (13, 25, 38, 40)}
+    assert (trainer.state.epoch, trainer.state.num_train_epochs) == (40 / 12.5, 4)
 
 
 def test_other_cuts_cannot_go_on(opened, tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -979,6 +981,36 @@ def test_a_stream_of_ones_own_is_measured_and_what_needs_random_access_says_so(t
         )  # fmt: skip
 
 
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return itertools.cycle(images())
+
+
+@pytest.mark.parametrize("kind", [Stream, Endless])
+def test_passes_over_a_set_without_length_are_counted_by_its_examples(tmp_path, kind):
+    """40 images in steps of 20: 10 steps are 5 passes, and 0.8 of them are over after 8."""
+    seen = []
+
+    class Spy(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            weights = trainer.classification_weights
+            seen.append((state.epoch, weights.unique().numel() > 1, trainer._get_learning_rate()))
+
+    options = {"method": "ce", "class_weighting": "drw", "class_weighting_start": 0.8, "max_steps": 10}
+    steps = {"lr_step_epochs": [1], "lr_step_factors": [0.1]}
+    trainer = BKDTrainer(
+        resnet(), None, config(tmp_path, **options, **steps), train_dataset=kind(), class_counts=COUNTS,
+        eval_dataset=images(), callbacks=[Spy()],
+    )  # fmt: skip
+    trainer.train()
+    assert [epoch for epoch, *_ in seen] == [step / 2 for step in range(1, 11)]
+    assert [are_weighted for _, are_weighted, _ in seen] == [False] * 7 + [True] * 3
+    assert [rate for *_, rate in seen] == pytest.approx([0.05] + [0.005] * 9)
+    training = trainer.save_results()["student"]["training"]
+    assert (training["steps"], training["epochs"]) == (10, 5)
+    assert training["images_per_second"] == pytest.approx(200 / training["seconds"], rel=0.2)
+
+
 @pytest.mark.parametrize("options", [{"method": "bkd-calibrated"}, {"method": "ce", "head_bias": "balanced"}], ids=str)
 def test_examples_without_a_label_count_for_nothing_anywhere(tmp_path, options):
     labelled = images()
@@ -1046,3 +1078,167 @@ def test_no_step_is_left_where_the_last_is_dropped(tmp_path):
     trainer = trainer_for(tmp_path, per_device_train_batch_size=64, dataloader_drop_last=True)
     with pytest.raises(InputError, match="--dataloader_drop_last true leaves no step of 40 training examples"):
         trainer.train()
+
+
+def test_an_epoch_that_a_callback_ends_is_followed_by_the_next(tmp_path):
+    class Ending(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = True
+
+    class Views(list):
+        def set_epoch(self, epoch):
+            epochs.append(epoch)
+
+    epochs: list[int] = []
+    trainer = trainer_for(tmp_path, teacher=None, data=Views(images()), method="ce", callbacks=[Ending()])
+    epochs.clear()
+    trainer.train()
+    assert sorted({*epochs}) == [0, 1]
+    assert epochs == sorted(epochs)
+
+
+# ---- Models of all kinds, and what is given from outside
+
+
+@dataclasses.dataclass
+class Answers:
+    """No dict, and the logits are not the first."""
+
+    features: torch.Tensor
+    logits: torch.Tensor
+
+
+class Unusual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(192, 5)
+
+    def forward(self, pixel_values, labels=None, label_mask=None):
+        features = pixel_values.flatten(1)
+        return Answers(features[:, :5], self.head(features))
+
+
+def test_logits_are_those_of_that_name_and_labels_too(tmp_path):
+    trainer = trainer_for(tmp_path, Unusual(), teacher=None, method="ce")
+    trainer.train()
+    pixels, labels = (torch.tensor(np.stack([e[name] for e in images()])) for name in ("pixel_values", "labels"))
+    with torch.no_grad():
+        expected = trainer.model(pixels).logits
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(nn.functional.cross_entropy(expected, labels).item())
+    without_labels = [{"pixel_values": e["pixel_values"], "teacher_pixel_values": e["pixel_values"]} for e in images()]
+    trainer.args.remove_unused_columns = False
+    assert np.allclose(trainer.predict(without_labels).predictions, expected, atol=1e-6)
+
+
+class WithOneMore(LongTailEvaluation):
+    def __call__(self, prediction):
+        return {**super().__call__(prediction), "one_more": float(len(prediction.label_ids))}
+
+
+def test_metrics_of_a_subclass_are_its_own(tmp_path):
+    found = trainer_for(tmp_path, compute_metrics=WithOneMore(COUNTS)).evaluate()
+    assert found["eval_one_more"] == 40
+    assert found["eval_accuracy"] == trainer_for(tmp_path).evaluate()["eval_accuracy"]
+
+
+class Needing(BKDTrainer):
+    def __init__(self, needed, **kwargs):
+        super().__init__(**kwargs)
+
+
+def test_a_subclass_may_take_other_arguments(tmp_path):
+    args = config(tmp_path, max_steps=1, bf16=True, bf16_full_eval=True)
+    trainer = Needing(
+        1, model=resnet(1), teacher_model=resnet(2), args=args, train_dataset=images(), eval_dataset=images()
+    )
+    trainer.train()
+    trainer.save_results()
+    assert {p.dtype for p in trainer.teacher_model.parameters()} == {torch.float32}  # not that of an evaluation
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_learning_rate": 0.1}, "--head_learning_rate"),
+        ({"layer_decay": 0.5}, "--layer_decay"),
+        ({"lr_step_epochs": [1], "lr_step_factors": [0.1]}, "--lr_step_epochs"),
+    ],
+)
+def test_options_of_an_optimizer_that_is_given_are_refused(tmp_path, options, message):
+    student = vit()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(InputError, match=f"{message} does not change the `optimizers` that are given"):
+        BKDTrainer(
+            student, None, config(tmp_path, method="ce", **options), train_dataset=images(),
+            optimizers=(optimizer, schedule),
+        )  # fmt: skip
+
+
+def test_smoothing_does_not_reach_a_loss_of_ones_own(tmp_path):
+    with pytest.raises(InputError, match=r"--label_smoothing_factor 0\.1 does not reach a classification_loss"):
+        BKDTrainer(
+            resnet(), None, config(tmp_path, method="ce", label_smoothing_factor=0.1), train_dataset=images(),
+            classification_loss=lambda logits, labels: logits[:, 0],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("adapter", ["lora", "bitfit"])
+def test_checkpointing_that_keeps_gradients_from_an_adapter_is_refused(tmp_path, adapter):
+    options = {"adapter": adapter, "activation_checkpointing": True}
+    with pytest.raises(InputError, match=r"--activation_checkpointing_kwargs must be .*use_reentrant.*false"):
+        config(tmp_path, **options, activation_checkpointing_kwargs={"use_reentrant": True})
+    config(tmp_path, **options, activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+@pytest.mark.parametrize("name", ["expected_calibration_error", "eval_birds_expected_calibration_error"])
+def test_the_best_calibration_is_the_least_error(tmp_path, name):
+    assert config(tmp_path, metric_for_best_model=name).greater_is_better is False
+    assert config(tmp_path, metric_for_best_model=name, greater_is_better=True).greater_is_better is True
+    assert config(tmp_path, metric_for_best_model="accuracy").greater_is_better is True
+
+
+# ---- Training again
+
+
+def test_class_means_start_a_head_once(tmp_path):
+    trainer = trainer_for(tmp_path, vit(), teacher=None, method="ce", head_init="class_mean")
+    trainer.train()
+    trained = trainer.model.classifier.weight.clone()
+    trainer.args.learning_rate, trainer.optimizer = 0.0, None
+    trainer.train()
+    assert torch.equal(trainer.model.classifier.weight, trained)
+
+
+class Known(list):
+    def describe_views(self):
+        return {}
+
+
+def test_each_new_model_has_its_own_features(tmp_path):
+    args = config(tmp_path, method="ce", freeze_backbone=True, feature_cache=str(tmp_path / "cache"))
+    made: list[int] = []
+    trainer = BKDTrainer(
+        model_init=lambda: vit(len(made)), args=args, train_dataset=Known(images()), eval_dataset=images()
+    )
+    for _ in range(2):
+        made.append(1)
+        trainer.train()
+        expected = trainer_for(tmp_path, trainer.model, teacher=None, method="ce").evaluate()["eval_loss"]
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected)
+
+
+def test_a_batch_size_that_was_too_large_leaves_nothing_in_the_loss(tmp_path):
+    def needs_memory(model, args, kwargs):
+        if model.training and len(kwargs["pixel_values"]) == 20 and next(calls) == 1:
+            raise RuntimeError("CUDA out of memory.")
+
+    calls, losses = itertools.count(), []
+    for options in ({"auto_find_batch_size": True}, {"per_device_train_batch_size": 18}):
+        # The first step of 20 is done, the second fails; then all begins anew.
+        trainer = trainer_for(tmp_path, vit(), None, method="ce", learning_rate=0.0, logging_steps=2, **options)
+        trainer.model.register_forward_pre_hook(needs_memory, with_kwargs=True)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]

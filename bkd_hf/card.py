@@ -187,9 +187,11 @@ def kept_edits(path: str | os.PathLike[str], repo_id: str) -> str | None:
     found = _SIGNATURE.search(text)
     if found is None or _digest(text[: found.start()] + text[found.end() :]) == found["digest"]:
         return None
-    if found["repo_id"] is None:
+    if (before := found["repo_id"]) is None:
         return text
-    return re.sub(rf"(?<![\w./-]){re.escape(found['repo_id'])}(?!\.?[\w/-])", lambda _: repo_id, text)
+    # The name of a folder may be a word of the text, or the data set's; in quotes it is the model's.
+    pattern = rf"(?<![\w./-]){re.escape(before)}(?!\.?[\w/-])" if "/" in before else f'(?<="){re.escape(before)}(?=")'
+    return re.sub(pattern, lambda _: repo_id, text[: found.start()]) + text[found.start() :].replace(before, repo_id)
 
 
 def _digest(text: str) -> str:
@@ -309,7 +311,9 @@ def _accuracy_rows(results: dict[str, Any]) -> list[list[str]]:
         if student.get(key) is None:
             continue
         if (group := key.removesuffix("_accuracy")) in groups:
-            title += f" ({bounds[group]} training {task}s; classes: {groups[group].sum():,})"
+            untested = groups[group] & (np.asarray(data["eval_class_counts"]) == 0)
+            of_which = f", {untested.sum():,} of them not tested" if untested.any() else ""
+            title += f" ({bounds[group]} training {task}s; classes: {groups[group].sum():,}{of_which})"
         row = [title, f"**{_percent(student[key])}**"]
         if teacher is not None:
             row.insert(1, _percent(teacher.get(key)))
@@ -333,7 +337,8 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
         return [*cells, f"{100 * low[index]:.0f} – {100 * high[index]:.0f}" if tested[index] else "–"]
 
     task = task_of(data).name
-    header = ["class", f"training {task}s", f"test {task}s", *accuracies, "95 % interval"]
+    models = [*accuracies] if results.get("teacher") else ["this model"]
+    header = ["class", f"training {task}s", f"test {task}s", *models, "95 % interval"]
     if counts.size <= _MAX_LISTED_CLASSES:
         return {"header": header, "rows": [row(index) for index in order], "groups": None}
     groups = [
@@ -350,7 +355,7 @@ def _class_table(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "header": header,
         "rows": [row(index) for index in weakest],
-        "groups": {"header": ["rank", f"training {task}s", *accuracies, "never recognised"], "rows": groups},
+        "groups": {"header": ["rank", f"training {task}s", *models, "never recognised"], "rows": groups},
     }
 
 
@@ -366,7 +371,9 @@ def _limits(results: dict[str, Any]) -> dict[str, Any]:
     lost = {
         name: difference(metrics[key], teacher[key]) for name, key in groups.items() if key in {*metrics} & {*teacher}
     }
+    rare = metrics.get("few_shot_accuracy", metrics.get("medium_shot_accuracy"))
     return {
+        "is_weak_on_rare": rare is not None and rare < _WEAK_ACCURACY,
         "weak": [f"{names[i]} ({_percent(accuracies[i])} %)" for i in order if accuracies[i] < _WEAK_ACCURACY],
         "worst": {"name": names[worst], "accuracy": accuracies[worst], "images": int(tested[worst])},
         "worst_interval": wilson_interval(round(accuracies[worst] * tested[worst]), tested[worst]),

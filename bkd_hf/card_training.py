@@ -122,6 +122,7 @@ def training_rows(results: dict[str, Any]) -> dict[str, Any]:
             f"{about['images_per_second']:,.0f} {task}s a second",
         }.items():
             rows.setdefault(title, []).append("–" if value is None else markdown(value))
+    models = models if results.get("teacher") else ["this model"] * len(models)
     return {"models": models, "rows": {title: values for title, values in rows.items() if {*values} != {"–"}}}
 
 

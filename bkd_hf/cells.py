@@ -345,7 +345,7 @@ class CellRunner:
         steps = [
             "--max_steps", str(_TIMED_STEPS), "--logging_strategy", "steps", "--logging_steps", str(window),
             "--eval_strategy", "no", "--save_strategy", "no",
-            "--force_distillation",  # the teacher is hardly trained
+            "--force_distillation", *(["--force_teacher"] if cell.teacher else []),  # which is hardly trained
         ]  # fmt: skip
         started = time.monotonic()
         process = self._start(replace(cell, folder=folder, teacher=teacher), log, options=steps)

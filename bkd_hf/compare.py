@@ -82,7 +82,7 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
             n = getattr(comparison.difference(method, baseline, "overall"), "n", 0)
             rows.append([markdown(method), n, *differences])
             is_resampled |= n == 1 and any(each is not None and each.low is not None for each in differences)
-        if rows:
+        if any(n for _, n, *_ in rows):
             parts += [
                 f"## Differences to `{baseline}`",
                 "Percentage points, paired by seed; in brackets the 95 % confidence interval (Student's t, n ≥ 2). "
@@ -105,7 +105,7 @@ def to_markdown(comparison: Comparison, figures: Sequence[str] = (), notes: Sequ
             means(adjusted, post_hoc=True),
         ]
     if verdict := _against_what_is_free(comparison):
-        parts += ["## Against what costs nothing", verdict]
+        parts += ["## Against what takes no training beyond `ce`", verdict]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     return "\n\n".join(parts) + "\n"
 
@@ -155,7 +155,10 @@ def _against_what_is_free(comparison: Comparison) -> str | None:
         subject = "Every method" if compared == others else ", ".join(map(code, compared))
         are = "is" if compared == others or len(compared) == 1 else "are"
         what = "as it is and after post-hoc adjustment" if adjusted else "which was not adjusted"
-        return f"{subject} {are} better overall than `ce`, {what}, over the same seeds."
+        return (
+            f"{subject} {are} better overall than `ce`, {what}, in the mean over the same seeds; an interval that "
+            "contains 0 may be chance."
+        )
     return (
         "**Not better overall than what needs no training beyond `ce`**, over the same seeds: "
         f"{', '.join(beaten)}. Longer training, or --method {RECOMMENDED}, may help."

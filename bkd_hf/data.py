@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -132,6 +133,7 @@ def make_long_tailed(
         return found
 
     wanted = counts(imbalance_ratio)
+    is_long_tailed = available.max() > 2 * available.min()
     if (wanted == 0).any():
         most = int(min(imbalance_ratio, available.max()))
         fitting = next(ratio for ratio in range(most, 0, -1) if counts(ratio).all())
@@ -139,7 +141,7 @@ def make_long_tailed(
             f"imbalance_ratio {imbalance_ratio:g} leaves {name_those(wanted == 0)} without {unit}s, as the largest "
             f"class has {wanted.max():,}: choose a ratio of {fitting} or below."
         )
-        if available.max() > 2 * available.min():
+        if is_long_tailed:
             message += (
                 f" The {unit}s are long-tailed already ({available.max():,} to {available.min():,} per class): to use "
                 "them all, leave the ratio out."
@@ -150,6 +152,13 @@ def make_long_tailed(
         raise InputError(
             f"{name_those(wanted > available)} cannot give the {unit}s asked for: class {first} has "
             f"{available[first]}, its share is {wanted[first]}. Lower max_count ({max_count}) or change class_order."
+        )
+    if is_long_tailed and class_order is None:
+        warnings.warn(
+            f"The {unit}s are long-tailed already ({available.max():,} to {available.min():,} per class), and "
+            f"imbalance_ratio {imbalance_ratio:g} keeps {wanted.sum():,} of {available.sum():,}: it makes class 0 the "
+            "largest, class 1 the next, and so on. To use them all, leave the ratio out.",
+            stacklevel=2,
         )
     return dataset.select(choose_per_class(labels_of(dataset, label_column), wanted, split_seed))
 
@@ -231,8 +240,8 @@ def labels_of(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) -> np
     labels = selected(dataset, dataset.data.column(label_column))
     if labels.ndim != 1 or labels.dtype.kind not in "iub":
         raise InputError(
-            f"The labels in column {label_column!r} are not classes: expected one whole number per "
-            f"{task_of_columns(dataset.column_names).name}, got {dataset.features[label_column]}."
+            f"The labels in column {label_column!r} are not classes: expected one whole number per example, got "
+            f"{dataset.features[label_column]}. Use dataset.class_encode_column({label_column!r})."
         )
     return labels.astype(np.int64)
 

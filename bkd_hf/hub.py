@@ -398,7 +398,7 @@ def _own_folders(folder: Path) -> list[str]:
 
 def _check_token(token: str | None) -> None:
     if constants.HF_HUB_OFFLINE:
-        raise InputError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or leave --push_to_hub out.")
+        raise InputError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it, or do not push.")
     if token is None and get_token() is None:
         raise InputError(
             "There is no token for the Hub: log in by `hf auth login`, set HF_TOKEN, or give one with write access."

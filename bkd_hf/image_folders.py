@@ -63,6 +63,9 @@ def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | 
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         logger.warning(f"{folder}: left out, as they are no images by their names: {others[0]}{more}.")
+    if empty := _empty_folders(folder, files, images):
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        logger.warning(f"{folder}: left out, as there is no file in it: {empty[0]}{more}.")
     while len({image.parts[0] for image in images}) == 1 and all(len(image.parts) > 2 for image in images):
         if _split_of(images[0].parts[0]) is not None:
             break
@@ -101,6 +104,14 @@ def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | 
             for split, members in columns.items()
         }
     )
+
+
+def _empty_folders(folder: Path, files: list[PurePath], images: list[PurePath]) -> list[PurePath]:
+    """Folders without files beside those of classes."""
+    known = {parent for file in files for parent in file.parents}
+    with_classes = {image.parent.parent for image in images if len(image.parts) > 1}
+    beside = (above / entry.name for above in with_classes for entry in os.scandir(folder / above) if entry.is_dir())
+    return sorted(path for path in beside if path not in known and not path.name.startswith(_HIDDEN))
 
 
 def files_below(folder: Path) -> Iterator[PurePath]:

@@ -133,9 +133,10 @@ def tell_of_targets(
     may_be_balanced = getattr(trainer.teacher_model, "is_balanced", None) is not False
     if prior < 0.5 and is_long_tailed and may_be_balanced and trainer.args.distillation_prior != "teacher":
         say(
-            f"WARNING: The teacher's answers hold {prior:.0%} of the class frequencies, but the targets are corrected "
-            "for all of them. If it was trained on balanced data, or by a method that balances the classes, use "
-            "--distillation_prior teacher, which corrects for what is left; otherwise it has learned little yet."
+            f"WARNING: The teacher's confusions show the class frequencies only to a share of κ = {prior:.2f}, but "
+            "the targets are corrected for all of them. If it was trained on balanced data, or by a method that "
+            "balances the classes, use --distillation_prior teacher, which corrects for what is left; otherwise it "
+            "has learned little yet."
         )
     if collapse := why_collapsed(statistics, class_names):
         # At p = 1/T the cause is not the re-weighting but the teacher, as after the first steps of a training.

@@ -73,8 +73,8 @@ def check_before_work(arguments: RunArguments) -> None:
             )
         if options.training.feature_cache != "off" and (options.distils and options.training.teacher_cache == "off"):
             raise InputError(
-                "--feature_cache needs --teacher_cache with a teacher, whose answers need the examples. Use "
-                "--teacher_cache auto, or --feature_cache off."
+                "--feature_cache needs --teacher_cache with a teacher: the images are not read again, so its answers "
+                "about them must be kept too. Use --teacher_cache auto, or --feature_cache off."
             )
         if adapter == "lora":
             import_peft()

@@ -178,9 +178,11 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
         objective.check_values()
         if args.head_init == "class_mean":
             check_means(counts, names)
+    split = data["eval_split"]
+    evaluated = "" if split is None else " (held out)" if split == "train" else f" (split {split})"
     say(
         f"{data['name']}: {data['num_train_images']:,} training {unit}s of {len(counts)} classes, {max(counts):,} to "
-        f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation. "
+        f"{min(counts):,} each; {data['num_eval_images']:,} for evaluation{evaluated}. "
         f"{_device_name(arguments, threads)}"
     )
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -42,6 +43,13 @@ _LEFT_BY_A_RUN = (
 )  # fmt: skip
 _WEIGHTS = ("config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model*.bin")
 _PROCESSES = "num_processes"  # when a run was begun, or last continued
+#: What the hashes among them are of.
+_HASHES = {
+    "fingerprint": "hashes of the training examples",
+    "eval_fingerprint": "hashes of the evaluation examples",
+    "model_weights": "hashes of the model's first weights",
+    "teacher_weights": "hashes of the teacher's weights",
+}
 _IDENTITY = ("fingerprint", "eval_fingerprint", "class_names", "model_weights", "teacher_weights", "precision_rates")
 
 # Options for evaluating, logging and saving have no influence on the training. When these happen has none either,
@@ -108,7 +116,8 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
         )
     if found:
         has_teacher = (output_dir / "teacher" / RESULTS_NAME).exists()
-        teacher = f" (and that run's teacher, by --teacher_model_name_or_path {output_dir}/teacher)"
+        place = shlex.quote(f"{output_dir}/teacher")
+        teacher = f" (and that run's teacher, by --teacher_model_name_or_path {place})"
         raise InputError(
             f"--output_dir {output_dir} holds a run with other options: {found}{keep}. Use another folder"
             f"{teacher if has_teacher else ''}, or --overwrite to delete that run and start anew."
@@ -353,7 +362,8 @@ def differences(
             inner = differences(old, new, "--teacher_" if name == "teacher_training" else "--", where)
             found += [inner] if inner else []
         elif old != new:
-            found.append(f"{prefix}{name} is {old} {where[0]}, {new} {where[1]}")
+            what = "" if prefix or name not in _HASHES else f" ({_HASHES[name]})"
+            found.append(f"{prefix}{name} is {old} {where[0]}, {new} {where[1]}{what}")
     return "; ".join(found)
 
 

@@ -187,7 +187,8 @@ def describe_targets(statistics: dict[str, Any], class_names: Sequence[str]) -> 
     ]
     about = [f"class_balance_power {statistics['power']:.2g}"] if "power" in statistics else []
     if "prior_in_teacher" in statistics:
-        about.append(f"the teacher's answers hold {statistics['prior_in_teacher']:.0%} of the class frequencies")
+        kappa = statistics["prior_in_teacher"]
+        about.append(f"class frequencies in the teacher's confusions: κ = {kappa:.2f}, where 1 is all and 0 none")
     most = share(statistics["favoured_share"], statistics["favoured_label_share"])
     kept = f"; {100 * statistics['top_k_mass']:.1f} % of it is kept" if "top_k_mass" in statistics else ""
     told = f" ({'; '.join(about)})" if about else ""

@@ -53,7 +53,7 @@ def free_alternatives(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     teacher, student = results["teacher"], results["student"]
     if not teacher:
         adjusted = None if adjusts_itself(results) else student.get("post_hoc_metrics")
-        return {_adjusted("student", adjusted): adjusted} if adjusted else {}
+        return {_adjusted("model", adjusted): adjusted} if adjusted else {}
     found, adjusted = {"its teacher": teacher["metrics"]}, teacher.get("post_hoc_metrics")
     if adjusted and not is_balanced_by(_options_of(teacher.get("method") or "ce")):
         found[_adjusted("teacher", adjusted)] = adjusted
@@ -88,15 +88,15 @@ def _compare(results: dict[str, Any]) -> tuple[bool | None, str]:
         for key, words in _COMPARED.items()
         if key == "accuracy" or not is_balanced
     )
-    subject = "student" if results["teacher"] else "student as it was trained"
-    free = ", which costs nothing" if "tau" in other else ""
+    subject = "student" if results["teacher"] else "model as it was trained"
+    free = ", which takes no training" if "tau" in other else ""
     may_be_chance = _may_be_chance(student, other, results["data"])
     compared = f"{best}{free}: {numbers}{may_be_chance}."
     found = "seems" if may_be_chance else "is"
     if len(better) == len(_COMPARED):
         return True, f"The {subject} {found} better than {compared}"
     what = f"{found} better only {better[0]} than" if better else "is NOT better than"
-    return False, f"The {subject} {what} {compared} {_try(results)}"
+    return False, f"The {subject} {what} {compared} {_try(results, best)}"
 
 
 def _exceeds(first: dict[str, Any], second: dict[str, Any], key: str) -> bool:
@@ -115,7 +115,7 @@ def _may_be_chance(first: dict[str, Any], second: dict[str, Any], data: dict[str
     return f"; with {n:,} test {task_of(data).name}s a difference below {100 * half:.1f} points may be chance"
 
 
-def _try(results: dict[str, Any]) -> str:
+def _try(results: dict[str, Any], best: str) -> str:
     if not results["teacher"]:
         return f"Try --method {RECOMMENDED}, or balanced-softmax."
     if (results.get("method") or "bkd").partition(" ")[0] != RECOMMENDED:
@@ -124,7 +124,7 @@ def _try(results: dict[str, Any]) -> str:
             "more epochs for the teacher (--teacher_num_train_epochs)" if is_trained_here else "a stronger teacher"
         )
         return f"Try --method {RECOMMENDED}, or {stronger}."
-    return "Try more epochs (--num_train_epochs), or a stronger teacher; or use that instead of the student."
+    return f"Try more epochs (--num_train_epochs), or a stronger teacher; or use {best} instead of the student."
 
 
 def _warnings(results: dict[str, Any]) -> list[str]:

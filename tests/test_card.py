@@ -430,3 +430,24 @@ def test_an_edited_card_stays_and_gets_the_name_of_its_repository(tmp_path):
     assert 'pipeline("image-classification", "me/x"' in edited
     assert "user/digits-lt" in edited
     assert '"user/digits"' not in edited
+
+
+def test_the_name_of_a_folder_is_replaced_only_where_it_is_the_models(tmp_path, results):
+    """It may also be that of the data, and a word."""
+    results["data"] |= {"name": "birds", "hub_id": None}
+    card = str(build(results, "birds")).replace("## Limitations", "Trained on my birds.\n\n## Limitations")
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    edited = kept_edits(tmp_path / "README.md", "me/x")
+    assert 'pipeline("image-classification", "me/x"' in edited
+    assert edited.replace('"me/x"', '"birds"').replace("for me/x", "for birds") == card
+
+
+def test_rows_of_groups_tell_what_was_not_tested_and_whom_a_model_serves():
+    results = results_with([300, 200, 50, 10, 5], [20, 20, 20, 20, 0])
+    few = results["student"]["metrics"]["few_shot_accuracy"]
+    row = next(line for line in str(build(results)).splitlines() if line.startswith("| few-shot"))
+    assert "training images; classes: 2, 1 of them not tested)" in row
+    assert f"**{100 * few:.1f}**" in row
+    for accuracy, words in ((0.5, "need rare classes recognised too"), (0.0, "mostly meet its frequent classes")):
+        results["student"]["metrics"]["few_shot_accuracy"] = accuracy
+        assert words in str(build(results)).partition("**For whom:**")[2].splitlines()[0]

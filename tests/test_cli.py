@@ -368,7 +368,7 @@ def test_ldam_trains_a_cosine_head_that_is_saved_with_the_model(tmp_path, run_he
     )
     assert "Teacher ──" not in output
     assert "--teacher_learning_rate has no effect: --method ldam-drw has no distillation loss" in output
-    assert "The student after post-hoc logit adjustment (τ = 1): overall" in output
+    assert "The model after post-hoc logit adjustment (τ = 1): overall" in output
     results = load_results(tmp_path / "run")
     assert (results["method"], results["teacher"]) == ("ldam-drw", None)
     assert results["student"]["post_hoc_metrics"]["tau"] == 1.0
@@ -442,6 +442,7 @@ def test_folder_of_class_folders_with_a_natural_tail(tmp_path):
     )  # fmt: skip
     assert "--max_class_count has no effect" in output
     assert "has no evaluation split" in output
+    assert " for evaluation (held out)." in output
     assert "Examples are prepared by" in output
     results = load_results(tmp_path / "run")
     assert results["data"]["name"] == "data"

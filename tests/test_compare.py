@@ -251,12 +251,13 @@ def test_files(cells, tmp_path):
 
 def test_only_what_was_compared_is_called_better(cells):
     alone = to_markdown(Comparison([cell("ce", 0, 0.9), cell("bkd", 1, 0.3)]))
+    assert "## Differences" not in alone  # there are none
     assert alone.rstrip().endswith("No method was run with a seed of `ce`.")
-    assert "`ce`, which was not adjusted, over the same seeds" in to_markdown(Comparison(cells))
+    assert "`ce`, which was not adjusted, in the mean over the same seeds" in to_markdown(Comparison(cells))
     for results in cells:
         results["student"]["post_hoc_metrics"] = {"tau": 1.0, **metrics_of(0.31)}
     told = to_markdown(Comparison([*cells, cell("dkd", 7, 0.9)]))
-    assert "`kd`, `bkd` are better overall than `ce`, as it is and after post-hoc adjustment, over the same" in told
+    assert "`kd`, `bkd` are better overall than `ce`, as it is and after post-hoc adjustment, in the mean" in told
 
 
 def test_the_best_checkpoint_is_not_called_the_last(cells):
@@ -584,6 +585,13 @@ def test_dry_run_tells_what_will_run_and_how_long(compared):
     assert "--teacher_model_name_or_path '…/seed0'" in lines[1]  # the folder is none below this one
     assert "kd seed 0: about" in output
     assert not (compared / "kd").exists()
+
+
+@pytest.mark.slow
+def test_dry_run_needs_no_good_teacher(tmp_path):
+    """The one that it trains for a few steps guesses."""
+    options = ["--methods", "bkd", "--seeds", 0, "--learning_rate", "1e-9", *SHORT]
+    assert "bkd seed 0: about" in compare(*options, "--output_dir", tmp_path / "out", "--dry_run")
 
 
 @pytest.mark.slow

@@ -607,8 +607,10 @@ def test_what_is_hidden_or_no_image_is_left_out(tmp_path, caplog):
     (tmp_path / "a" / "notes.heic").write_text("no image by its name")
     (tmp_path / "a" / ".DS_Store").write_text("")
     (tmp_path / "LICENSE").write_text("")
+    (tmp_path / "c" / "d").mkdir(parents=True)
     assert counts(root) == {"train": {"__background__": 1, "a": 3, "b": 2}}
     assert "left out, as they are no images by their names: a/notes.heic." in caplog.text
+    assert "left out, as there is no file in it: c." in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -760,6 +762,14 @@ def test_a_ratio_that_is_too_large_names_the_largest_that_fits(counts):
     with pytest.raises(InputError):
         make_long_tailed(data, imbalance_ratio=ratio + 1)
     assert ("long-tailed already (112 to 3 per class)" in str(refused.value)) == (counts[0] != 30)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_tail_that_is_cut_by_class_numbers_is_told():
+    data = image_set(np.repeat(np.arange(3), (10, 40, 20)).tolist(), datasets.ClassLabel(names=list("abc")))
+    with pytest.warns(UserWarning, match=r"long-tailed already \(40 to 10 per class\), .*keeps 17 of 70"):
+        assert class_counts(make_long_tailed(data, imbalance_ratio=4)) == [10, 5, 2]
+    assert class_counts(make_long_tailed(data, imbalance_ratio=4, class_order=[1, 2, 0])) == [10, 40, 20]
 
 
 @pytest.mark.parametrize(("train", "test"), [([0, 1], ["a", "b"]), (["a", "b"], [0, 1])])

@@ -396,7 +396,7 @@ def test_only_what_the_teacher_still_holds_is_taken_out(tmp_path):
     torch.testing.assert_close(trainer.class_weights, torch.ones(5))
     counts = trainer_for(tmp_path, teacher=Balanced(), **{**options, "distillation_prior": "counts"})
     torch.testing.assert_close(counts.class_weights, WEIGHTS.float() ** 0.5)
-    assert "the teacher's answers hold 0% of the class frequencies" in describe_targets(
+    assert "class frequencies in the teacher's confusions: κ = 0.00" in describe_targets(
         counts.look_at_targets(), list("01234")
     )
 
@@ -407,7 +407,7 @@ def test_a_teacher_that_is_known_to_be_trained_plainly_is_not_called_balanced(tm
     teacher.is_balanced = is_balanced
     trainer = trainer_for(tmp_path, teacher=teacher, method="bkd", class_balance_power="auto")
     tell_of_targets(trainer, list("01234"), told.append, are_forced=True)
-    assert any("answers hold 0% of the class frequencies, but" in line for line in told) == is_warned_of
+    assert any("class frequencies only to a share of κ = 0.00, but" in line for line in told) == is_warned_of
 
 
 def test_unsigned_labels_are_looked_at(tmp_path):

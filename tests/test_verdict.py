@@ -33,7 +33,8 @@ def test_better_than_all_that_is_free():
     verdict = judge(results_of(0.7, 0.45, 0.57))
     assert verdict.is_better is True
     assert (
-        verdict.sentence == f"The student is better than {ADJUSTED}, which costs nothing: 70.0 against 57.0 % overall."
+        verdict.sentence
+        == f"The student is better than {ADJUSTED}, which takes no training: 70.0 against 57.0 % overall."
     )
     assert verdict.warnings == []
 
@@ -42,7 +43,7 @@ def test_better_than_all_that_is_free():
 def test_a_difference_of_a_few_images_may_be_chance(student, what):
     verdict = judge(results_of(student, 0.45, None))
     assert verdict.is_better is (what == "seems better")
-    # 1.96 · √((0.46 · 0.54 + 0.45 · 0.55) / 400) = 0.069; and the teacher as it is is none that costs nothing
+    # 1.96 · √((0.46 · 0.54 + 0.45 · 0.55) / 400) = 0.069; and the teacher as it is is none that takes no training
     assert verdict.sentence.startswith(
         f"The student {what} than its teacher: {100 * student:.1f} against 45.0 % overall; with 400 test images a "
         "difference below 6.9 points may be chance."
@@ -59,13 +60,13 @@ def test_no_better_than_the_adjusted_teacher(student):
     results = results_of(student, 0.45, 0.57)
     verdict = judge(results)
     assert verdict.is_better is False
-    assert verdict.sentence.startswith(f"The student is NOT better than {ADJUSTED}, which costs nothing: ")
+    assert verdict.sentence.startswith(f"The student is NOT better than {ADJUSTED}, which takes no training: ")
     assert "--method bkd-calibrated" in verdict.sentence
     card = str(build(results))
     table, _, below = card.partition("\n\nThe student is NOT better than")
     assert table.splitlines()[-1].startswith("|")  # it is the first line under the table
     assert "Distillation gained nothing here" in below
-    assert "what costs nothing may serve you better" in below.partition("**For whom:**")[2].splitlines()[0]
+    assert "what needs no training may serve you better" in below.partition("**For whom:**")[2].splitlines()[0]
 
 
 def test_better_in_the_mean_over_classes_alone():
@@ -105,7 +106,7 @@ def test_a_model_without_a_teacher():
     results |= {"teacher": None, "method": "ce"}
     results["options"]["training"] |= {"classification_loss": "cross_entropy", "distillation_loss": "none"}
     verdict = judge(results)
-    assert verdict.sentence.startswith("The student as it was trained is NOT better than the student after post-hoc")
+    assert verdict.sentence.startswith("The model as it was trained is NOT better than the model after post-hoc")
     results["options"]["training"]["classification_loss"] = "balanced_softmax"
     assert judge(results).is_better is None  # it would be corrected twice
 

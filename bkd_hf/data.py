@@ -157,7 +157,8 @@ def make_long_tailed(
         warnings.warn(
             f"The {unit}s are long-tailed already ({available.max():,} to {available.min():,} per class), and "
             f"imbalance_ratio {imbalance_ratio:g} keeps {wanted.sum():,} of {available.sum():,}: it makes class 0 the "
-            "largest, class 1 the next, and so on. To use them all, leave the ratio out.",
+            "largest, class 1 the next, and so on. To use them all, leave the ratio out; to cut by the numbers of "
+            f"{unit}s, give class_order.",
             stacklevel=2,
         )
     return dataset.select(choose_per_class(labels_of(dataset, label_column), wanted, split_seed))

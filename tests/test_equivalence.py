@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bkd_hf import BKDConfig, BKDTrainer
 from tests.equivalence_worker import CASES, CUTS, FEW_CASES, NUM_EVAL_EXAMPLES, has_teacher, train_all
 from tests.faults import in_two_processes
+from tests.tiny_models import tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +62,51 @@ def test_parts_of_the_loss_add_up(outcomes):
     log = outcomes[("vit", "bkd", 76, ALL_CUTS[0])]["logs"][0]
     assert log["loss"] == pytest.approx(log["ce_loss"] + log["kd_loss"], rel=1e-5)
     assert np.isfinite(log["kd_loss"])
+
+
+# ---- What a user may bring
+
+
+class Pairs(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(pairs(NUM_EVAL_EXAMPLES, seed=1))
+
+
+def pairs(number: int, seed: int = 0) -> list[tuple[torch.Tensor, int]]:
+    pixels = torch.randn(number, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return [(image, index % 5) for index, image in enumerate(pixels)]
+
+
+def with_labels(batch: list[tuple[torch.Tensor, int]]) -> dict[str, torch.Tensor]:
+    images, labels = zip(*batch, strict=True)
+    return {"pixel_values": torch.stack(images), "labels": torch.tensor(labels)}
+
+
+def train_on_pairs(folder: str, batch_size: int, **options: Any) -> tuple[np.ndarray, float, float]:
+    """Train on 33 pairs of image and label, after an evaluation; return weights, loss before, and after."""
+    args = BKDConfig(
+        folder, method="ce", max_steps=6, per_device_train_batch_size=batch_size, optim="sgd", learning_rate=0.1,
+        per_device_eval_batch_size=8, save_strategy="no", use_cpu=True, disable_tqdm=True, report_to=[], **options,
+    )  # fmt: skip
+    trainer = BKDTrainer(
+        tiny_vit(0, 5), None, args, with_labels, pairs(33), Pairs(), class_counts=[7, 7, 7, 6, 6]
+    )  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    return weights.numpy(), before, trainer.evaluate()["eval_loss"]
+
+
+def train_compiled_on_pairs(folder: str) -> tuple[np.ndarray, float, float]:
+    options = {"torch_compile_backend": "eager", "accelerator_config": {"dispatch_batches": False}}
+    return train_on_pairs(folder, 8, torch_compile=True, **options)
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_train_after_an_evaluation_as_one(tmp_path):
+    """The last step of each epoch has one example, so that the other process computes an ignored copy."""
+    weights, *losses = train_on_pairs(str(tmp_path), 16)
+    found = in_two_processes(train_compiled_on_pairs, str(tmp_path))
+    for of_rank, *losses_of_rank in found.values():
+        assert np.linalg.norm(of_rank - weights) / np.linalg.norm(weights) < 1e-5
+        assert losses_of_rank == pytest.approx(losses, rel=1e-4)

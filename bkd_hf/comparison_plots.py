@@ -55,8 +55,8 @@ def plot_comparison(comparison: Comparison) -> Figure:
     number = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     figure, panels = _panels(metrics, 3, WIDTH, 1.2, 0.8 + 0.24 * len(methods))
     title = f"Methods on {figure_text(comparison.data['name'], 40)}, {number} seed{'s' if seeds[-1] > 1 else ''} each"
-    note = "diamond: mean over seeds; bar: its standard deviation; dots: the seeds" if seeds[-1] > 1 else "one seed"
-    add_title(figure, title, note)
+    note = "diamond: mean over seeds; bar: its standard deviation, within 0 to 100; dots: the seeds"
+    add_title(figure, title, note if seeds[-1] > 1 else "one seed")
     dots: dict[str, Any] = {"color": NEUTRAL, "markersize": 3, "alpha": 0.7, "zorder": 2}
     for metric, axes in panels.items():
         lowest, highest = 100.0, 0.0
@@ -84,7 +84,7 @@ def plot_leaderboard(comparison: Comparison) -> Figure:
     """Draw each method's few-shot accuracy over its overall accuracy; methods above and to the right are better."""
     figure = Figure(figsize=(WIDTH, 5.2), dpi=DPI, layout="constrained")
     title = f"Overall and few-shot: {figure_text(comparison.data['name'], 40)}"
-    add_title(figure, title, "means over seeds; bars: standard deviation")
+    add_title(figure, title, "means over seeds; bars: standard deviation, within 0 to 100 %")
     axes = figure.subplots()
     points = {}
     for method in comparison.methods:

@@ -40,11 +40,11 @@ class Announcer:
         self._console.rule(f"[bold]{name}", align="left")
 
     def table(self, results: dict[str, Any]) -> None:
-        """Print teacher | student | difference in percent, the student alone without a teacher, and the verdict."""
+        """Print teacher | student | difference in percent, a single model alone, and the verdict."""
         data, models = results["data"], {name: results[name] for name in ("teacher", "student") if results.get(name)}
         title = f"{one_line(data['name'], 80)}, accuracy in % ({data['num_eval_images']:,} {task_of(data).name}s)"
         table = Table(title=Text(title))
-        for name in ("", *models, *(["difference"] if len(models) == 2 else [])):
+        for name in ("", *models, "difference") if len(models) == 2 else ("", "this model"):
             table.add_column(name, justify="right" if name else "left")
         for title, key in _TABLE_ROWS:
             values = [model["metrics"][key] for model in models.values() if key in model["metrics"]]
@@ -61,7 +61,8 @@ class Announcer:
                     style="bold red" if bad else "yellow" if verdict.is_better is False else None,
                     markup=False,
                 )
-        name, model = next(iter(models.items()))
+        model = next(iter(models.values()))
         if post_hoc := model.get("post_hoc_metrics"):
             shown = (f"{title} {100 * post_hoc[key]:.1f}" for title, key in _TABLE_ROWS if key in post_hoc)
+            name = "teacher" if len(models) == 2 else "model"
             self(f"The {name} after post-hoc logit adjustment (τ = {post_hoc['tau']:g}): {', '.join(shown)}")

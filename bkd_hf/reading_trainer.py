@@ -41,7 +41,7 @@ class ReadingTrainer(Trainer):
     _update_steps_per_epoch: float | None = None
     _stream_positions: dict[int, str]  # by lane
     _compute_features: Callable[[dict[str, Any]], torch.Tensor] | None = None
-    _has_started_head: torch.nn.Module | None = None
+    _model_with_started_head: torch.nn.Module | None = None
 
     @property
     def teacher_cache(self) -> LogitsFolder | None:
@@ -110,8 +110,8 @@ class ReadingTrainer(Trainer):
 
     def _start_head(self, model: torch.nn.Module) -> None:
         """Set a model's head to class means, if the options say so and it has not been set before."""
-        if self.args.head_init == "class_mean" and model is not self._has_started_head:
-            self._has_started_head = model
+        if self.args.head_init == "class_mean" and model is not self._model_with_started_head:
+            self._model_with_started_head = model
             with self.compute_loss_context_manager():
                 start_from_class_means(model.eval(), self._new_training_data(), self.args)
 

@@ -81,7 +81,7 @@ def _label_of(example: Any) -> Any:
         )
     for name in ("labels", "label"):
         if name in example:
-            if np.asarray(example[name]).size != 1:
+            if math.prod(np.shape(example[name])) != 1:
                 raise ValueError(f'"{name}" of a training example is {example[name]}: one class number is expected.')
             return example[name]
     raise ValueError(

@@ -178,20 +178,27 @@ def build(
 
 def _signed(text: str, repo_id: str | None) -> str:
     """Return a card with a last line by which [`kept_edits`] finds out whether somebody has edited it."""
-    return f"{text.rstrip()}\n\n<!-- Written by bkd_hf{f' for {repo_id}' if repo_id else ''} ({_digest(text)}). -->\n"
+    return f"{text.rstrip()}\n\n{_signature(repo_id, _digest(text))}\n"
+
+
+def _signature(repo_id: str | None, digest: str) -> str:
+    return f"<!-- Written by bkd_hf{f' for {repo_id}' if repo_id else ''} ({digest}). -->"
 
 
 def kept_edits(path: str | os.PathLike[str], repo_id: str) -> str | None:
     """Return a card that was edited by hand, for a repository; `None` if there is none, or it is as it was written."""
-    text = read_text(path) if Path(path).exists() else ""
-    found = _SIGNATURE.search(text)
-    if found is None or _digest(text[: found.start()] + text[found.end() :]) == found["digest"]:
+    if not Path(path).exists():
         return None
-    if (before := found["repo_id"]) is None:
+    text = read_text(path)
+    found = _SIGNATURE.search(text)
+    if found is not None and _digest(text[: found.start()] + text[found.end() :]) == found["digest"]:
+        return None
+    if found is None or (before := found["repo_id"]) is None:
         return text
     # The name of a folder may be a word of the text, or the data set's; in quotes it is the model's.
     pattern = rf"(?<![\w./-]){re.escape(before)}(?!\.?[\w/-])" if "/" in before else f'(?<="){re.escape(before)}(?=")'
-    return re.sub(pattern, lambda _: repo_id, text[: found.start()]) + text[found.start() :].replace(before, repo_id)
+    above, below = (re.sub(pattern, lambda _: repo_id, part) for part in (text[: found.start()], text[found.end() :]))
+    return above + _signature(repo_id, found["digest"]) + below
 
 
 def _digest(text: str) -> str:

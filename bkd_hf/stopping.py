@@ -47,12 +47,16 @@ class StopAtSigterm(TrainerCallback):
     BatchNorm's update but before that of the weights; the processes handle their signals separately, and stop at
     different steps; and it evaluates the unfinished epoch.
 
+    Args:
+        is_endless: Whether the whole training is a single epoch for `Trainer` (see `PassCounter`).
+
     Attributes:
         has_stopped: Whether this training ends early.
         saved_step: Step of the last checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_endless: bool = False) -> None:
+        self.is_endless = is_endless
         self._group: Any = None
         self._forget()
 
@@ -84,9 +88,9 @@ class StopAtSigterm(TrainerCallback):
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Stop at once, during work whose partial results are kept, or that takes longer than a step."""
-        self._is_stepping = False
+        was_stepping, self._is_stepping = self._is_stepping, False
         yield
-        self._is_stepping = True
+        self._is_stepping = was_stepping
 
     def _ask(self) -> None:
         self._is_asked = True
@@ -109,7 +113,8 @@ class StopAtSigterm(TrainerCallback):
         self.on_step_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.has_stopped and state.epoch != int(state.epoch) and state.global_step < state.max_steps:
+        is_in_epoch = self.is_endless or state.epoch != int(state.epoch)
+        if self.has_stopped and is_in_epoch and state.global_step < state.max_steps:
             # These follow when the training continues.
             control.should_log = control.should_evaluate = control.should_save = False
 

@@ -134,7 +134,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             args._n_gpu = 1
         if data_collator is None:
             data_collator = collator_of(eval_dataset if train_dataset is None else train_dataset)
-        self._stop, self.class_figures, self.clock = StopAtSigterm(), ClassFigures(self), Clock()
+        is_endless = isinstance(train_dataset, StreamedImages)
+        self._stop, self.class_figures, self.clock = StopAtSigterm(is_endless), ClassFigures(self), Clock()
         # Trainer collects all logits for compute_metrics; the long-tail metrics are accumulated batch by batch.
         are_ours = isinstance(compute_metrics, LongTailEvaluation) and compute_metrics.adds_up
         adds_up = are_ours and preprocess_logits_for_metrics is None
@@ -155,7 +156,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                     Beginning(self._begin_training),
                     self._stop,
                     SaveAfterEpoch(),
-                    PassCounter(self._steps_in_pass, isinstance(train_dataset, StreamedImages)),
+                    PassCounter(self._steps_in_pass, is_endless),
                     *([self.class_figures] if args.report_to else []),
                     *(callbacks or []),
                 ],

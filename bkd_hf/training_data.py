@@ -210,7 +210,7 @@ class TrainingData:
         with torch.random.fork_rng(devices=[]):  # this must not affect training
             for batch in DataLoader(ours, self.args.eval_batch_size, collate_fn=self.collator):
                 batch = send_to_device(batch, self.args.device)
-                found.append((ask(batch).float().cpu(), batch["labels"].cpu()))
+                found.append((ask(batch).float().cpu(), batch["labels"].cpu().long()))
         if num_added:
             found[-1] = found[-1][0][:-num_added], found[-1][1][:-num_added]
         return tuple(torch.cat(parts) for parts in zip(*gather_object(found), strict=True))

@@ -442,6 +442,19 @@ def test_the_name_of_a_folder_is_replaced_only_where_it_is_the_models(tmp_path, 
     assert edited.replace('"me/x"', '"birds"').replace("for me/x", "for birds") == card
 
 
+@pytest.mark.parametrize("name", ["b", "bkd", "hf", "birds"])
+def test_an_edited_card_stays_whenever_it_is_published(tmp_path, results, name):
+    path = tmp_path / "README.md"
+    card = str(build(results, name)).replace("## Limitations", "Mine.\n\n## Limitations")
+    path.write_text(f"{card}\nThanks to all who watch birds, by bkd_hf.\n", encoding="utf-8")
+    for repo_id in ("me/x", "me/y"):
+        path.write_text(kept_edits(path, repo_id), encoding="utf-8")
+        assert f'pipeline("image-classification", "{repo_id}"' in path.read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8").endswith("\nThanks to all who watch birds, by bkd_hf.\n")
+    path.write_text("# All mine\n", encoding="utf-8")
+    assert kept_edits(path, "me/x") == "# All mine\n"
+
+
 def test_rows_of_groups_tell_what_was_not_tested_and_whom_a_model_serves():
     results = results_with([300, 200, 50, 10, 5], [20, 20, 20, 20, 0])
     few = results["student"]["metrics"]["few_shot_accuracy"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import tarfile
 from collections import Counter
 from itertools import islice
@@ -19,11 +21,13 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, InputError, load_classifier, load_image_dataset, load_processor
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.commands import split
 from bkd_hf.data import class_counts
+from bkd_hf.errors import TrainingStopped
 from bkd_hf.streams import Lane, Stream, StreamedImages, count_labels, load_stream, open_columns, read_counts
 
 NAMES = [str(digit) for digit in range(10)]
@@ -122,15 +126,19 @@ def test_steps_are_the_same_for_any_number_of_readers(opened, monkeypatch):
         assert steps_of(stream, processes, accumulation, monkeypatch, workers) == alone
 
 
-def train(data, tmp_path, checkpoint=None, **options) -> BKDTrainer:
+def train(data, tmp_path, checkpoint=None, callback=None, **options) -> BKDTrainer:
     torch.manual_seed(0)
     student, teacher = load_classifier("cifar-resnet-8", NAMES, 8), load_classifier("cifar-resnet-8", NAMES, 8)
+    options = {"max_steps": 40, "save_steps": 30, "per_device_train_batch_size": 8, "logging_steps": 20} | options
     args = BKDConfig(
-        str(tmp_path), learning_rate=0.01, optim="sgd", use_cpu=True, disable_tqdm=True, method="bkd-calibrated",
-        **{"max_steps": 40, "save_steps": 30, "per_device_train_batch_size": 8, "logging_steps": 20} | options,
+        str(tmp_path), learning_rate=0.01, optim="sgd", use_cpu=True, disable_tqdm=True,
+        **{"method": "bkd-calibrated"} | options,
     )  # fmt: skip
     evaluated = ImageDataset(data["eval"], load_processor("cifar-resnet-8", 8))
-    trainer = BKDTrainer(student, teacher, args, train_dataset=images(data["train"]), eval_dataset=evaluated)
+    trainer = BKDTrainer(
+        student, None if args.method == "ce" else teacher, args, train_dataset=images(data["train"]),
+        eval_dataset=evaluated, callbacks=[callback] if callback else [],
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=checkpoint and str(tmp_path / checkpoint))
     return trainer
 
@@ -157,6 +165,23 @@ def test_a_pass_ends_like_an_epoch(opened, tmp_path):
         assert [entry["step"] for entry in trainer.state.log_history if name in entry] == [13, 25, 38, 40]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (13, 25, 38, 40)}
     assert (trainer.state.epoch, trainer.state.num_train_epochs) == (40 / 12.5, 4)
+
+
+def test_a_stop_in_the_evaluation_of_a_pass_evaluates_once(opened, tmp_path):
+    """400 images in steps of 100: the first pass ends with step 4."""
+
+    class Stopping(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    every = dict.fromkeys(("logging_strategy", "save_strategy", "eval_strategy"), "epoch")
+    options = {"per_device_train_batch_size": 100, "max_steps": 8, "enable_jit_checkpoint": True, "method": "ce"}
+    with pytest.raises(TrainingStopped):
+        train(opened["parquet"], tmp_path, callback=Stopping(), **every, **options)
+    trainer = train(opened["parquet"], tmp_path, checkpoint="checkpoint-4", **every, **options)
+    told = [(entry["step"], "eval_loss" in entry) for entry in trainer.state.log_history if "train_loss" not in entry]
+    assert told == [(4, False), (4, True), (8, False), (8, True)]
 
 
 def test_other_cuts_cannot_go_on(opened, tmp_path):

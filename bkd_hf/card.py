@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .arguments import SCRIPT_DEFAULTS
+from .arguments import FRESH_WEIGHTS_DEFAULTS, SCRIPT_DEFAULTS
 from .card_training import losses_of, method_options, sources_of, sources_of_operations, training_rows
 from .config import METHOD_OPTIONS, method_defaults, option_is_used
 from .export_report import share_asked
@@ -32,7 +32,7 @@ from .reading import read_card, read_text
 from .results import check_schema, describe_command, load_results, training_options
 from .schema import check_repo_id
 from .targets import describe_targets, why_collapsed
-from .tasks import TASKS, task_of
+from .tasks import TASKS, fresh_task, task_of
 from .text import code, code_block, difference, markdown, one_line
 from .verdict import free_alternatives, judge
 
@@ -244,8 +244,12 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
 
     options = results["options"]
     # Recorded options differ from transformers' defaults; these have other defaults on the command line.
-    told = training_options(results)
-    training = {**{name: told[name] for name in SCRIPT_DEFAULTS if name in told}, **options["training"]}
+    told, told_teacher = (training_options(results, model) for model in ("student", "teacher"))
+    name = options["model"].get("model_name_or_path", "")
+    kinds = [fresh_task(model) for model in (name, options["model"].get("teacher_model_name_or_path") or name)]
+    of_fresh = set().union({"optim"}, *FRESH_WEIGHTS_DEFAULTS.values())
+    others = {*SCRIPT_DEFAULTS, *(of_fresh if kinds[0] else ())}
+    training = {**{name: told[name] for name in told if name in others}, **options["training"]}
     method = training.get("method", "bkd")
     of_machine = WITHOUT_INFLUENCE | options_with("place", *TASKS.keys() - {task_of(results["data"]).name})
     if told.get("distillation_loss", METHODS[method].distillation_loss) == "none":
@@ -260,7 +264,9 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     if options["data"].get("train_augmentation") == "none":
         recipe.pop("horizontal_flip", None)  # there is nothing to mirror
     teacher_method = METHODS[method].teacher
-    teacher = chosen(options["teacher_training"], of_machine | NOT_FOR_TEACHER, method_defaults(teacher_method))
+    others = of_fresh if options["teacher_training"] and kinds[0] != kinds[1] else set()
+    teacher = {**{name: told_teacher[name] for name in told_teacher if name in others}, **options["teacher_training"]}
+    teacher = chosen(teacher, of_machine | NOT_FOR_TEACHER, method_defaults(teacher_method))
     if teacher.get("method") == teacher_method:
         del teacher["method"]
     if teacher:

@@ -21,7 +21,7 @@ import torch
 
 from .arguments import DIGITS_RECIPE, parse_arguments
 from .comparison import SHARED_TEACHERS
-from .config import BKDConfig
+from .config import BKDConfig, method_defaults
 from .data import LABEL_COLUMN
 from .errors import STOPPED, InputError, TrainingStopped
 from .files import holder_of, is_open_in_a_run
@@ -42,12 +42,15 @@ _PATIENCE = 60.0
 _NOT_FOR_CELLS = {
     "--method": "use --methods",
     "--seed": "use --seeds",
+    "--teacher_seed": "a teacher has the seed of its students",
     "--output_dir": "give it once",
     "--overwrite": "delete the folders of the cells that are to run anew",
     "--resume_from_checkpoint": "an interrupted cell resumes by itself",
     "--max_steps": "use --num_train_epochs; only with --streaming it is needed",
     "--push_to_hub": f"push the cells that you choose by {' '.join(program('publish'))}",
 }
+#: Options that belong to a run in its own folder.
+_OWN_OF_CELLS = {"method", "seed", "output_dir", "run_name", "hub_model_id", "push_to_hub", "config"}
 _KINDS = ("plain", "teacher", "distilling")
 
 
@@ -138,7 +141,7 @@ def plan_cells(
             raise InputError(f"--{name} {' '.join(map(str, values))}: each may be given once.")
     given = [token.split("=")[0].replace("-", "_").replace("__", "--", 1) for token in options]
     for option in given:
-        if option in _NOT_FOR_CELLS and not (option == "--max_steps" and "--streaming" in given):  # it has no epochs
+        if option in _NOT_FOR_CELLS and option != "--max_steps":  # which streams need
             raise InputError(f"{option} cannot be set for a comparison: {_NOT_FOR_CELLS[option]}.")
         if option.startswith("--teacher_") and not any(map(_distils, methods)):
             distilling = ", ".join(filter(_distils, METHODS))
@@ -154,8 +157,10 @@ def plan_cells(
     for option, why in _NOT_FOR_CELLS.items():
         name, arguments = option.removeprefix("--"), told[methods[0]]
         is_allowed = option == "--max_steps" and arguments.data.streaming
-        if name in arguments.from_recipe and arguments.options.get(name) not in (None, False, -1) and not is_allowed:
-            raise InputError(f"{name} in the recipe cannot be set for a comparison: {why}.")
+        is_recipes = name in arguments.from_recipe and arguments.options.get(name) not in (None, False, -1)
+        if (is_recipes or option in given) and not is_allowed:
+            where = f"{name} in the recipe" if is_recipes else option
+            raise InputError(f"{where} cannot be set for a comparison: {why}.")
     source = next((_source_of_teacher(told[method]) for method in methods if _distils(method)), None)
 
     def with_teacher(method: str, seed: int) -> Cell:
@@ -166,6 +171,12 @@ def plan_cells(
         if source:
             folder = output_dir / SHARED_TEACHERS / teacher.method / f"seed{seed}"
             teacher = replace(teacher, folder=folder, options=(*options, *source), is_teacher=True)
+            # Alone on a command line, it would have other defaults, and options that are about its students.
+            wanted, alone = told[method].for_teacher().options, teacher.parse().options
+            preset = {name: value for name, value in method_defaults(teacher.method).items() if wanted[name] is None}
+            wanted = {name: value for name, value in {**wanted, **preset}.items() if name not in _OWN_OF_CELLS}
+            own = [_words(name, value) for name, value in wanted.items() if value not in (None, alone[name])]
+            teacher = replace(teacher, options=(*teacher.options, *(word for words in own for word in words)))
         return replace(found, teacher=teacher)
 
     wanted = [with_teacher(method, seed) for seed in seeds for method in methods]

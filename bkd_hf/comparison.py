@@ -17,7 +17,14 @@ from .errors import InputError
 from .methods import METHODS
 from .metrics import groups_of
 from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments
-from .results import RESULTS_NAME, adjusts_itself, effective_batch_size, load_results, recorded_defaults
+from .results import (
+    RESULTS_NAME,
+    adjusts_itself,
+    effective_batch_size,
+    load_results,
+    recorded_defaults,
+    training_options,
+)
 from .run_folder import RUN_NAME
 
 #: Columns of the tables, and their keys in `long_tail_metrics`.
@@ -253,22 +260,37 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
     teacher, options about it match any value.
     """
     defaults = recorded_defaults(ModelArguments) | recorded_defaults(DataArguments) | recorded_defaults(BKDConfig)
+    of_teachers = set().union(*(results["options"].get("teacher_training", {}) for results in cells))
+    of_teachers -= {*METHOD_OPTIONS, *_MAY_DIFFER}
+
+    def of_own_teacher(results: dict[str, Any]) -> dict[str, Any]:
+        if "training" not in (results.get("teacher") or {}):
+            return {f"teacher_{name}": ... for name in of_teachers}
+        options = {**defaults, **training_options(results, "teacher")}
+        return {f"teacher_{name}": options.get(name) for name in of_teachers}
+
     told = [
         method_defaults(results["options"]["training"].get("method", "bkd"))
         | {**results["options"]["model"], **results["options"]["data"], **results["options"]["training"]}
         | {"method of the teacher": (results.get("teacher") or {}).get("method")}
         | {"examples in a step": effective_batch_size(results)}
         | _settled_prior(results["options"]["training"])
+        | of_own_teacher(results)
         | ({} if results.get("teacher") else dict.fromkeys(ABOUT_TEACHER, ...))
         for results in cells
     ]
     found = {}
     for name in sorted(set().union(*told) - {*may_differ} - _MAY_DIFFER):
         given = [options.get(name, defaults.get(name)) for options in told]
-        values = sorted({str(value) for value in given if value is not ...})
+        values = sorted({_shown(value) for value in given if value is not ...})
         if len(values) > 1:
             found[name] = values
     return found
+
+
+def _shown(value: Any) -> str:
+    """A value as text; equal numbers have equal texts."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _settled_prior(training: dict[str, Any]) -> dict[str, str]:

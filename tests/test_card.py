@@ -334,10 +334,16 @@ def test_other_schema_version_is_refused_from_python_too(results):
         ["--config", str(RECIPES / "cifar100_lt.yaml"), "--method", "dkd", "--dkd_beta", "2", "--bf16"],
         ["--config", str(RECIPES / "cifar10_lt.yaml"), "--teacher_num_train_epochs", "7", "--teacher_seed", "1"],
         ["--config", str(RECIPES / "finetune.yaml"), "--dataset_name", "user/birds"],
+        # Fresh weights have other defaults than pretrained ones, for which these are the defaults.
+        ["--dataset_name", "user/birds", "--optim", "adamw_torch_fused", "--learning_rate", "1e-3"],
+        ["--dataset_name", "user/texts", "--task", "text", "--num_train_epochs", "3", "--weight_decay", "0"],
+        ["--dataset_name", "user/birds", "--model_name_or_path", "user/vit", "--teacher_model_name_or_path",
+         "cifar-resnet-32", "--teacher_optim", "adamw_torch_fused"],
     ],
-)
+)  # fmt: skip
 def test_recipe_gives_the_same_options(options, results, tmp_path):
     first = parse_arguments([*options, "--output_dir", "x"], digits_recipe=RECIPES / "digits.yaml")
+    results["data"]["task"] = first.model.task
     results["options"] = {
         "model": recordable(dataclasses.asdict(first.model)),
         "data": recordable(dataclasses.asdict(first.data)),

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from bkd_hf import InputError, load_classifier, load_processor, load_results
+from bkd_hf.arguments import DIGITS_RECIPE, parse_arguments
 from bkd_hf.cells import CellRunner, plan_cells
 from bkd_hf.compare import save_comparison, to_markdown
 from bkd_hf.comparison import Comparison, load_comparison, resampled
@@ -23,6 +24,7 @@ from bkd_hf.results import describe_command, save_json
 from tests.conftest import REPOSITORY
 from tests.faults import main_of, run
 from tests.test_plots import make_results
+from tests.tiny_models import tiny_vit
 
 RUN_SCRIPT = REPOSITORY / "scripts" / "run_bkd.py"
 SHORT = ["--num_train_epochs", "2", "--lr_step_epochs", "1", "--lr_step_factors", "0.1", "--num_threads", "1"]
@@ -247,6 +249,35 @@ def test_files(cells, tmp_path):
     assert len(list(csv.DictReader((tmp_path / "out" / "cells.csv").open()))) == 7
     for name in names[3:]:
         assert Image.open(tmp_path / "out" / name).size[0] >= 600
+
+
+def test_equal_numbers_are_equal_options_and_teachers_have_options_too():
+    whole, fraction, other = (cell("bkd", seed, 0.5) for seed in range(3))
+    whole["options"]["training"]["num_train_epochs"] = 60
+    fraction["options"]["training"]["num_train_epochs"] = 60.0
+    assert Comparison([whole, fraction]).estimate("bkd", "overall").n == 2
+    other["options"]["training"]["num_train_epochs"] = 60
+    other["options"]["teacher_training"] = {"num_train_epochs": 300.0}
+    for results in (whole, other):
+        results["teacher"]["training"] = whole["student"]["training"]
+    with pytest.raises(InputError, match="`teacher_num_train_epochs` is 300 or 60"):
+        Comparison([whole, other])
+
+
+def test_a_shared_teacher_is_trained_as_a_run_trains_it(tmp_path):
+    """Alone, it would have the defaults of its own weights, and its students' loss."""
+    tiny_vit(0, num_labels=10, image_size=16).save_pretrained(tmp_path / "vit")
+    options = [
+        "--dataset_name", "digits", "--model_name_or_path", str(tmp_path / "vit"), "--learning_rate", "1e-4",
+        "--classification_loss", "balanced_softmax", "--teacher_model_name_or_path", "cifar-resnet-8",
+    ]  # fmt: skip
+    (cell,) = (each for each in plan_cells(["kd"], [0], tmp_path, RUN_SCRIPT, options) if each.method == "kd")
+    teacher = cell.teacher.parse().training
+    expected = parse_arguments([*options, "--method", "kd"], digits_recipe=DIGITS_RECIPE).for_teacher().training
+    for name in ("optim", "learning_rate", "num_train_epochs", "classification_loss", "per_device_train_batch_size"):
+        assert getattr(teacher, name) == getattr(expected, name), name
+    with pytest.raises(InputError, match="--teacher_seed cannot be set for a comparison"):
+        plan_cells(["kd"], [0], tmp_path, RUN_SCRIPT, [*options, "--teacher_seed", "7"])
 
 
 def test_only_what_was_compared_is_called_better(cells):

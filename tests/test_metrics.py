@@ -171,6 +171,7 @@ def test_calibration():
         ((np.zeros((0, 3)), np.array([], dtype=int), [1, 2, 3]), "N ≥ 1"),
         ((np.zeros((2, 3)), np.array([0]), [1, 2, 3]), "N×C"),
         ((np.zeros((1, 2)), np.array([0]), [1, 2], 10, 20), "few_shot_threshold"),
+        ((np.zeros((1, 2)), np.array([0]), [1, 2], -1, 0), "many_shot_threshold"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -1063,6 +1063,18 @@ def test_unsigned_labels_are_all_labels(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("options", [{"head_init": "class_mean"}, {"head_bias": "balanced"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_of_other_integers_fit_a_head(tmp_path, options, dtype):
+    heads = []
+    for of_labels in (dtype, torch.int64):
+        data = [{**each, "labels": torch.tensor(each["labels"], dtype=of_labels)} for each in images()]
+        trainer = trainer_for(tmp_path, vit(), None, data, method="ce", max_steps=2, **options)
+        trainer.train()
+        heads.append(trainer.model.classifier.weight.sum() + trainer.model.classifier.bias.sum())
+    assert torch.equal(*heads)
+
+
 def test_an_attribute_that_lists_the_classes_is_not_taken_for_labels(tmp_path):
     class Listed(list):
         labels: ClassVar = [0, 1, 2, 3, 4]

@@ -264,7 +264,9 @@ def shot_groups(
 
 
 def check_shot_thresholds(many_shot_threshold: int, few_shot_threshold: int) -> None:
-    """Raise a `ValueError` unless 0 ≤ few ≤ many + 1, so that each class falls into one group."""
+    """Raise a `ValueError` unless 0 ≤ few ≤ many + 1 and 0 ≤ many, so that each class falls into one group."""
+    if many_shot_threshold < 0:
+        raise ValueError(f"--many_shot_threshold must not be negative, got {many_shot_threshold}.")
     if not 0 <= few_shot_threshold <= many_shot_threshold + 1:
         raise ValueError(
             f"--few_shot_threshold ({few_shot_threshold}) must not be negative nor above --many_shot_threshold "

@@ -403,7 +403,12 @@ def _read_config(parser: _Parser, path: str | Path) -> list[str]:
         for name, value in of_teacher.items():
             if name != "model_name_or_path":
                 _check_teacher_option(parser, name, f"--config {path}, section teacher, {name}")
-            if given := _tokens(parser, path, name, value):
+            given = _tokens(parser, path, name, value)
+            dest = "teacher_" + parser._option_string_actions[f"--{name}"].dest
+            if dest in seen:
+                raise InputError(f"--config {path}: {dest} is given twice, once as {name} in the section `teacher:`.")
+            seen.add(dest)
+            if given:
                 tokens += [_TEACHER_PREFIX + given[0].removeprefix("--"), *given[1:]]
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--config {path} is no YAML: {one_line(error, 200)}.") from error
@@ -416,6 +421,9 @@ def _tokens(parser: _Parser, path: str | Path, name: str, node: yaml.Node) -> li
         raise InputError(f"--config {path}: {name} belongs on the command line, as --{name}.")
     if action is None:
         known = [option.removeprefix("--") for option in parser._option_string_actions]
+        if name.removeprefix("teacher_") in known and name.startswith("teacher_"):
+            of_teacher = name.removeprefix("teacher_")
+            raise InputError(f"--config {path}: write {name} as {of_teacher} into a section `teacher:`.")
         raise InputError(f"--config {path}: unknown option {name!r}.{suggestion(name, known)}")
     if node.tag == _NULL:
         return []

@@ -200,7 +200,7 @@ def _summary_rows(comparison: Comparison) -> list[dict[str, Any]]:
                 row |= {f"{prefix}{part}": getattr(estimate, part, None) for part in ("mean", "std")}
             row["n"] = getattr(comparison.estimate(method, metric), "n", 0)
             for baseline in BASELINES:
-                difference = comparison.difference(method, baseline, metric)
+                difference = None if method == baseline else comparison.difference(method, baseline, metric)
                 for part in ("mean", "low", "high", "n"):
                     row[f"difference_to_{baseline}_{part}"] = getattr(difference, part, None)
             rows.append(row)

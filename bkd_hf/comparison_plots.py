@@ -136,7 +136,7 @@ def plot_teacher_and_student(comparison: Comparison) -> Figure:
         tidy(axes)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=SMALL)
-    for axes in figure.axes[-columns:]:
+    for axes in [*panels.values()][-columns:]:  # those with nothing below
         axes.set_xlabel("teacher (%)", fontsize=TEXT)
     figure.supylabel("student (%)", fontsize=TEXT)
     return figure

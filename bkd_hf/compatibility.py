@@ -14,7 +14,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .errors import InputError
 from .machine import launcher_shards
-from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, PRIORS, Loss
+from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, METHODS, PRIORS, Loss
 from .objective import Objective
 from .ranges import check_ranges
 from .text import one_line
@@ -137,6 +137,13 @@ def _check_loss_arguments(options: Any) -> None:
 def _check_losses(options: Any, defaults: Mapping[str, Any]) -> None:
     check = functools.partial(require, options)
     power, tau = options.class_balance_power, options.logit_adjustment_tau
+    if power == "measured" and options.distillation_loss not in ("bkd", "none"):
+        loss = options.distillation_loss
+        way_out = f"--method {loss}" if loss in METHODS else f"--method bkd --distillation_loss {loss}"
+        raise InputError(
+            f"--distillation_loss {loss} does not go with --method {options.method}: it has no class weights whose "
+            f"power could be measured. Use {way_out}."
+        )
     is_power = 0 <= power < math.inf if isinstance(power, float) else power in ("auto", "measured")
     check(is_power, "class_balance_power", "a finite number ≥ 0, auto or measured")
     check(
@@ -151,12 +158,6 @@ def _check_losses(options: Any, defaults: Mapping[str, Any]) -> None:
         "logit_adjustment_tau",
         f"a number with --distillation_loss {options.distillation_loss}, or another --method chosen: auto, as "
         "--method bkd-calibrated has it, is what the targets of bkd leave",
-    )
-    check(
-        power != "measured" or options.distillation_loss in ("bkd", "none"),
-        "class_balance_power",
-        f"left to another --method: --distillation_loss {options.distillation_loss} has no class weights whose power "
-        "could be measured, as --method bkd-calibrated does it",
     )
     check(
         not options.label_smoothing_factor or "label_smoothing" in options.loss_arguments("classification_loss"),

@@ -156,11 +156,11 @@ class BKDConfig(TrainingArguments):
         None, "Arguments of the distillation loss, a JSON object, e.g. '{\"beta\": 2}' for dkd."
     )
     temperature: Annotated[float, "student"] = option(
-        2.0, "T > 0 of kd and bkd: softens both distributions; raising it also strengthens the rebalancing."
+        2.0, "T > 0 of kd, bkd and wsl: softens both distributions; raising it also strengthens the rebalancing."
     )
     distillation_weight: Annotated[float, "student"] = option(
         1.0,
-        "α ≥ 0 of kd and bkd: weight of the distillation loss beside the classification loss.",
+        "α ≥ 0 of kd, bkd, wsl, dist and ltkd: weight of the distillation loss beside the classification loss.",
         aliases=["--alpha"],
     )
     class_balance_beta: float = option(

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from .config import option_is_used
 from .confusion_plots import plot_confusion
 from .export_report import FIGURE_NAME, plot_latency
 from .figures import (
@@ -313,7 +314,7 @@ def _training_panels(results: dict[str, Any]) -> dict[str, list[tuple[np.ndarray
     """Return the epochs, values and style of each curve, by panel."""
     histories = {model: results[model].get("history") or [] for model in models_of(results)}
     options = results.get("options", {}).get("training", {})
-    is_weighted = options.get("distillation_loss", "bkd") in ("kd", "bkd")
+    is_weighted = option_is_used("distillation_weight", {"distillation_loss": "bkd", **options})
     weight = options.get("distillation_weight", 1.0) if is_weighted else 1.0
     panels: dict[str, list[tuple[np.ndarray, np.ndarray, dict[str, Any]]]] = {}
     for panel, model, key, label, style in _CURVES:

@@ -347,7 +347,9 @@ def told_arguments(
 def _shown(value: str, option: str) -> str:
     if value.startswith("scripts/"):  # the recipes of a checkout, at the same place for everybody
         return value
-    return Path(value).name if option in _FOLDER_OPTIONS else without_folders(value)
+    if option in _FOLDER_OPTIONS and not value.lstrip().startswith("{"):  # no JSON
+        return Path(value).name or (Path(os.path.abspath(value)).name if value else "")  # of "."
+    return without_folders(value)
 
 
 def _told(arguments: Sequence[str], show: Callable[[str, str], str] = _shown) -> list[str]:

@@ -306,6 +306,12 @@ def test_the_script_sets_what_differs_from_transformers():
     ("text", "message"),
     [
         ("temperatur: 3\n", "unknown option 'temperatur'. Did you mean temperature?"),
+        ("teacher_learning_rate: 3\n", "write teacher_learning_rate as learning_rate into a section `teacher:`"),
+        ("teacher:\n  beta: 0.9\n  class_balance_beta: 0.8\n", "class_balance_beta is given twice"),
+        (
+            "teacher_model_name_or_path: a/b\nteacher:\n  model_name_or_path: c/d\n",
+            "teacher_model_name_or_path is given twice, once as model_name_or_path in the section `teacher:`",
+        ),
         ("overwrite: true\n", "overwrite belongs on the command line, as --overwrite"),
         ("temperature: hot\n", "temperature: 'hot' is not valid there: .*invalid float"),
         ("temperature: [1, 2]\n", "temperature takes a single value"),

@@ -370,6 +370,13 @@ def test_command_tells_nothing_of_the_machine():
     )
 
 
+def test_a_command_names_the_folder_that_it_is_in(tmp_path, monkeypatch):
+    (tmp_path / "birds").mkdir()
+    monkeypatch.chdir(tmp_path / "birds")
+    assert describe_command(["--output_dir", "."]).endswith("--output_dir birds")
+    assert describe_command(["--deepspeed", '{"offload": "/tmp/x"}']).endswith("""--deepspeed '{"offload": "x"}'""")
+
+
 @pytest.mark.parametrize(("folder", "is_shortened"), [("/home/max/birds", True), ("max/birds", False)])
 def test_a_command_with_shortened_folders_is_said_to_be_one(results, tmp_path, folder, is_shortened):
     training = parse_arguments(["--output_dir", "x"], digits_recipe=RECIPES / "digits.yaml").training

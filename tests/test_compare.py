@@ -246,6 +246,7 @@ def test_files(cells, tmp_path):
     assert (float(row["mean"]), float(row["difference_to_ce_mean"]), row["n"]) == (44.0, 11.0, "3")
     assert float(row["post_hoc_mean"]) == 50.0
     assert next(row for row in rows if row["method"] == "kd")["std"] == ""
+    assert {row["difference_to_kd_mean"] for row in rows if row["method"] == "kd"} == {""}  # from itself
     assert len(list(csv.DictReader((tmp_path / "out" / "cells.csv").open()))) == 7
     for name in names[3:]:
         assert Image.open(tmp_path / "out" / name).size[0] >= 600

@@ -310,8 +310,9 @@ def test_no_history(ten, history):
         plot_training_curves(ten)
 
 
-def test_a_weight_of_distillation_is_told(ten):
-    ten["options"] = {"training": {"distillation_weight": 0.5}}
+@pytest.mark.parametrize("loss", ["bkd", "wsl", "dist", "ltkd"])
+def test_a_weight_of_distillation_is_told(ten, loss):
+    ten["options"] = {"training": {"distillation_loss": loss, "distillation_weight": 0.5}}
     axes = panels(plot_training_curves(ten))["training loss"]
     line(axes, "student: distillation\n(× 0.5 in the total)")
 

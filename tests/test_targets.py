@@ -286,7 +286,7 @@ def test_a_look_at_a_teacher_that_is_outvoted(tmp_path):
 @pytest.mark.parametrize("loss", ["kd", "dkd"])
 def test_a_loss_without_weights_has_none_that_could_be_measured(loss):
     options = {"distillation_loss": loss, "logit_adjustment_tau": 1.0}
-    with pytest.raises(ValueError, match=f"--class_balance_power must be left to another --method: .* {loss} has no"):
+    with pytest.raises(InputError, match=f"--distillation_loss {loss} does not go with .* Use --method {loss}"):
         BKDConfig(output_dir="unused", use_cpu=True, method="bkd-calibrated", **options)
 
 

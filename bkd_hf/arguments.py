@@ -63,6 +63,7 @@ FRESH_WEIGHTS_DEFAULTS = {
         "num_train_epochs": 20.0, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 200,
     },
 }  # fmt: skip
+_SCHEDULE = ("lr_scheduler_type", "warmup_steps")
 _FRESH_TEXT_MODEL = "bert-2x128"
 #: Number of workers that stands for "not given": the images and the machine decide.
 CHOOSE_WORKERS = -1
@@ -130,10 +131,13 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     if parser.parse_known_args([*from_file, *command_line])[0].task == "text":
         parser.set_defaults(model_name_or_path=_FRESH_TEXT_MODEL, dataset_name="docstrings")
     look = parser.parse_known_args([*from_file, *command_line])[0]
-    defaults_of_teacher = _defaults_of_teacher(parser, look, of_file | of_line)
+    given = of_file | of_line
+    defaults_of_teacher = _defaults_of_teacher(parser, look, given)
     task = fresh_task(look.model_name_or_path)
-    if task is not None and "optim" not in of_file | of_line:
-        parser.set_defaults(**FRESH_WEIGHTS_DEFAULTS[task])
+    if task is not None and "optim" not in given:
+        has_steps = "lr_step_epochs" in given  # a schedule of its own, beside which there is no other
+        defaults = {n: v for n, v in FRESH_WEIGHTS_DEFAULTS[task].items() if not (has_steps and n in _SCHEDULE)}
+        parser.set_defaults(**defaults)
 
     namespace = parser.parse_args([*from_file, *command_line])
     if namespace.output_dir is not None:
@@ -162,7 +166,8 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
             | {f"teacher_{name}" for name in {*of_file_for_teacher, *defaults_of_teacher} - of_line_for_teacher}
         ),
     )
-    arguments.for_teacher()  # reports errors in the teacher's options early
+    if arguments.distils:
+        arguments.for_teacher()  # reports errors in the teacher's options early
     return arguments
 
 

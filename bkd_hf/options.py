@@ -6,7 +6,9 @@ The options of the training itself are those of [`BKDConfig`].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -380,14 +382,22 @@ class RunArguments:
 
     @contextmanager
     def naming_teacher_options(self) -> Iterator[None]:
-        """Have errors about options given for the teacher alone use their names as given."""
-        try:
-            yield
-        except InputError as error:
-            name = str(error).removeprefix("--").split(" ")[0]
-            if name not in self.teacher_options:
-                raise
-            raise InputError(f"--teacher_{str(error).removeprefix('--')}") from error
+        """Have errors and warnings about the teacher name the options that are for it alone.
+
+        The student accepts its options. What they, or those given for the teacher, lack for it can be given for it.
+        """
+
+        def named(text: str, names: Collection[str]) -> str:
+            return re.sub(r"--([a-z]\w*)", lambda found: f"--{'teacher_' * (found[1] in names)}{found[1]}", text)
+
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                yield
+            except InputError as error:
+                raise InputError(named(str(error), OPTIONS - NOT_FOR_TEACHER)) from error
+        for each in caught:
+            warnings.warn(named(str(each.message), self.teacher_options), each.category, stacklevel=3)
 
     def _options_of_teacher(self) -> dict[str, Any]:
         """Options of the teacher if nothing is given for it alone."""

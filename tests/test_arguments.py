@@ -297,9 +297,39 @@ def test_dictionaries_in_yaml(tmp_path):
     assert arguments.training.lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
+@pytest.mark.filterwarnings("error")
+def test_steps_of_the_learning_rate_are_the_whole_schedule():
+    training = parse("--lr_step_epochs 100 --lr_step_factors 0.1 --dataset_name some/data").training
+    assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (0.1, "linear", 0)
+
+
 def test_the_script_sets_what_differs_from_transformers():
     training = parse("--dataset_name some/data").training
     assert (training.save_strategy, training.save_total_limit, training.logging_strategy) == ("epoch", 1, "epoch")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "--lr_step_epochs 1 2 --lr_step_factors 0.1 0.01 --teacher_lr_step_epochs 1 2 3",
+            "--teacher_lr_step_factors must",
+        ),
+        ("--label_smoothing_factor 0.1 --teacher_method focal", "--teacher_label_smoothing_factor must be 0"),
+        (
+            "--global_batch_size 64 --per_device_train_batch_size 64 --teacher_per_device_train_batch_size 48",
+            "Use --teacher_global_batch_size 48 or .*--teacher_per_device_train_batch_size 32",
+        ),
+    ],
+)
+def test_errors_about_the_teacher_name_what_helps_it(line, message):
+    with pytest.raises(InputError, match=message):
+        parse(f"--dataset_name some/data --method bkd {line}")
+
+
+def test_warnings_about_the_teacher_name_its_options():
+    with pytest.warns(UserWarning, match="--teacher_class_balance_beta 0.9 has no effect"):
+        parse("--dataset_name some/data --method bkd --teacher_beta 0.9")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from .files import try_json, unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
 from .head import check_head_bias, the_head
 from .head_fitting import check_means, class_vectors, describe_bias_shift
-from .hub import CARD_NAME, publish_run
+from .hub import CARD_NAME, card_of, publish_run
 from .inputs import (
     Inputs,
     Processor,
@@ -51,7 +51,7 @@ from .nodes import check_same, in_turn, on_main_process, send_folder
 from .objective import Objective
 from .onnx_export import export_run
 from .optimization import layer_depths
-from .options import RunArguments
+from .options import UNKNOWN_LICENSE, RunArguments
 from .plots import save_plots
 from .precision import settle_precision, share_precision
 from .progress import show_progress, tell_of_targets
@@ -271,9 +271,13 @@ def _report(options: RunArguments, results: dict[str, Any], only_missing: bool =
     """Draw the figures of a run, and write its card."""
     folder, publishing = Path(options.training.output_dir), options.publishing
     save_plots(results, folder / "figures", only_missing)
+    license, dataset_id = publishing.hub_license, publishing.hub_dataset_id
     if not only_missing or why_broken(folder / CARD_NAME):
-        card = build_card(results, options.repo_id, publishing.hub_license, publishing.hub_dataset_id)
-        write_text(folder / CARD_NAME, str(card))
+        write_text(folder / CARD_NAME, str(build_card(results, options.repo_id, license, dataset_id)))
+    elif license != UNKNOWN_LICENSE or dataset_id is not None:  # the run may have been finished without
+        told = {"license": None if license == UNKNOWN_LICENSE else license, "dataset_id": dataset_id}
+        told = {name: value for name, value in told.items() if value is not None}
+        write_text(folder / CARD_NAME, card_of(folder, results, options.repo_id, told))
 
 
 # ---- One model ----------------------------------------------------------------------------------------------------

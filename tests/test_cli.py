@@ -161,12 +161,19 @@ def test_finished_run_says_so(finished, run_here):
     assert (finished / "results.json").read_bytes() == before
 
 
+def test_a_finished_run_takes_a_licence(copy, run_here):
+    assert "This run is finished" in run_here(*QUICK, "--output_dir", str(copy), "--hub_license", "apache-2.0")
+    assert "license: apache-2.0" in (copy / "README.md").read_text(encoding="utf-8")
+    run_here(*QUICK, "--output_dir", str(copy))
+    assert "license: apache-2.0" in (copy / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("step", "file"), [("save_plots", "figures/class_accuracy.png"), ("build_card", "README.md")])
 def test_results_outlive_what_cannot_be_written(copy, run_here, monkeypatch, step, file):
     for name in ("results.json", file):
         (copy / name).unlink()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:

@@ -52,7 +52,7 @@ _COMMON_TRAINING_OPTIONS = {
     "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "hub_revision",
 }  # fmt: skip
 #: By task: transformers' defaults are for fine-tuning; with fresh weights, models learn almost nothing with them.
-FRESH_WEIGHTS_DEFAULTS = {
+_FRESH_WEIGHTS_DEFAULTS = {
     "image": {
         "optim": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4, "decay_all_parameters": True,
         "max_grad_norm": 0.0, "lr_scheduler_type": "cosine", "warmup_steps": 0.025, "num_train_epochs": 200.0,
@@ -136,7 +136,7 @@ def parse_arguments(argv: Sequence[str] | None = None, digits_recipe: Path | Non
     task = fresh_task(look.model_name_or_path)
     if task is not None and "optim" not in given:
         has_steps = "lr_step_epochs" in given  # a schedule of its own, beside which there is no other
-        defaults = {n: v for n, v in FRESH_WEIGHTS_DEFAULTS[task].items() if not (has_steps and n in _SCHEDULE)}
+        defaults = {n: v for n, v in _FRESH_WEIGHTS_DEFAULTS[task].items() if not (has_steps and n in _SCHEDULE)}
         parser.set_defaults(**defaults)
 
     namespace = parser.parse_args([*from_file, *command_line])
@@ -184,9 +184,9 @@ def _defaults_of_teacher(parser: _Parser, look: argparse.Namespace, given: set[s
     if task_of_student == task_of_teacher or {"optim", "learning_rate"} & given:
         return {}
     if task_of_teacher is not None:
-        defaults = FRESH_WEIGHTS_DEFAULTS[task_of_teacher]
+        defaults = _FRESH_WEIGHTS_DEFAULTS[task_of_teacher]
     else:
-        defaults = {name: parser.get_default(name) for name in FRESH_WEIGHTS_DEFAULTS[str(task_of_student)]}
+        defaults = {name: parser.get_default(name) for name in _FRESH_WEIGHTS_DEFAULTS[str(task_of_student)]}
     return {name: value for name, value in defaults.items() if name not in given}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .arguments import FRESH_WEIGHTS_DEFAULTS, SCRIPT_DEFAULTS
+from .arguments import SCRIPT_DEFAULTS
 from .card_training import losses_of, method_options, sources_of, sources_of_operations, training_rows
 from .config import METHOD_OPTIONS, method_defaults, option_is_used
 from .export_report import share_asked
@@ -244,12 +244,11 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
 
     options = results["options"]
     # Recorded options differ from transformers' defaults; these have other defaults on the command line.
-    told, told_teacher = (training_options(results, model) for model in ("student", "teacher"))
-    name = options["model"].get("model_name_or_path", "")
+    # Fresh weights have others too, unless an optimizer is named.
+    told, name = training_options(results), options["model"].get("model_name_or_path", "")
     kinds = [fresh_task(model) for model in (name, options["model"].get("teacher_model_name_or_path") or name)]
-    of_fresh = set().union({"optim"}, *FRESH_WEIGHTS_DEFAULTS.values())
-    others = {*SCRIPT_DEFAULTS, *(of_fresh if kinds[0] else ())}
-    training = {**{name: told[name] for name in told if name in others}, **options["training"]}
+    others = [*SCRIPT_DEFAULTS, *(["optim"] if kinds[0] else [])]
+    training = {**{name: told[name] for name in others if name in told}, **options["training"]}
     method = training.get("method", "bkd")
     of_machine = WITHOUT_INFLUENCE | options_with("place", *TASKS.keys() - {task_of(results["data"]).name})
     if told.get("distillation_loss", METHODS[method].distillation_loss) == "none":
@@ -264,9 +263,10 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     if options["data"].get("train_augmentation") == "none":
         recipe.pop("horizontal_flip", None)  # there is nothing to mirror
     teacher_method = METHODS[method].teacher
-    others = of_fresh if options["teacher_training"] and kinds[0] != kinds[1] else set()
-    teacher = {**{name: told_teacher[name] for name in told_teacher if name in others}, **options["teacher_training"]}
-    teacher = chosen(teacher, of_machine | NOT_FOR_TEACHER, method_defaults(teacher_method))
+    has_own_kind = "training" in (results["teacher"] or {}) and kinds[0] != kinds[1]
+    optim = {"optim": training_options(results, "teacher")["optim"]} if has_own_kind else {}
+    of_teacher, without = {**optim, **options["teacher_training"]}, of_machine | NOT_FOR_TEACHER
+    teacher = chosen(of_teacher, without, method_defaults(teacher_method))
     if teacher.get("method") == teacher_method:
         del teacher["method"]
     if teacher:

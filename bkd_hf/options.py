@@ -331,9 +331,13 @@ class RunArguments:
         self.data = _build(DataArguments, self.options)
         before = UNTOLD.set(self.from_recipe)
         try:
-            self.training = _build_training(self.options)
+            with _recorded() as caught:
+                self.training = _build_training(self.options)
         finally:
             UNTOLD.reset(before)
+        self._told = {str(each.message) for each in caught}
+        for each in caught:
+            warnings.warn(each.message, each.category, stacklevel=4)
         self.publishing = _build(PublishingArguments, self.options)
         self.publishing.push_to_hub = self.options["push_to_hub"]
         has_cosine_head = self.training.cosine_scale is not None
@@ -390,14 +394,14 @@ class RunArguments:
         def named(text: str, names: Collection[str]) -> str:
             return re.sub(r"--([a-z]\w*)", lambda found: f"--{'teacher_' * (found[1] in names)}{found[1]}", text)
 
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with _recorded() as caught:
             try:
                 yield
             except InputError as error:
                 raise InputError(named(str(error), OPTIONS - NOT_FOR_TEACHER)) from error
         for each in caught:
-            warnings.warn(named(str(each.message), self.teacher_options), each.category, stacklevel=3)
+            if str(each.message) not in self._told:  # of the student
+                warnings.warn(named(str(each.message), self.teacher_options), each.category, stacklevel=3)
 
     def _options_of_teacher(self) -> dict[str, Any]:
         """Options of the teacher if nothing is given for it alone."""
@@ -449,6 +453,14 @@ class RunArguments:
             add(True, ["teacher_model_name_or_path"], no_teacher)
             found |= {f"teacher_{name}": no_teacher for name in self.teacher_options}
         return {name: why for name, why in found.items() if name not in self.from_recipe}
+
+
+@contextmanager
+def _recorded() -> Iterator[list[warnings.WarningMessage]]:
+    """Record all warnings, instead of showing them."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
 
 
 def _build(cls: type, options: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -330,6 +331,13 @@ def test_errors_about_the_teacher_name_what_helps_it(line, message):
 def test_warnings_about_the_teacher_name_its_options():
     with pytest.warns(UserWarning, match="--teacher_class_balance_beta 0.9 has no effect"):
         parse("--dataset_name some/data --method bkd --teacher_beta 0.9")
+
+
+def test_a_warning_about_both_models_is_given_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parse("--dataset_name some/data --method bkd --lr_step_epochs 900 --lr_step_factors 0.1")
+    assert [str(each.message).split(":")[0] for each in caught] == ["--lr_step_epochs 900 are never reached"]
 
 
 @pytest.mark.parametrize(

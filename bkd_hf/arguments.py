@@ -426,8 +426,8 @@ def _tokens(parser: _Parser, path: str | Path, name: str, node: yaml.Node) -> li
         raise InputError(f"--config {path}: {name} belongs on the command line, as --{name}.")
     if action is None:
         known = [option.removeprefix("--") for option in parser._option_string_actions]
-        if name.removeprefix("teacher_") in known and name.startswith("teacher_"):
-            of_teacher = name.removeprefix("teacher_")
+        of_teacher = name.removeprefix("teacher_")
+        if of_teacher != name and of_teacher in known:
             raise InputError(f"--config {path}: write {name} as {of_teacher} into a section `teacher:`.")
         raise InputError(f"--config {path}: unknown option {name!r}.{suggestion(name, known)}")
     if node.tag == _NULL:

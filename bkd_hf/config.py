@@ -320,7 +320,8 @@ class BKDConfig(TrainingArguments):
         self._apply_method()
         self._check()
         join_process_group(self)
-        if str(self.metric_for_best_model).endswith("calibration_error") and vars(self)["greater_is_better"] is None:
+        is_error = str(self.metric_for_best_model).endswith("calibration_error")
+        if is_error and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = False  # transformers knows this of losses alone
         super().__post_init__()
         # Under ZeRO-3 transformers would load every model sharded, teachers too; here models are whole until training.

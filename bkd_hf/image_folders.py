@@ -60,12 +60,11 @@ def load_image_folder(folder: str | os.PathLike[str]) -> datasets.DatasetDict | 
     if not images or _is_described(folder, files):
         return None
     others = [file for file in files if file.suffix.lower() not in _IMAGE_SUFFIXES and len(file.parts) > 1]
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        logger.warning(f"{folder}: left out, as they are no images by their names: {others[0]}{more}.")
-    if empty := _empty_folders(folder, files, images):
-        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
-        logger.warning(f"{folder}: left out, as there is no file in it: {empty[0]}{more}.")
+    empty = _empty_folders(folder, files, images)
+    for left_out, why in ((others, "they are no images by their names"), (empty, "there is no file in it")):
+        if left_out:
+            more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+            logger.warning(f"{folder}: left out, as {why}: {left_out[0]}{more}.")
     while len({image.parts[0] for image in images}) == 1 and all(len(image.parts) > 2 for image in images):
         if _split_of(images[0].parts[0]) is not None:
             break

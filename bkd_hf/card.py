@@ -265,8 +265,8 @@ def to_recipe(results: dict[str, Any], dataset_id: str | None = None) -> str:
     teacher_method = METHODS[method].teacher
     has_own_kind = "training" in (results["teacher"] or {}) and kinds[0] != kinds[1]
     optim = {"optim": training_options(results, "teacher")["optim"]} if has_own_kind else {}
-    of_teacher, without = {**optim, **options["teacher_training"]}, of_machine | NOT_FOR_TEACHER
-    teacher = chosen(of_teacher, without, method_defaults(teacher_method))
+    of_teacher = {**options.get("teacher_model", {}), **optim, **options["teacher_training"]}
+    teacher = chosen(of_teacher, of_machine | NOT_FOR_TEACHER, method_defaults(teacher_method))
     if teacher.get("method") == teacher_method:
         del teacher["method"]
     if teacher:

@@ -260,13 +260,15 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
     teacher, options about it match any value.
     """
     defaults = recorded_defaults(ModelArguments) | recorded_defaults(DataArguments) | recorded_defaults(BKDConfig)
-    of_teachers = set().union(*(results["options"].get("teacher_training", {}) for results in cells))
+    parts = [results["options"].get(part, {}) for results in cells for part in ("teacher_model", "teacher_training")]
+    of_teachers = set().union(*parts)
     of_teachers -= {*METHOD_OPTIONS, *_MAY_DIFFER}
 
     def of_own_teacher(results: dict[str, Any]) -> dict[str, Any]:
         if "training" not in (results.get("teacher") or {}):
             return {f"teacher_{name}": ... for name in of_teachers}
-        options = {**defaults, **training_options(results, "teacher")}
+        own = results["options"].get("teacher_model", {})
+        options = {**defaults, **results["options"]["model"], **training_options(results, "teacher"), **own}
         return {f"teacher_{name}": options.get(name) for name in of_teachers}
 
     told = [

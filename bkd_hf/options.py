@@ -420,6 +420,12 @@ class RunArguments:
             "push_to_hub": False,
         }
 
+    @property
+    def model_options_of_teacher(self) -> dict[str, Any]:
+        """The options about models that were given for the teacher alone."""
+        names = {field.name for field in dataclasses.fields(ModelArguments)}
+        return {name: value for name, value in self.teacher_options.items() if name in names}
+
     def options_without_effect(self) -> dict[str, str]:
         """Return, by option, why a given option has no effect."""
         model, method = self.model, self.training.method

@@ -188,6 +188,7 @@ def describe_run(
     *,
     teacher_training: BKDConfig | None = None,
     model_options: dict[str, Any] | None = None,
+    teacher_model_options: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
     command: Sequence[str] | None = None,
     precision_rates: dict[str, float] | None = None,
@@ -201,6 +202,7 @@ def describe_run(
         teacher: The same for the teacher, if there is one.
         teacher_training: Options of the teacher's training, if it was trained in the same run.
         model_options: Options about models.
+        teacher_model_options: Those of them that were given for the teacher alone.
         data_options: Options about data.
         command: The options on its command line.
         precision_rates: Images per second in each precision, if the precision was chosen by measurement.
@@ -209,6 +211,7 @@ def describe_run(
         "schema_version": SCHEMA_VERSION,
         "options": {
             "model": recordable(model_options or {}),
+            "teacher_model": recordable(teacher_model_options or {}),
             "data": recordable(data_options or {}),
             "training": describe_training(training),
             "teacher_training": describe_training(teacher_training or training, relative_to=training),

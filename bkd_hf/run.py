@@ -254,6 +254,7 @@ def _train(
         teacher_results,
         teacher_training=options.for_teacher().training if is_trained_here else None,
         model_options=dataclasses.asdict(options.model),
+        teacher_model_options=options.model_options_of_teacher if provide_teacher is not None else None,
         data_options=dataclasses.asdict(options.data),
         command=options.command_line,
         precision_rates=options.precision_rates,

@@ -243,6 +243,7 @@ class Options(TypedDict):
     """A run's options, without secrets and paths."""
 
     model: dict[str, Any]
+    teacher_model: NotRequired[dict[str, Any]]  # what was given for the teacher alone
     data: DataOptions
     training: TrainingOptions  # type: ignore[valid-type]  # what differs from the defaults of `transformers`; all own
     teacher_training: TrainingOptions  # type: ignore[valid-type]  # what differs from `training`

@@ -339,6 +339,8 @@ def test_other_schema_version_is_refused_from_python_too(results):
         ["--dataset_name", "user/texts", "--task", "text", "--num_train_epochs", "3", "--weight_decay", "0"],
         ["--dataset_name", "user/birds", "--model_name_or_path", "user/vit", "--teacher_model_name_or_path",
          "cifar-resnet-32", "--teacher_optim", "adamw_torch_fused"],
+        ["--dataset_name", "user/birds", "--model_name_or_path", "user/vit", "--teacher_model_name_or_path",
+         "user/deit", "--teacher_image_size", "384", "--teacher_model_revision", "v2"],
     ],
 )  # fmt: skip
 def test_recipe_gives_the_same_options(options, results, tmp_path):
@@ -346,6 +348,7 @@ def test_recipe_gives_the_same_options(options, results, tmp_path):
     results["data"]["task"] = first.model.task
     results["options"] = {
         "model": recordable(dataclasses.asdict(first.model)),
+        "teacher_model": recordable(first.model_options_of_teacher),
         "data": recordable(dataclasses.asdict(first.data)),
         "training": describe_training(first.training),
         "teacher_training": describe_training(first.for_teacher().training, relative_to=first.training),

@@ -263,6 +263,9 @@ def test_equal_numbers_are_equal_options_and_teachers_have_options_too():
         results["teacher"]["training"] = whole["student"]["training"]
     with pytest.raises(InputError, match="`teacher_num_train_epochs` is 300 or 60"):
         Comparison([whole, other])
+    other["options"] |= {"teacher_training": {}, "teacher_model": {"image_size": 64}}
+    with pytest.raises(InputError, match="`teacher_image_size` is 64 or None"):
+        Comparison([whole, other])
 
 
 def test_a_shared_teacher_is_trained_as_a_run_trains_it(tmp_path):

@@ -102,6 +102,24 @@ def warn_of_unused_options(arguments: RunArguments) -> None:
             warnings.warn(f"--teacher_{alone} has no effect: the teacher {name} is not trained here.", stacklevel=3)
 
 
+def was_trained_on(data: dict[str, Any], is_streamed: bool, origin: dict[str, Any]) -> bool | None:
+    """Whether a model was trained on the training examples of a run; `None` if nobody knows.
+
+    Args:
+        data: The `data` section of the run.
+        is_streamed: Whether the run streams its data.
+        origin: The results of the model; without `data` if it has none.
+    """
+    theirs = origin.get("data", {})
+    if (fingerprint := theirs.get("fingerprint")) is None:
+        return None
+    if is_streamed or origin["options"]["data"].get("streaming"):
+        # The hash of a stream covers few of its images, and how they are stored.
+        theirs, ours = (dict(zip(each["class_names"], each["class_counts"], strict=True)) for each in (theirs, data))
+        return theirs == ours
+    return fingerprint == data["fingerprint"]
+
+
 def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> tuple[FrozenTeacher, dict[str, Any]]:
     """Load a teacher trained elsewhere, with its outputs in the order of the data's classes, and its results."""
     options, data, name = arguments.for_teacher().model, inputs.data, arguments.model.given_teacher or ""
@@ -118,14 +136,14 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
         warnings.warn(message, stacklevel=3)
 
     warn_of_unused_options(arguments)
-    origin: dict[str, Any] = {"data": {"fingerprint": None}, "student": {}}
+    origin: dict[str, Any] = {"student": {}}
     if Path(name, RESULTS_NAME).exists():
         try:
             origin = load_results(name)
         except InputError as error:
             warn(f"{option}: nobody knows what it was trained on. {error}")
-    fingerprint, method = origin["data"]["fingerprint"], origin.get("method")
-    if fingerprint not in (None, data["fingerprint"]):
+    has_same_data, method = was_trained_on(data, arguments.data.streaming, origin), origin.get("method")
+    if has_same_data is False:
         warn(f"{option} was trained on other examples (another data set, ratio or split) than the student will be.")
     of_student = arguments.training.method
     if method not in (None, METHODS[of_student].teacher):
@@ -134,7 +152,6 @@ def use_given_teacher(arguments: RunArguments, inputs: Inputs, match: Match) -> 
     teacher = load_teacher(name, match.columns, **options.from_pretrained_kwargs())
     prefer_channels_last(teacher)
     # A teacher trained on other images has not learned this tail's class frequencies.
-    has_same_data = fingerprint == data["fingerprint"]
     teacher.is_balanced = is_balanced_by(origin.get("options", {}).get("training", {})) or (
         False if has_same_data else None
     )

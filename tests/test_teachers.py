@@ -29,6 +29,7 @@ from bkd_hf import (
     load_teacher,
 )
 from bkd_hf.arguments import parse_arguments
+from bkd_hf.given_teacher import was_trained_on
 from bkd_hf.head import head_modules
 from bkd_hf.machine import default_precision
 from bkd_hf.teacher import align_labels, beats_guessing
@@ -269,6 +270,24 @@ def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teachers") / "run"
     run(*QUICK, "--output_dir", str(folder))
     return folder
+
+
+def test_what_a_teacher_was_trained_on():
+    """The hash of a stream is never that of the same images at hand: their class counts decide."""
+
+    def data(fingerprint: str | None, *counts: int) -> dict:
+        return {"fingerprint": fingerprint, "class_names": ["a", "b"], "class_counts": list(counts)}
+
+    def origin(streaming: bool = False, **kwargs) -> dict:
+        return {"data": {**data("1", 9, 3), **kwargs}, "options": {"data": {"streaming": streaming}}}
+
+    here, elsewhere = data("1", 9, 3), data("2-sampled", 9, 3)
+    assert was_trained_on(here, False, origin()) is True
+    assert was_trained_on(elsewhere, False, origin()) is False
+    assert was_trained_on(elsewhere, True, origin()) is was_trained_on(elsewhere, False, origin(True)) is True
+    assert was_trained_on(elsewhere, True, origin(class_names=["b", "a"], class_counts=[3, 9])) is True
+    assert was_trained_on(elsewhere, True, origin(class_counts=[3, 9])) is False
+    assert was_trained_on(elsewhere, True, {}) is was_trained_on(here, False, origin(fingerprint=None)) is None
 
 
 @pytest.mark.slow

@@ -187,9 +187,9 @@ def choose_workers(args: BKDConfig, dataset: Any, num_threads: int) -> bool:
 
 
 def long_tail_evaluation(data: dict[str, Any], post_hoc_tau: float) -> LongTailEvaluation:
-    """The metrics of a run, from the `data` section of its results."""
-    thresholds = data["many_shot_threshold"], data["few_shot_threshold"]
-    return LongTailEvaluation(data["class_counts"], *thresholds, post_hoc_tau)
+    """The metrics of a run, from the `data` section of its results; without a tail there is nothing to adjust."""
+    thresholds, counts = (data["many_shot_threshold"], data["few_shot_threshold"]), data["class_counts"]
+    return LongTailEvaluation(counts, *thresholds, post_hoc_tau if len({*counts}) > 1 else 0.0)
 
 
 def check_metric_for_best_model(args: BKDConfig, data: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from bkd_hf import load_results
 from bkd_hf.card import build
+from bkd_hf.inputs import long_tail_evaluation
 from bkd_hf.verdict import free_alternatives, judge
 from tests.test_card import CARDS
 
@@ -164,3 +165,10 @@ def test_a_teacher_that_was_given_cannot_be_trained_longer(training):
     if training:
         results["teacher"]["training"] = training
     assert ("--teacher_num_train_epochs" in judge(results).sentence) is bool(training)
+
+
+@pytest.mark.parametrize(("counts", "tau"), [([5, 5], 0.0), ([5, 4], 1.0)])
+def test_there_is_nothing_to_adjust_without_a_tail(counts, tau):
+    """The model "after adjustment" would be itself, which it cannot be better than."""
+    data = {"class_counts": counts, "many_shot_threshold": 100, "few_shot_threshold": 20}
+    assert long_tail_evaluation(data, 1.0).post_hoc_tau == tau

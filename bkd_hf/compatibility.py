@@ -122,12 +122,15 @@ def _check_loss_arguments(options: Any) -> None:
             continue
         shared, arguments = ({}, {}) if loss is None else (loss.shared, loss.arguments)
         known = [argument for argument in arguments if argument not in shared]
-        for argument in given:
+        for argument, value in given.items():
             if argument in shared:  # only settable by the shared option, which other code uses too
                 raise InputError(f"--{option}: give {argument!r} of --{part} {name} by --{shared[argument]}.")
             if argument not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes none"
                 raise InputError(f"--{option}: --{part} {name} has no argument {argument!r}; {takes}.")
+            is_number = type(value) in (int, float)  # true is no number
+            if type(arguments[argument]) in (int, float) and not is_number:
+                raise InputError(f"--{option}: {argument} of {name} must be a number, got {json.dumps(value)}.")
         try:
             Objective(options, [1, 1, 1], has_teacher=part == "distillation_loss").try_out(part)
         except (TypeError, ValueError) as error:

@@ -157,6 +157,8 @@ def test_mixture():
             {"distillation_loss_args": {"beta": -1}},
             "--distillation_loss_args .*beta must be a finite number ≥ 0, got -1",
         ),
+        ({"distillation_loss_args": {"beta": "8"}}, '--distillation_loss_args: beta of dkd must be a number, got "8"'),
+        ({"distillation_loss_args": {"beta": True}}, "beta of dkd must be a number, got true"),
         ({"distillation_loss_args": "{beta: 1}"}, "--distillation_loss_args {beta: 1} is no JSON"),
         ({"classification_loss_args": {"gamma": 2}}, "--classification_loss cross_entropy has no argument 'gamma'"),
         ({"classification_loss_args": [1]}, "--classification_loss_args must be a JSON object"),

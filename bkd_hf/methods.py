@@ -241,10 +241,13 @@ def corrects(options: Mapping[str, Any]) -> bool:
     """Whether a method corrects for the class frequencies, by loss, weights or sampler.
 
     Args:
-        options: Options by name, including those of [`Method`].
+        options: Options by name, including those of [`Method`]; values may be as a method's label tells them.
     """
     parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
-    return any(options.get(part) in _CORRECTING for part in parts)
+    chosen = {options.get(part) for part in parts}
+    if options.get("logit_adjustment_tau") in (0, "0"):  # then it is plain cross-entropy
+        chosen.discard("logit_adjustment")
+    return not chosen.isdisjoint(_CORRECTING)
 
 
 def is_balanced_by(options: Mapping[str, Any]) -> bool:

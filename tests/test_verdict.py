@@ -92,6 +92,8 @@ def test_nor_of_adjusting_a_teacher_that_corrects_itself(method):
     results = results_of(0.5, 0.45, 0.4)
     results["teacher"]["method"] = method
     assert list(free_alternatives(results)) == ["its teacher"]
+    results["teacher"]["method"] = "logit-adjustment (logit_adjustment_tau 0)"
+    assert len(free_alternatives(results)) == 2
 
 
 def test_other_advice_for_the_method_that_is_recommended():
@@ -108,8 +110,11 @@ def test_a_model_without_a_teacher():
     results["options"]["training"] |= {"classification_loss": "cross_entropy", "distillation_loss": "none"}
     verdict = judge(results)
     assert verdict.sentence.startswith("The model as it was trained is NOT better than the model after post-hoc")
-    results["options"]["training"]["classification_loss"] = "balanced_softmax"
+    of_training = results["options"]["training"]
+    of_training["classification_loss"] = "balanced_softmax"
     assert judge(results).is_better is None  # it would be corrected twice
+    of_training |= {"classification_loss": "logit_adjustment", "logit_adjustment_tau": 0.0}
+    assert judge(results).sentence == verdict.sentence  # it is plain cross-entropy
 
 
 def test_a_collapse_is_a_warning_on_top():

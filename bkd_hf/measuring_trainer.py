@@ -154,9 +154,9 @@ class MeasuringTrainer(Trainer):
         return self._evaluation.accumulator
 
     def _share_buffers(self) -> None:
-        """Broadcast the BatchNorm statistics of the main process, which it saves: under FSDP each has its own."""
-        if self.is_fsdp_enabled:
-            broadcast([*self.model.buffers()])
+        """Broadcast the BatchNorm statistics of the main process, which it saves: each has its own after a step."""
+        if self.accelerator.num_processes > 1:
+            broadcast([each for each in self.model.buffers() if each.device.type == self.accelerator.device.type])
 
     def prediction_step(
         self,

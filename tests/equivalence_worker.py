@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
+from torch.nn.functional import cross_entropy
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from bkd_hf import BKDConfig, BKDTrainer, load_classifier
@@ -135,6 +137,24 @@ def check_average_of_processes(folder: Path) -> None:
     assert torch.equal(average(None), average(folder / "checkpoint-3"))
 
 
+def check_evaluated_statistics() -> None:
+    """What is evaluated is what is saved: the main process's statistics of BatchNorm, which differ after a step."""
+    data = examples(76)
+    evaluated = data[:NUM_EVAL_EXAMPLES]
+    args = BKDConfig("unused", method="ce", per_device_train_batch_size=8, max_steps=4, save_strategy="no",
+                     use_cpu=True, disable_tqdm=True)  # fmt: skip
+    trainer = BKDTrainer(tiny_model("resnet", seed=1), args=args, train_dataset=data, eval_dataset=evaluated,
+                         class_counts=[30, 20, 10, 5, 2])  # fmt: skip
+    trainer.train()
+    of_main = broadcast_object_list([trainer.model.state_dict()])[0]
+    saved = tiny_model("resnet", seed=2).eval()
+    saved.load_state_dict(of_main)
+    with torch.no_grad():
+        logits = saved(torch.stack([example["pixel_values"] for example in evaluated])).logits
+    expected = cross_entropy(logits, torch.tensor([example["labels"] for example in evaluated])).item()
+    assert abs(trainer.evaluate()["eval_loss"] - expected) < 1e-5
+
+
 def train_all(cases: list[tuple[str, str, int]], num_processes: int, output: Path) -> None:
     """Train these cases, with each cut for so many processes, in one of them."""
     torch.set_num_threads(1)  # a forked process has no others
@@ -144,6 +164,7 @@ def train_all(cases: list[tuple[str, str, int]], num_processes: int, output: Pat
     }
     if num_processes > 1:
         check_average_of_processes(output.with_suffix(".run"))
+        check_evaluated_statistics()
     if BKDConfig(output_dir="unused", use_cpu=True).process_index == 0:
         torch.save(outcomes, output)
     leave_process_group()

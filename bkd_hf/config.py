@@ -391,6 +391,10 @@ class BKDConfig(TrainingArguments):
         """Whether the step-decay schedule replaces `lr_scheduler_type`."""
         return self.lr_step_epochs is not None
 
+    def method_options_given(self) -> dict[str, Any]:
+        """The options that choose a method and its losses; `None` for those that are left to the method."""
+        return {name: None if name in self._left_to_method else getattr(self, name) for name in METHOD_OPTIONS}
+
     def set_anew(self, changes: Mapping[str, Any]) -> None:
         """Change options; those not set explicitly are taken from the method again.
 

@@ -131,6 +131,8 @@ class OptimizingTrainer(Trainer):
     _update_steps_per_epoch: float | None = None
     bkd_objective: Objective
     teacher_model: nn.Module | None
+    _has_own_metrics = False  # whether the user gave any
+    _before_search: dict[str, Any]  # options of the method, `None` where it decides
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -203,15 +205,31 @@ class OptimizingTrainer(Trainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kw: Any) -> Any:
+        """Search as `Trainer`; without an objective and metrics of one's own, by the loss of the evaluation.
+
+        `Trainer` would take the sum of all metrics, also of those that are added here.
+        """
+        if compute_objective is None and not self._has_own_metrics:
+            compute_objective = _evaluation_loss
+        self._before_search = self.args.method_options_given()
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kw)
+
     def _hp_search_setup(self, trial: Any) -> None:
-        """Set the options of a trial as `Trainer` does; options that were not set explicitly follow the method."""
+        """Set the options of a trial as `Trainer` does; those of the method that it does not set are as before."""
         if trial is None or self.hp_search_backend is None:
             super()._hp_search_setup(trial)
             return
         told = self.hp_space(trial) if self.hp_search_backend == HPSearchBackend.OPTUNA else trial
-        for name in {*told} & {*METHOD_OPTIONS}:
-            setattr(self.args, name, None)  # Trainer would convert "auto" to the type of the number that was there
+        # Trainer would convert "auto" to the type of the number that was there.
+        of_trial = dict.fromkeys({*told} & {*METHOD_OPTIONS})
+        for name, value in {**self._before_search, **of_trial}.items():
+            setattr(self.args, name, value)
         super()._hp_search_setup(trial)
         self.args.set_anew({name: value for name, value in vars(self.args).items() if name in told})
         self.bkd_objective.has_teacher = self.teacher_model is not None and self.bkd_objective.distils
         self.bkd_objective.check(None)
+
+
+def _evaluation_loss(metrics: dict[str, float]) -> float:
+    return metrics["eval_loss"]

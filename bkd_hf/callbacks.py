@@ -18,6 +18,8 @@ from .results import summarize_training
 from .sharding import own_part
 from .teacher_logits import TeacherLogitsError
 
+# In the state of a checkpoint; not the names of classes, which transformers takes for those of callbacks.
+_LOSSES, _TIME = "losses_since_log", "training_time"
 _NO_STEP = torch.iinfo(torch.int64).max
 _MODELS = ("teacher", "student")
 
@@ -117,7 +119,7 @@ class LossMeter:
 
         The next log of a resumed training then covers all steps since the last log.
         """
-        trainer.state.stateful_callbacks[type(self).__name__] = {
+        trainer.state.stateful_callbacks[_LOSSES] = {
             "since": trainer._globalstep_last_logged,
             "loss": self.accelerator.gather(trainer._tr_loss).mean().item(),
             "totals": self._totals() if self.sums else {},
@@ -126,7 +128,7 @@ class LossMeter:
     def restore(self, trainer: Any) -> None:
         """Restore the sums from the state of a checkpoint if training resumes; otherwise begin with none."""
         self.sums = {}
-        if kept := trainer.state.stateful_callbacks.get(type(self).__name__):
+        if kept := trainer.state.stateful_callbacks.get(_LOSSES):
             trainer._globalstep_last_logged = kept["since"]
             trainer._tr_loss += kept["loss"]
             trainer._total_loss_scalar = -kept["loss"]  # its mean, train_loss, covers the steps of this session only
@@ -158,10 +160,7 @@ class Clock(TrainerCallback):
         self.started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        kept = state.stateful_callbacks.get(type(self).__name__, {})
-        # Checkpoints of earlier versions tell the time in their logs alone.
-        told = max((entry.get("elapsed_seconds", 0.0) for entry in state.log_history), default=0.0)
-        self.before = max(kept.get("seconds", 0.0), told)
+        self.before = state.stateful_callbacks.get(_TIME, {}).get("seconds", 0.0)
         self.started = time.perf_counter()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -170,7 +169,7 @@ class Clock(TrainerCallback):
 
     def keep(self, state: TrainerState) -> None:
         """Save the time so far in the state of a checkpoint."""
-        state.stateful_callbacks[type(self).__name__] = {"seconds": self.seconds}
+        state.stateful_callbacks[_TIME] = {"seconds": self.seconds}
 
     @property
     def seconds(self) -> float:

@@ -49,7 +49,10 @@ def fit_bias(student: nn.Module, data: TrainingData, args: BKDConfig, sharded: b
     Returns:
         The C numbers that were added, or `None` if the bias was not changed.
     """
-    labels = training_labels(data.dataset)
+    try:
+        labels = training_labels(data.dataset)
+    except ValueError:  # the collator makes them
+        labels = None
     if labels is None or sharded or not head_biases(student):
         logger.warning("The head's bias stays as it was learned: it cannot be fitted here (--head_bias).")
         return None

@@ -35,11 +35,7 @@ class PublishingTrainer(MeasuringTrainer):
     # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer`; `resume_from_checkpoint=True` selects the last complete checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = on_main_process(self._checkpoint_to_resume)
-        if isinstance(resume_from_checkpoint, str):
-            resume_from_checkpoint = self._of_main_node(resume_from_checkpoint)
+        """Train as `Trainer`."""
         self._note_clock("train")
         if self.saves_shards and not sees_main_disk(Path(self.args.output_dir))[1]:
             raise InputError(
@@ -48,6 +44,13 @@ class PublishingTrainer(MeasuringTrainer):
                 '\'{"state_dict_type": "FULL_STATE_DICT"}\'.'
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _resolved(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+        """Return the folder of a checkpoint, on this machine; for `True` that of the last complete one."""
+        found = (
+            on_main_process(self._checkpoint_to_resume) if resume_from_checkpoint is True else resume_from_checkpoint
+        )
+        return self._of_main_node(found) if isinstance(found, str) else found
 
     def _checkpoint_to_resume(self) -> str | bool | None:
         """Return the last complete checkpoint, `None` if none is complete, or `True` (refused) if there is none."""

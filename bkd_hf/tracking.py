@@ -40,7 +40,9 @@ class ClassFigures(TrainerCallback):
         if not (shown and state.is_world_process_zero and measured is not None and measured.num_images):
             return
         counts, step = measured.class_counts.astype(int).tolist(), state.global_step
-        names = label_names(self.trainer.model.config) or [str(number) for number in range(len(counts))]
+        names = label_names(getattr(self.trainer.model, "config", None)) or [
+            str(number) for number in range(len(counts))
+        ]
         results = {
             "data": describe_classes(names, counts, measured.labelled.tolist(), *measured.thresholds)
             | described_task(task_of_model(self.trainer.model)),

@@ -177,6 +177,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             class_counts = count_training_examples(train_dataset, num_labels(self.model))
         self.class_counts = None if class_counts is None else check_class_counts(class_counts).astype(np.int64)
         self.long_tail = compute_metrics if isinstance(compute_metrics, LongTailEvaluation) else None
+        self._has_own_metrics = compute_metrics is not None
         if self.long_tail is None and self.class_counts is not None:
             self.long_tail = LongTailEvaluation(self.class_counts)
         self.teacher_model: FrozenTeacher | None = None
@@ -250,7 +251,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         student_inputs, teacher_inputs, labels = split_inputs(inputs)
         outputs = model(**student_inputs)
         counted = are_labelled(labels)
-        if model.training:
+        trains = model.training or (self.is_in_train and torch.is_grad_enabled())  # a model may keep itself in eval()
+        if trains:
             z_s, z_t = outputs.logits, self._teacher_logits(teacher_inputs, inputs.get(TEACHER_LOGITS))
             is_top_k = self.args.teacher_cache_top_k is not None and self.teacher_cache is not None
             losses = self.bkd_objective(z_s, z_t, labels, self._progress(num_items_in_batch), is_top_k)
@@ -259,7 +261,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             smoothing = self.args.label_smoothing_factor
             losses = {"loss": cross_entropy_loss(outputs.logits, labels, smoothing, reduction="none")}
         loss = self._share_of_mean(losses["loss"], counted, num_items_in_batch)
-        if model.training:
+        if trains:
             self._guard.watch("student", loss.detach().isfinite(), self.state.global_step + 1)
         return (loss, outputs) if return_outputs else loss
 
@@ -417,6 +419,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         Raises:
             TrainingStopped: With `enable_jit_checkpoint`, after SIGTERM; ends the process if it is not caught.
         """
+        resume_from_checkpoint = self._resolved(resume_from_checkpoint)
         if (trial := kwargs.get("trial")) is not None:
             self._hp_search_setup(trial)  # Trainer would first create the student with the options of the last trial
         wrapped: Any = self.model_wrapped  # type: ignore[has-type]
@@ -435,6 +438,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         self._guard.check_weights(self.model, self.state.global_step)
         if self.args.head_bias == "balanced" or (self.args.head_bias == "auto" and self.bkd_objective.is_calibrated):
             sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self._share_buffers()
             with self.compute_loss_context_manager():
                 self.head_bias_shift = fit_bias(self.model.eval(), self._new_training_data(), self.args, sharded)
         return outcome

@@ -63,7 +63,11 @@ def training_labels(dataset: Any) -> np.ndarray | None:
     """
     if isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
         return labels_of(dataset, column)
-    for name in ("labels", "targets"):
+    if type(dataset) is torch.utils.data.Subset:
+        inner = training_labels(dataset.dataset)
+        return None if inner is None else inner[np.asarray(dataset.indices, dtype=np.int64)]
+    # A transform of torchvision's may give the targets other numbers.
+    for name in ("labels", "targets") if getattr(dataset, "target_transform", None) is None else ("labels",):
         found = np.asarray(getattr(dataset, name, None))
         # The attribute of another data set may list its classes.
         if found.dtype.kind in "iu" and found.ndim == 1 and (not has_length(dataset) or len(found) == len(dataset)):

@@ -244,13 +244,15 @@ class Examples(torch.utils.data.Dataset):
         return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
 
 
-def with_class_means(model: nn.Module, data: Examples, folder: Path, **options: Any) -> nn.Module:
+def with_class_means(
+    model: nn.Module, data: Examples, folder: Path, resume: bool | None = None, **options: Any
+) -> nn.Module:
     """The model, just after it has started, at a rate of 0."""
     args = BKDConfig(
         folder, method="ce", head_init="class_mean", max_steps=1, learning_rate=0.0, use_cpu=True, report_to="none",
         save_strategy="no", disable_tqdm=True, **options,
     )  # fmt: skip
-    BKDTrainer(model, args=args, train_dataset=data).train()
+    BKDTrainer(model, args=args, train_dataset=data).train(resume_from_checkpoint=resume)
     return model
 
 
@@ -270,6 +272,9 @@ def test_class_means_by_hand(tmp_path):
     model = with_class_means(Bare(), Examples(features, [0, 0, 1, 1, 1]), tmp_path)
     torch.testing.assert_close(model.classifier.weight, 30 / 2.8 * torch.eye(2))
     torch.testing.assert_close(model.classifier.bias, torch.zeros(2))
+    (tmp_path / "checkpoint-1").mkdir()  # killed while it was saved
+    again = with_class_means(Bare(), Examples(features, [0, 0, 1, 1, 1]), tmp_path, resume=True)
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
     with pytest.raises(InputError, match="there is no training example of 2, so no mean"):
         with_class_means(Bare(num_labels=3), Examples(features, [0, 0, 1, 1, 1]), tmp_path)
 
@@ -321,3 +326,18 @@ def test_class_means_are_those_of_a_model_that_is_made_anew(tmp_path):
     trainer = BKDTrainer(model_init=lambda: tiny("ViT", 0), args=args, train_dataset=data)
     trainer.train()
     torch.testing.assert_close(trainer.model.classifier.weight, expected.classifier.weight, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_is_not_fitted_to_labels_that_the_collator_makes(tmp_path):
+    """But the training was done, and its student stays."""
+    data = [(torch.ones(2) * label, label) for label in [0, 0, 1]]
+
+    def collate(examples: list) -> dict[str, torch.Tensor]:
+        pixels, labels = zip(*examples, strict=True)
+        return {"pixel_values": torch.stack(pixels), "labels": torch.tensor(labels)}
+
+    args = BKDConfig(str(tmp_path), method="ce", head_bias="balanced", max_steps=1, use_cpu=True, disable_tqdm=True,
+                     save_strategy="no")  # fmt: skip
+    trainer = BKDTrainer(Bare(), args=args, data_collator=collate, train_dataset=data, class_counts=[2, 1])
+    trainer.train()
+    assert trainer.head_bias_shift is None

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from bkd_hf import BKDConfig, BKDTrainer
 from tests.test_trainer import images, vit
 
 METRICS = {"accuracy": 0.9, "medium_shot_accuracy": 0.9, "few_shot_accuracy": 0.9, "per_class_accuracy": [0.9] * 5}
 SHOWN = {"eval/accuracy", "eval/medium_shot_accuracy", "eval/few_shot_accuracy", "eval/worst_class_accuracy"}
+
+
+class Plain(nn.Module):
+    """No model of transformers: it has no configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = vit()
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        return self.model(pixel_values=pixel_values)
 
 
 def train(tracker: str, folder: Path, monkeypatch) -> list[float]:
@@ -24,7 +38,7 @@ def train(tracker: str, folder: Path, monkeypatch) -> list[float]:
         str(folder / "student"), method="ce", num_train_epochs=2, per_device_train_batch_size=20, report_to=tracker,
         eval_strategy="epoch", save_strategy="no", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = BKDTrainer(vit(), args=args, train_dataset=images(), eval_dataset=images())
+    trainer = BKDTrainer(Plain(), args=args, train_dataset=images(), eval_dataset=images())
     trainer.class_figures.known = {"teacher": {"model": "a teacher", "metrics": METRICS}}
     trainer.train()
     trainer.measure(images())

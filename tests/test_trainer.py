@@ -854,7 +854,7 @@ def test_search_for_hyperparameters_varies_them(tmp_path, monkeypatch, evaluates
         {"method": "ce"},
         {"method": "ce", "distillation_loss": "kd", "learning_rate": 0.01},
         # Evaluations while it trains would come before its head's bias is fitted.
-        {"method": "bkd-calibrated", "distillation_loss": "bkd", "learning_rate": 0.05, "head_bias": "learned"},
+        {"method": "bkd-calibrated", "learning_rate": 0.05, "head_bias": "learned"},  # with its own loss again
     ]
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=SimpleNamespace(id="1")))
@@ -894,6 +894,49 @@ def test_a_search_may_try_a_word_where_the_method_has_a_number(tmp_path, monkeyp
         backend="wandb", n_trials=2, compute_objective=lambda _: powers.append(trainer.bkd_objective.power) or 0.0
     )
     assert powers == [0.5, 0.75]
+
+
+def test_a_search_without_an_objective_takes_the_loss(tmp_path, monkeypatch):
+    """`Trainer` would add up all metrics, and find the smallest accuracy."""
+    Backend.trials = [{"learning_rate": 0.01}]
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=SimpleNamespace(id="1")))
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.WANDB, Backend)
+    trainer = BKDTrainer(
+        model_init=lambda: resnet(1), args=config(tmp_path, method="ce", max_steps=1),
+        train_dataset=images(), eval_dataset=images(),
+    )  # fmt: skip
+    alone = trainer_for(tmp_path, teacher=None, method="ce", max_steps=1, learning_rate=0.01)
+    alone.train()
+    found = trainer.hyperparameter_search(backend="wandb", n_trials=1)
+    assert found == pytest.approx([alone.evaluate()["eval_loss"]], rel=1e-5)
+
+
+class InEvaluation(Linear):
+    """Keeps itself in evaluation mode, as models do whose statistics are frozen."""
+
+    def train(self, mode: bool = True) -> InEvaluation:
+        return super().train(False)
+
+
+def test_a_student_that_stays_in_evaluation_mode_is_distilled_all_the_same(tmp_path):
+    data = [{"features": torch.ones(2) * i, "labels": i % 5} for i in range(40)]
+    trainer = trainer_for(tmp_path, InEvaluation(2), Linear(2), data, method="bkd", max_steps=1)
+    trainer.train()
+    assert "kd_loss" in trainer.state.log_history[0]
+
+
+def test_restored_callbacks_keep_the_time(tmp_path):
+    options = {
+        "teacher": None,
+        "method": "ce",
+        "save_strategy": "epoch",
+        "restore_callback_states_from_checkpoint": True,
+    }
+    trainer_for(tmp_path, **options, num_train_epochs=1).train()
+    resumed = trainer_for(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.clock.seconds < 100
 
 
 def test_a_long_training_tells_how_long(monkeypatch):

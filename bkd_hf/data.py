@@ -37,7 +37,7 @@ READABLE_BYTES = 10_000_000_000
 # Sets up to this size are read for each fingerprint; for larger ones, results are cached by the hash of this much.
 _QUICK_BYTES = 64_000_000
 _SAMPLED = "-sampled"
-_fingerprints: dict[tuple[str, bool], str] = {}
+_fingerprints: dict[tuple[str, bool, bool], str] = {}
 
 _MOST_CLASSES = 2**24
 
@@ -277,15 +277,17 @@ def class_names(dataset: datasets.Dataset, label_column: str = LABEL_COLUMN) -> 
     return feature.names if named else [str(number) for number in range(len(class_counts(dataset, label_column)))]
 
 
-def fingerprint(dataset: datasets.Dataset, read_all: bool = False) -> str:
+def fingerprint(dataset: datasets.Dataset, read_all: bool = False, with_times: bool = False) -> str:
     """Hash of the labels and the stored images (or texts), in order; external files count as if stored in the set.
 
-    If the images exceed `READABLE_BYTES`, the hash covers the size of each (for files also name and change time), and
-    the content of a regular sample of them. It is computed once per process.
+    If the images exceed `READABLE_BYTES`, the hash covers the size of each (for files also the name), and the content
+    of a regular sample of them. It is computed once per process.
 
     Args:
         dataset: A set with the columns `"image"` (or `"text"`) and `"label"`, or with images alone.
         read_all: Whether to read all images, whatever their size.
+        with_times: Whether the change times of files count where not all are read: for caches of this machine, which
+            must notice every change. Copies of a file have other times.
 
     Returns:
         32 hexadecimal digits, followed by "-sampled" if not all images were read.
@@ -296,17 +298,14 @@ def fingerprint(dataset: datasets.Dataset, read_all: bool = False) -> str:
     quick = _quick_digest(dataset)
     if not quick.endswith(_SAMPLED):
         return quick
-    if (quick, read_all) not in _fingerprints:
-        _fingerprints[quick, read_all] = _digest(dataset, None if read_all else READABLE_BYTES)
-    return _fingerprints[quick, read_all]
+    key = quick, read_all, with_times
+    if key not in _fingerprints:
+        _fingerprints[key] = _digest(dataset, None if read_all else READABLE_BYTES, with_times=with_times)
+    return _fingerprints[key]
 
 
-def shared_fingerprint(dataset: datasets.Dataset, recorded: str | None = None) -> str:
+def shared_fingerprint(dataset: datasets.Dataset) -> str:
     """[`fingerprint`], computed by one process of each machine; all processes must call it.
-
-    Args:
-        dataset: As for [`fingerprint`].
-        recorded: A fingerprint to compare with. If an earlier version read all images for it, all are read again.
 
     Raises:
         InputError: As [`fingerprint`].
@@ -322,21 +321,15 @@ def shared_fingerprint(dataset: datasets.Dataset, recorded: str | None = None) -
         raise InputError(problem)
     found = found or next(value for value, _ in everywhere if value)
     if found.endswith(_SAMPLED):
-        _fingerprints[_quick_digest(dataset), False] = found
-        return fingerprint_like(recorded, dataset)
+        _fingerprints[_quick_digest(dataset), False, False] = found
     return found
 
 
-def fingerprint_like(recorded: str | None, dataset: datasets.Dataset) -> str:
-    """[`fingerprint`] that reads all images if the recorded one, to compare with, covers all."""
-    return fingerprint(dataset, read_all=recorded is not None and not recorded.endswith(_SAMPLED))
-
-
 def _quick_digest(dataset: datasets.Dataset) -> str:
-    return _digest(dataset, min(_QUICK_BYTES, READABLE_BYTES))
+    return _digest(dataset, min(_QUICK_BYTES, READABLE_BYTES), with_times=True)
 
 
-def _digest(dataset: datasets.Dataset, readable: int | None) -> str:
+def _digest(dataset: datasets.Dataset, readable: int | None, with_times: bool) -> str:
     digest = hashlib.blake2b(digest_size=16)
     if LABEL_COLUMN in dataset.column_names:
         digest.update(labels_of(dataset, LABEL_COLUMN).tobytes())
@@ -357,12 +350,13 @@ def _digest(dataset: datasets.Dataset, readable: int | None) -> str:
         for index, image in enumerate(stored_images(dataset)):
             digest.update(_content(index, image))
         return digest.hexdigest()
-    # For each file first its name, size and time, then its content: as in the first version that sampled files.
+    # For each file first its name and size, then its content.
     images = iter(stored_images(dataset.select(range(0, len(dataset), every))))
     for index, number in enumerate(sizes.tolist()):
         if number < 0:
             path, status = Path(paths[index]), files[index]
-            digest.update(f"{path.parent.name}/{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+            time = f" {status.st_mtime_ns}" if with_times else ""
+            digest.update(f"{path.parent.name}/{path.name} {status.st_size}{time}".encode())
         else:
             digest.update(f"{number} ".encode())
         if index % every == 0:

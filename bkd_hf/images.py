@@ -184,7 +184,7 @@ class ImageDataset(torch.utils.data.Dataset):
                 "augmentation of ImageDataset, or --teacher_cache off."
             )
         return {
-            "images": fingerprint(self._stored.dataset),
+            "images": fingerprint(self._stored.dataset, with_times=True),
             "pillow": PIL.__version__,
             "augmentation": self.augmentation,
             **({"operations": identities(self.operations)} if self.operations else {}),  # keeps earlier caches valid
@@ -348,7 +348,7 @@ class ImageDataset(torch.utils.data.Dataset):
         else:
             made_by["transformers"] = transformers.__version__
             made_by |= {name: rendering.describe() for name, rendering in self._renderings.items()}
-        made_by["images"] = fingerprint(self._stored.dataset)
+        made_by["images"] = fingerprint(self._stored.dataset, with_times=True)
         key = hashlib.blake2b(json.dumps(made_by).encode(), digest_size=16).hexdigest()
         return f"{'originals' if self._needs_originals else 'views'}-{key}"
 

@@ -18,7 +18,8 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .announcer import Announcer
-from .data import fingerprint_like, labels_of, limit_examples
+from .card import repo_of
+from .data import fingerprint, labels_of, limit_examples
 from .errors import InputError
 from .export_report import FIGURE_NAME, lines
 from .files import lock, replacing, try_json, write_text
@@ -86,7 +87,8 @@ def export_run(arguments: RunArguments, say: Announcer) -> dict[str, Any]:
     save_json(results, folder / RESULTS_NAME)
     (folder / "figures" / FIGURE_NAME).unlink(missing_ok=True)  # from an earlier export
     save_plots(results, folder / "figures", only_missing=True)
-    write_text(folder / CARD_NAME, card_of(folder, results, arguments.repo_id))
+    card = folder / CARD_NAME
+    write_text(card, card_of(folder, results, repo_of(card, arguments.repo_id)))
     for line in lines(results):
         say(line)
     return results
@@ -172,7 +174,7 @@ def _images(
     """Training images for calibration, and evaluation images, as the model's inputs."""
     splits, data = load_splits(arguments), results["data"]
     recorded = {"train": data["fingerprint"], "eval": data["eval_fingerprint"]}
-    if any(fingerprint_like(recorded[name], split) != recorded[name] for name, split in splits.items()):
+    if any(fingerprint(split) != recorded[name] for name, split in splits.items()):
         raise InputError(
             f"--export onnx: {one_line(arguments.data.dataset_name, 80)} does not hold the images that this run was "
             "trained and evaluated on: put them back, or train anew."

@@ -15,7 +15,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,8 @@ def describe_data(
     evaluation: datasets.Dataset,
     many_shot_threshold: int,
     few_shot_threshold: int,
-    recorded: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the `data` section of a run on these images (counts as in [`describe_classes`]); all processes call it.
-
-    `recorded` may hold the fingerprints of an earlier run, to compare with.
-    """
-    recorded = recorded or {}
+    """Return the `data` section of a run (counts as in [`describe_classes`]); all processes must call it."""
     names, of_training, of_evaluation = (
         train.features[LABEL_COLUMN].names,
         getattr(train, "class_counts", None) or class_counts(train),  # given for streams
@@ -137,8 +132,8 @@ def describe_data(
         "name": without_folders(name),
         "hub_id": hub_id(name),
         "eval_split": "train" if split and evaluation.split == train.split else split,
-        "fingerprint": getattr(train, "fingerprint", None) or shared_fingerprint(train, recorded.get("fingerprint")),
-        "eval_fingerprint": shared_fingerprint(evaluation, recorded.get("eval_fingerprint")),
+        "fingerprint": getattr(train, "fingerprint", None) or shared_fingerprint(train),
+        "eval_fingerprint": shared_fingerprint(evaluation),
         **described_task(task_of_columns(evaluation.column_names).name),
     }
 

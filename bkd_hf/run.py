@@ -23,8 +23,9 @@ from .adapters import check_adapter
 from .announcer import Announcer
 from .callbacks import Clock
 from .card import build as build_card
+from .card import repo_of
 from .errors import InputError
-from .files import try_json, unlock, why_broken, write_text
+from .files import unlock, why_broken, write_text
 from .given_teacher import Match, match_teacher, use_given_teacher
 from .head import check_head_bias, the_head
 from .head_fitting import check_means, class_vectors, describe_bias_shift
@@ -66,7 +67,6 @@ from .results import (
     save_json,
 )
 from .run_folder import (
-    RUN_NAME,
     claim_output_dir,
     differences,
     identity_of,
@@ -152,8 +152,7 @@ def _load_data(arguments: RunArguments) -> tuple[dict[str, Any], dict[str, Any]]
     with in_turn():
         splits = load_splits(arguments)
     thresholds = options.many_shot_threshold, options.few_shot_threshold
-    recorded = try_json(Path(arguments.training.output_dir) / RUN_NAME)
-    data = describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds, recorded)
+    data = describe_data(options.dataset_name, splits["train"], splits["eval"], *thresholds)
     check_same(
         (data["fingerprint"], data["eval_fingerprint"]),
         lambda *_: f"--dataset_name {options.dataset_name} has other examples on one machine than on the main one.",
@@ -272,13 +271,13 @@ def _report(options: RunArguments, results: dict[str, Any], only_missing: bool =
     """Draw the figures of a run, and write its card."""
     folder, publishing = Path(options.training.output_dir), options.publishing
     save_plots(results, folder / "figures", only_missing)
-    license, dataset_id = publishing.hub_license, publishing.hub_dataset_id
-    if not only_missing or why_broken(folder / CARD_NAME):
-        write_text(folder / CARD_NAME, str(build_card(results, options.repo_id, license, dataset_id)))
+    card, license, dataset_id = folder / CARD_NAME, publishing.hub_license, publishing.hub_dataset_id
+    if not only_missing or why_broken(card):
+        write_text(card, str(build_card(results, options.repo_id, license, dataset_id)))
     elif license != UNKNOWN_LICENSE or dataset_id is not None:  # the run may have been finished without
         told = {"license": None if license == UNKNOWN_LICENSE else license, "dataset_id": dataset_id}
         told = {name: value for name, value in told.items() if value is not None}
-        write_text(folder / CARD_NAME, card_of(folder, results, options.repo_id, told))
+        write_text(card, card_of(folder, results, repo_of(card, options.repo_id), told))
 
 
 # ---- One model ----------------------------------------------------------------------------------------------------

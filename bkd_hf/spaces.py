@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .card import choices_of_card
-from .data import IMAGE_COLUMN, fingerprint_like, labels_of
+from .data import IMAGE_COLUMN, fingerprint, labels_of
+from .decoding import upright_rgb
 from .errors import InputError
 from .files import write_text
 from .hub import CARD_NAME, FACTS_NAME, prepare
@@ -63,7 +64,7 @@ def build_space(
     for name, path in of_model.items():
         shutil.copyfile(path, space / "model" / name)
     for number, image in enumerate(images):
-        image.convert("RGB").save(space / "examples" / f"{number:03}.png")
+        upright_rgb(image).save(space / "examples" / f"{number:03}.png")
     shutil.copyfile(_TEMPLATE / "app.py", space / "app.py")
     write_text(space / "requirements.txt", f"{needed}\ntransformers>={versions['transformers']}\npillow\n")
     facts = class_facts(results)
@@ -103,8 +104,7 @@ def class_facts(results: dict[str, Any]) -> dict[str, Any]:
 def _examples(folder: Path, results: dict[str, Any], number: int) -> list[Any]:
     """The first evaluation images of some classes, spread evenly from the most to the fewest training images."""
     evaluation = load_splits(recorded_arguments(folder, "--space_examples"))["eval"]
-    recorded = results["data"]["eval_fingerprint"]
-    if fingerprint_like(recorded, evaluation) != recorded:
+    if fingerprint(evaluation) != results["data"]["eval_fingerprint"]:
         raise InputError(
             f"--space_examples: {folder} was evaluated on other images: put them back, or leave the option out."
         )

@@ -7,15 +7,18 @@ import re
 import socket
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import Subset
 
 import bkd_hf.data
 from bkd_hf import (
@@ -29,6 +32,7 @@ from bkd_hf import (
 from bkd_hf.data import PROFILES, fingerprint, limit_examples, shared_fingerprint, stored_images
 from bkd_hf.image_folders import load_image_folder
 from bkd_hf.streams import count_labels
+from bkd_hf.training_data import training_labels
 
 SIZE = (12, 10)
 
@@ -230,31 +234,30 @@ def test_fingerprints_of_files(tmp_path, monkeypatch):
 
     other_pixels(3)
     assert fingerprint(train) != whole
-    # Of too many to read, some are read; the time tells of the others.
+    # Of too many to read, some are read; for caches of this machine, the time tells of the others.
     monkeypatch.setattr("bkd_hf.data.READABLE_BYTES", sum(path.stat().st_size for path in files) // 3)
-    found = [fingerprint(train)]
+    found = [(fingerprint(train), fingerprint(train, with_times=True))]
     for number, keep_time in ((0, True), (1, False)):
         other_pixels(number, keep_time)
-        found.append(fingerprint(train))
-    assert len(set(found)) == 3
-    assert all(sampled.endswith("-sampled") for sampled in found)
+        found.append((fingerprint(train), fingerprint(train, with_times=True)))
+    os.utime(files[2])  # as if it had been copied
+    assert (len({plain for plain, _ in found}), len({timed for _, timed in found})) == (2, 3)
+    assert fingerprint(train) == found[-1][0]
+    assert all(sampled.endswith("-sampled") for both in found for sampled in both)
     assert fingerprint(embedded) != fingerprint(embedded, read_all=True) == whole
     assert not fingerprint(train, read_all=True).endswith("-sampled")
 
 
-def test_fingerprints_of_large_sets_are_made_once_and_compared_with_old_ones(monkeypatch):
-    train = load_image_dataset("digits")["train"]
-    whole, asked = fingerprint(train), []
+def test_fingerprints_of_large_sets_are_made_once(monkeypatch):
+    train, asked = load_image_dataset("digits")["train"], []
     monkeypatch.setattr("bkd_hf.data.READABLE_BYTES", 50_000)
     monkeypatch.setattr("bkd_hf.data._QUICK_BYTES", 10_000)
     digest = bkd_hf.data._digest
-    monkeypatch.setattr("bkd_hf.data._digest", lambda data, readable: asked.append(readable) or digest(data, readable))
+    monkeypatch.setattr("bkd_hf.data._digest", lambda data, n, **how: asked.append(n) or digest(data, n, **how))
     found = shared_fingerprint(train)
     assert found.endswith("-sampled")
     assert found == fingerprint(train) == fingerprint(train.select_columns(["label", "image"]))
-    assert shared_fingerprint(train, recorded=whole) == whole  # as an earlier version wrote it
-    assert shared_fingerprint(train, recorded=found) == found
-    assert (asked.count(50_000), asked.count(None)) == (1, 1)
+    assert (shared_fingerprint(train), asked.count(50_000)) == (found, 1)
     assert fingerprint(train.select(range(len(train) - 1))) != found != fingerprint(train.select(range(1, len(train))))
 
 
@@ -786,3 +789,28 @@ def test_splits_whose_labels_are_of_other_types_are_refused(tmp_path, train, tes
 def test_one_column_for_images_and_labels_is_refused():
     with pytest.raises(InputError, match="--image_column_name image: the labels are in this column, too"):
         load_image_dataset("digits", image_column="image", label_column="image")
+
+
+class Targets(torch.utils.data.Dataset):
+    """As those of torchvision."""
+
+    def __init__(self, targets: list[int], target_transform: Any = None):
+        self.targets, self.target_transform, self.num_read = targets, target_transform, 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        self.num_read += 1
+        target = self.targets[index]
+        return {"labels": self.target_transform(target) if self.target_transform else target}
+
+
+def test_labels_of_parts_are_not_read_one_by_one():
+    data = Targets([2, 1, 0, 1])
+    assert training_labels(Subset(Subset(data, [3, 0, 2]), range(2))).tolist() == [1, 2]
+    assert data.num_read == 0
+
+
+def test_labels_are_those_after_a_transform():
+    assert training_labels(Targets([0, 0, 1], lambda target: 1 - target)).tolist() == [1, 1, 0]

@@ -112,6 +112,8 @@ def build(
     dataset_id = dataset_id or data.get("hub_id")
     name, method = one_line(student["model"].rpartition("/")[2]), one_line(results.get("method") or "bkd")
     distillation_tags = ["knowledge-distillation"] if teacher else []
+    has_tail = max(data["class_counts"]) > min(data["class_counts"])
+    tail_tags = ["long-tailed", "imbalanced-data"] if has_tail else []
     metadata = ModelCardData(
         language=one_line(language) if isinstance(language, str) else language,
         license=one_line(license),
@@ -119,8 +121,7 @@ def build(
         pipeline_tag=task.tag,
         tags=list(
             dict.fromkeys(
-                ["long-tailed", "imbalanced-data", *distillation_tags, method.partition(" ")[0], "bkd_hf"]
-                + [one_line(tag) for tag in tags]
+                [*tail_tags, *distillation_tags, method.partition(" ")[0], "bkd_hf"] + [one_line(tag) for tag in tags]
             )
         ),
         datasets=[dataset_id] if dataset_id else None,
@@ -140,6 +141,7 @@ def build(
     sources = [*sources_of(options), *sources_of_operations(results["options"]["data"])]
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         task=task,
+        has_tail=has_tail,
         title=title or f"{name}, trained by {method} on {data['name'].rpartition('/')[2]}",
         repo_id=repo_id or name,
         license=None if license == UNKNOWN_LICENSE else license,
@@ -199,6 +201,12 @@ def kept_edits(path: str | os.PathLike[str], repo_id: str) -> str | None:
     pattern = rf"(?<![\w./-]){re.escape(before)}(?!\.?[\w/-])" if "/" in before else f'(?<="){re.escape(before)}(?=")'
     above, below = (re.sub(pattern, lambda _: repo_id, part) for part in (text[: found.start()], text[found.end() :]))
     return above + _signature(repo_id, found["digest"]) + below
+
+
+def repo_of(path: str | os.PathLike[str], otherwise: str) -> str:
+    """Return the repository that a card was written for; `otherwise` if there is none, or that names one itself."""
+    found = _SIGNATURE.search(read_text(path)) if "/" not in otherwise and Path(path).exists() else None
+    return (found and found["repo_id"]) or otherwise
 
 
 def _digest(text: str) -> str:

@@ -135,7 +135,7 @@ def load_splits(arguments: RunArguments) -> dict[str, Any]:
     """Load `train` and `eval`, reduced as the options say; with `--streaming`, `train` is a [`Stream`]."""
     options, task = arguments.data, arguments.model.task
     if options.streaming:
-        return load_stream(
+        splits: Any = load_stream(
             options.dataset_name,
             str(options.class_counts),
             options.dataset_config_name,
@@ -145,18 +145,19 @@ def load_splits(arguments: RunArguments) -> dict[str, Any]:
             arguments.model.cache_dir,
             arguments.model.token,
         )
-    splits = load_dataset_of(
-        task,
-        options.dataset_name,
-        config_name=options.dataset_config_name,
-        column=getattr(options, f"{task}_column_name"),
-        label_column=options.label_column_name,
-        train_split=options.train_split_name,
-        eval_split=options.eval_split_name,
-        split_seed=options.split_seed,
-        cache_dir=arguments.model.cache_dir,
-        token=arguments.model.token,
-    )
+    else:
+        splits = load_dataset_of(
+            task,
+            options.dataset_name,
+            config_name=options.dataset_config_name,
+            column=getattr(options, f"{task}_column_name"),
+            label_column=options.label_column_name,
+            train_split=options.train_split_name,
+            eval_split=options.eval_split_name,
+            split_seed=options.split_seed,
+            cache_dir=arguments.model.cache_dir,
+            token=arguments.model.token,
+        )
     if options.imbalance_ratio is not None:
         splits["train"] = make_long_tailed(
             splits["train"],

@@ -245,8 +245,14 @@ def corrects(options: Mapping[str, Any]) -> bool:
     """
     parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
     chosen = {options.get(part) for part in parts}
-    if options.get("logit_adjustment_tau") in (0, "0"):  # then it is plain cross-entropy
+    zero = {name for name in ("logit_adjustment_tau", "class_balance_beta", "class_balance_power")
+            if options.get(name) in (0, "0")}  # fmt: skip
+    if "logit_adjustment_tau" in zero:  # then it is plain cross-entropy
         chosen.discard("logit_adjustment")
+    if "class_balance_beta" in zero:  # then the weights are uniform
+        chosen -= {"reweight", "drw", "bkd"}
+    if "class_balance_power" in zero:
+        chosen.discard("bkd")
     return not chosen.isdisjoint(_CORRECTING)
 
 

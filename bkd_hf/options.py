@@ -254,7 +254,8 @@ _INHERITED_ROLES = {
     "reporting": "disable_tqdm log_level log_level_replica log_on_each_node report_to run_name project "
     "trackio_space_id trackio_bucket_id trackio_static_space_id save_total_limit skip_memory_metrics debug do_eval "
     "do_train do_predict resume_from_checkpoint enable_jit_checkpoint",
-    "publishing": "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision",
+    "publishing": "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision project "
+    "trackio_space_id trackio_bucket_id trackio_static_space_id",
     "place": "use_cpu accelerator_config gradient_checkpointing",
     "shared": "output_dir use_cpu bf16 fp16",
 }

@@ -57,6 +57,8 @@ def check_before_work(arguments: RunArguments) -> None:
     trained = [arguments, arguments.for_teacher()] if trains_teacher else [arguments]
     for name in ("dataset_name", "model_name_or_path", "teacher_model_name_or_path", *sorted(options_with("path"))):
         _check_name(name, arguments.options[name])
+    if arguments.overwrite:
+        _check_is_kept(arguments)
     if arguments.distils and arguments.training.teacher_cache not in ("off", "auto"):
         _check_cache(arguments.training)
     read_label_map(arguments.model.teacher_label_map)
@@ -126,6 +128,18 @@ def _check_name(option: str, path: Any) -> None:
         pass
     except (OSError, ValueError) as error:
         raise InputError(f"--{option} {one_line(path, 80)}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _check_is_kept(arguments: RunArguments) -> None:
+    """Check that `--overwrite` deletes no model that the run starts from."""
+    output_dir = Path(arguments.training.output_dir)
+    for option in ("model_name_or_path", "teacher_model_name_or_path"):
+        name = arguments.options[option]
+        if name is not None and os.path.exists(name) and Path(name).resolve().is_relative_to(output_dir.resolve()):
+            raise InputError(
+                f"--{option} {name} is in --output_dir {output_dir}, whose run --overwrite would delete before it is "
+                "used: name another --output_dir."
+            )
 
 
 def _check_cache(args: BKDConfig) -> None:

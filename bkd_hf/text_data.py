@@ -23,6 +23,10 @@ from .teacher import TEACHER_PREFIX
 VOCABULARY_SIZE = 8192
 _PROBES = ["The quick brown fox, it jumps: over 13 lazy dogs!", "naïve café\nDON'T  ünïcode 北京"]
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_COUNT_FROM_PADDING = {
+    "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
 _UNLIMITED = 10**9  # transformers' length of tokenizers without one exceeds this
 
 
@@ -152,7 +156,9 @@ def limit_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -
     """Give a tokenizer without a maximal length that of its model's position embeddings."""
     most = getattr(config, "max_position_embeddings", None)
     if tokenizer.model_max_length > _UNLIMITED and isinstance(most, int) and most > 0:
-        tokenizer.model_max_length = most
+        # RoBERTa and its relatives count positions from behind the padding token's id.
+        is_shifted = config.model_type in _COUNT_FROM_PADDING and config.pad_token_id is not None
+        tokenizer.model_max_length = most - (config.pad_token_id + 1 if is_shifted else 0)
 
 
 def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:

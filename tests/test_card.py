@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from bkd_hf import InputError, load_results, shot_groups
 from bkd_hf.announcer import Announcer
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.card import build, kept_edits, to_recipe
+from bkd_hf.card import build, kept_edits, repo_of, to_recipe
 from bkd_hf.methods import CLASSIFICATION_LOSSES, Loss
 from bkd_hf.metrics import LongTailAccumulator
 from bkd_hf.results import (
@@ -363,6 +363,7 @@ def test_command_tells_nothing_of_the_machine():
         ["--dataset_name", "/home/max/birds", "--hub_token", "hf_abc", "--token=hf_def", "--output_dir=~/runs/x",
          "--teacher_model_name_or_path", "../teachers/vit", "--config", "scripts/recipes/digits.yaml", "--alpha", "2",
          "--push_to_hub", "--hub-model-id", "max/x", "--hub_private_repo", "true", "--model_name_or_path", "max/vit",
+         "--trackio_space_id", "max/secret", "--project=client",
          "--teacher_cache=cache/max", "--accelerator_config", '{"x": "/home/max/y"}', "--lr_step_epochs", "1", "2"],
         num_processes=2,
     )  # fmt: skip
@@ -456,6 +457,23 @@ def test_the_name_of_a_folder_is_replaced_only_where_it_is_the_models(tmp_path, 
     edited = kept_edits(tmp_path / "README.md", "me/x")
     assert 'pipeline("image-classification", "me/x"' in edited
     assert edited.replace('"me/x"', '"birds"').replace("for me/x", "for birds") == card
+
+
+def test_a_folder_is_no_repository(tmp_path):
+    """An export, or a licence given later, names no repository: the card keeps the one that it was published to."""
+    path = tmp_path / "README.md"
+    assert repo_of(path, "digits") == "digits"
+    build(CARDS / "digits", "anna/digits-bkd", "mit").save(path)
+    assert (repo_of(path, "digits"), repo_of(path, "me/x")) == ("anna/digits-bkd", "me/x")
+
+
+def test_data_without_a_tail_are_not_called_long_tailed(results):
+    results["data"]["class_counts"] = [50] * len(results["data"]["class_counts"])
+    card = str(build(results))
+    assert "50 of each class." in card
+    assert "for those who need all classes alike" in card
+    for words in ("long-tailed", "imbalanced-data", "rarest"):
+        assert words not in card.partition("## Each class")[0]
 
 
 @pytest.mark.parametrize("name", ["b", "bkd", "hf", "birds"])

@@ -495,7 +495,7 @@ def stand_in(tmp_path) -> Path:
         from pathlib import Path
         option = lambda name: sys.argv[sys.argv.index(name) + 1]
         folder = Path(option("--output_dir"))
-        if option("--method") in {{"focal", "balanced-softmax"}}:
+        if option("--method") in {{"focal", "balanced-softmax", "ltkd"}}:
             print("error: no such luck")
             sys.exit(3)
         if option("--method") == "wsl":
@@ -667,6 +667,9 @@ def test_exit_code_and_message_tell_of_a_failure(tmp_path, stand_in, monkeypatch
     assert "focal seed 0 failed: error: no such luck (exit code 3" in output
     assert "| ce | 1 |" in output
     assert "**Missing**: focal seed 0" in (tmp_path / "out" / "comparison.md").read_text()
+    # A shared teacher alone makes no table.
+    alone = ("--seeds", 0, "--output_dir", tmp_path / "alone", *SHORT, "--teacher_num_train_epochs", 2)
+    assert "error: ltkd seed 0" in compare("--methods", "ltkd", *alone, expected=1)
 
 
 @pytest.mark.parametrize(

@@ -171,3 +171,12 @@ def test_texts_are_rehearsed_on_texts(tmp_path, option):
     check(*text, *option)
     with pytest.raises(InputError, match=option[0]):
         check(*option, "--output_dir", str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("option", "place"), [("model_name_or_path", ""), ("teacher_model_name_or_path", "teacher")])
+def test_overwrite_deletes_no_model_that_the_run_starts_from(tmp_path, option, place):
+    folder = tmp_path / place
+    tiny_vit(0, num_labels=10, image_size=16).save_pretrained(folder)
+    words = (f"--{option}", str(folder), "--method", "bkd", "--output_dir")
+    with pytest.raises(InputError, match=f"--{option} .* is in --output_dir .*, whose run --overwrite would delete"):
+        check(*words, str(tmp_path), "--overwrite")

@@ -139,7 +139,11 @@ def leaves(tmp_path) -> Path:
     ("options", "counts", "told"),
     [
         ([], [4, 16, 8], "nothing was cut"),
-        (["--imbalance_ratio", "8"], [2, 16, 5], "in the order of\ntheir sizes in the source, the largest first"),
+        (
+            ["--imbalance_ratio", "8"],
+            [2, 16, 5],
+            "in the order of\ntheir sizes in the source without the images of `test`, the largest first",
+        ),
         (["--imbalance_ratio", "2", "--class_order", "label"], [4, 2, 2], "in the order of\nthe labels"),
     ],
 )
@@ -154,6 +158,7 @@ def test_an_unbalanced_source_without_a_test_split(leaves, make, tmp_path, optio
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert told in text
     assert "a fifth of each class of the source" in text
+    assert ("its index in the split without the images of `test`)" in text) == ("n_i = " in text)
     assert "\n\n\n" not in text
     assert "untouched" not in text
 
@@ -230,6 +235,11 @@ def test_card_of_many_classes_with_awkward_names(tmp_path):
     assert r"| 0 | a\|b &lt;c&gt; | 2 | 2 |" in text
     assert 'load_dataset("USER/NAME")' in text  # filled in when it is published
     assert front_matter(tmp_path / "many")["dataset_info"]["features"][1]["dtype"]["class_label"]["names"]["1"] == "no"
+
+
+def test_numbers_are_checked_as_those_of_a_run(make, tmp_path, capsys):
+    assert make(*DIGITS[:2], "--seed", "9" * 20, "--output_dir", tmp_path / "split") == 2
+    assert "--seed must be in 0 to 4294967295" in capsys.readouterr().err
 
 
 def test_a_hub_data_set_is_named_as_the_source(digits, tmp_path):

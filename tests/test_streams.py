@@ -28,6 +28,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.commands import split
 from bkd_hf.data import class_counts
 from bkd_hf.errors import TrainingStopped
+from bkd_hf.inputs import load_splits
 from bkd_hf.streams import Lane, Stream, StreamedImages, count_labels, load_stream, open_columns, read_counts
 
 NAMES = [str(digit) for digit in range(10)]
@@ -313,3 +314,10 @@ def test_what_needs_all_images_is_refused(line, message):
     with pytest.raises(InputError, match=message):
         parse_arguments(line.split())
     assert np.all(parse_arguments(COUNTED.split()).data.streaming)
+
+
+def test_the_evaluation_set_beside_a_stream_can_be_reduced(shards, tmp_path):
+    (counts := tmp_path / "counts.json").write_text(json.dumps(dict.fromkeys(NAMES, 40)))
+    words = ["--dataset_name", str(shards["parquet"]), *COUNTED.replace("counts.json", str(counts)).split()]
+    words += ["--cache_dir", str(tmp_path), "--max_eval_samples", "12"]
+    assert len(load_splits(parse_arguments(words))["eval"]) <= 12

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, BertConfig, RobertaConfig, pipeline
 
 from bkd_hf import (
     InputError,
@@ -27,7 +27,7 @@ from bkd_hf.arguments import parse_arguments
 from bkd_hf.docstrings import GROUPS, docstrings
 from bkd_hf.plots import plot_class_accuracy, plot_confusion
 from bkd_hf.rehearsal import check_before_work
-from bkd_hf.text_data import fresh_tokenizer, same_tokens, set_max_length
+from bkd_hf.text_data import fresh_tokenizer, limit_length, same_tokens, set_max_length
 from bkd_hf.training_data import collator_of
 from tests.test_cli import run_here  # noqa: F401
 from tests.tiny_models import tiny_vit
@@ -288,6 +288,14 @@ def test_a_run_on_texts(run_here, tmp_path):  # noqa: F811
     saved = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
     assert saved["model_max_length"] == 64
     assert load_results(tmp_path / "other")["teacher"]["model"] == results["student"]["model"]
+
+
+@pytest.mark.parametrize(("config", "expected"), [(BertConfig, 130), (RobertaConfig, 128)])
+def test_positions_of_roberta_begin_behind_the_padding(config, expected):
+    tokenizer = fresh_tokenizer(["a few words"])
+    tokenizer.model_max_length = 10**30
+    limit_length(tokenizer, config(max_position_embeddings=130))
+    assert tokenizer.model_max_length == expected
 
 
 def test_a_file_of_texts_is_no_file_of_images(tmp_path):

@@ -14,7 +14,7 @@ from ..comparison import METRICS, load_comparison
 from ..errors import InputError, run_script
 from ..files import lock
 from ..program import path_given, program, script_of
-from ..results import describe_command, without_folders
+from ..results import RESULTS_NAME, describe_command, without_folders
 from ..text import code, duration, markdown, one_line, printable
 
 
@@ -117,7 +117,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     lock(options.output_dir)
     failures = runner.run(cells)
-    if len(failures) < len(cells):
+    if any((cell.folder / RESULTS_NAME).exists() for cell in cells if not cell.is_teacher):
         # Includes the methods of earlier comparisons in the same folder.
         options.folders = [options.output_dir]
         tabulate(options, [f"**Missing**: {markdown(without_folders(line))}" for line in failures])

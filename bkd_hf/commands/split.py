@@ -30,6 +30,7 @@ from ..data import LABEL_COLUMN, PARETO_ALPHA, PROFILES, class_counts, make_long
 from ..errors import InputError, run_script
 from ..loading import NoTestSplitError, load_image_dataset
 from ..program import path_given, program
+from ..ranges import check_ranges
 from ..results import hub_id, save_json, without_folders
 from ..splits import SPLIT_NAME, check_output_folder, exact, save_split
 from ..text import printable
@@ -96,6 +97,7 @@ def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 def check(options: argparse.Namespace) -> None:
     """Raise an `InputError` if options are missing, or contradict each other."""
+    check_ranges(options)
     drawn, listed = list(given(options, _DRAWING)), list(given(options, _LISTS))
     if options.private and not options.push_to_hub:
         raise InputError("--private: without --push_to_hub nothing is published, so it has no effect. Leave it out.")

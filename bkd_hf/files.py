@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +32,9 @@ LOCK_NAME = "bkd_run.lock"
 
 # Exceptions of parsers and decoders for damaged files.
 _DAMAGED = (ValueError, TypeError, AttributeError, LookupError, SyntaxError, RecursionError)
+
+# Errors of file systems without locks, e.g. of Lustre mounted without them.
+_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 _held: dict[Path, IO[str]] = {}
 
@@ -119,7 +123,7 @@ def lock(folder: str | os.PathLike[str]) -> None:
     if fcntl is None or (held and path.exists() and os.path.samestat(os.fstat(held.fileno()), path.stat())):
         return
     file = path.open("a+", encoding="utf-8")
-    if _is_taken(file):
+    if _is_taken(file, fcntl.lockf):  # not flock(), which workers that outlive a killed process would keep
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
@@ -142,7 +146,7 @@ def holder_of(folder: str | os.PathLike[str]) -> str | None:
     if fcntl is None or path.resolve() in _held or not path.exists():
         return None
     with path.open("r+", encoding="utf-8") as file:
-        return (file.read().strip() or "another process") if _is_taken(file) else None
+        return (file.read().strip() or "another process") if _is_taken(file, fcntl.lockf) else None
 
 
 def is_open_in_a_run(log: IO[str]) -> bool:
@@ -150,20 +154,16 @@ def is_open_in_a_run(log: IO[str]) -> bool:
 
     Child processes inherit the mark with the open file; it disappears when the last of them ends.
     """
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    return False
+    return fcntl is not None and _is_taken(log, fcntl.flock)
 
 
-def _is_taken(file: IO[str]) -> bool:
+def _is_taken(file: IO[str], lock: Callable[[IO[str], int], Any]) -> bool:
     """Lock a file; True if another process has."""
     try:
-        # Not flock(), which workers that outlive a killed process would keep.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
     return False

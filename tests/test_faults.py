@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from PIL import Image
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, InputError, load_classifier, load_image_dataset, load_processor
 from bkd_hf.arguments import parse_arguments
-from bkd_hf.files import holder_of, replacing, unlock, write_text
+from bkd_hf.files import holder_of, is_open_in_a_run, lock, replacing, unlock, write_text
 from bkd_hf.hub import prepare
 from bkd_hf.results import load_results
 from bkd_hf.run_folder import claim_output_dir, last_complete_checkpoint, mark_complete, record_run, run_state
@@ -380,3 +381,24 @@ def test_a_checkpoint_without_an_end_is_none(tmp_path):
         assert last_complete_checkpoint(tmp_path) is None
     mark_complete(tmp_path / "checkpoint-4")
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+
+
+def test_a_disk_without_locks_takes_a_run(tmp_path, monkeypatch):
+    """As some cluster file systems are mounted; there nothing tells of a second process."""
+
+    def fails_with(number: int) -> None:
+        def refuse(*args) -> None:
+            raise OSError(number, os.strerror(number))
+
+        for name in ("lockf", "flock"):
+            monkeypatch.setattr(f"fcntl.{name}", refuse)
+
+    fails_with(errno.ENOLCK)
+    lock(tmp_path)
+    unlock()
+    assert holder_of(tmp_path) is None
+    with (tmp_path / "log").open("w") as log:
+        assert not is_open_in_a_run(log)
+    fails_with(errno.EIO)
+    with pytest.raises(OSError, match="Input/output error"):
+        lock(tmp_path)

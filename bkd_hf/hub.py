@@ -54,6 +54,8 @@ _ALLOWED = {
         *(f"model/*{suffix}" for suffix in (".json", ".txt", ".safetensors", ".onnx", ".py")),
     ),
 }  # fmt: skip
+#: Files of which every publication has one.
+_RECORDS = {"model": {RESULTS_NAME}, "dataset": {SPLIT_NAME}, "space": {FACTS_NAME, "long_tail.py"}}
 _TEXT_FILES = {".json", ".md", ".py", ".txt"}
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.:/~-])/[\w.+@-]+/[\w.+@-]+")
@@ -96,7 +98,9 @@ class Publication:
 
     def outdated(self, there: Iterable[str]) -> list[str]:
         """Return the files, among those in the repository, of an earlier publication that are no longer part of it."""
-        patterns = _ALLOWED[self.repo_type]
+        there, patterns = [*there], _ALLOWED[self.repo_type]
+        if _RECORDS[self.repo_type].isdisjoint(there):
+            return []  # somebody else's files
         if self.repo_type == "model":
             patterns += ("figures/*.png", *ONNX_FILES.values())
         return [

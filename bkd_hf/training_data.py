@@ -63,7 +63,7 @@ def training_labels(dataset: Any) -> np.ndarray | None:
     """
     if isinstance(dataset, datasets.Dataset) and (column := _label_column(dataset)) is not None:
         return labels_of(dataset, column)
-    if type(dataset) is torch.utils.data.Subset:
+    if type(dataset) is Subset:
         inner = training_labels(dataset.dataset)
         return None if inner is None else inner[np.asarray(dataset.indices, dtype=np.int64)]
     # A transform of torchvision's may give the targets other numbers.

@@ -188,6 +188,12 @@ def test_published_again(outcome):
     assert "README.md was edited, so it stays as it is, without license. Delete it" in twice["told"]
 
 
+def test_only_files_of_an_earlier_publication_are_deleted(output_dir):
+    publication, there = prepare(output_dir, "user/x"), ["README.md", "vocab.txt", "notes.md"]
+    assert publication.outdated(there) == []
+    assert publication.outdated([*there, "results.json"]) == ["vocab.txt"]
+
+
 def test_the_command_that_goes_on_is_whole(outcome, output_dir):
     error = outcome["plain"]["with teacher"]["err"]
     assert f"publish.py {output_dir} --repo_id user/plain --push_teacher --license afl-3.0` tries again" in error

@@ -171,6 +171,12 @@ HEAD_BIASES = ("learned", "balanced", "auto")
 PRIORS = ("auto", "counts", "teacher")
 # Choices that correct for class frequencies.
 _CORRECTING = {"balanced_softmax", "logit_adjustment", "reweight", "drw", "bkd", "dive", "ltkd", "class_balanced"}
+# Those of them that correct nothing where an option is 0.
+_NOTHING_AT_0: dict[str, set[str]] = {
+    "logit_adjustment_tau": {"logit_adjustment"},
+    "class_balance_beta": {"reweight", "drw", "bkd"},
+    "class_balance_power": {"bkd"},
+}
 
 
 @dataclass(frozen=True)
@@ -245,14 +251,9 @@ def corrects(options: Mapping[str, Any]) -> bool:
     """
     parts = ("classification_loss", "class_weighting", "distillation_loss", "sampler")
     chosen = {options.get(part) for part in parts}
-    zero = {name for name in ("logit_adjustment_tau", "class_balance_beta", "class_balance_power")
-            if options.get(name) in (0, "0")}  # fmt: skip
-    if "logit_adjustment_tau" in zero:  # then it is plain cross-entropy
-        chosen.discard("logit_adjustment")
-    if "class_balance_beta" in zero:  # then the weights are uniform
-        chosen -= {"reweight", "drw", "bkd"}
-    if "class_balance_power" in zero:
-        chosen.discard("bkd")
+    for option, without_effect in _NOTHING_AT_0.items():
+        if options.get(option) in (0, "0"):
+            chosen -= without_effect
     return not chosen.isdisjoint(_CORRECTING)
 
 

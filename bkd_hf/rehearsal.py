@@ -135,7 +135,8 @@ def _check_is_kept(arguments: RunArguments) -> None:
     output_dir = Path(arguments.training.output_dir)
     for option in ("model_name_or_path", "teacher_model_name_or_path"):
         name = arguments.options[option]
-        if name is not None and os.path.exists(name) and Path(name).resolve().is_relative_to(output_dir.resolve()):
+        folder = Path(name or "").expanduser()
+        if name is not None and folder.exists() and folder.resolve().is_relative_to(output_dir.resolve()):
             raise InputError(
                 f"--{option} {name} is in --output_dir {output_dir}, whose run --overwrite would delete before it is "
                 "used: name another --output_dir."

@@ -611,17 +611,22 @@ def test_tables_from_results_alone(compared, tmp_path):
 
 
 @pytest.mark.slow
-def test_dry_run_tells_what_will_run_and_how_long(tmp_path):
-    """Also if the teacher, which it trains for a few steps, guesses."""
-    options = ["--methods", "ce", "kd", "--seeds", 0, "--learning_rate", "1e-9", *SHORT]
-    output = compare(*options, "--output_dir", tmp_path / "out", "--dry_run")
+def test_dry_run_tells_what_will_run_and_how_long(compared):
+    output = compare("--methods", "ce", "kd", "--seeds", 0, "--output_dir", compared, "--dry_run", *SHORT)
     lines = [line for line in output.splitlines() if not line.startswith("warning: ")]
-    assert lines[0].startswith("new")
+    assert lines[0].startswith("finished")
     assert "--method ce --seed 0" in lines[0]
     assert lines[1].startswith("new")
     assert "--teacher_model_name_or_path '…/seed0'" in lines[1]  # the folder is none below this one
     assert "kd seed 0: about" in output
-    assert not (tmp_path / "out").exists()
+    assert not (compared / "kd").exists()
+
+
+@pytest.mark.slow
+def test_dry_run_needs_no_good_teacher(tmp_path):
+    """The one that it trains for a few steps guesses."""
+    options = ["--methods", "bkd", "--seeds", 0, "--learning_rate", "1e-9", *SHORT]
+    assert "bkd seed 0: about" in compare(*options, "--output_dir", tmp_path / "out", "--dry_run")
 
 
 @pytest.mark.slow

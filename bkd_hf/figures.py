@@ -46,7 +46,11 @@ def save_figures(
     for name, draw in figures.items():
         if not only_missing or why_broken(folder / name):
             with replacing(folder / name) as path:
-                draw().savefig(path, format="png", dpi=DPI, facecolor="white")
+                figure = draw()
+                if (engine := figure.get_layout_engine()) is not None:
+                    engine.execute(figure)
+                    figure.set_layout_engine("none")  # or `savefig` would draw everything once more, for the layout
+                figure.savefig(path, format="png", dpi=DPI, facecolor="white")
     return [folder / name for name in figures]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 import tempfile
 import warnings
@@ -30,6 +29,7 @@ from .errors import InputError, first_line
 from .given_teacher import read_label_map
 from .hub import check_repo_access
 from .inputs import load_tokenizer
+from .machine import collect_only_new_garbage
 from .metrics import LongTailEvaluation, NotFiniteError
 from .modeling_cifar_resnet import CifarResNetConfig, CifarResNetForImageClassification
 from .models import check_image_size, load_config
@@ -210,15 +210,13 @@ def rehearse(args: BKDConfig, task: str = "image") -> None:
             warnings.simplefilter("ignore")
             _rehearse(values, folder, task)
 
-    gc.freeze()  # Trainer collects garbage, which would scan all imported modules
     try:
-        attempt(values)
+        with collect_only_new_garbage():
+            attempt(values)
     except NotFiniteError:  # caused by the training, not by its options
         return
     except Exception as error:  # whatever a library raises
         raise explain(error, values, defaults_of(BKDConfig), attempt) from error
-    finally:
-        gc.unfreeze()
     if args.torch_compile:
         _check_compiler(args)
 

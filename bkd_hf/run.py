@@ -44,7 +44,13 @@ from .inputs import (
     same_inputs,
     warn_of_untested_classes,
 )
-from .machine import keep_freed_memory, options_alone, precision_of, set_num_threads
+from .machine import (
+    collect_only_new_garbage,
+    keep_freed_memory,
+    options_alone,
+    precision_of,
+    set_num_threads,
+)
 from .measure import options_used
 from .methods import is_balanced_by
 from .models import FRESH_IMAGE_SIZE, load_classifier, prefer_channels_last, why_not_alike
@@ -83,6 +89,7 @@ from .training_data import check_features
 
 
 @options_alone()
+@collect_only_new_garbage()
 def run(arguments: RunArguments) -> dict[str, Any]:
     """Train a teacher (unless one is given, or the method has none) and a student, evaluate, and save everything.
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import HfArgumentParser
 from bkd_hf import BKDConfig, ImageDataset, InputError
 from bkd_hf.arguments import parse_arguments
 from bkd_hf.inputs import choose_workers
-from bkd_hf.machine import default_precision, options_alone, precision_of
+from bkd_hf.machine import collect_only_new_garbage, default_precision, options_alone, precision_of
 from bkd_hf.optimization import OptimizingTrainer
 from bkd_hf.options import RunArguments
 from bkd_hf.run_folder import claim_output_dir, record_run, run_state
@@ -583,3 +585,23 @@ def test_teacher_and_student_of_different_kinds_have_each_its_defaults(tmp_path)
     assert trained(f"{fresh_student} --teacher_learning_rate 1e-3")[1] == (adamw[0], 1e-3, 3)
     assert trained(f"{fresh_student} --optim sgd --learning_rate 0.1 --num_train_epochs 9") == [("sgd", 0.1, 9)] * 2
     assert not parse(f"{fresh_student} --method ce").options_without_effect().keys() - {"teacher_model_name_or_path"}
+
+
+def test_old_objects_are_spared_by_collections_until_the_end():
+    class Ring:
+        def __init__(self):
+            self.itself = self
+
+    gc.unfreeze()
+    try:
+        with collect_only_new_garbage():
+            number = gc.get_freeze_count()
+            new = weakref.ref(Ring())
+            with collect_only_new_garbage():  # a run in a run
+                pass
+            assert gc.get_freeze_count() == number > 0
+            gc.collect()
+            assert new() is None
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()  # as it was

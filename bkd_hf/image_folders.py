@@ -28,6 +28,7 @@ LABEL_COLUMN = "label"
 _SPLITS = {keyword: str(split) for split, keywords in SPLIT_KEYWORDS.items() for keyword in keywords}
 _IMAGE_SUFFIXES = set(ImageFolder.EXTENSIONS)
 _TABLE_SUFFIXES = {".parquet", ".arrow"}
+_METADATA = {"metadata.csv", "metadata.jsonl"}
 _HIDDEN = (".", "__MACOSX")  # .DS_Store, …
 
 
@@ -148,7 +149,7 @@ def files_below(folder: Path) -> Iterator[PurePath]:
 
 def _is_described(folder: Path, files: list[PurePath]) -> bool:
     """Whether something other than folders describes the images."""
-    if any(file.stem == "metadata" or file.suffix in _TABLE_SUFFIXES for file in files):
+    if any(file.name in _METADATA or file.suffix in _TABLE_SUFFIXES for file in files):
         return True
     card = folder / "README.md"
     return card.exists() and bool(read_card(card).get("configs"))

@@ -40,6 +40,7 @@ from .decoding import (
     upright_rgb,
 )
 from .errors import InputError
+from .machine import memory_limit
 from .operations import OPERATIONS, identities, operate
 from .sampling import hash_uniform
 from .views import Box, PixelBytes, Rendering, same_pixels, whole
@@ -362,7 +363,7 @@ def _place_for(num_bytes: int, shared: bool = True) -> CacheImages:
     """Where `cache_images="auto"` caches decoded images of this size, if processes may share them."""
     processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), psutil.virtual_memory()
     # Free memory changes all the time, and all processes must decide alike.
-    available = memory.available if processes == 1 else memory.total
+    available = min(memory.available if processes == 1 else memory.total, memory_limit())
     copies = 1 if shared else processes
     if not 0 < num_bytes * copies <= _CACHE_SHARE_OF_MEMORY * available:
         return "none"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
@@ -25,6 +27,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 def available_cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_limit() -> float:
+    """Memory in bytes that a container allows; infinite if none says so."""
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
+        try:
+            return float(Path("/sys/fs/cgroup", file).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return math.inf
 
 
 def set_num_threads(num_threads: int | None = None) -> int:

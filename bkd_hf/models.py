@@ -164,11 +164,16 @@ def _fresh_classifier(
             num_hidden_layers=layers,
             num_attention_heads=width // _HEAD_WIDTH,
             intermediate_size=4 * width,
-            max_position_embeddings=max(MAX_LENGTH, tokenizer.model_max_length),
+            max_position_embeddings=max(MAX_LENGTH, 0 if is_unlimited(tokenizer) else tokenizer.model_max_length),
             pad_token_id=tokenizer.pad_token_id,
             **overrides,
         )
     )
+
+
+def is_unlimited(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has no maximal length; transformers then gives it a huge one."""
+    return tokenizer.model_max_length > 10**9
 
 
 def load_config(

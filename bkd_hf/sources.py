@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import re
 from collections.abc import Callable, Mapping
@@ -11,11 +12,14 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.csv.csv import CsvConfig
 from datasets.table import CastError
+from transformers.utils import logging
 from yaml import YAMLError
 
 from .data import set_aside
@@ -24,6 +28,8 @@ from .errors import InputError, first_line
 from .image_folders import IMAGE_COLUMN, LABEL_COLUMN, class_features, files_below, load_image_folder
 from .tasks import TEXT_COLUMN
 from .text import one_line
+
+logger = logging.get_logger(__name__)
 
 _TEXT_COLUMN_NAMES = ("text", "sentence", "content", "document", "review")
 
@@ -146,6 +152,8 @@ def open_splits(
     source = SOURCES[task]
     path = Path(name).expanduser()
     is_demo = name in source.demo
+    if is_demo and path.is_dir():
+        logger.warning(f"--dataset_name {name} is the demo of this name. For the folder here, write ./{name}.")
     if not is_demo and not path.exists() and name.startswith((".", "/", "~")):
         raise InputError(f"--dataset_name {name}: there is no such file or folder.")
     is_saved = not streaming and any((path / file).exists() for file in ("dataset_dict.json", "state.json"))
@@ -165,12 +173,17 @@ def open_splits(
                 hint = f" For {others[0]}s say --task {others[0]}." if others and path.is_file() else ""
                 kinds = " or ".join(source.files)
                 raise InputError(f"--dataset_name {name}: a single file must be a {kinds} file.{hint}")
-            options = {"data_files": str(path), "cache_dir": cache_dir}
+            options = {"data_files": glob.escape(str(path)), "cache_dir": cache_dir}
             data = _load(source.files[path.suffix], name, streaming, options, is_local=True)
         else:
             data = source.folder(path) if path.is_dir() and config_name is None and not streaming else None
             if data is None:
                 place = str(path) if path.is_dir() else name
+                if path.is_dir() and glob.has_magic(place):
+                    raise InputError(
+                        f"--dataset_name {name}: `datasets` takes brackets, * and ? in a name for a pattern. Rename "
+                        "the folder."
+                    )
                 options = {"name": config_name, "cache_dir": cache_dir, "token": token}
                 data = _load(place, name, streaming, options, is_local=path.is_dir())
     except InputError:
@@ -210,7 +223,34 @@ def _load(place: str, name: str, streaming: bool, options: dict[str, Any], is_lo
         if isinstance(builder.config, CsvConfig) and builder.config.na_values is None:
             # By default, the classes "NA" and "None" and the text "null" are taken for missing values.
             options = {**options, "keep_default_na": False, "na_values": [""]}
+        if isinstance(builder.config, CsvConfig) and builder.config.features is None and not streaming:
+            return _load_csv(place, builder.config, options)
     return datasets.load_dataset(place, streaming=streaming, **options)
+
+
+def _load_csv(place: str, config: CsvConfig, options: dict[str, Any]) -> datasets.DatasetDict:
+    """Load CSV files with all values as they are written: read as numbers, the classes "01" and "1" would be one.
+
+    Columns that hold nothing but whole numbers, as usually written, become numbers afterwards.
+    """
+    how = config.pd_read_csv_kwargs | {"nrows": 0, "chunksize": None}
+    files = [file for files in (config.data_files or {}).values() for file in files]
+    headers = {tuple(map(str, pd.read_csv(file, **how).columns)) for file in files}
+    if len(headers) == 1:  # if not, `datasets` says how they differ
+        texts = datasets.Features({column: datasets.Value("string") for column in headers.pop()})
+        options = {**options, "features": texts}
+    data = datasets.load_dataset(place, **options)
+    for column, feature in next(iter(data.values())).features.items():
+        if holds(feature, "string") and all(_are_whole_numbers(each.data.column(column)) for each in data.values()):
+            data = data.cast_column(column, datasets.Value("int64"))
+    return data
+
+
+def _are_whole_numbers(texts: pa.ChunkedArray) -> bool:
+    return all(
+        pc.all(pc.match_substring_regex(part, r"^(0|-?[1-9][0-9]{0,17})$"), min_count=0).as_py()
+        for part in (texts.slice(0, 100).combine_chunks(), *texts.chunks)  # most columns of texts fail at once
+    )
 
 
 def _check_class_names(name: str, builder: datasets.DatasetBuilder) -> None:

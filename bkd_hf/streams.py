@@ -1,8 +1,9 @@
 """Streaming of training images from shards (parquet, webdataset), which need not fit on a machine.
 
 The shards are divided into *lanes*: in each pass, lane l reads every L-th shard, in an order drawn by (seed, pass),
-and shuffles block by block. Micro-batch m of the training comes from lane m mod L. L is 8, or the nearest multiple of
-the number of readers (processes × data workers) for which there are enough shards. Therefore:
+and shuffles block by block. Micro-batch m of the training comes from lane m mod L. L is the largest multiple of the
+number of readers (processes × data workers) up to 8, or up to the number of shards if there are fewer; with more
+readers than that, it is their number. Therefore:
 
 - Each pass has each example once, for any number of readers. A lane with fewer examples begins its next pass earlier.
 - While L stays the same, each step has the same examples for any number of readers: 1, 2, 4 or 8 with at least 8
@@ -99,6 +100,12 @@ class Stream:
         number = label
         if label is not None and not (self._are_numbered and isinstance(label, int)):
             number = self._numbers.get(normal(str(label)))
+        if label is None or label == -1:
+            which = "" if self.split is None else f" (split {self.split})"
+            raise InputError(
+                f"An example of the stream{which} has no label. Remove such examples, or name a split with labels by "
+                "--train_split_name or --eval_split_name."
+            )
         if number is None or not 0 <= number < len(self.class_counts):
             raise InputError(
                 f"An example of the stream has the label {label!r}, of which --class_counts says nothing. Count anew."
@@ -192,6 +199,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.augmentation, self.operations, self.data_seed = sample.augmentation, sample.operations, sample.data_seed
         self.batch_size, self.seed, self.num_readers = 1, 0, 1
         self.start: tuple[int, dict[int, dict[str, Any]]] = (0, {})
+        #: Index and number of the processes: a worker that was not forked would join their group to learn them.
+        self.process: tuple[int, int] | None = None
 
     @property
     def num_lanes(self) -> int:
@@ -200,12 +209,13 @@ class StreamedImages(torch.utils.data.IterableDataset):
         return max(1, at_most // self.num_readers) * self.num_readers
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        worker, state = torch.utils.data.get_worker_info(), PartialState()
+        worker = torch.utils.data.get_worker_info()
+        process, num_processes = self.process or (PartialState().process_index, PartialState().num_processes)
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         done, positions = self.start
         lanes: dict[int, Lane] = {}
         for batch in itertools.count(done + number, workers):
-            lane = (batch * state.num_processes + state.process_index) % self.num_lanes
+            lane = (batch * num_processes + process) % self.num_lanes
             if lane not in lanes:
                 lanes[lane] = Lane(self.stream, lane, self.num_lanes, self.seed, positions.get(lane))
             examples = self._examples(*lanes[lane].take(self.batch_size))

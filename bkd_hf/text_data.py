@@ -15,7 +15,7 @@ from transformers import BertTokenizer, DataCollatorWithPadding, PreTrainedConfi
 
 from .data import LABEL_COLUMN, class_counts, class_names, hash_of_table, labels_of
 from .errors import InputError
-from .models import MAX_LENGTH
+from .models import MAX_LENGTH, is_unlimited
 from .tasks import TEXT_COLUMN
 from .teacher import TEACHER_PREFIX
 
@@ -27,7 +27,6 @@ _COUNT_FROM_PADDING = {
     "camembert", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
     "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
 }  # fmt: skip
-_UNLIMITED = 10**9  # transformers' length of tokenizers without one exceeds this
 
 
 @dataclass
@@ -155,7 +154,7 @@ def set_max_length(tokenizer: PreTrainedTokenizerBase, name: str, max_length: in
 def limit_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give a tokenizer without a maximal length that of its model's position embeddings."""
     most = getattr(config, "max_position_embeddings", None)
-    if tokenizer.model_max_length > _UNLIMITED and isinstance(most, int) and most > 0:
+    if is_unlimited(tokenizer) and isinstance(most, int) and most > 0:
         # RoBERTa and its relatives count positions from behind the padding token's id.
         is_shifted = config.model_type in _COUNT_FROM_PADDING and config.pad_token_id is not None
         tokenizer.model_max_length = most - (config.pad_token_id + 1 if is_shifted else 0)

@@ -325,6 +325,7 @@ class TrainingData:
         args, images = self.args, self.dataset
         images.batch_size, images.seed = batch_size, args.seed if args.data_seed is None else args.data_seed
         images.num_readers = accelerator.num_processes * max(1, args.dataloader_num_workers)
+        images.process = accelerator.process_index, accelerator.num_processes
         loader = DataLoader(
             images,
             batch_size=None,

@@ -156,10 +156,10 @@ class Rendering:
     @functools.lru_cache(maxsize=4096)  # noqa: B019 (renderings live as long as their data set)
     def region(self, width: int, height: int) -> Box:
         """The part that the processor keeps of an image of this size."""
-        coordinates = np.zeros((height, width, 3))
-        coordinates[:, :, 0] = np.linspace(0, 255, width)
-        coordinates[:, :, 1] = np.linspace(0, 255, height)[:, None]
-        seen = self._bytes(Image.fromarray(coordinates.round().astype(np.uint8))).astype(float)[:, :, self.channels]
+        coordinates = np.zeros((height, width, 3), np.uint8)
+        coordinates[:, :, 0] = np.linspace(0, 255, width).round()
+        coordinates[:, :, 1] = np.linspace(0, 255, height).round()[:, None]
+        seen = self._bytes(Image.fromarray(coordinates)).astype(float)[:, :, self.channels]
         left, right = _ends(seen[:, :, 0].mean(axis=0), width)
         top, bottom = _ends(seen[:, :, 1].mean(axis=1), height)
         return left, top, right, bottom

@@ -640,11 +640,21 @@ def test_a_folder_that_describes_itself_is_left_to_datasets(tmp_path):
     assert data["train"].features["label"].names == ["0", "1"]
 
     (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "metadata.png")  # an image like all others
+    assert load_image_dataset(root)["train"].features["label"].names == ["a", "b"]
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a/*\n"
         "  - split: test\n    path: b/*\n---\n"
     )
     assert load_image_folder(root) is None
+
+
+def test_a_folder_with_the_name_of_the_demo_is_told(tmp_path, monkeypatch, caplog):
+    fill(tmp_path / "digits", {"a": 6, "b": 6})
+    monkeypatch.chdir(tmp_path)
+    assert load_image_dataset("digits")["train"].features["label"].names[0] == "0"
+    assert "--dataset_name digits is the demo of this name. For the folder here, write ./digits" in caplog.text
+    assert load_image_dataset("./digits")["train"].features["label"].names == ["a", "b"]
 
 
 # ---- Files that are none

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from bkd_hf import ImageDataset, InputError, decoding
 from bkd_hf.decoding import decode_image, decode_part, shared_images
+from bkd_hf.machine import memory_limit
 from tests.test_images import labelled, photos, pixels_of, stored, vit_processor
 
 FORK = multiprocessing.get_context("fork")
@@ -291,6 +292,12 @@ def test_folder_that_is_none(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be kept in"):
         made(tmp_path / "file" / "folder")
+
+
+def test_auto_keeps_to_the_memory_of_a_container(tmp_path, monkeypatch):
+    assert memory_limit() > 0
+    monkeypatch.setattr("bkd_hf.images.memory_limit", lambda: 1000.0)
+    assert not made(tmp_path, cache_images="auto").in_memory
 
 
 @pytest.mark.parametrize(("processes", "entries"), [("1", 0), ("4", 1)])

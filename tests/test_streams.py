@@ -29,7 +29,16 @@ from bkd_hf.commands import split
 from bkd_hf.data import class_counts
 from bkd_hf.errors import TrainingStopped
 from bkd_hf.inputs import load_splits
-from bkd_hf.streams import Lane, Stream, StreamedImages, count_labels, load_stream, open_columns, read_counts
+from bkd_hf.streams import (
+    POSITION,
+    Lane,
+    Stream,
+    StreamedImages,
+    count_labels,
+    load_stream,
+    open_columns,
+    read_counts,
+)
 
 NAMES = [str(digit) for digit in range(10)]
 
@@ -84,6 +93,22 @@ def test_columns_labels_and_evaluation_are_as_without_a_stream(opened, shards):
         assert len(data["train"].sample) == 400
         assert data["eval"]["label"] == loaded["eval"]["label"]
         assert data["eval"][3]["image"] == loaded["eval"][3]["image"]
+
+
+def test_processes_read_different_lanes_and_their_workers_ask_no_group(opened):
+    """A worker that was not forked has a process group of its own, if any."""
+    found = []
+    for process in range(2):
+        data = images(opened["parquet"]["train"])
+        data.num_readers, data.process = 2, (process, 2)
+        found.append([example[POSITION][0] for example, _ in zip(data, range(4), strict=False)])
+    assert [{lane % 2 for lane in lanes} for lanes in found] == [{0}, {1}]
+
+
+def test_an_example_without_a_label_is_named_as_such(opened):
+    for label in (None, -1):
+        with pytest.raises(InputError, match=r"\(split train\) has no label. Remove such examples"):
+            opened["parquet"]["train"].number_of(label)
 
 
 @pytest.mark.parametrize(("kind", "num_lanes"), [("parquet", 2), ("parquet", 8), ("webdataset", 4)])  # of 3 files
@@ -287,7 +312,7 @@ def test_counts_by_name_or_number(tmp_path, content, feature, expected):
             read_counts(str(path), feature)
 
 
-@pytest.mark.parametrize("label", [10, -1, None, "ten"])
+@pytest.mark.parametrize("label", [10, -2, "ten"])
 def test_labels_that_were_not_counted_are_refused(opened, label):
     with pytest.raises(InputError, match="of which --class_counts says nothing"):
         opened["parquet"]["train"].number_of(label)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -98,6 +100,54 @@ def test_words_that_csv_readers_take_for_missing_values_are_words(tmp_path, plac
     file.write_text("text,label\nyes,a\n,b\n")
     with pytest.raises(InputError, match="1 example has no text"):
         load_text_dataset(str(tmp_path / place), cache_dir=str(tmp_path / "cache"))
+
+
+def test_classes_of_csv_files_are_as_they_are_written(tmp_path):
+    load = functools.partial(load_text_dataset, cache_dir=str(tmp_path / "cache"))
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"t{i},{label}\n" for label in ("01", "1", "2") for i in range(10)))
+    assert load(str(path))["train"].features["label"].names == ["01", "1", "2"]
+    path.write_text("text,label\n" + "".join(f"t{i},{label}\n" for label in (1, 2, 10) for i in range(10)))
+    assert load(str(path))["train"].features["label"].names == ["1", "2", "10"]  # numbers are in their order
+    # The type must not depend on a chunk of 10,000 rows.
+    path.write_text("text,label\n" + "t,1\n" * 10_001 + "t,a\n" * 10)
+    assert load(str(path))["train"].features["label"].names == ["1", "a"]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.csv").write_text("text,label\n" + "t,1\nt,2\n" * 5)
+    (folder / "test.csv").write_text("text,label\nt,1\nt,x\n")
+    with pytest.raises(InputError, match="the eval split has the label 'x', which the training split"):
+        load(str(folder))
+    (folder / "test.csv").write_text("text,class\nt,1\n")
+    with pytest.raises(InputError, match="its files differ in their columns"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["data [v2].csv", "set [v2]"])
+def test_names_that_look_like_patterns(tmp_path, name):
+    if name.endswith(".csv"):
+        path = write("a.csv", tmp_path).rename(tmp_path / name)
+        assert len(load_text_dataset(str(path), cache_dir=str(tmp_path / "cache"))["train"]) == 16
+    else:
+        path = write("folder", tmp_path).rename(tmp_path / name)
+        with pytest.raises(InputError, match=r"brackets.* for a pattern. Rename the folder"):
+            load_text_dataset(str(path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_texts_of_a_data_frame_are_saved_texts(tmp_path):
+    """With pandas 3 they are large strings; nothing may be written into the folder."""
+    large = datasets.Features({"text": datasets.Value("large_string"), "label": datasets.Value("string")})
+    table().cast(large).save_to_disk(tmp_path / "saved")
+    before = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    assert set(load_text_dataset(str(tmp_path / "saved"))["train"]["text"]) == set(TEXTS)
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == before
+
+
+def test_a_tokenizer_without_a_maximum_gives_a_fresh_model_the_usual_one(tokenizer):
+    unlimited = copy.deepcopy(tokenizer)
+    unlimited.model_max_length = int(1e30)  # as transformers has it
+    model = load_classifier("bert-1x64", ["cat", "dog"], task="text", processor=unlimited)
+    assert model.config.max_position_embeddings == 512
 
 
 def test_texts_with_an_output_format(tokenizer):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar
@@ -230,8 +230,8 @@ class BKDConfig(TrainingArguments):
     momentum: float = option(0.0, "Momentum of --optim sgd (without Nesterov), in [0, 1).")
     decay_all_parameters: bool = option(
         False,
-        "Apply weight_decay to all parameters, biases and normalisation layers too, as published long-tail recipes "
-        "do.",
+        "Apply weight_decay to all parameters, as published long-tail recipes do; without, Trainer leaves out biases "
+        "and the weights of layers that are called norm or LayerNorm.",
     )
     ema_decay: float | None = option(
         None,
@@ -450,3 +450,14 @@ def method_defaults(method: str) -> dict[str, Any]:
     """All options that choose a method and its losses, with their values if only `method` is given."""
     defaults = {f.name: f.default for f in fields(BKDConfig) if f.name in METHOD_OPTIONS}
     return {**defaults, **METHODS[method].options(), "method": method}
+
+
+@contextmanager
+def values_for_now(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """Give options other values for a while, without a check."""
+    before = {name: getattr(args, name) for name in values}
+    try:
+        vars(args).update(values)
+        yield
+    finally:
+        vars(args).update(before)

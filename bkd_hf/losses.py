@@ -191,7 +191,8 @@ def balanced_distillation_loss(
         power: p ≥ 0; `"auto"` is 1/T, 0 is plain [`kd_loss`].
         standardize: Whether z_t and z_s are first replaced by (z − mean(z)) / std(z), over the classes of an example
             (logit standardization: Sun et al., 2024, arXiv 2403.01427, algorithm 1). The student then need not match
-            the scale of the teacher's logits.
+            the scale of the teacher's logits. With class weights this is our combination: the targets get the shift
+            after that, so their logits no longer have the student's standard deviation, and the least loss is above 0.
     """
     student_logits, teacher_logits = checked_logits(student_logits, teacher_logits, temperature)
     log_targets = balanced_log_targets(teacher_logits, class_weights, temperature, power, standardize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from .errors import InputError
 from .loss_inputs import IGNORE_INDEX, are_labelled, standardized
@@ -16,6 +18,8 @@ from .losses import class_balanced_weights, deferred_weights, example_weights, h
 from .methods import CLASSIFICATION_LOSSES, DISTILLATION_LOSSES, Loss, call, constant
 from .text import have, names_of
 from .top_k import TopK
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -348,6 +352,7 @@ class Objective:
             except (TypeError, ValueError) as error:
                 raise InputError(f"--{part} {getattr(self.options, part)}: {error}") from error
         _ = self.top_k  # raises
+        self._check_power()
 
     def check(self, model_config: Any) -> None:
         """Check, before training, that the objective works with a student.
@@ -373,8 +378,22 @@ class Objective:
             )
 
     def _check_power(self) -> None:
-        power = self.options.class_balance_power
-        if not isinstance(power, float) or not self.has_teacher or not self.balances_distillation:
+        power, beta = self.options.class_balance_power, self.options.class_balance_beta
+        if not self.has_teacher or not self.balances_distillation:
+            return
+        if power in ("auto", "measured"):  # for weights like 1/n
+            if beta == 0:
+                raise InputError(
+                    f"--beta 0 gives all classes the same weight, so that --class_balance_power {power} balances "
+                    "nothing. Use --method kd, or the default --beta."
+                )
+            counts = self.known_class_counts()
+            if (largest := int(counts.max())) * (1 - beta) > 1 and largest > counts.min():
+                enough = 1 - 10.0 ** -math.ceil(math.log10(10 * largest))
+                logger.warning_once(
+                    f"--beta {beta:g} gives classes of more than about {1 / (1 - beta):,.0f} training examples nearly "
+                    f"the same weight; the largest has {largest:,}. Use --beta {enough:.12g} to balance them too."
+                )
             return
         weights = self.final_weights()
         raised = self._raised(weights, power)

@@ -200,6 +200,12 @@ class OptimizingTrainer(Trainer):
         if self.args.uses_step_decay and self.lr_scheduler is None:  # type: ignore[has-type]
             args = self.args
             steps_per_epoch = self._update_steps_per_epoch or math.ceil(num_training_steps / args.num_train_epochs)
+            is_endless = self.train_dataset is not None and not has_length(self.train_dataset)
+            if is_endless and self._update_steps_per_epoch is None:
+                raise InputError(
+                    "--lr_step_epochs needs epochs, and the length of this training set is not known: give the "
+                    "trainer class_counts, or use another --lr_scheduler_type."
+                )
             schedule = StepDecay(steps_per_epoch, args.lr_warmup_epochs, args.lr_step_epochs, args.lr_step_factors)
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, schedule)
             self._created_lr_scheduler = True

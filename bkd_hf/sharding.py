@@ -134,3 +134,11 @@ def own_part(weight: Any) -> torch.Tensor:
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return all weights of a model that may be sharded. All processes must call it."""
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+
+
+def forget_precision(model: nn.Module) -> None:
+    """Undo what the accelerator of an earlier trainer did to a model, which would keep that trainer's precision."""
+    for module in model.modules():
+        module.__dict__.pop("_is_accelerate_prepared", None)
+        if module.__dict__.pop("_original_forward", None) is not None:
+            del module.forward  # under autocast; that of its class again

@@ -39,7 +39,7 @@ def strongest_power(
     temperature: float = 2.0,
     share_kept: float = 0.95,
 ) -> float:
-    """Return the largest p in [1/T, 1] at which the targets softmax(z_t/T + p · log w) still match the labels.
+    """Return the largest p in [1/T, min(1, 2/T)] at which targets softmax(z_t/T + p · log w) still match the labels.
 
     If the teacher is right about image i, the label is also the most likely class of its target as long as p is below
 
@@ -47,7 +47,8 @@ def strongest_power(
 
     The result is the 5 % quantile of these p_i (the lower of its neighbours): 95 % reach it. A teacher that has
     memorised its training images gives 1, the paper's p; one that has not gives 1/T, which is right for a teacher
-    whose softmax(z_t) is calibrated on them.
+    whose softmax(z_t) is calibrated on them. Above 2/T, the targets would remove the class frequencies more than
+    twice, which no loss on the labels makes up for (see `Objective.tau`).
 
     Args:
         teacher_logits: N×C, of training images.
@@ -62,7 +63,7 @@ def strongest_power(
     lead = logits.gather(1, labels) - logits
     rise = log_weights - log_weights[labels]
     limits = torch.where(rise > 0, lead / (temperature * rise.clamp_min(1e-12)), torch.inf).amin(dim=1)[right]
-    least, most = min(1.0, 1 / temperature), 1.0
+    least, most = min(1.0, 1 / temperature), min(1.0, 2 / temperature)
     if not limits.numel():
         return least
     limits = limits.sort().values  # an interpolated quantile may compute ∞ − ∞

@@ -29,7 +29,7 @@ from .callbacks import (
     TeacherLogitsError,
     TrainingDivergedError,
 )
-from .config import BKDConfig
+from .config import BKDConfig, values_for_now
 from .errors import InputError, TrainingStopped
 from .head import num_labels, prepare_head
 from .head_fitting import fit_bias
@@ -41,7 +41,7 @@ from .models import start_from_teacher
 from .objective import Objective, Progress
 from .optimization import OptimizingTrainer
 from .reading_trainer import ReadingTrainer
-from .sharding import check_engine, spread_large_teacher, start_deepspeed_anew, tell_of_layers
+from .sharding import check_engine, forget_precision, spread_large_teacher, start_deepspeed_anew, tell_of_layers
 from .stopping import StopAtSigterm, end_workers
 from .streams import StreamedImages, sample_of
 from .targets import NUM_IMAGES, answers_about_sample, look
@@ -139,9 +139,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         # Trainer collects all logits for compute_metrics; the long-tail metrics are accumulated batch by batch.
         are_ours = isinstance(compute_metrics, LongTailEvaluation) and compute_metrics.adds_up
         adds_up = are_ours and preprocess_logits_for_metrics is None
-        # Instead of Trainer's callback for SIGTERM, which would listen from now on.
-        args.enable_jit_checkpoint, stops_at_sigterm = False, args.enable_jit_checkpoint
-        try:
+        if model is not None:
+            forget_precision(model)
+        # Instead of Trainer's callback for SIGTERM, which would listen from now on, and its smoothing.
+        with values_for_now(args, enable_jit_checkpoint=False, label_smoothing_factor=0.0):
             super().__init__(
                 model=model,
                 args=args,
@@ -163,8 +164,6 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
                 optimizers=optimizers,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             )
-        finally:
-            args.enable_jit_checkpoint = stops_at_sigterm
         tell_of_layers(self.accelerator, args, self.model)
         # Has Trainer count the examples of each optimizer step, over its micro-batches and processes.
         self.model_accepts_loss_kwargs = True
@@ -294,7 +293,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
 
     @property
     def class_weights(self) -> torch.Tensor | None:
-        """The C weights w^p in the distillation loss at this point of training; `None` if it uses none."""
+        """The C weights w^(p · κ) in the distillation loss at this point of training; `None` if it uses none."""
         return self.bkd_objective.distillation_weights(self._progress())
 
     @property
@@ -307,6 +306,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
     def _prepare_teacher(self, teacher: FrozenTeacher) -> FrozenTeacher:
         """Place the teacher under the student's autocast, but outside everything that is trained or saved."""
         num_known = len(self.accelerator._models)
+        forget_precision(teacher)
         prepared = self.accelerator.prepare_model(teacher, device_placement=True, evaluation_mode=True)
         spread_large_teacher(teacher.model, self.accelerator)
         # Otherwise Trainer.evaluate() before train() would consider the student prepared.
@@ -399,11 +399,10 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         """Create a student by `model_init`, now and again when training begins; its backbone may be frozen."""
         model = super().call_model_init(trial)
         self._compute_features = None  # of the model before
+        prepare_head(model, self.args)
         if hasattr(self, "student_started_from_teacher"):  # not while the trainer itself is made
             self._initialise_student(model)
             self._add_adapter(model)
-        prepare_head(model, self.args)
-        if hasattr(self, "student_started_from_teacher"):
             self._start_head(model.to(self.args.device))
         return model
 

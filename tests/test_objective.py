@@ -480,3 +480,21 @@ def test_iterable_data_cannot_be_sampled_by_class(tmp_path):
 def test_every_part_is_used_by_a_preset():
     used = {getattr(method, part) for method in METHODS.values() for part in PARTS}
     assert set(CLASSIFICATION_LOSSES) | set(DISTILLATION_LOSSES) <= used
+
+
+@pytest.mark.parametrize(("power", "largest"), [("auto", 200_000), ("measured", 300_000)])
+def test_weights_that_cannot_balance_are_refused_or_told(power, largest, caplog):
+    def check(counts: list[int], **options: float) -> None:
+        caplog.clear()
+        args = BKDConfig("unused", use_cpu=True, method="bkd", class_balance_power=power, **options)
+        Objective(args, counts, look=lambda: {"power": 1.0}).check_values()
+
+    check([9000, 9])
+    assert "--beta" not in caplog.text
+    with pytest.raises(InputError, match=f"--beta 0 gives all .* --class_balance_power {power} balances nothing"):
+        check([9, 1], class_balance_beta=0.0)
+    check([largest, 20_000, 1])  # whose weights are nearly the same for the first two
+    assert "more than about 10,000 training examples" in caplog.text
+    assert f"the largest has {largest:,}. Use --beta 0.9999999 to" in caplog.text  # only once in a process
+    check([largest, 20_000, 1], class_balance_beta=0.9999999)
+    assert "--beta" not in caplog.text

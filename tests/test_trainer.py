@@ -177,6 +177,41 @@ def test_label_smoothing_is_honoured(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_plain_module_learns_smoothed_labels(tmp_path):
+    data = [{"features": torch.ones(3), "labels": label} for label in [0, 1, 2, 3, 4] * 4]
+    trainer = trainer_for(tmp_path, Linear(3), teacher=None, data=data, label_smoothing_factor=0.5)
+    loss = trainer.compute_loss(trainer.model.train(), {"features": torch.ones(2, 3), "labels": torch.tensor([0, 1])})
+    logits = trainer.model(torch.ones(2, 3)).logits
+    expected = nn.functional.cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=0.5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert trainer.args.label_smoothing_factor == 0.5
+    trainer.train()
+
+
+def test_each_trainer_computes_in_its_own_precision(tmp_path):
+    """Also with the models of an earlier one."""
+    pixels = torch.stack([example["pixel_values"] for example in images()])
+    student, teacher = resnet(1), FrozenTeacher(resnet(2))
+    trainer_for(tmp_path, student, teacher, bf16=True, max_steps=1, num_train_epochs=1).train()
+    expected = teacher.model(pixels).logits
+    later = trainer_for(tmp_path, student, teacher, max_steps=1)
+    assert torch.equal(later.teacher_model(pixel_values=pixels), expected)
+    found = torch.from_numpy(later.predict(images()).predictions)
+    with torch.no_grad():
+        assert torch.allclose(found, type(student).forward(student.eval(), pixels).logits, atol=1e-5)
+    assert not torch.equal(
+        torch.from_numpy(trainer_for(tmp_path, student, None, method="ce", bf16=True).predict(images()).predictions),
+        found,
+    )
+
+
+def test_a_student_without_anything_to_train_is_refused(tmp_path):
+    was_teacher = FrozenTeacher(resnet(1)).model
+    with pytest.raises(InputError, match=r"All weights of the student are frozen.* pass a copy"):
+        trainer_for(tmp_path, was_teacher)
+    trainer_for(tmp_path, was_teacher.requires_grad_(True))
+
+
 def test_evaluation_is_plain_cross_entropy_with_long_tail_metrics(tmp_path):
     trainer = trainer_for(tmp_path, per_device_eval_batch_size=16)  # 40 = 16 + 16 + 8
     metrics = trainer.evaluate()
@@ -1052,6 +1087,12 @@ def test_passes_over_a_set_without_length_are_counted_by_its_examples(tmp_path, 
     training = trainer.save_results()["student"]["training"]
     assert (training["steps"], training["epochs"]) == (10, 5)
     assert training["images_per_second"] == pytest.approx(200 / training["seconds"], rel=0.2)
+
+
+def test_epochs_of_unknown_length_are_no_steps_of_the_learning_rate(tmp_path):
+    options = {"method": "ce", "max_steps": 4, "lr_step_epochs": [1], "lr_step_factors": [0.1]}
+    with pytest.raises(InputError, match=r"--lr_step_epochs needs epochs, .* give the trainer class_counts"):
+        BKDTrainer(resnet(), None, config(tmp_path, **options), train_dataset=Stream()).train()
 
 
 @pytest.mark.parametrize("options", [{"method": "bkd-calibrated"}, {"method": "ce", "head_bias": "balanced"}], ids=str)

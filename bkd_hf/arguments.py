@@ -215,9 +215,9 @@ def _choose_precision(
     given = of_file | of_line
     if (backend := launcher_compiler()) and not given & {"torch_compile", "torch_compile_backend"}:
         namespace.torch_compile, namespace.torch_compile_backend = True, backend
-    flags = {"bf16", "fp16"}
+    flags = {"bf16", "fp16"} & (of_line if "precision" in of_line else given)  # the command line wins over a file
     overrides_file = flags & of_line and "precision" not in of_line
-    if overrides_file or (flags & given and namespace.precision == "auto"):
+    if overrides_file or (flags and namespace.precision == "auto"):
         return False, None
     precision, is_measured, rates = namespace.precision, False, None
     if precision == "auto":
@@ -230,7 +230,7 @@ def _choose_precision(
             is_measured = is_on_cpu and precision == "bf16" and not needs_it
         if precision not in PRECISIONS:
             raise InputError(f"The launcher asks for mixed_precision {precision}: give --precision, which wins.")
-    for name in sorted(flags & given):
+    for name in sorted(flags):
         if getattr(namespace, name) != (name == precision):
             raise InputError(f"--precision {precision} and --{name} contradict each other: leave one out.")
     namespace.bf16, namespace.fp16 = precision == "bf16", precision == "fp16"

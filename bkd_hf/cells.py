@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from .given_teacher import match_teacher, warn_of_unused_options
 from .inputs import load_splits
 from .machine import available_cores
 from .methods import METHODS
-from .options import RunArguments
+from .options import NOT_FOR_TEACHER, RunArguments
 from .program import program
 from .results import describe_data, effective_batch_size, load_results, told_arguments
 from .run_folder import identity_of, run_state
@@ -157,7 +158,8 @@ def plan_cells(
     for option, why in _NOT_FOR_CELLS.items():
         name, arguments = option.removeprefix("--"), told[methods[0]]
         is_allowed = option == "--max_steps" and arguments.data.streaming
-        is_recipes = name in arguments.from_recipe and arguments.options.get(name) not in (None, False, -1)
+        is_set = name.startswith("teacher_") or arguments.options.get(name) not in (None, False, -1)
+        is_recipes = name in arguments.from_recipe and is_set
         if (is_recipes or option in given) and not is_allowed:
             where = f"{name} in the recipe" if is_recipes else option
             raise InputError(f"{where} cannot be set for a comparison: {why}.")
@@ -174,7 +176,13 @@ def plan_cells(
             # Alone on a command line, it would have other defaults, and options that are about its students.
             wanted, alone = told[method].for_teacher().options, teacher.parse().options
             preset = {name: value for name, value in method_defaults(teacher.method).items() if wanted[name] is None}
-            wanted = {name: value for name, value in {**wanted, **preset}.items() if name not in _OWN_OF_CELLS}
+            shared = _OWN_OF_CELLS | NOT_FOR_TEACHER
+            wanted = {name: value for name, value in {**wanted, **preset}.items() if name not in shared}
+            if wanted["image_size"] is None and alone["image_size"] is not None:
+                raise InputError(
+                    f"--image_size {alone['image_size']} is for the students: say in which size the teacher is "
+                    "fine-tuned, by --teacher_image_size."
+                )
             own = [_words(name, value) for name, value in wanted.items() if value not in (None, alone[name])]
             teacher = replace(teacher, options=(*teacher.options, *(word for words in own for word in words)))
         return replace(found, teacher=teacher)
@@ -278,7 +286,8 @@ class CellRunner:
                     if code == 0:
                         outcome = f"finished. {_summary(cell)}"
                     else:
-                        why = f"killed by signal {-code}" if code < 0 else _last_error(log)
+                        begin = self._log_begins[cell]
+                        why = f"killed by signal {-code}" if code < 0 else _last_error(log, begin)
                         outcome = f"failed: {why} (exit code {code}, log: {log})"
                         failures[cell] = f"{cell.name}: {outcome}"
                     num_left = len(todo) + len(running)
@@ -404,9 +413,12 @@ def _summary(cell: Cell) -> str:
     return f"Overall {100 * metrics['accuracy']:.1f} %{few}"
 
 
-def _last_error(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return ([line for line in lines if "error" in line.lower()] or lines or ["it printed nothing"])[-1]
+def _last_error(log: Path, begin: int = 0) -> str:
+    """Return the line of a log, from this byte on, that says why; a launcher may print more about it."""
+    text = log.read_bytes()[begin:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    ours, any_error = ([line for line in lines if re.match(e, line)] for e in ("error: ", "(?i).*error"))
+    return (ours or any_error or lines or ["it printed nothing"])[-1]
 
 
 def _num_evaluations(args: BKDConfig, num_steps: float) -> float:

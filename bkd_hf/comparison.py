@@ -16,7 +16,7 @@ from .config import BATCH_CUT, METHOD_OPTIONS, BKDConfig, method_defaults
 from .errors import InputError
 from .methods import METHODS
 from .metrics import groups_of
-from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments
+from .options import ABOUT_TEACHER, WITHOUT_INFLUENCE, DataArguments, ModelArguments, options_with
 from .results import (
     RESULTS_NAME,
     adjusts_itself,
@@ -25,7 +25,7 @@ from .results import (
     recorded_defaults,
     training_options,
 )
-from .run_folder import RUN_NAME
+from .run_folder import RUN_NAME, caches_in_use
 
 #: Columns of the tables, and their keys in `long_tail_metrics`.
 METRICS = {
@@ -49,7 +49,10 @@ _SAME_DATA = (
     "few_shot_threshold",
 )  # fmt: skip
 # Batch options are compared as "examples in a step".
-_MAY_DIFFER = {*WITHOUT_INFLUENCE, *BATCH_CUT, "global_batch_size", "seed", "data_seed", "teacher_model_name_or_path"}
+_MAY_DIFFER = {
+    *WITHOUT_INFLUENCE, *options_with("place"), *BATCH_CUT, "global_batch_size", "seed", "data_seed",
+    "teacher_model_name_or_path",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,9 +214,11 @@ class Comparison:
 def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int = 2000) -> np.ndarray | None:
     """Return a metric of a student on test sets resampled from the test images, class by class, as fractions.
 
-    The number of correct images in a class of n images is then binomial(n, accuracy of the class). Two students are
-    resampled independently, as the results do not say which images each is right about. As both tend to be right about
-    the same images, the interval of their difference is rather too wide.
+    The number of correct images in a class of n images is then binomial(n, accuracy of the class), whose deviations
+    are scaled by √(n/(n − 1)), as the accuracy is an estimate itself. A single image says nothing about its class: all
+    such classes have their mean accuracy. Two students are resampled independently, as the results do not say which
+    images each is right about. As both tend to be right about the same images, the interval of their difference is
+    rather too wide.
 
     Args:
         results: The content of `results.json`.
@@ -229,7 +234,10 @@ def resampled(results: dict[str, Any], key: str, seed: int = 0, repetitions: int
     if rates is None or not members.any():
         return None
     generator, n, p = np.random.default_rng(seed), images[members], np.array(rates, dtype=float)[members].clip(0, 1)
-    right = np.array([generator.binomial(n, p) for _ in range(repetitions)])
+    if (single := n == 1).any():
+        p[single] = p[single].mean()
+    scale = np.sqrt(n / np.maximum(n - 1, 1))
+    right = n * p + scale * (np.array([generator.binomial(n, p) for _ in range(repetitions)]) - n * p)
     return right.sum(axis=1) / n.sum() if key == "accuracy" else (right / n).mean(axis=1)
 
 
@@ -277,6 +285,7 @@ def _differing_options(cells: Sequence[dict[str, Any]], may_differ: Iterable[str
         | {"method of the teacher": (results.get("teacher") or {}).get("method")}
         | {"examples in a step": effective_batch_size(results)}
         | _settled_prior(results["options"]["training"])
+        | caches_in_use(results["options"]["training"])
         | of_own_teacher(results)
         | ({} if results.get("teacher") else dict.fromkeys(ABOUT_TEACHER, ...))
         for results in cells

@@ -287,7 +287,7 @@ def options_without_effect(
             messages.append(f"--{given} has no effect: {why}.")
 
     has_momentum = options.momentum != 0 and options.optim.value != "sgd"
-    add(has_momentum, f"momentum {options.momentum}", f"it belongs to --optim sgd, not {options.optim}")
+    add(has_momentum, f"momentum {options.momentum}", f"it belongs to --optim sgd, not {options.optim.value}")
     add(options.decay_all_parameters and options.weight_decay == 0, "decay_all_parameters", "--weight_decay is 0")
     has_scale = options.head_scale is not None and options.cosine_scale is None
     add(has_scale, f"head_scale {options.head_scale or 0:g}", "it belongs to --head cosine")

@@ -101,7 +101,7 @@ def prepare(
     """Make a model's inputs for a split, augmented for training, and those of its teacher if they differ."""
     if arguments.model.task == "text":
         return TextDataset(split, processor, teacher)
-    options, trainings = arguments.data, (arguments.training, arguments.for_teacher().training)
+    options, trainings = arguments.data, [each.training for each in arguments.with_teacher]
     augmentation = options.train_augmentation if for_training else "none"
     is_stream = isinstance(split, Stream)
     images = ImageDataset(

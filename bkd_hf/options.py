@@ -5,6 +5,7 @@ The options of the training itself are those of [`BKDConfig`].
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import warnings
@@ -368,6 +369,23 @@ class RunArguments:
     def repo_id(self) -> str:
         """Id of the model on the Hub."""
         return self.training.hub_model_id or Path(self.training.output_dir).absolute().name
+
+    @property
+    def with_teacher(self) -> list[RunArguments]:
+        """These arguments, and those of the teacher's run if the method has one."""
+        return [self, self.for_teacher()] if self.distils else [self]
+
+    def copy(self) -> RunArguments:
+        """Return a copy for one run: what it finds out, such as its batch size, is no option of the next."""
+        copied = copy.copy(self)
+        copied.training = copy.copy(self.training)
+        copied._teacher = None if self._teacher is None else self._teacher.copy()
+        return copied
+
+    def are_told(self, *names: str) -> bool:
+        """Whether the command line or its recipe gives one of these options."""
+        words = {word.partition("=")[0].replace("-", "_") for word in self.command_line or ()}
+        return any(name in self.from_recipe or f"__{name}" in words for name in names)
 
     def for_teacher(self) -> RunArguments:
         """Return the arguments of the teacher's run: the same, with its own method and the options given for it alone.

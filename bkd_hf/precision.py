@@ -130,7 +130,7 @@ def share_precision(options: RunArguments) -> None:
 
 def _set_precision(options: RunArguments, precision: str) -> None:
     options.measures_precision = False
-    for told in (options, options.for_teacher()):
+    for told in options.with_teacher:
         told.options["bf16"] = told.training.bf16 = precision == "bf16"
         told.training.mixed_precision = "bf16" if told.training.bf16 else "no"
     AcceleratorState._reset_state()  # accelerate would keep the precision of the first model, the rehearsal's

@@ -158,8 +158,9 @@ def _check_cache(args: BKDConfig) -> None:
         )
     folder = Path(args.teacher_cache).expanduser()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        # Nothing is left there: it may be in the output folder, which is not claimed yet.
+        place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise InputError(

@@ -96,10 +96,10 @@ def check_schema(results: Any, source: str | os.PathLike[str] = "This run", adds
     if version != SCHEMA_VERSION:
         raise InputError(
             f"{source} has schema version {one_line(repr(version), 40)}; this version of bkd_hf ({__version__}) reads "
-            f"{SCHEMA_VERSION}. Run it again, or use the version of bkd_hf that wrote it."
+            f"{SCHEMA_VERSION}. Run it anew (with --overwrite), or use the version of bkd_hf that wrote it."
         )
     if fault := find_fault(_without_nan(results), adds_up):
-        raise InputError(f"{source} {fault}. Run it again.")
+        raise InputError(f"{source} {fault}. Run it anew (with --overwrite).")
 
 
 def save_json(content: Any, path: str | os.PathLike[str]) -> None:

@@ -104,6 +104,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         InputError: If the user's input is invalid.
     """
     started, say = time.perf_counter(), Announcer()
+    given, arguments = arguments, arguments.copy()
     output_dir = Path(arguments.training.output_dir)
     threads = set_num_threads(arguments.model.num_threads)
     keep_freed_memory()
@@ -132,6 +133,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
             results = export_run(arguments, say)
         _publish(arguments, say)
     finally:
+        given.overwrite = arguments.overwrite  # not once more, if this has deleted the earlier run
         unlock()
     return results
 
@@ -145,11 +147,10 @@ def _is_still_the_same(arguments: RunArguments, say: Announcer) -> bool:
     else:
         if not _claim(arguments, identity_of(arguments, data)):
             return False
-    of_teacher = arguments.for_teacher()
     if PartialState().is_main_process:
-        _report(arguments, load_results(arguments.training.output_dir), only_missing=True)
-        if (Path(of_teacher.training.output_dir) / RESULTS_NAME).exists():
-            _report(of_teacher, load_results(of_teacher.training.output_dir), only_missing=True)
+        for each in arguments.with_teacher:
+            if not each.is_teacher or (Path(each.training.output_dir) / RESULTS_NAME).exists():
+                _report(each, load_results(each.training.output_dir), only_missing=True)
     return True
 
 
@@ -173,9 +174,8 @@ def _prepare_and_train(arguments: RunArguments, threads: int, say: Announcer) ->
     splits, data = _load_data(arguments)
     counts, unit = data["class_counts"], task_of(data).name
     warn_of_untested_classes(data)
-    of_teacher = arguments.for_teacher()
     names = dict(enumerate(data["class_names"]))
-    for args in (arguments.training, of_teacher.training):
+    for args in (each.training for each in arguments.with_teacher):
         check_metric_for_best_model(args, data)
         # What the teacher's answers will tell is not known yet: any number does for a check.
         measured = {"power": 1.0, "prior_in_teacher": 1.0}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import re
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -105,8 +104,8 @@ def run_state(arguments: RunArguments, identity: dict[str, str | None] | None = 
     now: int = arguments.training.world_size
     then: int = (record or {}).get(_PROCESSES, now)
     found = _why_other(record or {}, arguments, identity, now)
-    if found and then != now and (not is_to_train or (has_results and not damage)):
-        found = _why_other(record or {}, arguments, identity, then)
+    if found and (not is_to_train or (has_results and not damage)):
+        found = _why_other(_as_chosen_here(record or {}, arguments), arguments, identity, then)
     batches = re.findall(r"(--\w*global_batch_size) is (\d+) there", found)
     keep = f"; {' '.join(map(' '.join, batches))} keeps the examples of a step" if batches else ""
     if found and arguments.is_teacher:
@@ -239,7 +238,7 @@ def _why_other(
     """Describe how a recorded run differs from one with this number of processes; empty if it does not."""
     here = what_is_told(arguments, identity, num_processes)
     there = {name: value for name, value in record.items() if name != _PROCESSES}
-    there = _with_later_options(_with_global_batches(there, num_processes), here, arguments)
+    there = _with_same_models(_with_later_options(there, here, arguments), arguments)
     names = {*there.get("teacher_training", {}), *here["teacher_training"]}
     there, here = (_with_teacher(told, names if arguments.distils else None) for told in (there, here))
     implied = {name: None for name in _IDENTITY if None in (there.get(name), here.get(name))}
@@ -247,6 +246,18 @@ def _why_other(
         implied["teacher_training"] = None  # options of another teacher
     there, here = _without_presets({**there, **implied}, {**here, **implied})
     return differences(there, here)
+
+
+def _as_chosen_here(record: dict[str, Any], arguments: RunArguments) -> dict[str, Any]:
+    """Replace in a record what a machine or a launcher chooses where it is not told: here it may be another one."""
+    training, here = record.get("training", {}), arguments.training
+    chosen = {"use_cpu": here.use_cpu}
+    if not arguments.are_told("precision", "bf16", "fp16"):
+        chosen |= {"bf16": here.bf16, "fp16": here.fp16}
+    if not arguments.are_told("torch_compile", "torch_compile_backend"):
+        chosen |= {"torch_compile": here.torch_compile, "torch_compile_backend": here.torch_compile_backend}
+    kept = {name: value for name, value in record.items() if name != "precision_rates" or "bf16" not in chosen}
+    return {**kept, "training": {**training, **{n: value for n, value in chosen.items() if n in training}}}
 
 
 def _without_presets(*records: dict[str, Any]) -> list[dict[str, Any]]:
@@ -292,28 +303,28 @@ def _options_in_use(args: BKDConfig, num_processes: int | None) -> dict[str, Any
     """All options; those that the method does not use have their defaults, and `None` means without influence."""
     defaults = method_defaults(args.method)
     unused = {name: defaults[name] for name in USED_BY if not option_is_used(name, vars(args))}
-    # The place of a cache has no influence; using one may change the last digits.
-    caches = {name: "off" if getattr(args, name) == "off" else "on" for name in ("teacher_cache", "feature_cache")}
     chooses = args.load_best_model_at_end or args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
     without = (*_WATCHING, *(() if chooses else _WATCHING_TIMES), *BATCH_CUT)
     batch = {"global_batch_size": args.images_in_step(num_processes or args.world_size)}
-    return {**args.to_dict(), **unused, **caches, **dict.fromkeys(without), **batch}
+    return {**args.to_dict(), **unused, **caches_in_use(vars(args)), **dict.fromkeys(without), **batch}
 
 
-def _with_global_batches(there: dict[str, Any], num_processes: int) -> dict[str, Any]:
-    """Convert an older record's batch split to the global batch size with this number of processes."""
-    training, alone = there.get("training", {}), there.get("teacher_training", {})
-    if "global_batch_size" in training or not training.keys() >= {*BATCH_CUT}:
-        return there
+def caches_in_use(training: Mapping[str, Any]) -> dict[str, str]:
+    """Return whether a training uses caches, whose place has no influence; using one may change the last digits."""
+    return {name: "off" if training.get(name, "off") == "off" else "on" for name in ("teacher_cache", "feature_cache")}
 
-    def batch(options: dict[str, Any]) -> dict[str, int]:
-        return {"global_batch_size": math.prod(options[name] for name in BATCH_CUT) * num_processes}
 
-    of_teacher = {name: value for name, value in alone.items() if name not in BATCH_CUT}
-    if of_teacher != alone:
-        of_teacher |= batch({**training, **alone})
-    training = {**training, **dict.fromkeys(BATCH_CUT), **batch(training)}
-    return {**there, "training": training, "teacher_training": of_teacher}
+def _with_same_models(there: dict[str, Any], arguments: RunArguments) -> dict[str, Any]:
+    """Give models that have only been moved, or are named otherwise, their present names."""
+    present = {}
+    for name, weights in (("model_name_or_path", "model_weights"), ("teacher_model_name_or_path", "teacher_weights")):
+        here = getattr(arguments.model, name)
+        if here is None or here == there.get("model", {}).get(name) or there.get(weights) is None:
+            continue
+        options = arguments.for_teacher().model if weights == "teacher_weights" else arguments.model
+        if _identity_of_weights(here, options) == there[weights]:
+            present[name] = here
+    return {**there, "model": {**there["model"], **present}} if present else there
 
 
 def _with_later_options(there: dict[str, Any], here: dict[str, Any], arguments: RunArguments) -> dict[str, Any]:

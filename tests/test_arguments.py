@@ -17,9 +17,10 @@ from bkd_hf.inputs import choose_workers
 from bkd_hf.machine import collect_only_new_garbage, default_precision, options_alone, precision_of
 from bkd_hf.optimization import OptimizingTrainer
 from bkd_hf.options import RunArguments
-from bkd_hf.run_folder import claim_output_dir, record_run, run_state
+from bkd_hf.run_folder import claim_output_dir, identity_of, record_run, run_state
 from tests.conftest import REPOSITORY
 from tests.test_images import photos, vit_processor
+from tests.tiny_models import tiny_vit
 
 RECIPES = REPOSITORY / "scripts" / "recipes"
 DIGITS = RECIPES / "digits.yaml"
@@ -146,20 +147,13 @@ _BATCHES = "--per_device_train_batch_size 16 --gradient_accumulation_steps 2 --t
     ],
     ids=str,
 )
-@pytest.mark.parametrize("is_old", [False, True], ids=["new record", "record of the parts"])
-def test_global_batches_are_compared_not_how_they_are_cut(tmp_path, options, message, is_old):
+def test_global_batches_are_compared_not_how_they_are_cut(tmp_path, options, message):
     line = f"--dataset_name some/data --output_dir {tmp_path / 'out'}"
     claim_output_dir(there := parse(f"{line} {_BATCHES}"))
     record_run(there, {})
     (tmp_path / "out" / "checkpoint-1").mkdir()
-    path = tmp_path / "out" / "bkd_run.json"
-    record = json.loads(path.read_text())
+    record = json.loads((tmp_path / "out" / "bkd_run.json").read_text())
     assert (record["training"]["global_batch_size"], record["num_processes"]) == (32, 1)
-    if is_old:
-        del record["num_processes"], record["training"]["global_batch_size"]
-        record["training"] |= {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 2}
-        record["teacher_training"] = {"per_device_train_batch_size": 4}
-        path.write_text(json.dumps(record))
     if message is None:
         assert run_state(parse(f"{line} {options}")) == "interrupted"
     else:
@@ -204,6 +198,59 @@ def test_what_follows_from_another_difference_is_not_told(tmp_path, options, dif
     told = str(raised.value).partition("other options: ")[2].partition(". Use another folder")[0]
     assert len(differences) == len(told.split("; "))
     assert all(each.startswith(one) for each, one in zip(told.split("; "), differences, strict=True))
+
+
+def test_a_finished_run_is_reported_on_another_machine(tmp_path, monkeypatch):
+    """Whose accelerator and launcher are others; not where something else was asked for, or it is to be trained."""
+    line = f"--dataset_name some/data --output_dir {tmp_path / 'out'}"
+    claim_output_dir(there := parse(line))
+    record_run(there, {})
+    record = json.loads((path := tmp_path / "out" / "bkd_run.json").read_text())
+    path.write_text(json.dumps({**record, "training": {**record["training"], "use_cpu": False}}))
+    (tmp_path / "out" / "results.json").write_text("{}")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert run_state(parse(line)) == "finished"
+    for option, name in (("--precision bf16", "bf16"), ("--torch_compile true", "torch_compile")):
+        with pytest.raises(InputError, match=f"--{name} is False there, True here"):
+            run_state(parse(f"{line} {option}"))
+    (tmp_path / "out" / "results.json").unlink()
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    with pytest.raises(InputError, match="--torch_compile is False there, True here"):
+        run_state(parse(line))
+    assert run_state(parse(line), is_to_train=False) == "interrupted"
+
+
+def test_a_model_that_was_moved_is_the_same(tmp_path, monkeypatch):
+    for name, seed in (("here", 0), ("other", 1)):
+        tiny_vit(seed, 3).save_pretrained(tmp_path / name)
+    line = f"--dataset_name some/data --method bkd --output_dir {tmp_path / 'out'} --teacher_model_name_or_path"
+    claim_output_dir(there := parse(f"{line} {tmp_path / 'here'}"))
+    record_run(there, identity_of(there, {"fingerprint": "a", "eval_fingerprint": "b", "class_names": ["c"]}))
+    (tmp_path / "out" / "checkpoint-1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run_state(parse(f"{line} ./here")) == "interrupted"
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run_state(parse(f"{line} there")) == "interrupted"
+    with pytest.raises(InputError, match=r"--teacher_model_name_or_path is .*here there, other here"):
+        run_state(parse(f"{line} other"))
+
+
+def test_a_run_leaves_its_arguments_as_they_are(tmp_path):
+    given = parse("--dataset_name some/data --method bkd --teacher_seed 5")
+    copied = given.copy()
+    copied.training.per_device_train_batch_size = 1
+    copied.for_teacher().training.per_device_train_batch_size = 2
+    assert (
+        given.training.per_device_train_batch_size == given.for_teacher().training.per_device_train_batch_size == 128
+    )
+    assert copied.for_teacher().training.seed == 5
+
+
+def test_the_command_line_wins_over_the_precision_of_a_recipe(tmp_path):
+    assert not parse("--precision fp32", tmp_path, "dataset_name: some/data\nbf16: true\n").training.bf16
+    with pytest.raises(InputError, match="--precision fp32 and --bf16 contradict each other"):
+        parse("--precision fp32 --bf16 true", tmp_path, "dataset_name: some/data\n")
 
 
 def test_a_home_folder_that_the_shell_leaves_alone(tmp_path, monkeypatch):

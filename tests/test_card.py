@@ -307,7 +307,7 @@ def test_same_results_give_the_same_card_and_are_not_changed(results):
     ("content", "message"),
     [
         (b'{"schema_version": 0}', "schema version 0"),
-        (b'{"schema_version": 1}', "is not whole: it has no options, seed, data, .*. Run it again"),
+        (b'{"schema_version": 1}', "is not whole: it has no options, seed, data, .*. Run it anew"),
         (b"[1]", "schema version None"),
         (b"{", "cannot be read as JSON"),
         (b"\xff\xfe", "cannot be read as JSON"),

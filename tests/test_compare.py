@@ -21,6 +21,7 @@ from bkd_hf.comparison import Comparison, load_comparison, resampled
 from bkd_hf.comparison_plots import plot_comparison
 from bkd_hf.errors import TrainingStopped
 from bkd_hf.results import describe_command, save_json
+from bkd_hf.run_folder import claim_output_dir, record_run
 from tests.conftest import REPOSITORY
 from tests.faults import main_of, run
 from tests.test_plots import make_results
@@ -137,6 +138,24 @@ def test_one_seed_is_resampled_over_test_images(cells):
     assert (rare.mean(), len(rare)) == (pytest.approx(0.33, abs=0.02), 2000)
 
 
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_the_interval_of_one_seed_holds_with_few_test_images_of_a_class(images):
+    """Of two equally good models, it contains 0 about 95 times of 100."""
+    rng, num_classes, found = np.random.default_rng(0), 100, []
+    for _ in range(100):
+        chances = rng.uniform(0.2, 0.8, num_classes)
+        drawn = []
+        for side in range(2):
+            results = cell("bkd", 0, 0.5)
+            results["data"] |= {"eval_class_counts": [images] * num_classes, "class_counts": [10] * num_classes}
+            rates = rng.binomial(images, chances) / images
+            results["student"]["metrics"]["per_class_accuracy"] = rates.tolist()
+            drawn.append(resampled(results, "accuracy", seed=side, repetitions=400))
+        low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
+        found.append(low <= 0 <= high)
+    assert np.mean(found) > 0.88
+
+
 def test_methods_are_sorted_by_a_metric(cells):
     cells[6]["student"]["metrics"]["expected_calibration_error"] = 0.01
     assert Comparison(cells, sort="few").methods == ["bkd", "ce", "kd"]
@@ -198,6 +217,20 @@ def test_an_option_that_is_not_recorded_has_its_default():
     new["options"]["training"]["precision"] = "fp32"
     with pytest.raises(InputError, match="`precision` is auto or fp32"):
         Comparison([old, new])
+
+
+def test_the_place_of_the_work_is_no_other_option(cells):
+    places = (
+        {"teacher_cache": "/scratch/1"},
+        {"teacher_cache": "/scratch/2", "use_cpu": True},
+        {"teacher_cache": "auto"},
+    )
+    for results, options in zip(cells, places, strict=False):
+        results["options"]["training"] |= options
+    Comparison(cells)
+    cells[0]["options"]["training"]["teacher_cache"] = "off"
+    with pytest.raises(InputError, match="`teacher_cache` is off or on"):
+        Comparison(cells)
 
 
 def test_other_options_are_pointed_out(cells):
@@ -284,6 +317,30 @@ def test_a_shared_teacher_is_trained_as_a_run_trains_it(tmp_path):
         plan_cells(["kd"], [0], tmp_path, RUN_SCRIPT, [*options, "--teacher_seed", "7"])
 
 
+def test_a_shared_teacher_has_the_precision_of_its_students(tmp_path, monkeypatch):
+    """Also when it has been found by a measurement, and the comparison goes on after that."""
+    monkeypatch.setattr("bkd_hf.arguments.default_precision", lambda _: "bf16")
+    options = ["--teacher_learning_rate", "0.01"]
+
+    def plan() -> tuple[str, ...]:
+        return plan_cells(["kd"], [0], tmp_path, RUN_SCRIPT, options)[0].options
+
+    first, teacher = plan(), tmp_path / "shared_teachers" / "ce" / "seed0"
+    teacher.mkdir(parents=True)
+    save_json({"training": {"bf16": False}}, teacher / "bkd_run.json")
+    assert plan() == first
+
+
+def test_a_teacher_is_fine_tuned_in_the_size_that_is_told(tmp_path):
+    load_classifier("cifar-resnet-8", ["cat", "dog"], image_size=16).save_pretrained(tmp_path / "pets")
+    load_processor("cifar-resnet-8", image_size=16).save_pretrained(tmp_path / "pets")
+    options = ["--teacher_model_name_or_path", str(tmp_path / "pets"), "--image_size", "32"]
+    with pytest.raises(InputError, match=r"--image_size 32 is for the students: .* by --teacher_image_size"):
+        plan_cells(["kd"], [0], tmp_path / "out", RUN_SCRIPT, options)
+    (teacher, _) = plan_cells(["kd"], [0], tmp_path / "out", RUN_SCRIPT, [*options, "--teacher_image_size", "16"])
+    assert teacher.parse().model.image_size == 16
+
+
 def test_only_what_was_compared_is_called_better(cells):
     alone = to_markdown(Comparison([cell("ce", 0, 0.9), cell("bkd", 1, 0.3)]))
     assert "## Differences" not in alone  # there are none
@@ -338,10 +395,11 @@ def test_what_a_recipe_may_not_set(tmp_path):
     for line, message in (
         ("push_to_hub: true", "push_to_hub in the recipe cannot"),
         ("max_steps: 5", "max_steps in the"),
+        ("teacher:\n  seed: 5", "teacher_seed in the recipe cannot"),
     ):
         recipe.write_text(f"dataset_name: digits\nmodel_name_or_path: cifar-resnet-8\n{line}\n")
         with pytest.raises(InputError, match=message):
-            plan_cells(["ce"], [0], tmp_path, RUN_SCRIPT, ["--config", str(recipe)])
+            plan_cells(["kd"], [0], tmp_path, RUN_SCRIPT, ["--config", str(recipe)])
     recipe.write_text("dataset_name: digits\nmethod: bkd\nseed: 3\npush_to_hub: false\n")
     assert len(plan_cells(["ce"], [0], tmp_path, RUN_SCRIPT, ["--config", str(recipe)])) == 1
 
@@ -524,6 +582,19 @@ def test_a_failed_cell_does_not_stop_the_others_but_its_students(tmp_path, stand
     assert any(line.startswith("[5/5]") or line.startswith("[4/5]") for line in said)
 
 
+def test_the_cause_of_a_failure_is_that_of_its_last_attempt(tmp_path, stand_in):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "focal-seed0.log").write_text("error: an earlier one\n")
+    print_more = "; print('traceback : see errors.html'); sys.exit(3)"
+    stand_in.write_text(stand_in.read_text().replace("\n    sys.exit(3)", print_more, 1))
+    runner = CellRunner(logs=tmp_path / "logs", say=lambda _: None)
+    (failure,) = runner.run(plan_cells(["focal"], [0], tmp_path / "out", stand_in))
+    assert "failed: error: no such luck (exit code 3" in failure
+    stand_in.write_text("print('Killed'); raise SystemExit(3)")
+    (failure,) = runner.run(plan_cells(["focal"], [0], tmp_path / "out", stand_in))
+    assert "failed: Killed (exit code 3" in failure
+
+
 def test_jobs_run_at_the_same_time_and_after_their_teachers(tmp_path, stand_in):
     cells = plan_cells(["ce", "kd", "bkd", "dkd"], [0], tmp_path / "out", stand_in)
     assert CellRunner(logs=tmp_path / "logs", jobs=3, say=lambda _: None).run(cells) == []
@@ -694,3 +765,22 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, options, message):
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "x").exists()
+
+
+def test_other_options_than_those_of_finished_seeds_are_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
+    (earlier,) = plan_cells(["ce"], [0], tmp_path / "out", RUN_SCRIPT, SHORT)
+    claim_output_dir(arguments := earlier.parse())
+    record_run(arguments, {})
+    save_json(cell("ce", 0, 0.3), earlier.folder / "results.json")
+    ran: list[list[str]] = []
+    failed = ["x: failed"]
+    monkeypatch.setattr(CellRunner, "run", lambda _, cells: ran.append([cell.name for cell in cells]) or failed)
+    argv = ["compare.py", "--methods", "ce", "--seeds", "1", "--output_dir", str(tmp_path / "out"), *SHORT]
+    monkeypatch.setattr(sys, "argv", [*argv, "--momentum", "0.5"])
+    assert main_of("compare.py")() == 2
+    assert "--momentum is 0.9 there, 0.5 here" in capsys.readouterr().err
+    assert not ran
+    monkeypatch.setattr(sys, "argv", argv)
+    assert main_of("compare.py")() == 1
+    assert ran == [["ce seed 1"]]
+    assert "error: x: failed" in capsys.readouterr().err

@@ -58,6 +58,11 @@ def test_what_works_is_not_refused(tmp_path, options):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cache_in_the_output_folder_does_not_occupy_it(tmp_path):
+    check("--method", "bkd", "--output_dir", str(tmp_path / "run"), "--teacher_cache", str(tmp_path / "run" / "cache"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from bkd_hf import BKDConfig, BKDTrainer, ImageDataset, load_classifier, load_image_dataset, load_processor
+from bkd_hf.commands.run import main
 from bkd_hf.errors import TrainingStopped
 from bkd_hf.run_folder import has_checkpoint, last_complete_checkpoint
 from bkd_hf.stopping import end_workers, outlive_sigterm
@@ -205,6 +206,26 @@ def test_a_comparison_ends_its_cells_and_says_what_is_done(tmp_path):
     assert "Stopped: ce seed 0. 0 of 1 cells are finished." in comparison.output
     assert "stopped: the same command goes on with the cells that are not finished" in comparison.output
     assert not (tmp_path / "out" / "ce" / "seed0" / "results.json").exists()
+
+
+def test_what_goes_on_after_an_overwritten_run_was_interrupted(tmp_path, monkeypatch, capfd):
+    """The same command, with --overwrite, would delete the new checkpoint."""
+    checkpoint = tmp_path / "checkpoint-4"
+    checkpoint.mkdir()
+    (checkpoint / "complete.json").write_text("{}")
+
+    def interrupted(*argv: str, is_begun: bool) -> str:
+        def run(arguments):
+            arguments.overwrite = arguments.overwrite and not is_begun  # as when the earlier run has been deleted
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("bkd_hf.commands.run.run", run)
+        assert main([*argv, "--output_dir", str(tmp_path)]) == 130
+        return capfd.readouterr().err
+
+    assert "the same command continues from" in interrupted(is_begun=True)
+    assert "the same command without --overwrite continues from" in interrupted("--overwrite", is_begun=True)
+    assert "the same command begins anew" in interrupted("--overwrite", is_begun=False)
 
 
 @pytest.fixture(scope="module")

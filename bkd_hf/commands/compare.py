@@ -116,11 +116,23 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
         return 0
     options.output_dir.mkdir(parents=True, exist_ok=True)
     lock(options.output_dir)
+    _check_earlier_seeds(options, rest)
     failures = runner.run(cells)
+    for line in failures:
+        print(f"error: {one_line(line)}", file=sys.stderr)
     if any((cell.folder / RESULTS_NAME).exists() for cell in cells if not cell.is_teacher):
         # Includes the methods of earlier comparisons in the same folder.
         options.folders = [options.output_dir]
         tabulate(options, [f"**Missing**: {markdown(without_folders(line))}" for line in failures])
-    for line in failures:
-        print(f"error: {one_line(line)}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _check_earlier_seeds(options: argparse.Namespace, rest: list[str]) -> None:
+    """Refuse, before anything runs, options that finished seeds of the same methods do not have."""
+    for method in options.methods:
+        finished = options.output_dir.glob(f"{method}/seed*/{RESULTS_NAME}")
+        names = [path.parent.name.removeprefix("seed") for path in finished]
+        earlier = sorted({int(name) for name in names if name.isdigit()} - {*options.seeds})
+        for cell in plan_cells([method], earlier, options.output_dir, script_of("run"), rest) if earlier else ():
+            if (cell.folder / RESULTS_NAME).exists():
+                cell.state()

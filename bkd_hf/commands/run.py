@@ -8,6 +8,7 @@ from ..arguments import DIGITS_RECIPE, parse_arguments
 from ..errors import run_script
 from ..machine import leave_process_group
 from ..metrics import NotFiniteError
+from ..options import RunArguments
 from ..run import run
 from ..run_folder import has_checkpoint
 from ..stopping import at_sigterm, stop
@@ -15,18 +16,20 @@ from ..stopping import at_sigterm, stop
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; prints one line with exit code 2 for bad input, 1 for a diverged training, 75 after SIGTERM."""
-    output_dir = None
+    arguments: RunArguments | None = None
+    without = ""
 
     def work() -> None:
-        nonlocal output_dir
+        nonlocal arguments, without
         arguments = parse_arguments(argv, digits_recipe=DIGITS_RECIPE)
-        output_dir = arguments.training.output_dir
+        without = " without --overwrite" if arguments.overwrite else ""
         with at_sigterm(stop if arguments.training.enable_jit_checkpoint else None):
             run(arguments)
 
     def interrupted() -> str:
-        if output_dir is not None and has_checkpoint(output_dir):
-            return "the same command continues from the last checkpoint"
+        # `overwrite` is reset when the earlier run has been deleted.
+        if arguments is not None and not arguments.overwrite and has_checkpoint(arguments.training.output_dir):
+            return f"the same command{without} continues from the last checkpoint"
         return "there is no checkpoint yet, so the same command begins anew"
 
     try:

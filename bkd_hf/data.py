@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -300,8 +301,16 @@ def fingerprint(dataset: datasets.Dataset, read_all: bool = False, with_times: b
         return quick
     key = quick, read_all, with_times
     if key not in _fingerprints:
-        _fingerprints[key] = _digest(dataset, None if read_all else READABLE_BYTES, with_times=with_times)
+        found = _digest(dataset, None if read_all else READABLE_BYTES, with_times=with_times)
+        _remember(quick, read_all, with_times, found)
     return _fingerprints[key]
+
+
+def _remember(quick: str, read_all: bool, with_times: bool, found: str) -> None:
+    """Keep a fingerprint; one of all images is the same in each way."""
+    both = (False, True)
+    ways = [(read_all, with_times)] if found.endswith(_SAMPLED) else itertools.product(both, both)
+    _fingerprints.update({(quick, *way): found for way in ways})
 
 
 def shared_fingerprint(dataset: datasets.Dataset) -> str:
@@ -320,8 +329,8 @@ def shared_fingerprint(dataset: datasets.Dataset) -> str:
     if problem := next((problem for _, problem in everywhere if problem), ""):
         raise InputError(problem)
     found = found or next(value for value, _ in everywhere if value)
-    if found.endswith(_SAMPLED):
-        _fingerprints[_quick_digest(dataset), False, False] = found
+    if not PartialState().is_local_main_process:
+        _remember(_quick_digest(dataset), False, False, found)
     return found
 
 
@@ -343,20 +352,21 @@ def _digest(dataset: datasets.Dataset, readable: int | None, with_times: bool) -
         stored = dataset.data.column(IMAGE_COLUMN)
         paths = selected(dataset, pc.struct_field(stored, "path"))
         sizes = selected(dataset, pc.fill_null(pc.binary_length(pc.struct_field(stored, "bytes")), -1)).astype(int)
-        files = {i: _of_file(i, paths[i], check_file) for i in np.flatnonzero(sizes < 0).tolist()}
-        size = sum(status.st_size for status in files.values()) + int(sizes.clip(0).sum())
+        found = (_of_file(i, paths[i], check_file) for i in np.flatnonzero(sizes < 0).tolist())
+        files = np.fromiter(((status.st_size, status.st_mtime_ns) for status in found), "i8, i8")
+        size = int(files["f0"].sum()) + int(sizes.clip(0).sum())
         every = max(1, math.ceil(size / readable))
     if every == 1:
         for index, image in enumerate(stored_images(dataset)):
             digest.update(_content(index, image))
         return digest.hexdigest()
     # For each file first its name and size, then its content.
-    images = iter(stored_images(dataset.select(range(0, len(dataset), every))))
+    images, statuses = iter(stored_images(dataset.select(range(0, len(dataset), every)))), iter(files.tolist())
     for index, number in enumerate(sizes.tolist()):
         if number < 0:
-            path, status = Path(paths[index]), files[index]
-            time = f" {status.st_mtime_ns}" if with_times else ""
-            digest.update(f"{path.parent.name}/{path.name} {status.st_size}{time}".encode())
+            path, (size, changed) = Path(paths[index]), next(statuses)
+            time = f" {changed}" if with_times else ""
+            digest.update(f"{path.parent.name}/{path.name} {size}{time}".encode())
         else:
             digest.update(f"{number} ".encode())
         if index % every == 0:

@@ -154,6 +154,29 @@ def why_not_start_from(teacher: FrozenTeacher, student: nn.Module, dataset: Any)
     return why_not
 
 
+def starts_from(teacher: FrozenTeacher, student: nn.Module, dataset: Any, args: Any, objective: Any) -> bool:
+    """Whether a student is to start from its teacher's weights, by the option `student_init`.
+
+    Args:
+        teacher: The teacher.
+        student: The student.
+        dataset: Training examples.
+        args: A [`BKDConfig`].
+        objective: The [`Objective`], whose power may have to be measured for this.
+
+    Raises:
+        InputError: If it must, and cannot.
+    """
+    if args.student_init == "model":
+        return False
+    why_not = why_not_start_from(teacher, student, dataset)
+    if why_not is not None and args.student_init == "teacher":
+        raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
+    # With p = 1 the teacher has learned all it can: its logits are worth more than its weights.
+    has_own_start = objective.power >= 1 or args.head_init != "random"
+    return why_not is None and not (args.student_init == "auto" and has_own_start)
+
+
 def split_inputs(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], torch.Tensor]:
     """Split a batch into inputs of the student, inputs of the teacher (the same without separate ones), and labels.
 

@@ -29,8 +29,8 @@ from .callbacks import (
     TeacherLogitsError,
     TrainingDivergedError,
 )
-from .config import BKDConfig, values_for_now
-from .errors import InputError, TrainingStopped
+from .config import METHOD_OPTIONS, BKDConfig, values_for_now
+from .errors import TrainingStopped
 from .head import num_labels, prepare_head
 from .head_fitting import fit_bias
 from .loss_inputs import are_labelled, at_least_1
@@ -53,7 +53,7 @@ from .teacher import (
     check_order_of_classes,
     load_teacher,
     split_inputs,
-    why_not_start_from,
+    starts_from,
 )
 from .teacher_logits import describe_teacher
 from .tracking import ClassFigures
@@ -319,19 +319,13 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         If the method corrects for the class frequencies, the student starts with the teacher's logits after post-hoc
         logit adjustment.
         """
-        args, teacher = self.args, self.teacher_model
-        if teacher is None or args.student_init == "model" or self.train_dataset is None:
+        teacher, objective = self.teacher_model, self.bkd_objective
+        if teacher is None or self.train_dataset is None:
             return
-        why_not = why_not_start_from(teacher, student, sample_of(self.train_dataset))
-        if why_not is not None and args.student_init == "teacher":
-            raise InputError(f"--student_init teacher: {why_not}. Use model, or a teacher like the student.")
-        # With p = 1 the teacher has learned all it can: its logits are worth more than its weights.
-        has_own_start = self.bkd_objective.power >= 1 or args.head_init != "random"
-        if why_not is not None or (args.student_init == "auto" and has_own_start):
-            return
-        counts = self.class_counts if corrects(vars(args)) else None
-        start_from_teacher(student, teacher.model, counts, self.bkd_objective.prior)
-        self.student_started_from_teacher = True
+        if starts_from(teacher, student, sample_of(self.train_dataset), self.args, objective):
+            counts = self.class_counts if corrects(vars(self.args)) else None
+            start_from_teacher(student, teacher.model, counts, objective.prior)
+            self.student_started_from_teacher = True
 
     def _teacher_logits(self, inputs: dict[str, Any], computed: torch.Tensor | None) -> torch.Tensor | None:
         """B×C logits of the teacher, those in the batch if there are any; `None` if the loss does not use them."""
@@ -368,8 +362,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         is_readable = has_length(dataset) and hasattr(dataset, "__getitem__") and objective.has_known_targets
         if self.teacher_model is None or self.long_tail is None or not is_readable:
             return None
-        chosen = "seed", "distillation_loss", "class_balance_beta", "class_balance_power", "distillation_prior"
-        seen = num_images, *(getattr(args, name) for name in chosen), str(args.loss_arguments("distillation_loss"))
+        seen = num_images, args.seed, *(str(getattr(args, name)) for name in ("empty_classes", *METHOD_OPTIONS))
         if seen not in self._looks:
             data = self._new_training_data()
             logits, labels = answers_about_sample(self.teacher_model, data, num_images, args)

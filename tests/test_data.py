@@ -259,6 +259,12 @@ def test_fingerprints_of_large_sets_are_made_once(monkeypatch):
     assert found == fingerprint(train) == fingerprint(train.select_columns(["label", "image"]))
     assert (shared_fingerprint(train), asked.count(50_000)) == (found, 1)
     assert fingerprint(train.select(range(len(train) - 1))) != found != fingerprint(train.select(range(1, len(train))))
+    # Where all images can be read, they are read once for all kinds of fingerprints.
+    monkeypatch.setattr("bkd_hf.data.READABLE_BYTES", 50_000_000)
+    bkd_hf.data._fingerprints.clear()
+    found = {fingerprint(train), fingerprint(train, with_times=True), fingerprint(train, read_all=True)}
+    assert len(found) == 1
+    assert asked.count(50_000_000) + asked.count(None) == 1
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,12 @@ from .given_teacher import match_teacher, warn_of_unused_options
 from .inputs import load_splits
 from .machine import available_cores
 from .methods import METHODS
+from .models import FRESH_IMAGE_SIZE
 from .options import NOT_FOR_TEACHER, RunArguments
 from .program import program
 from .results import describe_data, effective_batch_size, load_results, told_arguments
 from .run_folder import identity_of, run_state
+from .tasks import fresh_task
 from .text import duration
 
 _TIMED_STEPS = 24
@@ -178,7 +180,10 @@ def plan_cells(
             preset = {name: value for name, value in method_defaults(teacher.method).items() if wanted[name] is None}
             shared = _OWN_OF_CELLS | NOT_FOR_TEACHER
             wanted = {name: value for name, value in {**wanted, **preset}.items() if name not in shared}
-            if wanted["image_size"] is None and alone["image_size"] is not None:
+            is_fresh = fresh_task(wanted["model_name_or_path"]) == "image"
+            if wanted["image_size"] is None and is_fresh:
+                wanted["image_size"] = FRESH_IMAGE_SIZE  # as in a run; alone, digits would be smaller
+            elif wanted["image_size"] is None and alone["image_size"] is not None:
                 raise InputError(
                     f"--image_size {alone['image_size']} is for the students: say in which size the teacher is "
                     "fine-tuned, by --teacher_image_size."

@@ -309,6 +309,7 @@ def test_a_shared_teacher_is_trained_as_a_run_trains_it(tmp_path):
         "--classification_loss", "balanced_softmax", "--teacher_model_name_or_path", "cifar-resnet-8",
     ]  # fmt: skip
     (cell,) = (each for each in plan_cells(["kd"], [0], tmp_path, RUN_SCRIPT, options) if each.method == "kd")
+    assert cell.teacher.parse().model.image_size == 32  # of fresh weights; the demo of digits has 16
     teacher = cell.teacher.parse().training
     expected = parse_arguments([*options, "--method", "kd"], digits_recipe=DIGITS_RECIPE).for_teacher().training
     for name in ("optim", "learning_rate", "num_train_epochs", "classification_loss", "per_device_train_batch_size"):

@@ -177,9 +177,9 @@ class BKDConfig(TrainingArguments):
     class_balance_power: Annotated[str | None, "student"] = option(
         None,
         "p ≥ 0 of bkd, the power of the class weights in the targets softmax(z_t/T + p·log w): a number; auto for "
-        "1/T, which removes the class frequencies once; or measured, the largest in [1/T, 1] at which the targets "
-        "keep 95 percent of the teacher's correct predictions on training images. Not given: as --method says, for "
-        "bkd 1.",
+        "1/T, which removes the class frequencies once; or measured, the largest from 1/T to 1 (at most 2/T) at which "
+        "the targets keep 95 percent of the teacher's correct predictions on training images. Not given: as --method "
+        "says, for bkd 1.",
     )
     distillation_prior: Annotated[str, "student"] = option(
         "auto",

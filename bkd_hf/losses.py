@@ -23,11 +23,11 @@ Why the power p in the targets softmax(z_t/T + p · log w) matters:
 3. A teacher that is s times overconfident on its training images, z_t = s · (log p(x|y) + log π), needs s · log w, so
    p = s/T: p = 1/T if it is calibrated there, p = 1 if it has memorised them and is T times overconfident.
 4. If it is less confident than that, log w outweighs z_t at p = 1: the target is the rarest class for every image.
-5. `--method bkd-calibrated` therefore takes the largest p in [1/T, 1] at which the targets still match the labels
-   (`bkd_hf.targets.strongest_power`), and CE(z + τ · log π) with τ = 2 − pT for the labels. On average, the two terms
-   then ask for balanced logits: balanced softmax at p = 1/T, the paper's CE at p = 1, T = 2. A student that has not
-   fully learned this may favour a class; if p < 1, the bias of its head is then fitted after training, on
-   class-balanced training images (`bkd_hf.head`).
+5. `--method bkd-calibrated` therefore takes the largest p in [1/T, 1], at most 2/T, at which the targets still match
+   the labels (`bkd_hf.targets.strongest_power`), and CE(z + τ · log π) with τ = 2 − pT for the labels. On average, the
+   two terms then ask for balanced logits, as long as w ∝ 1/π (n well below 1/(1 − β)): balanced softmax at p = 1/T,
+   the paper's CE at p = 1, T = 2. A student that has not fully learned this may favour a class; if p < 1, the bias of
+   its head is then fitted after training, on class-balanced training images (`bkd_hf.head`).
 """
 
 from __future__ import annotations

@@ -171,6 +171,11 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
         raise ValueError(f"its values run from {low:g} to {high:g}, where {known} is understood")
     if mode == "F":
         return np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8)
+    if mode != "I" and 0 < high < 4096:
+        logger.warning_once(
+            "A 16-bit image has only values below 4096, and becomes nearly black, as 65535 is white. If the images of "
+            "this data set have 8 or 12 bits, scale them to 16 first."
+        )
     # Some versions of Pillow open 16-bit files as 32-bit ones.
     return (values >> (0 if mode == "I" and high <= 255 else 8)).astype(np.uint8)
 

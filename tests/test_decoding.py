@@ -66,6 +66,15 @@ def test_depths(dtype, values, seen):
         assert np.asarray(decode_image(image)).tolist() == [[[value] * 3 for value in seen]]
 
 
+def test_nearly_black_images_are_told(caplog):
+    logger = decoding.logger
+    logger.warning_once.cache_clear()  # of one warning in a process
+    decode_image(stored(Image.fromarray(np.array([[0, 65535]], np.uint16)), "TIFF"))
+    assert "16-bit" not in caplog.text
+    decode_image(stored(Image.fromarray(np.array([[0, 4000]], np.uint16)), "TIFF"))
+    assert "only values below 4096, and becomes nearly black" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("box", "size", "factor"),
     [

@@ -364,9 +364,9 @@ def _digest(dataset: datasets.Dataset, readable: int | None, with_times: bool) -
     images, statuses = iter(stored_images(dataset.select(range(0, len(dataset), every)))), iter(files.tolist())
     for index, number in enumerate(sizes.tolist()):
         if number < 0:
-            path, (size, changed) = Path(paths[index]), next(statuses)
+            path, (length, changed) = Path(paths[index]), next(statuses)
             time = f" {changed}" if with_times else ""
-            digest.update(f"{path.parent.name}/{path.name} {size}{time}".encode())
+            digest.update(f"{path.parent.name}/{path.name} {length}{time}".encode())
         else:
             digest.update(f"{number} ".encode())
         if index % every == 0:

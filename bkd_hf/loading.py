@@ -227,8 +227,9 @@ def _standard_columns(dataset: datasets.Dataset, names: dict[str, str], feature:
     column = next(iter(names))
     dataset = dataset.with_format(None).select_columns([*names])
     given = dataset.features[column]
-    is_text = isinstance(feature, datasets.Value) and holds(given, feature.dtype)  # also a large one
-    if not is_text and not isinstance(given, type(feature)):
+    # Large texts stay large: `datasets` would write a copy beside a saved set.
+    is_text = isinstance(feature, datasets.Value)
+    if not (holds(given, feature.dtype) if is_text else isinstance(given, type(feature))):
         dataset = dataset.cast_column(column, feature)
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 

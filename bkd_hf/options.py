@@ -5,7 +5,6 @@ The options of the training itself are those of [`BKDConfig`].
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import warnings
@@ -374,13 +373,6 @@ class RunArguments:
     def with_teacher(self) -> list[RunArguments]:
         """These arguments, and those of the teacher's run if the method has one."""
         return [self, self.for_teacher()] if self.distils else [self]
-
-    def copy(self) -> RunArguments:
-        """Return a copy for one run: what it finds out, such as its batch size, is no option of the next."""
-        copied = copy.copy(self)
-        copied.training = copy.copy(self.training)
-        copied._teacher = None if self._teacher is None else self._teacher.copy()
-        return copied
 
     def are_told(self, *names: str) -> bool:
         """Whether the command line or its recipe gives one of these options."""

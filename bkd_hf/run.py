@@ -104,7 +104,7 @@ def run(arguments: RunArguments) -> dict[str, Any]:
         InputError: If the user's input is invalid.
     """
     started, say = time.perf_counter(), Announcer()
-    given, arguments = arguments, arguments.copy()
+    given = _findable(arguments)
     output_dir = Path(arguments.training.output_dir)
     threads = set_num_threads(arguments.model.num_threads)
     keep_freed_memory()
@@ -133,9 +133,16 @@ def run(arguments: RunArguments) -> dict[str, Any]:
             results = export_run(arguments, say)
         _publish(arguments, say)
     finally:
-        given.overwrite = arguments.overwrite  # not once more, if this has deleted the earlier run
+        for each, values in zip(arguments.with_teacher, given, strict=True):
+            each.training.__dict__.update(values)
         unlock()
     return results
+
+
+def _findable(arguments: RunArguments) -> list[dict[str, Any]]:
+    """Options that a training may find out itself, which are no options of the next run with these arguments."""
+    names = "distillation_prior", "per_device_train_batch_size"
+    return [{name: getattr(each.training, name) for name in names} for each in arguments.with_teacher]
 
 
 def _is_still_the_same(arguments: RunArguments, say: Announcer) -> bool:

@@ -236,17 +236,6 @@ def test_a_model_that_was_moved_is_the_same(tmp_path, monkeypatch):
         run_state(parse(f"{line} other"))
 
 
-def test_a_run_leaves_its_arguments_as_they_are(tmp_path):
-    given = parse("--dataset_name some/data --method bkd --teacher_seed 5")
-    copied = given.copy()
-    copied.training.per_device_train_batch_size = 1
-    copied.for_teacher().training.per_device_train_batch_size = 2
-    assert (
-        given.training.per_device_train_batch_size == given.for_teacher().training.per_device_train_batch_size == 128
-    )
-    assert copied.for_teacher().training.seed == 5
-
-
 def test_the_command_line_wins_over_the_precision_of_a_recipe(tmp_path):
     assert not parse("--precision fp32", tmp_path, "dataset_name: some/data\nbf16: true\n").training.bf16
     with pytest.raises(InputError, match="--precision fp32 and --bf16 contradict each other"):

@@ -406,6 +406,16 @@ def test_teacher_of_dive_is_trained_with_balanced_softmax(tmp_path, run_here):
     ).startswith(f"--output_dir {tmp_path / 'run'} holds a run with other options")
 
 
+@pytest.mark.slow
+def test_what_a_run_finds_out_is_no_option_of_the_next(tmp_path):
+    options = [*QUICK, "--method", "bkd", "--teacher_method", "balanced-softmax", "--force_distillation"]
+    arguments = parse_arguments([*options, "--output_dir", str(tmp_path / "run")], digits_recipe=RECIPE)
+    results = run_bkd(arguments)
+    assert results["options"]["training"]["distillation_prior"] == "teacher"  # which is balanced already
+    assert arguments.training.distillation_prior == "auto"
+    assert run_bkd(arguments)["student"]["metrics"] == results["student"]["metrics"]  # the finished run
+
+
 def test_bad_methods_are_refused(tmp_path):
     options = (*QUICK, "--output_dir", str(tmp_path / "run"))
     message = refused(*options, "--teacher_method", "kd")

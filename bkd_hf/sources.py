@@ -235,8 +235,9 @@ def _load_csv(place: str, config: CsvConfig, options: dict[str, Any]) -> dataset
     """
     how = config.pd_read_csv_kwargs | {"nrows": 0, "chunksize": None}
     files = [file for files in (config.data_files or {}).values() for file in files]
-    headers = {tuple(map(str, pd.read_csv(file, **how).columns)) for file in files}
-    if len(headers) == 1:  # if not, `datasets` says how they differ
+    are_plain = all(Path(file).suffix in (".csv", ".tsv") for file in files)
+    headers = {tuple(map(str, pd.read_csv(file, **how).columns)) for file in files} if are_plain else set()
+    if len(headers) == 1:  # if they differ, `datasets` says how
         texts = datasets.Features({column: datasets.Value("string") for column in headers.pop()})
         options = {**options, "features": texts}
     data = datasets.load_dataset(place, **options)

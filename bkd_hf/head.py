@@ -100,17 +100,21 @@ def prepare_head(model: nn.Module, args: BKDConfig) -> None:
     """Make a student single-label; freeze all but its head, or check that it has a bias, if the options need it.
 
     Raises:
-        InputError: If the head cannot be identified, or has no bias, or nothing is to be trained.
+        InputError: If the head cannot be identified, or has no bias.
     """
     answer_one_class(model)
     if args.freeze_backbone:
         freeze_backbone(model)
-    if not args.adapter and not any(parameter.requires_grad for parameter in model.parameters()):
+    check_head_bias(model, args)
+
+
+def check_has_weights_to_train(model: nn.Module) -> None:
+    """Raise an `InputError` if all weights of a model are frozen."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             "All weights of the student are frozen, so there is nothing to train. If it was a teacher before, pass a "
             "copy, or call requires_grad_(True)."
         )
-    check_head_bias(model, args)
 
 
 def check_head_bias(model: nn.Module, args: BKDConfig) -> None:

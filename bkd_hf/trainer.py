@@ -31,7 +31,7 @@ from .callbacks import (
 )
 from .config import METHOD_OPTIONS, BKDConfig, values_for_now
 from .errors import TrainingStopped
-from .head import num_labels, prepare_head
+from .head import check_has_weights_to_train, num_labels, prepare_head
 from .head_fitting import fit_bias
 from .loss_inputs import are_labelled, at_least_1
 from .losses import cross_entropy_loss, example_weights
@@ -420,6 +420,8 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
             self.model.__dict__.pop("_is_accelerate_prepared", None)
             self.model_wrapped = self.model  # not compiled, for the same reason
         self._guard, self._meter = FiniteGuard(self.accelerator, self.args), LossMeter(self.accelerator)
+        if self.model is not None:
+            check_has_weights_to_train(self.model)
         self._has_new_weights = True
         _ = self.class_weights  # their power may have to be measured first
         if self.model_init is None and not resume_from_checkpoint:  # a new model gets its head when it is made

@@ -208,8 +208,9 @@ def test_each_trainer_computes_in_its_own_precision(tmp_path):
 def test_a_student_without_anything_to_train_is_refused(tmp_path):
     was_teacher = FrozenTeacher(resnet(1)).model
     with pytest.raises(InputError, match=r"All weights of the student are frozen.* pass a copy"):
-        trainer_for(tmp_path, was_teacher)
-    trainer_for(tmp_path, was_teacher.requires_grad_(True))
+        trainer_for(tmp_path, was_teacher).train()
+    trainer_for(tmp_path, was_teacher).evaluate()
+    trainer_for(tmp_path, was_teacher.requires_grad_(True), max_steps=1).train()
 
 
 def test_evaluation_is_plain_cross_entropy_with_long_tail_metrics(tmp_path):

@@ -140,5 +140,8 @@ def forget_precision(model: nn.Module) -> None:
     """Undo what the accelerator of an earlier trainer did to a model, which would keep that trainer's precision."""
     for module in model.modules():
         module.__dict__.pop("_is_accelerate_prepared", None)
-        if module.__dict__.pop("_original_forward", None) is not None:
-            del module.forward  # under autocast; that of its class again
+        original = module.__dict__.pop("_original_forward", None)
+        if original is not None:
+            del module.forward  # under autocast
+            if module.forward != original:  # not that of its class: its owner has put it there
+                module.forward = original

@@ -220,11 +220,12 @@ def _load(place: str, name: str, streaming: bool, options: dict[str, Any], is_lo
     if is_local:  # for the Hub, these requests would be sent twice
         builder = datasets.load_dataset_builder(place, **options)
         _check_class_names(name, builder)
-        if isinstance(builder.config, CsvConfig) and builder.config.na_values is None:
-            # By default, the classes "NA" and "None" and the text "null" are taken for missing values.
-            options = {**options, "keep_default_na": False, "na_values": [""]}
-        if isinstance(builder.config, CsvConfig) and builder.config.features is None and not streaming:
-            return _load_csv(place, builder.config, options)
+        if isinstance(config := builder.config, CsvConfig):
+            if config.na_values is None:
+                # By default, the classes "NA" and "None" and the text "null" are taken for missing values.
+                options = {**options, "keep_default_na": False, "na_values": [""]}
+            if config.features is None and not streaming:
+                return _load_csv(place, config, options)
     return datasets.load_dataset(place, streaming=streaming, **options)
 
 

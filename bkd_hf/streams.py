@@ -100,13 +100,13 @@ class Stream:
         number = label
         if label is not None and not (self._are_numbered and isinstance(label, int)):
             number = self._numbers.get(normal(str(label)))
-        if label is None or label == -1:
-            which = "" if self.split is None else f" (split {self.split})"
-            raise InputError(
-                f"An example of the stream{which} has no label. Remove such examples, or name a split with labels by "
-                "--train_split_name or --eval_split_name."
-            )
         if number is None or not 0 <= number < len(self.class_counts):
+            if label in (None, -1):
+                which = "" if self.split is None else f" (split {self.split})"
+                raise InputError(
+                    f"An example of the stream{which} has no label. Remove such examples, or name a split with labels "
+                    "by --train_split_name or --eval_split_name."
+                )
             raise InputError(
                 f"An example of the stream has the label {label!r}, of which --class_counts says nothing. Count anew."
             )

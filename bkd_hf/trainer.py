@@ -417,7 +417,7 @@ class BKDTrainer(ReadingTrainer, OptimizingTrainer, AveragingTrainer):
         wrapped: Any = self.model_wrapped  # type: ignore[has-type]
         if self.model is not None and getattr(wrapped, "_orig_mod", wrapped) is self.model:
             # evaluate() marks the bare model as prepared; accelerate would then not wrap it for several processes.
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
+            forget_precision(self.model)
             self.model_wrapped = self.model  # not compiled, for the same reason
         self._guard, self._meter = FiniteGuard(self.accelerator, self.args), LossMeter(self.accelerator)
         if self.model is not None:

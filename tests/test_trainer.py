@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -203,6 +204,24 @@ def test_each_trainer_computes_in_its_own_precision(tmp_path):
         torch.from_numpy(trainer_for(tmp_path, student, None, method="ce", bf16=True).predict(images()).predictions),
         found,
     )
+
+
+def test_a_forward_of_ones_own_outlives_the_precision_of_a_trainer(tmp_path):
+    student, calls = resnet(1), []
+    of_class = student.forward
+
+    @functools.wraps(of_class)
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return of_class(*args, **kwargs)
+
+    student.forward = forward
+    trainer = trainer_for(tmp_path, student, None, method="ce", bf16=True, max_steps=1)
+    trainer.evaluate()
+    trainer.train()
+    calls.clear()
+    trainer_for(tmp_path, student, None, method="ce").evaluate()
+    assert calls
 
 
 def test_a_student_without_anything_to_train_is_refused(tmp_path):

@@ -129,10 +129,11 @@ def compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _check_earlier_seeds(options: argparse.Namespace, rest: list[str]) -> None:
     """Refuse, before anything runs, options that finished seeds of the same methods do not have."""
-    for method in options.methods:
-        finished = options.output_dir.glob(f"{method}/seed*/{RESULTS_NAME}")
-        names = [path.parent.name.removeprefix("seed") for path in finished]
-        earlier = sorted({int(name) for name in names if name.isdigit()} - {*options.seeds})
-        for cell in plan_cells([method], earlier, options.output_dir, script_of("run"), rest) if earlier else ():
-            if (cell.folder / RESULTS_NAME).exists():
-                cell.state()
+    finished = [
+        path for method in options.methods for path in options.output_dir.glob(f"{method}/seed*/{RESULTS_NAME}")
+    ]
+    names = {path.parent.name.removeprefix("seed") for path in finished}
+    earlier = sorted({int(name) for name in names if name.isdigit()} - {*options.seeds})
+    for cell in plan_cells(options.methods, earlier, options.output_dir, script_of("run"), rest) if earlier else ():
+        if (cell.folder / RESULTS_NAME).exists():
+            cell.state()
